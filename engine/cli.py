@@ -1,0 +1,264 @@
+"""The command line. Imports torch only in the commands that compute, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine import __version__
+from engine.stopping import Interrupted, RunFailed
+
+if TYPE_CHECKING:
+    from engine.trainer import RunResult
+
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main() -> NoReturn:
+    """Run the command line: exit code 0, 1 (the run failed), 2 (user error) or 130 (interrupted)."""
+    try:
+        commands.main(standalone_mode=False)
+    except (click.exceptions.Exit, SystemExit) as error:
+        code = getattr(error, "exit_code", getattr(error, "code", 0))
+        sys.exit(code)
+    except click.ClickException as error:
+        _leave(error.format_message(), EXIT_USER_ERROR)
+    except ValueError as error:
+        _leave(str(error), EXIT_USER_ERROR)
+    except RunFailed as error:
+        _leave(str(error), EXIT_FAILED)
+    except Interrupted as error:
+        _leave(str(error) or "interrupted", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort):
+        _leave("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of the output has left: nobody to tell
+        sys.exit(EXIT_FAILED)
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    click.echo(f"engine: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="engine %(version)s")
+def commands() -> None:
+    """Train image classifiers that withstand adversarial images, by adversarial distillation.
+
+    A first run, on any machine: engine train --method at --dataset digits --model resnet8 --epochs 3
+    """
+
+
+# Flag -> key of the configuration, where the two differ.
+_KEYS = {
+    "teacher": "teacher.checkpoint",
+    "teacher_st": "teacher_st.checkpoint",
+    "attack_bn": "attack.bn",
+}
+
+
+def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    flags = [
+        click.option("--method", help="st, at, trades, ard, akd2, iad1, iad2, ... [iad1]"),
+        click.option("--model", help="Architecture of the student. [resnet18]"),
+        click.option("--dataset", help="digits, cifar10, cifar100, svhn, tiny-imagenet or folder. [cifar10]"),
+        click.option("--data", help="Where the data set lies. [$ENGINE_DATA, ./data, the user cache]"),
+        click.option("--teacher", metavar="FILE", help="Robust teacher's checkpoint. [cached, else trained]"),
+        click.option("--teacher-st", metavar="FILE", help="Standard teacher's checkpoint. [cached, else trained]"),
+        click.option("--epochs", type=int, help="Length; warm-up and milestones scale with it. [200]"),
+        click.option("--batch-size", type=int, help="Images per step. [128]"),
+        click.option("--lr", help="Initial learning rate. [0.1]"),
+        click.option("--amp/--no-amp", default=None, help="Mixed precision. [no]"),
+        click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
+        click.option("--gpus", type=int, help="Number of GPUs. [one if there is any]"),
+        click.option("--seed", type=int, help="Seed of weights, order, augmentation and attacks. [0]"),
+        click.option("--out", metavar="DIR", help="Run directory. [runs/METHOD-DATASET-MODEL-TIME]"),
+        click.option("--semantics", help="paper, or official: as the published code. [paper]"),
+        click.option("--limit-train", type=int, help="Train on that many images, balanced over classes."),
+        click.option("--limit-test", type=int, help="Test on that many images, balanced over classes."),
+        click.option("--attack-bn", help="BatchNorm in the training attack: train, eval or batch."),
+    ]
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+@commands.command()
+@_config_flags
+@click.option("--config", "config_file", metavar="FILE", help="YAML file of keys, or recipe:NAME.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key, e.g. attack.num_steps=7.")
+@click.option("--resume", metavar="DIR", help="Continue that run as it was configured.")
+def train(config_file: str | None, assignments: tuple[str, ...], resume: str | None, **flags: Any) -> None:
+    r"""Train a student, and its teachers where none are given.
+
+    \b
+    engine train --method iad1 --amp                 CIFAR-10, ResNet-18, the paper's hyper-parameters
+    engine train --config recipe:table2-cifar10-at-iad1
+    engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if resume is not None and (given or config_file or assignments):
+        first = f"--{next(iter(given)).replace('_', '-')}" if given else "--config" if config_file else "--set"
+        raise ValueError(f"--resume continues a run as it was configured; drop {first}")
+
+    from engine import config
+
+    if resume is None:
+        trees = [config.parse_assignment(f"{_KEYS.get(key, key)}={_yaml(value)}") for key, value in given.items()]
+        trees += [config.parse_assignment(text) for text in assignments]
+        complete = config.load(_read_config(config_file), *trees)
+
+    from engine import trainer
+    from engine.reporter import ConsoleReporter
+
+    reporter = ConsoleReporter(Console())
+    result = trainer.train(complete, reporter) if resume is None else trainer.resume(Path(resume), reporter)
+    _print_summary(reporter.console, result)
+
+
+def _yaml(value: object) -> str:
+    """A flag's value in YAML, so that flags and --set are read alike."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_config(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name.startswith("recipe:"):
+        from engine import recipes
+
+        return recipes.get(name.removeprefix("recipe:")).config
+    from engine.config import read_file
+
+    return read_file(Path(name))
+
+
+@commands.command("eval")
+@click.argument("checkpoint")
+@click.option("--attacks", default="natural,fgsm,pgd20,cw", show_default=True, help="Of natural, fgsm, ..., aa.")
+@click.option("--limit", type=int, help="Evaluate on that many test images, balanced over classes.")
+@click.option("--dataset", help="Data set. [the one it was trained on]")
+@click.option("--data", help="Where the data set lies. [where it was in training]")
+@click.option("--model", help="Architecture, where the checkpoint does not tell.")
+@click.option("--epsilon", help="Radius of the attacks, e.g. 8/255. [as in training, else 8/255]")
+@click.option("--threat-model", help="Linf or L2. [as in training, else Linf]")
+@click.option("--batch-size", type=int, default=250, show_default=True, help="Images per forward.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attacks.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--out", metavar="FILE", help="JSON of the results. [CHECKPOINT's name with .eval.json]")
+def evaluate_command(checkpoint: str, attacks: str, out: str | None, **flags: Any) -> None:
+    """Attack a checkpoint (a file, or a run directory for its best) on the test images.
+
+    Any teacher or student counts, of this project or from elsewhere.
+    """
+    from engine import evaluation
+    from engine.reporter import ConsoleReporter
+
+    reporter = ConsoleReporter(Console())
+    names = [name.strip() for name in attacks.split(",") if name.strip()]
+    report = evaluation.run(checkpoint, names, reporter, **flags)
+    path = report.write(None if out is None else Path(out))
+    reporter.console.print(_accuracy_table({report.title: report.results}))
+    for name, result in report.results.items():
+        reporter.message(f"{name}: {result['description']}, n = {result['n']}")
+    reporter.message(f"Written: {path}")
+
+
+@commands.command("methods")
+def list_methods() -> None:
+    """List the methods."""
+    from engine import methods
+
+    _print_list(("method", "what it is"), [(name, row.summary) for name, row in methods.TABLE.items()])
+
+
+@commands.command("models")
+def list_models() -> None:
+    """List the architectures."""
+    from engine import models
+
+    rows = [
+        (name, entry.summary, ", ".join(f"{size}x{size}" for size in entry.input_sizes))
+        for name, entry in models.TABLE.items()
+    ]
+    _print_list(("model", "what it is", "images"), rows)
+
+
+@commands.command("datasets")
+def list_datasets() -> None:
+    """List the data sets."""
+    from engine.pipelines.datasets import DATASETS
+
+    rows = [
+        (name, entry.summary, str(entry.num_classes or "yours"), str(entry.image_size or "yours"), entry.origin)
+        for name, entry in DATASETS.items()
+    ]
+    _print_list(("dataset", "what it is", "classes", "pixels", "from"), rows)
+
+
+@commands.command("recipes")
+def list_recipes() -> None:
+    """List the rows of the paper's tables that `engine train --config recipe:NAME` runs.
+
+    The numbers are the paper's, in percent.
+    """
+    from engine import recipes
+
+    rows = [
+        (recipe.name, recipe.row, *(_percent(dict(recipe.paper), name) for name in get_args(recipes.Measure)))
+        for recipe in recipes.all_recipes()
+    ]
+    _print_list(("recipe", "row", "natural", "FGSM", "PGD-20", "CW-inf", "AA"), rows)
+
+
+def _percent(numbers: dict[Any, float], name: str) -> str:
+    return f"{numbers[name]:.2f}" if name in numbers else ""
+
+
+def _print_list(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    table = Table(*columns, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A pipe has no width: nothing may be folded or cut for one.
+    console.print(table, width=None if console.is_terminal else 200)
+
+
+def _accuracy_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Rows of named results by attack."""
+    from engine.evaluate import COLUMNS
+
+    attacks = list(dict.fromkeys(name for result in results.values() for name in result))
+    table = Table("", *(COLUMNS[name] for name in attacks), box=box.SIMPLE)
+    for title, result in results.items():
+        cells = (result.get(name) for name in attacks)
+        table.add_row(title, *("" if cell is None else f"{cell['accuracy']:.2%}" for cell in cells))
+    return table
+
+
+def _print_summary(console: Console, result: RunResult) -> None:
+    from engine.reporter import ConsoleReporter
+
+    summary, say = result.summary, ConsoleReporter(console).message
+    if "test_of_best" in summary:
+        best = f"best (epoch {summary['best']['epoch']}, selected on {summary['selected_on']})"
+        last = f"last (epoch {summary['last']['epoch']})"
+        console.print(_accuracy_table({best: summary["test_of_best"], last: summary["test_of_last"]}))
+        n = next(iter(summary["test_of_last"].values()))["n"]
+        say(f"Accuracy on {n:,} test images.")
+    say("Written:")
+    for path in sorted(result.path.iterdir()):
+        say(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Where a run computes and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Device and number formats of a run.
+
+    dtype: of parameters, images, perturbations and losses. amp_dtype: of the network passes, None without AMP.
+    note: one line for the user, "" where there is nothing to say.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    amp_dtype: torch.dtype | None = None
+    note: str = ""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision for the network passes inside, if the run uses it."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    @property
+    def attack_loss_scale(self) -> float:
+        """Static factor on the attack's loss: half precision gradients of the image would underflow to zero.
+
+        The attack uses a gradient's sign or direction alone, so nothing has to be unscaled.
+        """
+        return 1024.0 if self.amp_dtype == torch.float16 else 1.0
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Gradient scaler of the training loss; it does nothing unless the passes run in float16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move a network to the device, in the dtype and in channels-last, the layout of fast convolutions."""
+        network.to(self.device, self.dtype)
+        return network.to(memory_format=torch.channels_last)
+
+    def describe(self) -> str:
+        """Name of the formats, for the record."""
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            name if self.amp_dtype is None else f"{name}, passes in {str(self.amp_dtype).removeprefix('torch.')}"
+        )
+
+
+def choose(config: RunConfig) -> Precision:
+    """Device and precision that the configuration asks for and this machine has.
+
+    Raises ValueError for a device or a number of GPUs that is not there.
+    """
+    device = _device(config)
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.dtype]
+    if not config.amp:
+        return Precision(device, dtype)
+    if device.type == "cuda":
+        amp_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return Precision(device, dtype, amp_dtype)
+    if _cpu_has_bf16():
+        return Precision(device, dtype, torch.bfloat16)
+    return Precision(device, dtype, note="this processor has no bfloat16 arithmetic: training stays in float32")
+
+
+def _device(config: RunConfig) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.gpus is not None and config.gpus > gpus:
+        raise ValueError(f"--gpus {config.gpus}: this machine has {gpus} CUDA GPU{'s' * (gpus != 1)}")
+    if config.gpus is not None and config.gpus > 1:
+        raise ValueError(f"--gpus {config.gpus}: this version trains on one GPU")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {name!r} is not known; known: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device {name}: this machine has {gpus} CUDA GPU{'s' * (gpus != 1)}")
+    if config.gpus is not None and device.type == "cpu":
+        raise ValueError(f"--gpus {config.gpus} and --device cpu exclude each other")
+    return device
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Same seed, same machine, same bits: cuDNN may neither time its algorithms nor pick an atomic one."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

@@ -1,0 +1,114 @@
+"""What a run was made with: versions, commit, hardware, seeds, hashes, precisions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+from engine.config import RunConfig
+from engine.pipelines.datasets import Dataset
+from engine.precision import Precision
+from engine.rundir import RunDir, write_json
+from engine.teachers import Teacher
+
+_PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "pyautoattack")
+
+
+def write(
+    run: RunDir,
+    config: RunConfig,
+    precision: Precision,
+    dataset: Dataset,
+    teachers: Mapping[str, Teacher],
+    step: int,
+) -> None:
+    """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
+    current = session(precision) | {
+        "from_step": step,
+        "seeds": {"run": config.seed},
+        "data": {"name": config.dataset, "source": dataset.source, "sha256": dataset.sha256},
+        "teachers": {
+            section: {"model": teacher.name, "source": teacher.source, "sha256": teacher.sha256}
+            for section, teacher in teachers.items()
+        },
+    }
+    earlier: list[dict[str, Any]] = []
+    if run.provenance.exists():
+        before = json.loads(run.provenance.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier_sessions", []), before]
+    write_json(run.provenance, current | {"earlier_sessions": earlier})
+
+
+def session(precision: Precision) -> dict[str, Any]:
+    """Versions, commit, hardware and precisions of this process."""
+    return {
+        "engine": engine.__version__,
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "hardware": {
+            "machine": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": _device_name(precision.device),
+        },
+        "precision": {
+            "training": precision.describe(),
+            "attack": precision.describe(),
+            "evaluation": f"{str(precision.dtype).removeprefix('torch.')}, TF32 off",
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that the package runs from, with "+changes" if it was edited since."""
+    root = Path(engine.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(  # noqa: S603  # fixed arguments, no shell
+            ["git", "-C", str(root), *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,89 @@
+"""What a run says while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Says nothing: the reporter of runs that are started from Python."""
+
+    def message(self, text: str) -> None:
+        """Say one line."""
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """A task of `total` steps starts or goes on."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """A log interval of training is over."""
+
+    def advance(self, done: int) -> None:
+        """That many steps of the task are done."""
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        """An epoch is trained and evaluated."""
+
+    def end(self) -> None:
+        """The task is over."""
+
+
+class ConsoleReporter(Reporter):
+    """Speaks to the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._total = 0
+        self._said = 0.0
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        self.end()
+        self._total = total
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, status="")
+        self._bar.start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        status = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, status=status)
+        elif time.monotonic() - self._said > 10:  # a log file needs no line per interval
+            self._said = time.monotonic()
+            self.message(f"step {row['step']}/{self._total}  epoch {row['epoch']}  {status}")
+
+    def advance(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+        alpha = f"  alpha {row['alpha']:.3f}" if "alpha" in row else ""
+        self.message(
+            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{alpha}"
+            f"  natural {row['natural_accuracy']:.2%}  robust {row['robust_accuracy']:.2%}"
+            f"  ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s)"
+        )
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

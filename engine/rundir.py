@@ -1,0 +1,123 @@
+"""The run directory: what is in it, and how it is written so that nothing is lost.
+
+config.yaml, provenance.json, metrics.jsonl, tensorboard/, last.pt, best.pt, summary.json, loss.png, accuracy.png,
+reliability.png. Every file but the two append-only logs is written beside its place and renamed over it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from engine.config import RunConfig, read_file
+from engine.config import load as load_config
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by new content, or leave the old one whole: write beside it, flush to the disk, rename."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself must survive a power failure
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, value: Mapping[str, Any]) -> None:
+    """Write tensors and plain values for `torch.load(weights_only=True)`, atomically."""
+    # Through memory: torch reports a full disk as an internal error of its zip writer, a plain file as OSError.
+    buffer = io.BytesIO()
+    torch.save(dict(value), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+class RunDir:
+    """Paths of a run directory and its append-only log of rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.provenance = path / "provenance.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self.summary = path / "summary.json"
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDir:
+        """A new run directory with its config.yaml. Raises ValueError where the place is taken."""
+        if config.out is None:
+            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+            path = Path("runs") / f"{config.method}-{config.dataset}-{config.model}-{stamp}"
+        else:
+            path = Path(config.out)
+        run = cls(path)
+        if run.config.exists():
+            raise ValueError(
+                f"--out {path} holds a run already; continue it with --resume {path}, or choose another"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(config.tree(), sort_keys=False)
+            write_atomically(run.config, text.encode())
+        except OSError as error:
+            raise ValueError(f"--out: cannot write to {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def existing(cls, path: Path) -> tuple[RunDir, RunConfig]:
+        """A run directory to continue, and its configuration. Raises ValueError where there is none."""
+        run = cls(path)
+        if not run.config.is_file():
+            raise ValueError(f"--resume: {path} is no run directory (it has no config.yaml)")
+        return run, load_config(read_file(run.config))
+
+    def append_row(self, row: Mapping[str, object]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of metrics.jsonl so far."""
+        if self.metrics.exists():
+            with self.metrics.open(encoding="utf-8") as file:
+                for line in file:
+                    yield json.loads(line)
+
+    def rows_size(self) -> int:
+        """Length of metrics.jsonl in bytes, safely on the disk: a checkpoint remembers it."""
+        if not self.metrics.exists():
+            return 0
+        with self.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def truncate_rows(self, size: int) -> None:
+        """Drop rows written after the checkpoint that is resumed: the same steps will write them again."""
+        if self.metrics.exists():
+            os.truncate(self.metrics, size)

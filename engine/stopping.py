@@ -1,0 +1,53 @@
+"""How a run ends before its time: asked to by a signal, at the next safe point, or because it cannot go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):  # like KeyboardInterrupt, no error
+    """The run was asked to stop; its state is saved."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on: its loss is not finite, or the disk is full. What it had saved is whole."""
+
+
+class Stop:
+    """Whether the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise Interrupted if the run was asked to stop."""
+        if self.requested:
+            raise Interrupted
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set the flag of the `Stop` inside; a second one interrupts at once.
+
+    Outside the main thread signals stay as they are.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

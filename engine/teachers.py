@@ -1,0 +1,141 @@
+"""Where teachers come from: a checkpoint, the teacher cache, or a training run of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from engine.config import RunConfig, TeacherConfig, explicit, load, merge
+from engine.evaluate import evaluate
+from engine.pipelines.datasets import Dataset, Split, cache_dir
+from engine.precision import Precision
+from engine.weights import load_model
+
+# What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
+_SHARED = (
+    "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
+    "epochs", "batch_size", "lr", "dtype", "amp", "device", "gpus", "optim", "log_every", "checkpoint_every",
+)  # fmt: skip
+_SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
+# What changes where or how visibly a teacher is trained, but not the teacher.
+_NOT_IN_KEY = ("data", "device", "gpus", "out", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen network in evaluation mode, and where it came from."""
+
+    model: nn.Module
+    name: str
+    source: str
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+TrainRun = Callable[[RunConfig, Path], Path]
+"""Trains a configuration in a run directory, going on where it stopped before; path of the best checkpoint."""
+
+
+def obtain(
+    config: RunConfig,
+    section: str,
+    dataset: Dataset,
+    precision: Precision,
+    run_dir: Path,
+    train_run: TrainRun,
+    say: Callable[[str], None],
+) -> Teacher:
+    """The teacher of that section ("teacher" or "teacher_st") of the configuration.
+
+    Raises ValueError for a checkpoint that cannot be this student's teacher.
+    """
+    wanted: TeacherConfig = getattr(config, section)
+    if wanted.checkpoint is not None:
+        return _open(Path(wanted.checkpoint), wanted.model, dataset, precision, f"checkpoint {wanted.checkpoint}")
+    teacher_config = run_config(config, section)
+    cached = cache_path(teacher_config, dataset)
+    what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
+    if not cached.exists():
+        say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
+        best = train_run(teacher_config, run_dir / section)
+        _keep(best, cached)
+        say(f"Teacher kept as {cached}")
+        return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
+    return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
+
+
+def run_config(config: RunConfig, section: str) -> RunConfig:
+    """Configuration of the run that trains a teacher.
+
+    What the user said of the student holds for its teacher too, where it is not the method's own.
+    """
+    wanted: TeacherConfig = getattr(config, section)
+    said = explicit(config.tree())
+    shared = {key: value for key, value in said.items() if key in _SHARED}
+    attack = {key: value for key, value in said.get("attack", {}).items() if key in _SHARED_ATTACK}
+    own = {
+        "method": wanted.method,
+        "model": wanted.model or config.model,
+        "epochs": wanted.epochs or config.epochs,
+        "lr": wanted.lr or config.lr,
+        # Not the student's seed: the two would start from the same weights and see the same batches.
+        "seed": config.seed + (1 if section == "teacher" else 2) if wanted.seed is None else wanted.seed,
+        "eval": {"final": []},
+    }
+    return load(merge(shared, {"attack": attack}, own))
+
+
+def cache_path(config: RunConfig, dataset: Dataset) -> Path:
+    """Place of a teacher in the cache, by data set, model, method and a hash of everything else that made it."""
+    recipe = {key: value for key, value in config.tree().items() if key not in _NOT_IN_KEY}
+    recipe["data"] = dataset.sha256
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "teachers" / f"{config.dataset}-{config.model}-{config.method}-{digest}.pt"
+
+
+def card(role: str, teacher: Teacher, held_out: Split, config: RunConfig, precision: Precision) -> list[str]:
+    """The teacher card: what the student is about to learn from, measured on held-out images."""
+    attack = "pgd10"
+    results = evaluate(
+        teacher.model,
+        held_out,
+        ["natural", attack],
+        epsilon=config.attack.epsilon,
+        threat_model=config.attack.threat_model,
+        batch_size=config.eval.batch_size,
+        limit=config.eval.probe_size,
+        device=precision.device,
+    )
+    parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
+    natural, robust = results["natural"], results[attack]
+    return [
+        f"{role}: {teacher.name}, {parameters:,} parameters",
+        f"  source    {teacher.source}",
+        f"  natural   {natural.accuracy:.2%}   PGD-10 {robust.accuracy:.2%}   on {natural.n} held-out images",
+        f"  attack    {robust.description}",
+        *(f"  note      {note}" for note in teacher.notes),
+    ]
+
+
+def _open(path: Path, model: str | None, dataset: Dataset, precision: Precision, source: str) -> Teacher:
+    loaded = load_model(path, model=model, num_classes=len(dataset.class_names))
+    network = precision.place(loaded.module).eval().requires_grad_(False)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Teacher(network, loaded.name, source, digest, loaded.notes)
+
+
+def _keep(best: Path, cached: Path) -> None:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    beside = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(best, beside)
+        beside.replace(cached)
+    finally:
+        beside.unlink(missing_ok=True)

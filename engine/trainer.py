@@ -1,0 +1,426 @@
+"""Training runs: epochs, an evaluation after each, checkpoints, and everything a run leaves behind.
+
+from engine import train
+result = train({"method": "at", "dataset": "digits", "model": "resnet8", "epochs": 2})
+print(result.summary["best"]["robust_accuracy"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import (
+    checkpoints,
+    config,
+    methods,
+    models,
+    plots,
+    precision,
+    provenance,
+    semantics,
+    teachers,
+    telemetry,
+)
+from engine.attack import preset
+from engine.checkpoints import Progress
+from engine.config import TERMS, RunConfig
+from engine.evaluate import check_names, evaluate
+from engine.journal import Journal
+from engine.kernels.crop_flip import crop_flip
+from engine.pipelines import datasets
+from engine.pipelines.splits import limited
+from engine.pipelines.tensor import TensorPipeline
+from engine.reporter import Reporter
+from engine.rundir import RunDir, write_json
+from engine.step import Teachers, training_loss
+from engine.stopping import Interrupted, RunFailed, Stop, graceful_stop
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies, and its summary.json."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def train(run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None = None) -> RunResult:
+    """Train a configuration in a new run directory.
+
+    run_config: a RunConfig, or nested keys of one. reporter: who tells the user; None says nothing.
+    Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
+    signal, when everything is saved for `resume`.
+    """
+    complete = run_config if isinstance(run_config, RunConfig) else config.load(run_config)
+    _check(complete)
+    return _until_stopped(RunDir.create(complete), complete, reporter or Reporter())
+
+
+def resume(path: Path, reporter: Reporter | None = None) -> RunResult:
+    """Continue the run in that directory from its last checkpoint; a finished run is returned as it is.
+
+    Raises as `train` does.
+    """
+    run, complete = RunDir.existing(path)
+    reporter = reporter or Reporter()
+    if run.summary.exists():
+        reporter.message(f"{path} is finished: nothing to resume")
+        return RunResult(path, json.loads(run.summary.read_text(encoding="utf-8")))
+    return _until_stopped(run, complete, reporter)
+
+
+def _check(complete: RunConfig) -> None:
+    """Refuse what would fail only after data were loaded, before a run directory is made."""
+    methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
+    for name, known, what in (
+        (complete.model, models.TABLE, "model"),
+        (complete.dataset, datasets.DATASETS, "dataset"),
+        (complete.teacher.method, semantics.TEACHER_METHODS, "teacher.method"),
+        (complete.teacher_st.method, semantics.TEACHER_METHODS, "teacher_st.method"),
+    ):
+        if name not in known:
+            raise ValueError(f"{what}: {name!r} is not known; {config.nearest(name, known)}")
+    preset(complete.eval.attack, complete.attack.epsilon)
+    check_names(complete.eval.final)
+    precision.choose(complete)
+
+
+def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter) -> RunResult:
+    with graceful_stop() as stop:
+        try:
+            return _run(run, complete, reporter, stop)
+        except Interrupted:
+            raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
+
+
+def _run(
+    run: RunDir, complete: RunConfig, reporter: Reporter, stop: Stop, dataset: datasets.Dataset | None = None
+) -> RunResult:
+    trainer = None
+    try:
+        with precision.deterministic():
+            trainer = Trainer(run, complete, reporter, stop, dataset)
+            return RunResult(run.path, trainer.fit())
+    except FloatingPointError as error:
+        good = f"the last good checkpoint is {run.last}" if run.last.exists() else "there is no checkpoint yet"
+        raise RunFailed(f"{error}; {good}") from None
+    except OSError as error:
+        raise RunFailed(f"{run.path}: {error.strerror or error}; what was saved before is whole") from error
+    finally:
+        reporter.end()
+        if trainer is not None:
+            trainer.journal.close()
+
+
+class Trainer:
+    """One run: its data, its student, its teachers, and how far it has come."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        complete: RunConfig,
+        reporter: Reporter,
+        stop: Stop,
+        dataset: datasets.Dataset | None = None,
+    ) -> None:
+        self.run, self.config, self.reporter, self.stop = run, complete, reporter, stop
+        self.method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
+        self.precision = precision.choose(complete)
+        if self.precision.note:
+            reporter.message(self.precision.note)
+
+        self.dataset = dataset or load_data(complete, reporter)
+        training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
+        self.pipeline = TensorPipeline(
+            training.images,
+            training.labels,
+            batch_size=complete.batch_size,
+            seed=complete.seed,
+            augment=complete.augment,
+            flip=self.dataset.flip,
+            device=self.precision.device,
+            dtype=self.precision.dtype,
+        )
+        self.probe_images = self._probe_images(training)
+
+        self.student = build_student(complete, self.dataset, self.precision)
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            lr=complete.lr,
+            momentum=complete.optim.momentum,
+            nesterov=complete.optim.nesterov,
+            weight_decay=complete.optim.weight_decay,
+        )
+        self.scaler = self.precision.scaler()
+        self.telemetry = telemetry.Telemetry(self.precision.device)
+        self.progress = Progress()
+        if run.last.exists():
+            self._restore()
+        self.journal = Journal(run, self.progress.rows_size, self.progress.step)
+        self.teachers = self._obtain_teachers()
+
+    def fit(self) -> dict[str, Any]:
+        """Train the epochs that are left, evaluate, and return summary.json."""
+        progress, steps = self.progress, self.pipeline.steps_per_epoch
+        self.reporter.begin(f"{self.method.name} {self.config.model}", self.config.epochs * steps, progress.step)
+        while progress.epoch < self.config.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+        return self._finish_run()
+
+    def _train_epoch(self) -> None:
+        progress = self.progress
+        epoch = progress.epoch
+        method = self._method_of(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(epoch)
+        self.student.train()
+        self.telemetry.start_clock(self.telemetry.seconds)
+        for batch in self.pipeline.epoch(epoch, progress.step_in_epoch):
+            output = training_loss(
+                self.student,
+                self.teachers,
+                batch,
+                method,
+                self.config.attack,
+                self.config.forwards,
+                self.precision,
+                seed=self.config.seed,
+                epoch=epoch,
+                in_warmup=method is not self.method,
+            )
+            self.optimizer.zero_grad()
+            self.scaler.scale(output.loss.loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+            progress.step_in_epoch += 1
+            progress.step += 1
+            self.telemetry.update(output, batch.labels, progress.step)
+            self.reporter.advance(progress.step)
+            self._after_step()
+
+    def _after_step(self) -> None:
+        """Log, save and stop where it is time to."""
+        progress = self.progress
+        epoch_is_trained = progress.step_in_epoch == self.pipeline.steps_per_epoch
+        if progress.step % self.config.log_every == 0 or epoch_is_trained:
+            totals = self.telemetry.read()
+            progress.totals = telemetry.add(progress.totals, totals)
+            row = self._row("step", totals)
+            self.journal.write(row)
+            self.reporter.step(row)
+        every = self.config.checkpoint_every
+        if (every and progress.step % every == 0) or self.stop.requested:
+            self._save()
+        self.stop.check()
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, write the epoch's row, and save; a run that is interrupted here evaluates again."""
+        progress, attack = self.progress, self.config.eval.attack
+        row = self._row("epoch", progress.totals)
+        try:
+            accuracies = self._evaluate(self.held_out, ("natural", attack))
+        except Interrupted:
+            self._save()
+            raise
+        row |= {
+            "natural_accuracy": accuracies["natural"]["accuracy"],
+            "robust_accuracy": accuracies[attack]["accuracy"],
+            "measured_on": self.selected_on,
+        }
+        row |= telemetry.probe(
+            self.student,
+            self.teachers.at,
+            *self.probe_images,
+            preset(attack, self.config.attack.epsilon, self.config.attack.threat_model),
+            beta=self.config.loss.beta,
+            seed=self.config.seed,
+        )
+        self.journal.write(row)
+        self.reporter.epoch(row, self.config.epochs)
+        progress.last = row
+        progress.epoch, progress.step_in_epoch, progress.totals = progress.epoch + 1, 0, {}
+        if not progress.best or row["robust_accuracy"] > progress.best["robust_accuracy"]:
+            progress.best = row
+            checkpoints.save(self.run.best, self._student_part(), progress)
+        self._save()
+
+    def _finish_run(self) -> dict[str, Any]:
+        """Evaluate the last and the best student on the test images, draw the pictures, write summary.json."""
+        self.reporter.end()
+        progress, final = self.progress, self.config.eval.final
+        summary: dict[str, Any] = {
+            "method": self.method.name,
+            "semantics": self.config.semantics,
+            "model": self.config.model,
+            "dataset": self.config.dataset,
+            "selected_on": self.selected_on,
+            "best": progress.best,
+            "last": progress.last,
+        }
+        if final:
+            summary["test_of_last"] = summary["test_of_best"] = self._evaluate(self.dataset.test, final)
+            if progress.best["epoch"] != progress.last["epoch"]:
+                self.student.load_state_dict(checkpoints.read(self.run.best)["student"])
+                summary["test_of_best"] = self._evaluate(self.dataset.test, final)
+        plots.draw(self.run)
+        write_json(self.run.summary, summary)
+        return summary
+
+    def _evaluate(self, images: datasets.Split, attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+        results = evaluate(
+            self.student,
+            images,
+            attacks,
+            epsilon=self.config.attack.epsilon,
+            threat_model=self.config.attack.threat_model,
+            batch_size=self.config.eval.batch_size,
+            seed=self.config.seed,
+            device=self.precision.device,
+            on_batch=lambda *_: self.stop.check(),
+        )
+        return {name: result.as_dict() for name, result in results.items()}
+
+    def _save(self) -> None:
+        self.telemetry.check()
+        self.progress.rows_size = self.run.rows_size()
+        checkpoints.save(
+            self.run.last,
+            self._student_part(),
+            self.progress,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            telemetry=self.telemetry.state_dict(),
+            data_sha256=self.dataset.sha256,
+        )
+
+    def _restore(self) -> None:
+        state = checkpoints.read(self.run.last)
+        if state["data_sha256"] != self.dataset.sha256:
+            raise ValueError(f"--resume: {self.dataset.source} changed since {self.run.last} was written")
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.telemetry.load_state_dict(state["telemetry"])
+        self.progress = Progress(**state["progress"])
+
+    def _probe_images(self, training: datasets.Split) -> tuple[Tensor, Tensor]:
+        """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
+        size = max(self.config.eval.probe_size, len(self.dataset.class_names))
+        chosen = limited(training.labels, size, 0, "eval.probe_size")
+        return crop_flip(
+            training.images,
+            training.labels,
+            chosen,
+            seed=0,
+            epoch=0,
+            flip=False,
+            augment=False,
+            dtype=self.precision.dtype,
+        )
+
+    def _student_part(self) -> dict[str, Any]:
+        return checkpoints.student_part(self.student, self.config, self.dataset.class_names)
+
+    def _row(self, event: str, totals: telemetry.Totals) -> dict[str, Any]:
+        """A row of metrics.jsonl; epochs are counted from 1."""
+        epoch = self.progress.epoch
+        method = self._method_of(epoch)
+        terms = tuple(term for term, weight in zip(TERMS, method.weights, strict=True) if weight != (0, 0))
+        row = {
+            "event": event,
+            "epoch": epoch + 1,
+            "step": self.progress.step,
+            "phase": method.name,
+            "lr": self._learning_rate(epoch),
+        }
+        return row | telemetry.summarise(totals, terms)
+
+    def _method_of(self, epoch: int) -> methods.Method:
+        """The row to train with: the base method's until the warm-up ends."""
+        warmup = config.epochs_of(self.config.loss.warmup, self.config.epochs)
+        return self.method.warmup if self.method.warmup is not None and epoch < warmup else self.method
+
+    def _learning_rate(self, epoch: int) -> float:
+        factor, optim = 1.0, self.config.optim
+        for milestone, lr_factor in zip(optim.milestones, optim.lr_factors, strict=True):
+            if epoch >= config.epochs_of(milestone, self.config.epochs):
+                factor = lr_factor
+        return self.config.lr * factor
+
+    def _obtain_teachers(self) -> Teachers:
+        """Find or train the teachers, show their cards, and write provenance.json."""
+        found: dict[str, teachers.Teacher] = {}
+        for section, needed in (
+            ("teacher", self.method.needs_teacher),
+            ("teacher_st", self.method.needs_teacher_st),
+        ):
+            if needed:
+                found[section] = teachers.obtain(
+                    self.config,
+                    section,
+                    self.dataset,
+                    self.precision,
+                    self.run.path,
+                    self._train_teacher,
+                    self.reporter.message,
+                )
+                for line in teachers.card(section, found[section], self.held_out, self.config, self.precision):
+                    self.reporter.message(line)
+        provenance.write(self.run, self.config, self.precision, self.dataset, found, self.progress.step)
+        networks = {section: teacher.model for section, teacher in found.items()}
+        return Teachers(networks.get("teacher"), networks.get("teacher_st"))
+
+    def _train_teacher(self, wanted: RunConfig, path: Path) -> Path:
+        if (path / "config.yaml").exists():
+            run, complete = RunDir.existing(path)
+        else:
+            complete = config.load(wanted.tree(), {"out": str(path)})
+            run = RunDir.create(complete)
+        if not run.summary.exists():
+            _run(run, complete, self.reporter, self.stop, self.dataset)
+        return run.best
+
+
+def load_data(complete: RunConfig, reporter: Reporter) -> datasets.Dataset:
+    """The data set of a configuration, with a line that says what it is."""
+    dataset = datasets.load(
+        complete.dataset, complete.data, limit_train=complete.limit_train, limit_test=complete.limit_test
+    )
+    reporter.message(
+        f"Data: {complete.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test "
+        f"images in {len(dataset.class_names)} classes, from {dataset.source}"
+    )
+    return dataset
+
+
+def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Split, datasets.Split, str]:
+    """Training images, held-out images, and what the latter are: "validation", or "test" at fraction 0.
+
+    The choice does not depend on the run's seed: a teacher must not have seen its student's held-out images.
+    """
+    if fraction == 0:
+        return dataset.train, dataset.test, "test"
+    training, held_out = datasets.split_validation(dataset.train, fraction, 0)
+    return training, held_out, "validation"
+
+
+def build_student(complete: RunConfig, dataset: datasets.Dataset, at: precision.Precision) -> nn.Module:
+    """A fresh network; its weights depend on the run's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(complete.seed)
+        student = models.build(
+            complete.model,
+            len(dataset.class_names),
+            normalize=complete.normalize,
+            dataset=complete.dataset,
+        )
+    return at.place(student)

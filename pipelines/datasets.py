@@ -1,0 +1,220 @@
+"""The data sets that exist, and where each is looked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from http.client import HTTPException
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from engine.config import nearest
+from engine.pipelines import readers
+from engine.pipelines.folder import opened, read_splits
+from engine.pipelines.readers import Absent, Found
+from engine.pipelines.splits import Progress, Request, Split, balanced, split_validation
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "Entry",
+    "Progress",
+    "Split",
+    "balanced",
+    "cache_dir",
+    "check",
+    "load",
+    "split_validation",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory. flip: a mirrored image is still of its class. source: where it was found, in words."""
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    flip: bool
+    source: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256, in hex, of class names and of both splits' image shapes, images and labels."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        for split in (self.train, self.test):
+            digest.update(repr(tuple(split.images.shape)).encode())
+            digest.update(split.images.contiguous().numpy())
+            digest.update(split.labels.contiguous().numpy())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a data set before it is read; None: it depends on the user's folder.
+
+    find: gives train, test and source, from the path given by the user, if any.
+    """
+
+    summary: str
+    origin: str
+    num_classes: int | None
+    image_size: int | None
+    flip: bool
+    find: Callable[[str | None, Request], Found]
+
+
+def check(name: str) -> None:
+    """Raise ValueError where there is no data set of that name."""
+    if name not in DATASETS:
+        raise ValueError(f"dataset: {name!r} is not known; {nearest(name, DATASETS)}")
+
+
+def load(
+    name: str,
+    data: str | None = None,
+    *,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Read a data set, or so many of its images, balanced over its classes and chosen by the seed.
+
+    data: the only place to look; None: $ENGINE_DATA, ./data and the cache, then a download into the cache.
+    Raises ValueError, one line, where the name is unknown or the data set is missing, damaged or too small.
+    """
+    check(name)
+    entry = DATASETS[name]
+    train, test, source = entry.find(data, Request(limit_train, limit_test, seed, progress))
+    return Dataset(name, train, test, train.class_names, entry.flip, source)
+
+
+def cache_dir() -> Path:
+    """$ENGINE_CACHE, else iad-engine in $XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("ENGINE_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iad-engine"
+
+
+def _embedded(data: str | None, request: Request) -> Found:
+    if data is not None:
+        raise ValueError(f"data: the dataset digits is embedded and is not read from a path, got {data!r}")
+    return readers.digits(request)
+
+
+def _folder(data: str | None, request: Request) -> Found:
+    given = data or os.environ.get("ENGINE_DATA")
+    if not given:
+        raise ValueError("data: the dataset folder needs the path of an image folder (or $ENGINE_DATA), got none")
+    path = Path(given).expanduser()
+    with opened(path) as (train, test):
+        return *read_splits(train, test, request), f"image folder {path}"
+
+
+def _search(
+    name: str,
+    read: Callable[[Path, Request], Found],
+    download: Callable[[Path], None],
+    data: str | None,
+    request: Request,
+) -> Found:
+    """Read from the first place that holds the data set; a place that holds it damaged ends the search."""
+    if data is not None:
+        place = Path(data).expanduser()
+        if not place.exists():
+            raise ValueError(f"data: {place} does not exist")
+        try:
+            return read(place, request)
+        except Absent as error:
+            raise ValueError(f"data: {name} is not in {place}: it has {error}") from None
+    cache = cache_dir() / "data"
+    given = os.environ.get("ENGINE_DATA")
+    places = [*([Path(given).expanduser()] if given else []), Path("data").absolute(), cache]
+    for place in places:
+        try:
+            return read(place, request)
+        except Absent:
+            continue
+    try:
+        _download_into(cache, download)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise ValueError(
+            f"dataset: {name} not found in {', '.join(map(str, places))} and the download failed "
+            f"({' '.join(str(error).split())}); `--dataset digits` needs no download"
+        ) from None
+    return read(cache, request)
+
+
+def _download_into(cache: Path, download: Callable[[Path], None]) -> None:
+    """Move the data into the cache only when complete, so that an interrupted download leaves nothing behind."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".download-", dir=cache) as folder:
+        download(Path(folder))
+        for path in Path(folder).iterdir():
+            if not (cache / path.name).exists():  # another process may have been faster
+                path.rename(cache / path.name)
+
+
+def _searched(
+    name: str, read: Callable[[Path, Request], Found], download: Callable[[Path], None]
+) -> Callable[[str | None, Request], Found]:
+    return partial(_search, name, read, download)
+
+
+DATASETS: dict[str, Entry] = {
+    "digits": Entry(
+        summary="1,797 handwritten digits, 8x8 enlarged to 32x32; a fixed fifth is the test split",
+        origin="embedded (scikit-learn)",
+        num_classes=10,
+        image_size=32,
+        flip=False,
+        find=_embedded,
+    ),
+    "cifar10": Entry(
+        summary="60,000 photographs of animals and vehicles",
+        origin="torchvision, or an image folder of its classes",
+        num_classes=10,
+        image_size=32,
+        flip=True,
+        find=_searched("cifar10", partial(readers.cifar, "cifar10"), partial(readers.download_cifar, "cifar10")),
+    ),
+    "cifar100": Entry(
+        summary="60,000 photographs of 100 kinds of things",
+        origin="torchvision, or an image folder of its classes",
+        num_classes=100,
+        image_size=32,
+        flip=True,
+        find=_searched(
+            "cifar100", partial(readers.cifar, "cifar100"), partial(readers.download_cifar, "cifar100")
+        ),
+    ),
+    "svhn": Entry(
+        summary="99,289 photographed house-number digits (without the extra split)",
+        origin="torchvision",
+        num_classes=10,
+        image_size=32,
+        flip=False,
+        find=_searched("svhn", readers.svhn, readers.download_svhn),
+    ),
+    "tiny-imagenet": Entry(
+        summary="110,000 photographs of ImageNet's classes; its val images are the test split",
+        origin="cs231n.stanford.edu, zip or unpacked",
+        num_classes=200,
+        image_size=64,
+        flip=True,
+        find=_searched("tiny-imagenet", readers.tiny_imagenet, readers.download_tiny_imagenet),
+    ),
+    "folder": Entry(
+        summary="your images: train/<class>/* and test/<class>/* (or val/), folders or zip archives",
+        origin="the path in `data` or $ENGINE_DATA",
+        num_classes=None,
+        image_size=None,
+        flip=True,
+        find=_folder,
+    ),
+}

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import checkpoints, config, models
+
+CLASSES = ("circle", "square", "triangle")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of three classes of 8x8 images, 14 for training and 6 for testing of each."""
+    root = tmp_path_factory.mktemp("tiny")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 14), ("test", 6)):
+        for index, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 120, (8, 8, 3), dtype=np.uint8)
+                pixels[:, :, index] += 100
+                Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+    return root
+
+
+def write_checkpoint(path: Path, seed: int, num_classes: int = len(CLASSES)) -> Path:
+    """A checkpoint of an untrained resnet8."""
+    torch.manual_seed(seed)
+    part = checkpoints.student_part(
+        models.build("resnet8", num_classes),
+        config.load({"model": "resnet8", "dataset": "folder", "method": "at"}),
+        tuple(f"class {index}" for index in range(num_classes)),
+    )
+    checkpoints.save(path, part, checkpoints.Progress())
+    return path
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a run of a fraction of a second needs."""
+
+    folder: Path
+    teacher: Path
+    teacher_st: Path
+
+    def config(self, **keys: Any) -> dict[str, Any]:
+        """Nested keys of a run over 42 images in batches of 8: 6 steps an epoch, the last one of 2 images."""
+        base: dict[str, Any] = {
+            "dataset": "folder",
+            "data": str(self.folder),
+            "model": "resnet8",
+            "epochs": 2,
+            "batch_size": 8,
+            "validation": 0,
+            "device": "cpu",
+            "log_every": 4,
+            "attack": {"num_steps": 2},
+            "loss": {"warmup": 1},
+            "teacher": {"checkpoint": str(self.teacher)},
+            "teacher_st": {"checkpoint": str(self.teacher_st)},
+            "eval": {"final": ["natural", "pgd10"], "probe_size": 8},
+        }
+        return config.merge(base, keys)
+
+    def flags(self, **keys: Any) -> list[str]:
+        """The same as arguments of `engine train`."""
+
+        def flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
+            result = []
+            for key, value in tree.items():
+                if isinstance(value, dict):
+                    result += flatten(value, f"{prefix}{key}.")
+                else:
+                    result += ["--set", f"{prefix}{key}={value}"]
+            return result
+
+        return ["train", *flatten(self.config(**keys))]
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    root = tmp_path_factory.mktemp("teachers")
+    return Tiny(tiny_folder, write_checkpoint(root / "at.pt", 1), write_checkpoint(root / "st.pt", 2))
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder of real images that $ENGINE_DATA names."""
+    given = os.environ.get("ENGINE_DATA")
+    if not given:
+        pytest.skip("ENGINE_DATA names no folder of real images")
+    return Path(given)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs `engine ARGUMENTS` in this process."""
+    from engine.cli import main
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["engine", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(leaving.value.code or 0), captured.out, captured.err)
+
+    return run

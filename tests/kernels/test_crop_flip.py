@@ -1,0 +1,116 @@
+"""`crop_flip` against pad, slice and flip of one sample at a time, and its draws against their distributions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from engine.kernels.crop_flip import crop_flip
+from engine.kernels.philox import Stream, random_words
+
+
+def random_images(count: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+def reference(image_HWC: Tensor, words: list[int], padding: int, flip: bool) -> Tensor:
+    """The view of one sample as CHW in float64."""
+    height, width, _ = image_HWC.shape
+    padded = F.pad(image_HWC.permute(2, 0, 1), (padding,) * 4)
+    row, column = (word * (2 * padding + 1) // 2**32 for word in words[:2])
+    view = padded[:, row : row + height, column : column + width]
+    if flip and words[2] >= 2**31:
+        view = view.flip(2)
+    return view.double() / 255
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.booleans(),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 200),
+    st.lists(st.integers(0, 29), min_size=1, max_size=12),
+)
+def test_each_sample_is_padded_sliced_and_flipped(
+    height: int, width: int, padding: int, flip: bool, seed: int, epoch: int, samples: list[int]
+) -> None:
+    images, labels = random_images(30, height, width), torch.arange(30) * 10
+    sample_B = torch.tensor(samples)
+    x, labels_B = crop_flip(
+        images, labels, sample_B, seed=seed, epoch=epoch, padding=padding, flip=flip, dtype=torch.float64
+    )
+    words = random_words(seed, Stream.AUGMENT, epoch, sample_B, 3).tolist()
+    expected = [reference(images[sample], row, padding, flip) for sample, row in zip(samples, words, strict=True)]
+    assert torch.equal(x, torch.stack(expected))
+    assert labels_B.tolist() == [10 * sample for sample in samples]
+
+
+def test_without_augmentation_the_images_are_unchanged() -> None:
+    images, labels = random_images(5, 8, 6), torch.arange(5)
+    x, labels_B = crop_flip(images, labels, torch.tensor([3, 0]), seed=1, epoch=2, augment=False)
+    assert torch.equal(x, images[[3, 0]].permute(0, 3, 1, 2) / 255)
+    assert labels_B.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_batch_is_channels_last_in_the_dtype_asked_for(augment: bool, dtype: torch.dtype) -> None:
+    images = random_images(5, 8, 6)
+    x, _ = crop_flip(images, torch.arange(5), torch.arange(5), seed=0, epoch=0, augment=augment, dtype=dtype)
+    assert x.shape == (5, 3, 8, 6)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.dtype == dtype
+
+
+def test_every_pixel_value_is_its_quotient_by_255() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    x, _ = crop_flip(images, torch.tensor([0]), torch.tensor([0]), seed=0, epoch=0, augment=False)
+    expected = torch.tensor([value / 255 for value in range(256)], dtype=torch.float32)
+    assert torch.equal(x[0, 0].flatten(), expected)
+
+
+def test_the_images_in_memory_are_not_touched() -> None:
+    images = random_images(4, 8, 8)
+    before = images.clone()
+    crop_flip(images, torch.arange(4), torch.arange(4), seed=0, epoch=0)
+    assert torch.equal(images, before)
+
+
+def test_a_view_does_not_depend_on_its_batch_and_changes_with_epoch_and_seed() -> None:
+    images, labels = random_images(64, 16, 16), torch.arange(64)
+    whole, _ = crop_flip(images, labels, torch.arange(64), seed=5, epoch=7)
+    some = torch.tensor([63, 2, 2, 40])
+    part, _ = crop_flip(images, labels, some, seed=5, epoch=7)
+    assert torch.equal(part, whole[some])
+    for seed, epoch in ((5, 8), (6, 7)):
+        other, _ = crop_flip(images, labels, torch.arange(64), seed=seed, epoch=epoch)
+        same = (other == whole).flatten(1).all(1).float().mean()
+        assert same < 0.1  # of 9 * 9 * 2 views
+
+
+def test_offsets_are_uniform_and_flips_are_fair() -> None:
+    """Each pixel of an image of 1 + row * width + column tells from where a view was cut."""
+    count, size, padding = 20_000, 9, 2
+    image = torch.arange(1, size * size + 1, dtype=torch.uint8).reshape(1, size, size, 1).expand(1, size, size, 3)
+    images = image.expand(count, size, size, 3)
+    x, _ = crop_flip(images, torch.zeros(count), torch.arange(count), seed=11, epoch=0, padding=padding)
+    middle = (x[:, 0, size // 2, size // 2] * 255).round().long() - 1
+    beside = (x[:, 0, size // 2, size // 2 + 1] * 255).round().long() - 1
+    row, column = middle // size - (size // 2 - padding), middle % size - (size // 2 - padding)
+    flipped = beside < middle
+    cells = (row * 5 + column) * 2 + flipped
+    assert cells.min() >= 0
+    assert stats.chisquare(cells.bincount(minlength=50).numpy()).pvalue > 1e-3
+    unflipped, _ = crop_flip(
+        images, torch.zeros(count), torch.arange(count), seed=11, epoch=0, padding=padding, flip=False
+    )
+    assert bool((unflipped[:, 0, 4, 5] > unflipped[:, 0, 4, 4]).all())

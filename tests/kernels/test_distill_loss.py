@@ -1,0 +1,599 @@
+"""`distill_loss` against formulas typed again, method by method, and against its gradients in closed form.
+
+The methods' formulas are written with exp, log and sum in float64 and share nothing with the code under test.
+B batch, C classes, K the six terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine import methods
+from engine.config import LossConfig
+from engine.kernels import DistillLoss, distill_loss
+
+LOGITS = ("s_adv", "s_nat", "t_at_nat", "t_at_adv", "t_st_adv")
+READS = (
+    ("s_nat",),
+    ("s_adv",),
+    ("s_adv", "s_nat"),
+    ("s_adv", "t_at_nat"),
+    ("s_adv", "t_at_adv"),
+    ("s_adv", "t_st_adv"),
+)
+SEEDS = st.integers(0, 2**31)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Logits (B, C) under the names of `distill_loss`, and labels."""
+
+    s_adv: Tensor
+    s_nat: Tensor
+    t_at_nat: Tensor
+    t_at_adv: Tensor
+    t_st_adv: Tensor
+    labels: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor], labels: Tensor | None = None) -> Batch:
+        """The batch with changed logits, of which the student's ask for a gradient."""
+        changed = {name: change(getattr(self, name).detach()) for name in LOGITS}
+        for name in ("s_adv", "s_nat"):
+            changed[name].requires_grad_()
+        return Batch(**changed, labels=self.labels if labels is None else labels)
+
+    def loss(self, weights: Any, **options: Any) -> DistillLoss:
+        logits = {name: getattr(self, name) for name in LOGITS[1:]}
+        return distill_loss(self.s_adv, self.labels, **logits, weights=weights, **options)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Gradients to s_adv and s_nat, 0 where the loss does not reach."""
+        if not loss.requires_grad:
+            return [torch.zeros_like(self.s_adv), torch.zeros_like(self.s_nat)]
+        student = (self.s_adv, self.s_nat)
+        return list(
+            torch.autograd.grad(loss, student, retain_graph=True, allow_unused=True, materialize_grads=True)
+        )
+
+
+def draw(seed: int, rows: int = 5, classes: int = 7, scale: float = 2.0, limit: float = 150.0) -> Batch:
+    """Normal logits times scale, cut to +-limit, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = {
+        name: (scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).clamp(-limit, limit)
+        for name in LOGITS
+    }
+    labels = torch.randint(classes, (rows,), generator=generator)
+    return Batch(**logits, labels=labels).map(lambda logits_BC: logits_BC)
+
+
+def draw_weights(seed: int) -> list[tuple[float, float]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(float(a), float(b)) for a, b in torch.randn(6, 2, generator=generator, dtype=torch.float64)]
+
+
+# The methods' formulas: PAPER and OFFICIAL map a name to the loss of a batch.
+
+
+def soft(logits_BC: Tensor, tau: float = 1.0) -> Tensor:
+    exp_BC = (logits_BC / tau).exp()
+    return exp_BC / exp_BC.sum(dim=1, keepdim=True)
+
+
+def ce(logits_BC: Tensor, labels: Tensor) -> Tensor:
+    return -soft(logits_BC)[range(len(labels)), labels].log()
+
+
+def kl(target_BC: Tensor, student_BC: Tensor) -> Tensor:
+    """KL(target || student), which the paper writes the other way round."""
+    return (target_BC * (target_BC.log() - student_BC.log())).sum(dim=1)
+
+
+def trust(x: Batch, p: LossConfig) -> Tensor:
+    """Eq. 4."""
+    return soft(x.t_at_adv)[range(len(x.labels)), x.labels] ** p.beta
+
+
+def gamma(x: Batch, p: LossConfig) -> Tensor | float:
+    return 1 - trust(x, p) if p.gamma is None else p.gamma
+
+
+def ard(x: Batch, p: LossConfig) -> Tensor:
+    teacher = kl(soft(x.t_at_nat, p.tau), soft(x.s_adv, p.tau)).mean()
+    return p.lam * ce(x.s_nat, x.labels).mean() + (1 - p.lam) * p.tau**2 * teacher
+
+
+def akd2(x: Batch, p: LossConfig) -> Tensor:
+    label = ce(x.s_adv, x.labels).mean()
+    robust = kl(soft(x.t_at_adv, p.tau), soft(x.s_adv, p.tau)).mean()
+    standard = kl(soft(x.t_st_adv, p.tau), soft(x.s_adv, p.tau)).mean()
+    return p.lam1 * label + p.lam2 * p.tau**2 * robust + p.lam3 * p.tau**2 * standard
+
+
+def trades(x: Batch, p: LossConfig) -> Tensor:
+    self_B = kl(soft(x.s_nat, p.tau_self), soft(x.s_adv, p.tau_self))
+    return ce(x.s_nat, x.labels).mean() + p.trades_lambda * self_B.mean()
+
+
+def iad1_paper(x: Batch, p: LossConfig) -> Tensor:
+    """Algorithm 1, with a temperature of its own for the self term."""
+    self_B = kl(soft(x.s_nat, p.tau_self), soft(x.s_adv, p.tau_self))
+    return ard(x, p) + (1 - p.lam) * p.tau_self**2 * (gamma(x, p) * self_B).mean()
+
+
+def iad1_official(x: Batch, p: LossConfig) -> Tensor:
+    a = 1 - p.lam
+    return ard(x, p) + a * ((1 - trust(x, p)) * kl(soft(x.s_nat), soft(x.s_adv))).mean()
+
+
+def down(x: Batch, p: LossConfig) -> Tensor:
+    """What IAD-I-Down (Table 8) adds to IAD-I: the teacher's term weighted alpha in place of 1."""
+    teacher_B = kl(soft(x.t_at_nat, p.tau), soft(x.s_adv, p.tau))
+    return (1 - p.lam) * p.tau**2 * ((trust(x, p) - 1) * teacher_B).mean()
+
+
+def iad2_paper(x: Batch, p: LossConfig) -> Tensor:
+    """Algorithm 1, its bracket closed before gamma."""
+    robust_B = kl(soft(x.t_at_adv, p.tau), soft(x.s_adv, p.tau))
+    standard_B = kl(soft(x.t_st_adv, p.tau), soft(x.s_adv, p.tau))
+    self_B = kl(soft(x.s_nat, p.tau_self), soft(x.s_adv, p.tau_self))
+    return (
+        p.lam1 * ce(x.s_adv, x.labels)
+        + p.lam2 * p.tau**2 * trust(x, p) * robust_B
+        + p.lam3 * p.tau**2 * standard_B
+        + gamma(x, p) * self_B
+    ).mean()
+
+
+def iad2_official(x: Batch, p: LossConfig) -> Tensor:
+    alpha_B = trust(x, p)
+    robust_B = kl(soft(x.t_at_adv, p.tau), soft(x.s_adv, p.tau))
+    self_B = kl(soft(x.s_nat), soft(x.s_adv))
+    standard = kl(soft(x.t_st_adv, p.tau), soft(x.s_adv, p.tau)).mean()
+    introspection = (alpha_B * robust_B + (1 - alpha_B) * self_B).mean()
+    return p.lam1 * ce(x.s_adv, x.labels).mean() + p.lam2 * p.tau**2 * introspection + p.lam3 * p.tau**2 * standard
+
+
+Formula = Callable[[Batch, LossConfig], Tensor]
+PAPER: dict[str, Formula] = {
+    "st": lambda x, p: ce(x.s_nat, x.labels).mean(),
+    "at": lambda x, p: ce(x.s_adv, x.labels).mean(),
+    "trades": trades,
+    "ard": ard,
+    "akd2": akd2,
+    "iad1": iad1_paper,
+    "iad1-down": lambda x, p: iad1_paper(x, p) + down(x, p),
+    "iad2": iad2_paper,
+}
+OFFICIAL = PAPER | {
+    "iad1": iad1_official,
+    "iad1-down": lambda x, p: iad1_official(x, p) + down(x, p),
+    "iad2": iad2_official,
+}
+FORMULAS = {"paper": PAPER, "official": OFFICIAL}
+
+
+@st.composite
+def hyper_parameters(draw_: st.DrawFn, semantics: str) -> LossConfig:
+    def log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
+        return st.floats(math.log(low), math.log(high)).map(math.exp).map(lambda tau: min(max(tau, low), high))
+
+    weight = st.just(0.0) | st.floats(0.01, 2)
+    published = semantics == "official"
+    return LossConfig(
+        tau=draw_(log_uniform(0.1, 100)),
+        tau_self=1.0 if published else draw_(log_uniform(0.1, 100)),
+        beta=draw_(st.sampled_from((0.0, 0.01, 0.1, 0.5, 1.0))),
+        gamma=None if published else draw_(st.none() | weight),
+        lam=draw_(st.sampled_from((0.0, 1.0)) | st.floats(0.01, 0.99)),
+        lam1=draw_(weight),
+        lam2=draw_(weight),
+        lam3=draw_(weight),
+        trades_lambda=draw_(st.floats(0.01, 10)),
+    )
+
+
+def assert_equal_up_to_rounding(
+    batch: Batch, actual: Tensor, expected: Tensor, weights: Any, p: LossConfig
+) -> None:
+    """Value and gradients within 1e-13 of the sizes that were added up: a sum may cancel, its terms round."""
+    coldest = min(p.tau, p.tau_self, 1.0)
+    largest = float(max(getattr(batch, name).detach().abs().max() for name in LOGITS))
+    size = sum(abs(a) + abs(b) for a, b in weights) * (1 + batch.s_adv.shape[1] / 50 + largest / coldest)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13 * size)
+    for got, wanted in zip(batch.gradients(actual), batch.gradients(expected), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13 * size / coldest)
+
+
+@pytest.mark.parametrize("semantics", ["paper", "official"])
+@pytest.mark.parametrize("name", sorted(methods.TABLE))
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), seed=SEEDS, rows=st.integers(1, 9), classes=st.integers(2, 50), scale=st.floats(1e-2, 50))
+def test_every_method_and_its_warm_up_equal_the_formulas(
+    name: str, semantics: str, data: st.DataObject, seed: int, rows: int, classes: int, scale: float
+) -> None:
+    p = data.draw(hyper_parameters(semantics))
+    # Probabilities of at least exp(-300) keep the plain formulas away from the end of float64.
+    batch = draw(seed, rows, classes, scale, limit=150 * min(p.tau, p.tau_self, 1.0))
+    method = methods.get(name, semantics=semantics, loss=p)
+    phases = [(name, method)] if method.warmup is None else [(name, method), (method.warmup.name, method.warmup)]
+    for phase, row in phases:
+        result = batch.loss(row.weights, tau=p.tau, tau_self=p.tau_self, beta=p.beta)
+        expected = FORMULAS[semantics][phase](batch, p)
+        assert_equal_up_to_rounding(batch, result.loss, expected, row.weights, p)
+
+
+def test_warm_ups_are_ard_and_akd2() -> None:
+    warmups = {name: methods.get(name).warmup for name in PAPER}
+    assert {name: base.name for name, base in warmups.items() if base} == {
+        "iad1": "ard",
+        "iad1-down": "ard",
+        "iad2": "akd2",
+    }
+
+
+def test_algorithm_1_and_the_published_code_are_two_values_of_tau_self() -> None:
+    """tau_self = tau: tau^2 around both divergences (Algorithm 1). tau_self = 1: Appendix A.4 and the code."""
+    batch = draw(0)
+    p = LossConfig(tau=3, tau_self=3, lam=0.3)
+    teacher_B = kl(soft(batch.t_at_nat, 3), soft(batch.s_adv, 3))
+    self_B = kl(soft(batch.s_nat, 3), soft(batch.s_adv, 3))
+    algorithm_1 = 0.3 * ce(batch.s_nat, batch.labels) + 0.7 * 9 * (teacher_B + (1 - trust(batch, p)) * self_B)
+    row = methods.get("iad1", loss=p).weights
+    torch.testing.assert_close(batch.loss(row, tau=3, tau_self=3).loss, algorithm_1.mean(), rtol=1e-13, atol=0)
+
+    p = LossConfig(tau=3, lam=0.3)
+    row = methods.get("iad1", loss=p).weights
+    torch.testing.assert_close(batch.loss(row, tau=3).loss, iad1_official(batch, p), rtol=1e-13, atol=0)
+
+
+# The table itself: six terms, alpha, and gradients in closed form.
+
+
+def six_terms(x: Batch, tau: float = 1.0, tau_self: float = 1.0) -> list[Tensor]:
+    """The terms per sample from torch's log-softmax, in the dtype of the logits."""
+
+    def divergence(target_BC: Tensor, temperature: float) -> Tensor:
+        log_t_BC = (target_BC / temperature).log_softmax(dim=1)
+        log_s_BC = (x.s_adv / temperature).log_softmax(dim=1)
+        return (log_t_BC.exp() * (log_t_BC - log_s_BC)).sum(dim=1)
+
+    return [
+        F.cross_entropy(x.s_nat, x.labels, reduction="none"),
+        F.cross_entropy(x.s_adv, x.labels, reduction="none"),
+        divergence(x.s_nat, tau_self),
+        divergence(x.t_at_nat, tau),
+        divergence(x.t_at_adv, tau),
+        divergence(x.t_st_adv, tau),
+    ]
+
+
+def weighted(terms: list[Tensor], weights: list[tuple[float, float]], alpha_B: Tensor) -> Tensor:
+    total: Tensor = sum((a + b * alpha_B) * term_B for (a, b), term_B in zip(weights, terms, strict=True))  # type: ignore[assignment]
+    return total
+
+
+def closed_form(x: Batch, w_BK: Tensor, tau: float, tau_self: float, detach_self: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of docs/loss.md; w_BK are the weights after alpha, each divided by B."""
+    y_BC = F.one_hot(x.labels, x.s_adv.shape[1]).double()
+    w = w_BK[:, :, None].unbind(dim=1)
+    q_BC, p_BC = soft(x.s_nat, tau_self), soft(x.s_adv, tau_self)
+    grad_adv = w[1] * (soft(x.s_adv) - y_BC) + w[2] / tau_self * (p_BC - q_BC)
+    for w_k, teacher in zip(w[3:], (x.t_at_nat, x.t_at_adv, x.t_st_adv), strict=True):
+        grad_adv = grad_adv + w_k / tau * (soft(x.s_adv, tau) - soft(teacher, tau))
+    grad_nat = w[0] * (soft(x.s_nat) - y_BC)
+    if not detach_self:
+        d_BC = q_BC.log() - p_BC.log()
+        grad_nat = grad_nat + w[2] / tau_self * q_BC * (d_BC - (q_BC * d_BC).sum(dim=1, keepdim=True))
+    return grad_adv, grad_nat
+
+
+@pytest.mark.parametrize("detach_self", [False, True])
+@settings(max_examples=100, deadline=None)
+@given(seed=SEEDS, tau=st.floats(0.5, 10), tau_self=st.floats(0.5, 10), beta=st.floats(0, 1))
+def test_gradients_of_any_table_have_the_closed_form(
+    detach_self: bool, seed: int, tau: float, tau_self: float, beta: float
+) -> None:
+    batch, weights = draw(seed), draw_weights(seed)
+    v_B = torch.linspace(0, 2, 5, dtype=torch.float64)
+    result = batch.loss(
+        weights, tau=tau, tau_self=tau_self, beta=beta, detach_self=detach_self, sample_weights=v_B
+    )
+    table = torch.tensor(weights, dtype=torch.float64)
+    w_BK = table[:, 0] + table[:, 1] * (soft(batch.t_at_adv)[range(5), batch.labels] ** beta)[:, None]
+    expected = closed_form(batch, v_B[:, None] * w_BK / 5, tau, tau_self, detach_self)
+    for got, wanted in zip(batch.gradients(result.loss), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_gradcheck(label_smoothing: float) -> None:
+    batch, weights = draw(1), draw_weights(1)
+
+    def loss(s_adv: Tensor, s_nat: Tensor) -> Tensor:
+        student = Batch(s_adv, s_nat, batch.t_at_nat, batch.t_at_adv, batch.t_st_adv, batch.labels)
+        return student.loss(weights, tau=2.0, tau_self=0.7, beta=0.5, label_smoothing=label_smoothing).loss
+
+    assert torch.autograd.gradcheck(loss, (batch.s_adv, batch.s_nat), atol=1e-8, rtol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, beta=st.floats(0, 2))
+def test_alpha_and_terms_are_those_of_the_batch(seed: int, beta: float) -> None:
+    batch = draw(seed)
+    result = batch.loss(draw_weights(seed), tau=3.0, tau_self=2.0, beta=beta)
+    true_probability = F.softmax(batch.t_at_adv, dim=1)[range(5), batch.labels]
+    torch.testing.assert_close(result.alpha, true_probability**beta, rtol=1e-12, atol=0)
+    means_K = torch.stack([term_B.mean() for term_B in six_terms(batch, 3.0, 2.0)])
+    torch.testing.assert_close(result.terms, means_K.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_alpha_is_one_without_the_robust_teacher_on_adversarial_images() -> None:
+    batch = draw(2)
+    result = distill_loss(batch.s_adv, batch.labels, weights=methods.get("at").weights)
+    assert torch.equal(result.alpha, torch.ones(5, dtype=torch.float64))
+    expected = [0, float(F.cross_entropy(batch.s_adv.detach(), batch.labels)), 0, 0, 0, 0]
+    assert result.terms.tolist() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("extreme", [1e4, 3e38, math.inf])
+def test_alpha_is_finite_where_the_probability_underflows(extreme: float, dtype: torch.dtype) -> None:
+    labels = torch.tensor([0, 1, 0])
+    t_at_adv = torch.tensor([[-extreme, 1.0, 2.0], [0.0, -extreme, 1e4], [1e4, -1e4, 0.0]], dtype=dtype)
+    s_adv = torch.zeros(3, 3, dtype=dtype, requires_grad=True)
+
+    def weigh_by_alpha(beta: float) -> DistillLoss:
+        row = ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0), (0, 0))
+        return distill_loss(s_adv, labels, t_at_adv=t_at_adv, weights=row, beta=beta)
+
+    at_zero = weigh_by_alpha(0.0)
+    assert at_zero.alpha.tolist() == [1, 1, 1]
+    torch.testing.assert_close(at_zero.loss, torch.tensor(math.log(3), dtype=dtype))
+    assert torch.isfinite(*torch.autograd.grad(at_zero.loss, s_adv)).all()
+    assert weigh_by_alpha(0.1).alpha.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits_give_finite_values_and_gradients(dtype: torch.dtype) -> None:
+    batch = draw(3, scale=1e6, limit=1e4).map(lambda logits_BC: logits_BC.to(dtype))
+    result = batch.loss([(1, 1)] * 6, tau=0.5, beta=0.0)
+    for value in (result.loss, result.alpha, result.terms, *batch.gradients(result.loss)):
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_a_term_of_zero_weight_needs_no_logits_and_is_blind_to_nan(k: int) -> None:
+    batch = draw(4)
+    weights = [(0.0, 0.0)] * 6
+    weights[k] = (0.7, 0.0)
+    read: dict[str, Any] = {name: getattr(batch, name) for name in READS[k]}
+    alone = distill_loss(read.pop("s_adv", None), batch.labels, **read, weights=weights, tau=2.0, tau_self=3.0)
+    expected = 0.7 * six_terms(batch, 2.0, 3.0)[k].mean()
+    torch.testing.assert_close(alone.loss, expected, rtol=1e-13, atol=0)
+
+    spoiled = batch.map(torch.clone)
+    with torch.no_grad():
+        for name in set(LOGITS) - set(READS[k]):
+            getattr(spoiled, name).fill_(math.nan)
+    result = spoiled.loss(weights, tau=2.0, tau_self=3.0)
+    assert torch.equal(result.loss, alone.loss)
+    assert torch.equal(result.terms, alone.terms)
+    for got, wanted in zip(spoiled.gradients(result.loss), batch.gradients(alone.loss), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_only_the_students_logits_get_a_gradient() -> None:
+    batch = draw(5)
+    constants = [batch.t_at_nat, batch.t_at_adv, batch.t_st_adv, torch.linspace(0, 2, 5, dtype=torch.float64)]
+    for tensor in constants:
+        tensor.requires_grad_()
+    result = batch.loss(draw_weights(5), sample_weights=constants[-1])
+    assert result.loss.requires_grad
+    assert not result.alpha.requires_grad
+    assert not result.terms.requires_grad
+    torch.autograd.backward(result.loss)
+    for tensor in constants:
+        assert tensor.grad is None or not tensor.grad.any()
+    assert batch.s_adv.grad is not None
+    assert batch.s_nat.grad is not None
+
+
+def test_a_detached_self_target_changes_the_gradient_and_not_the_value() -> None:
+    batch, weights = draw(6), [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0), (0, 0)]
+    attached, detached = batch.loss(weights).loss, batch.loss(weights, detach_self=True).loss
+    assert torch.equal(attached, detached)
+    assert batch.gradients(attached)[1].any()
+    assert not batch.gradients(detached)[1].any()
+    assert torch.equal(batch.gradients(attached)[0], batch.gradients(detached)[0])
+
+
+def test_sample_weights_multiply_and_the_mean_still_divides_by_b() -> None:
+    batch, weights = draw(7), draw_weights(7)
+    v_B = torch.tensor([0, 0.5, 1, 2, 3], dtype=torch.float64)
+    alpha_B = trust(batch, LossConfig())
+    loss_B = weighted(six_terms(batch), weights, alpha_B)
+    result = batch.loss(weights, sample_weights=v_B)
+    torch.testing.assert_close(result.loss, (v_B * loss_B).sum() / 5, rtol=1e-13, atol=1e-14)
+    assert torch.equal(result.terms, batch.loss(weights).terms)
+    assert not batch.gradients(result.loss)[0][0].any()
+
+
+def test_label_smoothing_is_that_of_cross_entropy_and_of_no_other_term() -> None:
+    batch, weights = draw(8), draw_weights(8)
+    smoothed = six_terms(batch)
+    for k, logits in enumerate((batch.s_nat, batch.s_adv)):
+        uniform_B = -logits.log_softmax(dim=1).mean(dim=1)
+        smoothed[k] = 0.9 * smoothed[k] + 0.1 * uniform_B
+        torch.testing.assert_close(
+            smoothed[k], F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=0.1)
+        )
+    result = batch.loss(weights, label_smoothing=0.1)
+    expected = weighted(smoothed, weights, trust(batch, LossConfig())).mean()
+    torch.testing.assert_close(result.loss, expected, rtol=1e-13, atol=1e-14)
+    assert torch.equal(result.alpha, batch.loss(weights).alpha)
+
+
+# Precision and layout.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(5))
+def test_low_precision_logits_are_computed_in_float32(dtype: torch.dtype, seed: int) -> None:
+    """Against float64 of the same rounded logits: at most twice the error of plain float32."""
+    tau, tau_self, beta = 2.0, 0.7, 0.3
+    weights = [(abs(a), abs(b)) for a, b in draw_weights(seed)]  # nothing cancels
+
+    def plain(x: Batch) -> Tensor:
+        log_p_B = x.t_at_adv.log_softmax(dim=1)[range(len(x.labels)), x.labels]
+        return weighted(six_terms(x, tau, tau_self), weights, (beta * log_p_B).exp()).mean()
+
+    batch = draw(seed, rows=128, classes=100).map(lambda logits_BC: logits_BC.to(dtype))
+    result = batch.loss(weights, tau=tau, tau_self=tau_self, beta=beta)
+    assert {result.loss.dtype, result.alpha.dtype, result.terms.dtype} == {torch.float32}
+    exact, eager = batch.map(Tensor.double), batch.map(Tensor.float)
+    exact_loss, eager_loss = plain(exact), plain(eager)
+    ulp = torch.finfo(torch.float32).eps
+
+    error, eager_error = (abs(value.item() - exact_loss.item()) for value in (result.loss, eager_loss))
+    # A single number may be exact by luck: a few rounding units are granted.
+    assert error <= 2 * eager_error + 8 * ulp * abs(exact_loss.item())
+
+    for got, wanted, other in zip(
+        batch.gradients(result.loss), exact.gradients(exact_loss), eager.gradients(eager_loss), strict=True
+    ):
+        assert got.dtype == dtype
+        error = float((got.double() - wanted).abs().max())
+        eager_error = float((other.to(dtype).double() - wanted).abs().max())
+        assert error <= 2 * eager_error + ulp * float(wanted.abs().max())
+
+
+def test_float64_stays_float64() -> None:
+    batch = draw(9)
+    result = batch.loss(draw_weights(9))
+    assert {value.dtype for value in (*result, *batch.gradients(result.loss))} == {torch.float64}
+
+
+def test_float64_sample_weights_leave_a_float32_loss_in_float32() -> None:
+    batch = draw(9).map(Tensor.float)
+    assert batch.loss(draw_weights(9), sample_weights=torch.ones(5).double()).loss.dtype == torch.float32
+
+
+def columns_first(logits_BC: Tensor) -> Tensor:
+    return logits_BC.t().contiguous().t()
+
+
+def every_second(logits_BC: Tensor) -> Tensor:
+    padded = torch.full((2 * logits_BC.shape[0], 3 * logits_BC.shape[1]), math.nan, dtype=logits_BC.dtype)
+    padded[::2, 1::3] = logits_BC
+    return padded[::2, 1::3]
+
+
+@pytest.mark.parametrize("layout", [columns_first, every_second])
+def test_strides_do_not_matter(layout: Callable[[Tensor], Tensor]) -> None:
+    batch, weights = draw(10), draw_weights(10)
+    strided = batch.map(layout, labels=torch.stack((batch.labels, batch.labels), dim=1)[:, 0])
+    assert not any(getattr(strided, name).is_contiguous() for name in (*LOGITS, "labels"))
+    two_B = torch.tensor([2.0], dtype=torch.float64).expand(5)
+    got, wanted = strided.loss(weights, sample_weights=two_B), batch.loss(weights)
+    torch.testing.assert_close(got.loss, 2 * wanted.loss, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close((got.alpha, got.terms), (wanted.alpha, wanted.terms), rtol=1e-13, atol=0)
+    for one, other in zip(strided.gradients(got.loss), batch.gradients(wanted.loss), strict=True):
+        torch.testing.assert_close(one, 2 * other, rtol=1e-13, atol=1e-15)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, shift=st.floats(-100, 100))
+def test_a_constant_added_to_a_row_of_logits_changes_nothing(seed: int, shift: float) -> None:
+    batch, weights = draw(seed), draw_weights(seed)
+    shift_B1 = torch.linspace(-shift, shift, 5, dtype=torch.float64)[:, None]
+    shifted = batch.map(lambda logits_BC: logits_BC + shift_B1)
+    got, wanted = shifted.loss(weights, tau=2.0), batch.loss(weights, tau=2.0)
+    torch.testing.assert_close(tuple(got), tuple(wanted), rtol=1e-11, atol=1e-11)
+    for one, other in zip(shifted.gradients(got.loss), batch.gradients(wanted.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+        # ... so a gradient has no component along that shift.
+        torch.testing.assert_close(one.sum(dim=1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, order=st.permutations(range(7)))
+def test_the_order_of_classes_and_of_samples_does_not_matter(seed: int, order: list[int]) -> None:
+    batch, weights = draw(seed, rows=7, classes=7), draw_weights(seed)
+    renamed = torch.tensor(order).argsort()[batch.labels[order]]
+    permuted = batch.map(lambda logits_BC: logits_BC[order][:, order], labels=renamed)
+    got, wanted = permuted.loss(weights), batch.loss(weights)
+    torch.testing.assert_close((got.loss, got.terms), (wanted.loss, wanted.terms), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got.alpha, wanted.alpha[order], rtol=1e-13, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, rows=st.integers(1, 9))
+def test_the_loss_of_a_batch_is_the_mean_over_its_samples(seed: int, rows: int) -> None:
+    batch, weights = draw(seed, rows=rows), draw_weights(seed)
+    samples = [slice(i, i + 1) for i in range(rows)]
+    alone = [batch.map(lambda logits_BC, i=i: logits_BC[i], labels=batch.labels[i]) for i in samples]  # type: ignore[misc]
+    losses = torch.stack([one.loss(weights).loss for one in alone])
+    torch.testing.assert_close(batch.loss(weights).loss, losses.mean(), rtol=1e-12, atol=1e-13)
+
+
+def test_a_divergence_is_zero_at_its_target_and_positive_elsewhere() -> None:
+    batch = draw(11)
+    same = batch.map(lambda _: batch.s_adv.detach()).loss([(1, 0)] * 6, tau=3.0, tau_self=2.0)
+    assert same.terms[2:].abs().max() < 1e-15
+    assert (batch.loss([(1, 0)] * 6).terms[2:] > 0.1).all()
+
+
+# What is refused.
+
+ROW = {k: [(1.0, 0.0) if j == k else (0.0, 0.0) for j in range(6)] for k in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"weights": [(1, 0)] * 5}, ["weights", "5"]),
+        ({"weights": ROW[0], "s_nat": None}, ["s_nat is absent", "weights[0]", "(1, 0)"]),
+        ({"weights": ROW[1], "s_adv": None}, ["s_adv is absent", "weights[1]"]),
+        ({"weights": ROW[2], "s_adv": None}, ["s_adv is absent", "weights[2]"]),
+        ({"weights": ROW[2], "s_nat": None}, ["s_nat is absent", "weights[2]"]),
+        ({"weights": ROW[3], "t_at_nat": None}, ["t_at_nat is absent", "weights[3]"]),
+        ({"weights": ROW[4], "t_at_adv": None}, ["t_at_adv is absent", "weights[4]"]),
+        ({"weights": ROW[5], "t_st_adv": None}, ["t_st_adv is absent", "weights[5]"]),
+        ({"weights": [(0, 0), (1, -0.5), *[(0, 0)] * 4], "t_at_adv": None}, ["t_at_adv is absent", "(1, -0.5)"]),
+        ({"weights": [(0, 0)] * 6, "s_adv": None, "s_nat": None}, ["s_adv and s_nat", "absent"]),
+        ({"s_adv": torch.zeros(4, 3)}, ["s_adv", "(4, 3)", "(5, 3)"]),
+        ({"t_st_adv": torch.zeros(5, 4)}, ["t_st_adv", "(5, 4)", "(5, 3)"]),
+        ({"t_at_nat": torch.zeros(5, 3, 1)}, ["t_at_nat", "(5, 3, 1)"]),
+        ({"t_at_adv": torch.zeros(5, 3, dtype=torch.int64)}, ["t_at_adv", "int64", "floating"]),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, ["labels", "(5,)", "(4,)"]),
+        ({"labels": torch.zeros(5, 1, dtype=torch.int64)}, ["labels", "(5, 1)"]),
+        ({"labels": torch.zeros(5, dtype=torch.int32)}, ["labels", "int32"]),
+        ({"labels": torch.tensor([0, 1, 2, 3, 0])}, ["labels", "0..3", "< 3"]),
+        ({"labels": torch.tensor([0, 1, -1, 0, 0])}, ["labels", "-1..1"]),
+        ({"sample_weights": torch.ones(4)}, ["sample_weights", "(4,)", "(5,)"]),
+        ({"sample_weights": torch.ones(5, 1)}, ["sample_weights", "(5, 1)"]),
+        ({"tau": 0.0}, ["tau", "positive", "0"]),
+        ({"tau": math.nan}, ["tau", "positive", "nan"]),
+        ({"tau_self": -1.0}, ["tau_self", "positive", "-1"]),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_line(changes: dict[str, Any], names: list[str]) -> None:
+    right: dict[str, Any] = {name: torch.zeros(5, 3) for name in LOGITS} | {
+        "labels": torch.zeros(5, dtype=torch.int64),
+        "weights": [(1, 1)] * 6,
+    }
+    distill_loss(**right)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+        distill_loss(**right | changes)
+    assert [name for name in names if name not in str(error.value)] == []

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine import models
+from engine.models.normalize import CONSTANTS, Normalize, constants
+from engine.models.resnet import ResNet
+from engine.models.wideresnet import WideResNet
+
+State = dict[str, Tensor]
+
+# What the numeric tests run: the table's architectures, but a narrow, shallow Wide ResNet in place of the big one.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet8": lambda: models.build("resnet8", 10),
+    "resnet20": lambda: ResNet((16, 32, 64), 3, 10),
+    "resnet18": lambda: models.build("resnet18", 10),
+    "preactresnet18": lambda: models.build("preactresnet18", 10),
+    "wrn16-2": lambda: WideResNet(16, 2, 10),
+    "mobilenetv2": lambda: models.build("mobilenetv2", 10),
+}
+
+
+def network(name: str) -> nn.Module:
+    """A float64 network whose BatchNorms are no identity in either mode."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def images(size: int, batch: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, size, size, dtype=torch.float64, generator=generator)
+
+
+# Transcriptions of the papers' networks as functions of a state dict.
+
+
+def conv(s: State, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    weight = s[f"{name}.weight"]
+    groups = x.shape[1] // weight.shape[1]
+    return F.conv2d(x, weight, stride=stride, padding=(weight.shape[-1] - 1) // 2, groups=groups)
+
+
+def norm(s: State, name: str, x: Tensor, train: bool) -> Tensor:
+    if train:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    else:
+        mean, var = s[f"{name}.running_mean"], s[f"{name}.running_var"]
+    scale = s[f"{name}.weight"] / (var + 1e-5).sqrt()
+    return x * scale[:, None, None] + (s[f"{name}.bias"] - mean * scale)[:, None, None]
+
+
+def head(s: State, name: str, x: Tensor) -> Tensor:
+    pooled = x.flatten(2).sum(2) / (x.shape[2] * x.shape[3])
+    return pooled @ s[f"{name}.weight"].T + s[f"{name}.bias"]
+
+
+def resnet(s: State, x: Tensor, train: bool, stages: int, blocks: int) -> Tensor:
+    x = norm(s, "bn1", conv(s, "conv1", x), train).relu()
+    for stage in range(1, stages + 1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            halves = stage > 1 and block == 0
+            out = norm(s, f"{at}.bn1", conv(s, f"{at}.conv1", x, 2 if halves else 1), train).relu()
+            out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv2", out), train)
+            if halves:
+                x = norm(s, f"{at}.shortcut.1", conv(s, f"{at}.shortcut.0", x, 2), train)
+            x = (out + x).relu()
+    return head(s, "linear", x)
+
+
+def preact_block(s: State, at: str, x: Tensor, train: bool, stride: int, projection: str | None) -> Tensor:
+    h = norm(s, f"{at}.bn1", x, train).relu()
+    out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv1", h, stride), train).relu()
+    skip = conv(s, f"{at}.{projection}", h, stride) if projection else x
+    return conv(s, f"{at}.conv2", out) + skip
+
+
+def preactresnet18(s: State, x: Tensor, train: bool) -> Tensor:
+    x = conv(s, "conv1", x)
+    for stage in (1, 2, 3, 4):
+        first = stage > 1
+        x = preact_block(s, f"layer{stage}.0", x, train, 2 if first else 1, "shortcut.0" if first else None)
+        x = preact_block(s, f"layer{stage}.1", x, train, 1, None)
+    return head(s, "linear", norm(s, "bn", x, train).relu())
+
+
+def wrn16(s: State, x: Tensor, train: bool) -> Tensor:
+    x = conv(s, "conv1", x)
+    for group in (1, 2, 3):
+        x = preact_block(s, f"block{group}.layer.0", x, train, 1 if group == 1 else 2, "convShortcut")
+        x = preact_block(s, f"block{group}.layer.1", x, train, 1, None)
+    return head(s, "fc", norm(s, "bn1", x, train).relu())
+
+
+def mobilenetv2(s: State, x: Tensor, train: bool) -> Tensor:
+    x = norm(s, "bn1", conv(s, "conv1", x), train).relu()
+    halving = {3, 6, 13}  # of the 17 blocks
+    projecting = {0, 1, 10, 16}  # stride 1 with more channels out than in, or fewer
+    for block in range(17):
+        at = f"layers.{block}"
+        out = norm(s, f"{at}.bn1", conv(s, f"{at}.conv1", x), train).relu()
+        out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv2", out, 2 if block in halving else 1), train).relu()
+        out = norm(s, f"{at}.bn3", conv(s, f"{at}.conv3", out), train)
+        if block in halving:
+            x = out
+        elif block in projecting:
+            x = out + norm(s, f"{at}.shortcut.1", conv(s, f"{at}.shortcut.0", x), train)
+        else:
+            x = out + x
+    return head(s, "linear", norm(s, "bn2", conv(s, "conv2", x), train).relu())
+
+
+REFERENCES: dict[str, Callable[[State, Tensor, bool], Tensor]] = {
+    "resnet8": lambda s, x, train: resnet(s, x, train, stages=3, blocks=1),
+    "resnet20": lambda s, x, train: resnet(s, x, train, stages=3, blocks=3),
+    "resnet18": lambda s, x, train: resnet(s, x, train, stages=4, blocks=2),
+    "preactresnet18": preactresnet18,
+    "wrn16-2": wrn16,
+    "mobilenetv2": mobilenetv2,
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward_equals_a_functional_transcription(name: str, train: bool) -> None:
+    model = network(name).train(train)
+    x = images(16)
+    state = {
+        key: value.clone() for key, value in model.state_dict().items()
+    }  # before train mode moves the statistics
+    expected = REFERENCES[name](state, x, train)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("resnet8", 10, 78_042),
+        ("resnet8", 100, 83_892),
+        ("resnet18", 10, 11_173_962),
+        ("resnet18", 100, 11_220_132),
+        ("preactresnet18", 10, 11_172_170),  # with the last BatchNorm: 2 * 512 more than 11,171,146 without it
+        ("preactresnet18", 100, 11_218_340),
+        ("preactresnet18", 200, 11_269_640),
+        ("wrn34-10", 10, 46_160_474),
+        ("wrn34-10", 100, 46_218_164),
+        ("mobilenetv2", 10, 2_296_922),
+        ("mobilenetv2", 100, 2_412_212),
+    ],
+)
+def test_published_numbers_of_parameters(name: str, num_classes: int, parameters: int) -> None:
+    with torch.device("meta"):
+        model = models.build(name, num_classes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def bn_keys(*names: str) -> set[str]:
+    return {f"{name}.{part}" for name in names for part in BN}
+
+
+def test_names_in_resnet18_are_the_published_ones() -> None:
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    shortcuts = [f"layer{stage}.0.shortcut" for stage in (2, 3, 4)]
+    keys = {"conv1.weight", "linear.weight", "linear.bias"} | bn_keys("bn1")
+    keys |= {f"{at}.{conv}.weight" for at in blocks for conv in ("conv1", "conv2")}
+    keys |= bn_keys(*(f"{at}.{bn}" for at in blocks for bn in ("bn1", "bn2")))
+    keys |= {f"{at}.0.weight" for at in shortcuts} | bn_keys(*(f"{at}.1" for at in shortcuts))
+    with torch.device("meta"):
+        assert set(models.build("resnet18", 10).state_dict()) == keys
+
+
+def test_names_in_wrn34_10_are_the_published_ones() -> None:
+    blocks = [f"block{group}.layer.{index}" for group in (1, 2, 3) for index in range(5)]
+    keys = {"conv1.weight", "fc.weight", "fc.bias"} | bn_keys("bn1")
+    keys |= {f"{at}.{conv}.weight" for at in blocks for conv in ("conv1", "conv2")}
+    keys |= bn_keys(*(f"{at}.{bn}" for at in blocks for bn in ("bn1", "bn2")))
+    keys |= {f"block{group}.layer.0.convShortcut.weight" for group in (1, 2, 3)}
+    with torch.device("meta"):
+        assert set(models.build("wrn34-10", 10).state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_channels_last_has_equal_values_and_keeps_its_layout(name: str) -> None:
+    model, other = network(name), network(name).to(memory_format=torch.channels_last)
+    model.normalize = Normalize(*constants("cifar10")).double()
+    other.normalize = Normalize(*constants("cifar10")).double()
+    x = images(16).requires_grad_()
+    x_last = images(16).to(memory_format=torch.channels_last).requires_grad_()
+    elsewhere: list[str] = []
+
+    def watch(at: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: object, out: Tensor) -> None:
+            if out.ndim == 4 and not out.is_contiguous(memory_format=torch.channels_last):
+                elsewhere.append(at)
+
+        return hook
+
+    for at, module in other.named_modules():
+        module.register_forward_hook(watch(at))
+    expected, got = model(x), other(x_last)
+    assert elsewhere == []
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    (g,) = torch.autograd.grad(expected.square().sum(), x)
+    (g_last,) = torch.autograd.grad(got.square().sum(), x_last)
+    torch.testing.assert_close(g_last, g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradient_reaches_every_parameter(name: str) -> None:
+    model = network(name)
+    loss = F.cross_entropy(model(images(16)), torch.tensor([0, 1, 2, 3]))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    assert [name for name, g in zip(names, gradients, strict=True) if g is None or not g.abs().max() > 0] == []
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_input_gradient_equals_a_finite_difference(name: str) -> None:
+    model = network(name).eval()
+    x = images(8, batch=1).requires_grad_()
+    direction = images(8, batch=2)[1:] - 0.5
+    (gradient,) = torch.autograd.grad(model(x)[0, 3], x)
+    step = 1e-7
+    with torch.no_grad():
+        difference = (model(x + step * direction)[0, 3] - model(x - step * direction)[0, 3]) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", models.TABLE)
+def test_every_input_size_of_the_table_works(name: str) -> None:
+    with torch.device("meta"):  # shapes alone: values at other sizes are those of the test against a transcription
+        model = models.build(name, 200)
+        for size in models.TABLE[name].input_sizes:
+            assert model(torch.rand(2, 3, size, size)).shape == (2, 200)
+
+
+def test_preactresnet18_equals_its_transcription_at_64x64() -> None:
+    model = network("preactresnet18").eval()
+    x = images(64, batch=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), preactresnet18(model.state_dict(), x, False), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dataset", [*CONSTANTS, "digits", "folder", None])
+def test_normalisation_inside_equals_normalisation_outside(dataset: str | None) -> None:
+    torch.manual_seed(0)
+    inside = models.build("resnet8", 10, normalize=True, dataset=dataset).double().eval()
+    torch.manual_seed(0)
+    outside = models.build("resnet8", 10).double().eval()
+    mean, std = constants(dataset)
+    x = images(32)
+    channels = [(x[:, c] - mean[c]) / std[c] for c in range(3)]
+    torch.testing.assert_close(inside(x), outside(torch.stack(channels, dim=1)), rtol=0, atol=1e-6)
+    assert not torch.allclose(inside(x), outside(x), atol=1e-3)
+    assert set(inside.state_dict()) - set(outside.state_dict()) == {"normalize.mean", "normalize.std"}
+
+
+def test_constants_are_one_half_where_none_are_published() -> None:
+    assert constants("digits") == constants("folder") == constants(None) == ((0.5,) * 3, (0.5,) * 3)
+    assert constants("cifar10")[0] == (0.4914, 0.4822, 0.4465)
+
+
+def test_initialisation_is_that_of_the_docstrings() -> None:
+    torch.manual_seed(0)
+    wide = models.build("wrn34-10", 10)
+    for key, weight in wide.named_parameters():
+        if weight.ndim == 4 and weight.numel() > 10_000:
+            fan_out = weight.shape[0] * weight.shape[2] * weight.shape[3]
+            assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03), key
+    assert not wide.get_parameter("fc.bias").any()
+    for name in ("resnet18", "preactresnet18", "mobilenetv2"):
+        weight = models.build(name, 10).get_parameter("conv1.weight")
+        assert 0.9 * 27**-0.5 < weight.abs().max() <= 27**-0.5, name
+
+
+def test_the_seed_of_the_caller_decides_the_weights() -> None:
+    def first(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return models.build("resnet8", 10).get_parameter("conv1.weight")
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_build_refuses_what_it_cannot_build() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model: 'resnet-18' is not known; did you mean 'resnet18'\? known: mob"
+    ):
+        models.build("resnet-18", 10)
+    with pytest.raises(ValueError, match=r"^num_classes: a classifier has at least 2 classes, got 1$"):
+        models.build("resnet8", 1)

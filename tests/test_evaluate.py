@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engine.evaluate
+from engine.attack import describe, pgd, presets
+from engine.evaluate import COLUMNS, check_names, evaluate
+
+PGD_NAMES = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "cw")
+
+
+class Network(nn.Module):
+    """A small convolutional network with BatchNorm, in training mode, whose accuracy under attack is middling."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8 * 16, classes)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for value in self.parameters():
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(F.relu(self.norm(self.conv(images))).flatten(1))
+        return logits
+
+
+def network(classes: int = 10, dtype: torch.dtype = torch.float64) -> Network:
+    return Network(classes).to(dtype)
+
+
+def labelled(model: nn.Module, size: int = 24) -> tuple[Tensor, Tensor]:
+    """uint8 NHWC images, and labels that the model gets right except for every sixth."""
+    images = torch.randint(256, (size, 8, 8, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(images.permute(0, 3, 1, 2).to(dtype) / 255)
+    labels = logits.argmax(dim=1)
+    labels[::6] = (labels[::6] + 1) % logits.shape[1]
+    return images, labels
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- what is counted
+
+
+def test_natural_accuracy_is_the_count_by_hand() -> None:
+    model = network()
+    images, labels = labelled(model)
+    result = evaluate(model, (images, labels), ["natural"])["natural"]
+    assert (result.attack, result.correct, result.n) == ("natural", 20, 24)
+    assert result.accuracy == 20 / 24
+    assert result.description == "no attack"
+
+
+@pytest.mark.parametrize("threat_model", ["Linf", "L2"])
+@pytest.mark.parametrize("name", PGD_NAMES)
+def test_an_attack_is_pgd_with_its_preset(name: str, threat_model: str) -> None:
+    model, seed = network(), 5
+    images, labels = labelled(model)
+    epsilon = {"Linf": 3 / 255, "L2": 0.2}[threat_model]
+    spec = presets(epsilon, threat_model)[name]
+    twin = copy.deepcopy(model).eval()
+    x_nat = images.permute(0, 3, 1, 2).double() / 255
+    x_adv = pgd(twin, x_nat, labels, spec, seed=seed, counter=zlib.crc32(name.encode()))
+    with torch.no_grad():
+        expected = int((twin(x_adv).argmax(1) == labels).sum())
+    assert 0 < expected < 20
+
+    result = evaluate(model, (images, labels), [name], epsilon=epsilon, threat_model=threat_model, seed=seed)[name]
+    assert result.correct == expected
+    assert result.description == describe(spec)
+
+
+def crafted(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[int, Tensor]:
+    """The adversarial image of every sample that `evaluate` attacks."""
+    images_of: dict[int, Tensor] = {}
+
+    def spy(model: nn.Module, x_nat: Tensor, labels: Tensor, spec: Any, **given: Any) -> Tensor:
+        x_adv = pgd(model, x_nat, labels, spec, **given)
+        images_of.update(zip(given["sample"].tolist(), x_adv, strict=True))
+        return x_adv
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.evaluate, "pgd", spy)
+        model = network()
+        evaluate(model, labelled(model), ["pgd10"], **keys)
+    return images_of
+
+
+@pytest.mark.parametrize("keys", [{"batch_size": 7}, {"batch_size": 1}, {"limit": 15, "batch_size": 4}], ids=str)
+def test_an_adversarial_image_depends_on_neither_batch_size_nor_limit(
+    keys: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, part = crafted(monkeypatch), crafted(monkeypatch, **keys)
+    assert len(whole) == 24
+    assert len(part) == keys.get("limit", 24)
+    for sample, x_adv in part.items():
+        torch.testing.assert_close(x_adv, whole[sample], rtol=0, atol=1e-12)
+    other = crafted(monkeypatch, seed=1)
+    assert all((other[sample] != whole[sample]).any() for sample in whole)
+
+
+def test_a_result_does_not_depend_on_the_other_attacks() -> None:
+    model = network()
+    data = labelled(model)
+    together = evaluate(model, data, ["cw", "natural", "pgd10", "cw"], epsilon=3 / 255, batch_size=7)
+    assert list(together) == ["cw", "natural", "pgd10"]
+    for name in together:
+        assert evaluate(model, data, [name], epsilon=3 / 255)[name].correct == together[name].correct
+
+
+def test_uint8_and_float_images_are_the_same_images() -> None:
+    model = network(dtype=torch.float32)
+    images, labels = labelled(model)
+    floats = images.permute(0, 3, 1, 2).float() / 255
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    evaluate(model, (images, labels), ["pgd10"])
+    first, seen[:] = seen[:], []
+    evaluate(model, (floats.contiguous(), labels.to(torch.int32)), ["pgd10"])
+    assert len(seen) == len(first) == 12
+    assert all(torch.equal(one, other) for one, other in zip(first, seen, strict=True))
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_object_with_images_and_labels_is_accepted() -> None:
+    model = network()
+    images, labels = labelled(model)
+    split = SimpleNamespace(images=images, labels=labels, class_names=())
+    assert evaluate(model, split, ["natural"])["natural"].correct == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_forward_runs_in_the_dtype_of_the_parameters(dtype: torch.dtype) -> None:
+    model = network(dtype=dtype)
+    data = labelled(model)
+    seen = set()
+    model.register_forward_hook(lambda module, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        evaluate(model, data, ["pgd10"])
+    assert seen == {dtype}
+
+
+def test_limit_takes_every_class_equally_and_depends_on_the_labels_alone() -> None:
+    labels = torch.arange(4).repeat_interleave(
+        torch.tensor([30, 10, 20, 2])
+    )  # sorted by class, as files often are
+    images = torch.zeros(62, 8, 8, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(62)
+
+    def taken(limit: int | None, seed: int = 0) -> list[int]:
+        model, seen = network(4), []
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 0, 0, 0].mul(255).round()))
+        result = evaluate(model, (images, labels), ["natural"], limit=limit, seed=seed, batch_size=9)["natural"]
+        chosen = torch.cat(seen[1:]).int().tolist()  # the first forward counts the classes
+        assert result.n == len(chosen)
+        return chosen
+
+    assert labels[taken(14)].bincount().tolist() == [4, 4, 4, 2]
+    assert labels[taken(8)].bincount().tolist() == [2, 2, 2, 2]
+    assert taken(14, seed=3) == taken(14)
+    assert taken(62) == taken(99) == taken(None) == list(range(62))
+
+
+def test_a_result_is_frozen_and_goes_into_json() -> None:
+    model = network()
+    result = evaluate(model, labelled(model), ["pgd20"], epsilon=3 / 255)["pgd20"]
+    assert json.loads(json.dumps(result.as_dict())) == {
+        "attack": "pgd20",
+        "correct": result.correct,
+        "n": 24,
+        "accuracy": result.correct / 24,
+        "description": "L-inf, epsilon 3/255, 20 steps of 0.75/255, random start, cross-entropy, BN eval",
+        "seconds": result.seconds,
+    }
+    assert result.seconds > 0
+    with pytest.raises(FrozenInstanceError):
+        result.correct = 24  # type: ignore[misc]
+
+
+def test_every_attack_has_a_column() -> None:
+    assert set(COLUMNS) == {"natural", *presets(), "aa"}
+    assert COLUMNS["natural"] == "Natural"
+    assert COLUMNS["pgd20"] == "PGD-20"
+    assert len(set(COLUMNS.values())) == len(COLUMNS)
+
+
+# ---------------------------------------------------------------- what an evaluation leaves behind
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_on_batch_tells_the_progress_and_may_interrupt() -> None:
+    model = network()
+    data = labelled(model)
+    calls: list[tuple[str, int, int]] = []
+    evaluate(model, data, ["natural", "fgsm"], batch_size=10, on_batch=lambda *call: calls.append(call))
+    assert calls == [(name, done, 24) for name in ("natural", "fgsm") for done in (10, 20, 24)]
+
+    def interrupt(attack: str, done: int, total: int) -> None:
+        if (attack, done) == ("fgsm", 20):
+            raise Interrupted
+
+    model.norm.eval()
+    model.conv.requires_grad_(False)
+    before = footprint(model)
+    with pytest.raises(Interrupted):
+        evaluate(model, data, ["natural", "fgsm"], batch_size=10, on_batch=interrupt)
+    assert footprint(model) == before
+
+
+def footprint(model: nn.Module) -> list[Any]:
+    """Everything outside that an evaluation might change."""
+    return [
+        [(name, module.training) for name, module in model.named_modules()],
+        [(name, value.requires_grad, value.grad) for name, value in model.named_parameters()],
+        {name: value.tolist() for name, value in model.state_dict().items()},
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # type: ignore[index]
+        precisions(),
+        torch.is_grad_enabled(),
+        sys.gettrace(),
+        sys.stdout,
+    ]
+
+
+def precisions() -> list[str]:
+    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["natural", "pgd10"])
+def test_an_evaluation_leaves_no_trace(name: str) -> None:
+    model = network()
+    model.norm.eval()
+    model.conv.requires_grad_(False)
+    data = labelled(model)
+    before = footprint(model)
+    result = evaluate(model, data, [name])[name]
+    assert footprint(model) == before
+    assert evaluate(model, data, [name])[name].correct == result.correct
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_off_inside_and_as_before_outside(allowed: bool) -> None:
+    """The flags exist without a GPU."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    default = matmul.allow_tf32, cudnn.allow_tf32
+    model = network()
+    data = labelled(model)
+    seen: list[list[str]] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(precisions()))
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        before = precisions()
+        evaluate(model, data, ["natural", "fgsm"])
+        assert seen
+        assert all(inside == ["ieee", "ieee"] for inside in seen)
+        assert precisions() == before
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = default
+
+
+def test_a_model_in_eval_mode_with_random_layers_is_not_random() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(192, 10)).double()
+    data = labelled(model)
+    assert evaluate(model, data, ["natural"])["natural"].correct == 20
+    assert model.training
+
+
+def test_an_image_outside_the_ball_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    data = labelled(model)
+    for wrong in (lambda x: (x + 9 / 255).clamp(0, 1), lambda x: x - 4 / 255, lambda x: x * torch.nan):
+        monkeypatch.setattr(engine.evaluate, "pgd", lambda model, x_nat, *args, wrong=wrong, **keys: wrong(x_nat))
+        with pytest.raises(RuntimeError, match=r"fgsm: an image lies .* outside the ball"):
+            evaluate(model, data, ["fgsm"], batch_size=7)
+    monkeypatch.setattr(engine.evaluate, "pgd", lambda model, x_nat, *args, **keys: (x_nat + 8 / 255).clamp(0, 1))
+    assert evaluate(model, data, ["fgsm"])["fgsm"].n == 24
+
+
+# ---------------------------------------------------------------- what is refused
+
+GOOD = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.full((4, 3, 8, 8), 1.01), GOOD[1], r"images: floats must lie in \[0, 1\], got 1.01..1.01"),
+        (torch.full((4, 3, 8, 8), -0.01), GOOD[1], r"images: floats must lie in \[0, 1\]"),
+        (torch.full((4, 3, 8, 8), torch.nan), GOOD[1], r"images: floats must lie in \[0, 1\]"),
+        (GOOD[0], GOOD[1][:3], "data: 4 images and 3 labels"),
+        (GOOD[0][:0], GOOD[1][:0], "data: there is nothing to evaluate"),
+        (GOOD[0][0], GOOD[1], r"images: expected uint8 \(N, H, W, C\)"),
+        (GOOD[0].int(), GOOD[1], "images: expected uint8 .* got torch.int32"),
+        (GOOD[0], GOOD[1].double(), r"labels: expected integers of shape \(N,\), got torch.float64"),
+        (GOOD[0], F.one_hot(GOOD[1]), r"labels: expected integers of shape \(N,\)"),
+        (GOOD[0], GOOD[1] - 1, "labels: expected 0 <= label, got -1"),
+        (GOOD[0], GOOD[1] + 7, "labels: up to 10, and the model has 10 classes"),
+    ],
+)
+def test_bad_data_is_refused_in_one_line(images: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate(network(), (images, labels), ["natural"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attacks": ["natural", "pgd-20"]}, "attack: 'pgd-20' is not known; did you mean 'pgd20'"),
+        ({"batch_size": 0}, "batch_size: at least 1 is needed, got 0"),
+        ({"limit": 0}, "limit: "),
+        ({"limit": 3}, "limit: "),
+        ({"epsilon": -0.1}, "epsilon: "),
+        ({"threat_model": "L1"}, "threat_model: "),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_one_line(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate(network(), GOOD, **{"attacks": ["natural"]} | keys)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_precision_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model: evaluation runs in float32 or float64, .* torch.bfloat16"):
+        evaluate(network(dtype=torch.bfloat16), GOOD, ["natural"])
+
+
+# ---------------------------------------------------------------- AutoAttack
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)  # import raises ImportError
+
+
+def test_autoattack_equals_the_package_called_directly(capsys: pytest.CaptureFixture[str]) -> None:
+    pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    model = network(dtype=torch.float32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images, labels = labelled(model, 8)
+    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    x_nat = (images.permute(0, 3, 1, 2).float() / 255).contiguous()
+    direct = pyautoattack.AutoAttack(twin, norm="Linf", eps=3 / 255, version="standard", seed=4, device="cpu")
+    with torch.random.fork_rng():
+        expected = int((direct.run_standard_evaluation(x_nat, labels, batch_size=8)[1] == labels).sum())
+    assert 0 < expected < 6
+
+    before = footprint(model)
+    capsys.readouterr()
+    result = evaluate(model, (images, labels), ["aa"], epsilon=3 / 255, seed=4)["aa"]
+    assert result.correct == expected
+    assert result.description == (
+        "AutoAttack standard (APGD-CE, APGD-T and FAB-T with 9 target classes, Square), L-inf, epsilon 3/255, "
+        f"pyautoattack {metadata.version('pyautoattack')}, 8 images, batch 250, seed 4"
+    )
+    assert capsys.readouterr().out == ""
+    assert footprint(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autoattack_with_few_classes_l2_and_batches_of_one(dtype: torch.dtype) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    model = network(4, dtype)
+    images, labels = labelled(model, 4)
+    calls: list[int] = []
+    result = evaluate(
+        model,
+        (images[:3], labels[:3]),
+        ["aa"],
+        epsilon=2.0,  # no image survives, and so Square has nothing to do
+        threat_model="L2",
+        batch_size=2,
+        on_batch=lambda attack, done, total: calls.append(done),
+    )["aa"]
+    assert result.correct == 0
+    assert "with 3 target classes" in result.description
+    assert "L2, epsilon 2, " in result.description
+    assert calls == [2, 3]
+
+
+def test_autoattack_needs_four_classes() -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    model = network(3)
+    with pytest.raises(ValueError, match=r"aa: .* needs 4 classes, and the model has 3"):
+        evaluate(model, labelled(model), ["natural", "aa"])
+
+
+def test_autoattack_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "pyautoattack", "autoattack")
+    with pytest.raises(ValueError, match="aa: AutoAttack is not installed; pip install pyautoattack"):
+        check_names(["natural", "aa"])
+    assert check_names(["natural", "fgsm", "natural"]) == ["natural", "fgsm"]
+
+
+def test_the_original_package_serves_where_it_is_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in with the constructor and the method of the original."""
+
+    def perturbed(x_orig: Tensor, eps: float) -> Tensor:
+        return (x_orig + eps * (x_orig.roll(1, dims=3) - 0.5).sign()).clamp(0, 1)
+
+    class AutoAttack:
+        def __init__(
+            self, model: Any, norm: str, eps: float, seed: int, verbose: bool, version: str, device: torch.device
+        ) -> None:
+            assert (norm, version, seed, verbose, device.type) == ("Linf", "standard", 9, False, "cpu")
+            self.model, self.eps = model, eps
+            self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+
+        def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Tensor:
+            print("a warning")  # noqa: T201
+            assert bs == len(x_orig) == len(y_orig)
+            assert x_orig.is_contiguous()
+            assert self.apgd_targeted.n_target_classes == self.fab.n_target_classes == 9
+            assert self.model(x_orig).dtype == x_orig.dtype == torch.float32
+            return perturbed(x_orig, self.eps)
+
+    module = ModuleType("autoattack")
+    module.AutoAttack = AutoAttack
+    without(monkeypatch, "pyautoattack")
+    monkeypatch.setitem(sys.modules, "autoattack", module)
+    monkeypatch.setattr(metadata, "version", {"autoattack": "0.1"}.__getitem__)
+    model = network()
+    images, labels = labelled(model)
+    result = evaluate(model, (images, labels), ["aa"], epsilon=0.2, batch_size=5, seed=9)["aa"]
+    with torch.no_grad():
+        x_adv = perturbed(images.permute(0, 3, 1, 2).float() / 255, 0.2).double()
+        expected = int((copy.deepcopy(model).eval()(x_adv).argmax(1) == labels).sum())
+    assert 0 < result.correct == expected < 20
+    assert "autoattack 0.1" in result.description
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "a warning" in output.err

@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import pickle
+import tempfile
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from engine import models
+from engine.weights import LoadedModel, architecture_of, load_model, read_weights
+
+State = dict[str, Tensor]
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.3, 0.2, 0.25])
+
+
+@cache
+def network(name: str, num_classes: int = 10) -> nn.Module:
+    """A network without normalisation, in eval mode, whose BatchNorms are no identity."""
+    torch.manual_seed(0)
+    model = models.build(name, num_classes)
+    for key, value in model.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(std=0.2)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def logits(module: nn.Module, x: Tensor) -> Tensor:
+    module.double()
+    with torch.no_grad():
+        out: Tensor = module(x)
+    module.float()
+    return out
+
+
+def images(size: int = 8) -> Tensor:
+    return torch.rand(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def save(directory: Path, payload: object) -> Path:
+    path = directory / "teacher.pt"
+    torch.save(payload, path)
+    return path
+
+
+def same_network(loaded: LoadedModel, name: str, normalised: bool = False) -> None:
+    x = images()
+    outside = (x - MEAN.double()[:, None, None]) / STD.double()[:, None, None] if normalised else x
+    assert loaded.name == name
+    assert not loaded.module.training
+    torch.testing.assert_close(logits(loaded.module, x), logits(network(name), outside), rtol=0, atol=1e-12)
+
+
+# Foreign layouts
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["resnet8", "resnet8", "mobilenetv2", "preactresnet18"]),
+    container=st.sampled_from([None, "state_dict", "net", "model", "model_state_dict"]),
+    wrappers=st.lists(st.sampled_from(["module.", "model.", "_orig_mod.", "basic_net."]), max_size=3),
+    buffers=st.sampled_from(
+        [None, ("mu", "sigma"), ("mean", "std"), ("normalize.mean", "normalize.std"), ("0.mean", "0.std")]
+    ),
+    shape=st.sampled_from([(3,), (3, 1, 1), (1, 3, 1, 1)]),
+    depth=st.integers(0, 3),
+    counters=st.booleans(),
+    told=st.booleans(),
+)
+def test_any_layout_gives_the_logits_of_its_source(
+    name: str,
+    container: str | None,
+    wrappers: list[str],
+    buffers: tuple[str, str] | None,
+    shape: tuple[int, ...],
+    depth: int,
+    counters: bool,
+    told: bool,
+) -> None:
+    if buffers == ("0.mean", "0.std"):  # nn.Sequential(normalize, network), itself perhaps wrapped
+        depth = min(depth, len(wrappers))
+        wrappers = [*wrappers[:depth], "1.", *wrappers[depth:]]
+    prefix = "".join(wrappers)
+    state: State = {
+        prefix + key: value
+        for key, value in network(name).state_dict().items()
+        if counters or not key.endswith("num_batches_tracked")
+    }
+    if buffers is not None:
+        outer = "".join(wrappers[:depth])
+        state = {outer + key: v.reshape(shape) for key, v in zip(buffers, (MEAN, STD), strict=True)} | state
+    payload = state if container is None else {container: state, "epoch": 3, "name": "mine"}
+    with tempfile.TemporaryDirectory() as directory:
+        path = save(Path(directory), payload)
+        loaded = load_model(path, model=name if told else None, num_classes=10)
+        weights = read_weights(path)
+    same_network(loaded, name, normalised=buffers is not None)
+    assert weights.normalize == (buffers is not None)
+    assert (weights.model, weights.num_classes, weights.dataset, weights.metrics) == (name, 10, None, None)
+    assert (
+        any("mean [0.4, 0.5, 0.6] and std [0.3, 0.2, 0.25]" in note for note in loaded.notes) == weights.normalize
+    )
+
+
+@pytest.mark.parametrize("name", models.TABLE)
+def test_every_architecture_is_recognised_and_loaded(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, {"net": {f"module.{key}": value for key, value in network(name).state_dict().items()}})
+    loaded = load_model(path)
+    same_network(loaded, name)
+    assert loaded.num_classes == 10
+    assert loaded.notes == ()
+
+
+def test_unused_sub_block1_of_trades_is_dropped_and_said(tmp_path: Path) -> None:
+    state = network("wrn34-10").state_dict()
+    copies = {key.replace("block1.", "sub_block1."): value for key, value in state.items() if key[:7] == "block1."}
+    parameters = sum(value.numel() for key, value in copies.items() if key.endswith(("weight", "bias")))
+    assert 2_000_000 < parameters < 2_200_000
+    loaded = load_model(save(tmp_path, {f"module.{key}": value for key, value in (copies | state).items()}))
+    same_network(loaded, "wrn34-10")
+    assert loaded.notes == (f"dropped {len(copies)} unused sub_block1 tensors (2.1 M parameters no forward uses)",)
+
+
+def test_architecture_of_needs_all_names() -> None:
+    state = dict(network("resnet8").state_dict())
+    assert architecture_of(state) == "resnet8"
+    del state["bn1.weight"]
+    assert architecture_of(state) is None
+
+
+# Precision, random numbers
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_dtype_is_float64_where_the_weights_are_and_float32_else(
+    tmp_path: Path, saved: torch.dtype, loaded: torch.dtype
+) -> None:
+    state = {k: v.to(saved) if v.is_floating_point() else v for k, v in network("resnet8").state_dict().items()}
+    state |= {"mu": MEAN.double(), "sigma": STD.double()}
+    got = load_model(save(tmp_path, state)).module.state_dict()
+    assert {value.dtype for value in got.values() if value.is_floating_point()} == {loaded}
+    assert torch.equal(got["conv1.weight"], state["conv1.weight"].to(loaded))
+
+
+def test_loading_draws_no_random_numbers_and_shares_no_memory(tmp_path: Path) -> None:
+    path = save(tmp_path, network("resnet8").state_dict())
+    before = torch.get_rng_state()
+    one, other = load_model(path).module, load_model(path).module
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        one.get_parameter("conv1.weight").zero_()
+    assert other.get_parameter("conv1.weight").any()
+    assert all(parameter.requires_grad for parameter in one.parameters())
+
+
+# Own checkpoints
+
+
+def own(**changes: object) -> dict[str, Any]:
+    torch.manual_seed(0)
+    student = models.build("resnet8", 10, normalize=True, dataset="svhn")
+    payload: dict[str, Any] = {
+        "format": 1,
+        "model": {"name": "resnet8", "num_classes": 10, "normalize": True},
+        "dataset": "svhn",
+        "class_names": [str(digit) for digit in range(10)],
+        "student": student.state_dict(),
+        "metrics": {"robust_accuracy": 0.5},
+        "epoch": 7,
+    }
+    return payload | changes
+
+
+def test_own_checkpoint_tells_all_about_itself(tmp_path: Path) -> None:
+    path = save(tmp_path, own())
+    loaded = load_model(path)
+    torch.manual_seed(0)
+    source = models.build("resnet8", 10, normalize=True, dataset="svhn").eval()
+    torch.testing.assert_close(logits(loaded.module, images()), logits(source, images()), rtol=0, atol=1e-12)
+    assert (loaded.name, loaded.num_classes, loaded.dataset) == ("resnet8", 10, "svhn")
+    assert loaded.metrics == {"robust_accuracy": 0.5}
+    weights = read_weights(path)
+    assert (weights.model, weights.num_classes, weights.dataset, weights.normalize) == (
+        "resnet8",
+        10,
+        "svhn",
+        True,
+    )
+    assert weights.metrics == {"robust_accuracy": 0.5}
+
+
+def test_own_checkpoint_of_another_format_or_architecture_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, own(format=2))
+    with pytest.raises(ValueError, match=r"teacher.pt: a checkpoint of format 2, and this version reads 1$"):
+        read_weights(path)
+    path = save(tmp_path, own(model={"name": "resnet9"}))
+    with pytest.raises(ValueError, match=r"teacher.pt: model: 'resnet9' is not known; did you mean 'resnet8'\?"):
+        load_model(path)
+
+
+# Errors
+
+
+def changed(**changes: Tensor | None) -> State:
+    """The state of a resnet8 with some tensors replaced, added or, by None, removed; "__" stands for a dot."""
+    state = dict(network("resnet8").state_dict())
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (
+            lambda: changed(conv1__weight=None, linear__bias=None),
+            "these are no weights of resnet8: 2 keys missing, the first 'conv1.weight'",
+        ),
+        (
+            lambda: changed(linear__weight=None, linear__bias=None),
+            "these are no weights of resnet8: 2 keys missing, the first 'linear.weight'",
+        ),
+        (
+            lambda: changed(extra__bias=torch.ones(3), more__bias=torch.ones(3)),
+            "these are no weights of resnet8: 2 unknown keys, the first 'extra.bias'",
+        ),
+        (
+            lambda: changed(conv1__weight=torch.ones(16, 3, 7, 7)),
+            "these are no weights of resnet8: 1 of another shape, "
+            "the first 'conv1.weight' of shape (16, 3, 7, 7) and not (16, 3, 3, 3)",
+        ),
+        (
+            # Sequential(something without buffers, network): what stands before the network cannot be known.
+            lambda: {f"1.{key}": value for key, value in changed().items()},
+            "these are no weights of resnet8: 47 keys missing, the first 'conv1.weight'; "
+            "56 unknown keys, the first '1.conv1.weight'",
+        ),
+        (
+            lambda: {(key if key == "bn1.weight" else f"module.{key}"): value for key, value in changed().items()},
+            "these are no weights of resnet8: 46 keys missing, the first 'conv1.weight'; "
+            "55 unknown keys, the first 'module.conv1.weight'",
+        ),
+        (
+            lambda: changed(linear__weight=torch.ones(1, 64), linear__bias=torch.ones(1)),
+            "num_classes: a classifier has at least 2 classes, got 1",
+        ),
+        (lambda: {}, "holds no weights, its state dict is empty"),
+        (lambda: {"state_dict": {}, "epoch": 1}, "holds no weights, its state dict is empty"),
+        (
+            lambda: {"epoch": 1, "optimizer": {}},
+            "holds int under 'epoch', and not a state dict, neither bare nor under one of: "
+            "student, state_dict, net, model, model_state_dict",
+        ),
+        (lambda: {"net": {3: torch.ones(1)}}, "holds Tensor under 3, and not a state dict, neither"),
+        (lambda: [torch.ones(1)], "holds list where a dict of tensors is expected"),
+        (lambda: torch.ones(1), "holds Tensor where a dict of tensors is expected"),
+        (
+            lambda: changed(mu=MEAN),
+            "one mean and one std are expected for normalisation, got ['mu']",
+        ),
+        (
+            lambda: changed(mu=MEAN, normalize__mean=MEAN, sigma=STD),
+            "one mean and one std are expected for normalisation, got ['mu', 'normalize.mean', 'sigma']",
+        ),
+        (
+            lambda: changed(mean=torch.ones(1), std=torch.ones(1)),
+            "normalisation needs 3 channels, 'mean' has shape (1,)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(tmp_path: Path, payload: Any, message: str) -> None:
+    path = save(tmp_path, payload())
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        load_model(path, model="resnet8")
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_unrecognised_tensors_ask_for_the_model(tmp_path: Path) -> None:
+    path = save(tmp_path, {"features.0.weight": torch.ones(4, 3, 3, 3), "head.weight": torch.ones(10, 4)})
+    assert (read_weights(path).model, read_weights(path).num_classes) == (None, 10)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        load_model(path)
+    assert str(error.value) == (
+        f"{path}: its 2 tensors (first 'features.0.weight') fit no known architecture; name one to be told what "
+        "differs; known: mobilenetv2, preactresnet18, resnet18, resnet8, wrn34-10"
+    )
+    path = save(tmp_path, {"sub_block1.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="its 0 tensors"):
+        load_model(path)
+
+
+def test_head_of_another_class_count_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, network("resnet8", 100).state_dict())
+    assert load_model(path).num_classes == load_model(path, num_classes=100).num_classes == 100
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        load_model(path, num_classes=10)
+    assert str(error.value) == f"{path}: the checkpoint's head has 100 classes, the data set has 10"
+
+
+def test_unknown_model_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    path = save(tmp_path, network("resnet8").state_dict())
+    with pytest.raises(
+        ValueError, match=r"teacher.pt: model: 'resnet-8' is not known; did you mean 'resnet8'\? known"
+    ):
+        load_model(path, model="resnet-8")
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^/.*/absent.pt: cannot be read: No such file or directory$"):
+        load_model(tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match=r"^/.*: cannot be read: Is a directory$"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "image", "zip", "truncated", "flipped", "noise"])
+def test_file_of_another_kind_or_damaged(tmp_path: Path, kind: str) -> None:
+    path = save(tmp_path, network("resnet8").state_dict())
+    whole = path.read_bytes()
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "no weights here")
+    else:
+        path.write_bytes(
+            {
+                "empty": b"",
+                "text": b"epoch,natural_accuracy\n1,0.5\n",
+                "image": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(100),
+                "truncated": whole[: len(whole) // 2],
+                "flipped": b"\x80\x02}" + whole[3:],
+                "noise": bytes(torch.randint(0, 256, (500,), generator=torch.Generator().manual_seed(0)).tolist()),
+            }[kind]
+        )
+    with pytest.raises(ValueError, match=r"^[^\n]*teacher.pt: is no checkpoint, or a damaged one$"):
+        load_model(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_no_content_of_a_file_raises_anything_but_value_error(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "teacher.pt"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^[^\n]*teacher.pt: [^\n]*$"):
+            read_weights(path)
+
+
+class Trap:
+    """Creates a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    sprung = tmp_path / "sprung"
+    payload = {"net": network("resnet8").state_dict(), "args": Trap(sprung)}
+    path = tmp_path / "teacher.pt"
+    torch.save(payload, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        load_model(path)
+    assert not sprung.exists()
+    assert str(error.value).startswith(f"{path}: holds the Python object ")
+    assert str(error.value).endswith("and loading it could run code; save the network's state_dict() alone")
+    pickle.loads(pickle.dumps(Trap(sprung)))  # noqa: S301  # the trap works where nothing guards
+    assert sprung.exists()
+
+
+def test_pickled_module_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(tmp_path, network("resnet8"))
+    with pytest.raises(ValueError, match=r"holds the Python object engine.models.resnet.ResNet, and loading it"):
+        load_model(path)
