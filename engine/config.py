@@ -21,13 +21,17 @@ from engine import semantics
 Tree = dict[str, Any]
 
 
-def _number(value: object) -> object:
-    """Accept "8/255": the paper writes epsilon and warm-up periods that way. Refuse YAML's yes and no."""
+def _fraction(value: object) -> object:
+    """Accept "8/255" where a number is expected: the paper writes epsilon and warm-up periods that way."""
     if isinstance(value, str) and "/" in value:
         try:
             return float(Fraction(value.replace(" ", "")))
         except (ValueError, ArithmeticError):
             raise ValueError(f"not a fraction: {value!r}") from None
+    return value
+
+
+def _no_truth_value(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a number is expected")
     return value
@@ -39,8 +43,8 @@ def _part_of_run(value: float) -> float:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_fraction), BeforeValidator(_no_truth_value)]
+Count = Annotated[int, BeforeValidator(_no_truth_value)]
 # A point in training: below 1 a fraction of the epochs (so that it scales with them), else a number of epochs.
 PartOfRun = Annotated[Number, Field(ge=0), AfterValidator(_part_of_run)]
 TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
@@ -173,8 +177,8 @@ class RunConfig(Section):
 
 
 def epochs_of(part: float, epochs: int) -> int:
-    """Number of epochs that a `PartOfRun` stands for: round(part * epochs) below 1, else part itself."""
-    return round(part * epochs) if part < 1 else int(part)
+    """Number of epochs that a `PartOfRun` stands for: part * epochs below 1, halves rounded up, else part itself."""
+    return int(part * epochs + 0.5) if part < 1 else int(part)
 
 
 def load(given: Mapping[str, Any], *overrides: Mapping[str, Any]) -> RunConfig:

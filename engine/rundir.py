@@ -6,6 +6,7 @@ reliability.png. Every file but the two append-only logs is written beside its p
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -87,6 +88,12 @@ class RunDir:
         except OSError as error:
             raise ValueError(f"--out: cannot write to {path}: {error.strerror}") from None
         return run
+
+    def discard(self) -> None:
+        """Remove a run that never began, so that the user can mend what was wrong and start it again."""
+        self.config.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: something began after all
+            self.path.rmdir()
 
     @classmethod
     def existing(cls, path: Path) -> tuple[RunDir, RunConfig]:

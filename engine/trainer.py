@@ -60,7 +60,13 @@ def train(run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None =
     """
     complete = run_config if isinstance(run_config, RunConfig) else config.load(run_config)
     _check(complete)
-    return _until_stopped(RunDir.create(complete), complete, reporter or Reporter())
+    run = RunDir.create(complete)
+    try:
+        return _until_stopped(run, complete, reporter or Reporter())
+    except ValueError:
+        if not run.provenance.exists():
+            run.discard()
+        raise
 
 
 def resume(path: Path, reporter: Reporter | None = None) -> RunResult:
@@ -163,8 +169,8 @@ class Trainer:
         self.progress = Progress()
         if run.last.exists():
             self._restore()
-        self.journal = Journal(run, self.progress.rows_size, self.progress.step)
         self.teachers = self._obtain_teachers()
+        self.journal = Journal(run, self.progress.rows_size, self.progress.step)
 
     def fit(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, and return summary.json."""

@@ -211,19 +211,28 @@ def test_a_gradient_does_not_depend_on_the_batch_size() -> None:
     torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=1e-12)
 
 
-def test_the_loss_scale_saves_a_gradient_that_half_precision_loses() -> None:
-    """The model's backward runs in float16, whose smallest number is 6e-8."""
+class HalfPrecision(nn.Module):
+    """A model whose backward runs in float16; slope: of the cross-entropy in every pixel."""
 
-    class Half(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            total = images.to(torch.float16).flatten(1).sum(dim=1)
-            return torch.stack((total * 1e-3, -total * 1e-3), dim=1).float() * 1e-5
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
 
-    x_nat, labels = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
+    def forward(self, images: Tensor) -> Tensor:
+        total = images.to(torch.float16).flatten(1).sum(dim=1).float()
+        value = self.slope * (total - 2)  # both classes at 1/2 where the mean pixel is
+        return torch.stack((value, -value), dim=1)
+
+
+@pytest.mark.parametrize("size", [2, 128])
+def test_the_loss_scale_saves_a_gradient_that_half_precision_loses(size: int) -> None:
+    """The smallest number of float16 is 6e-8; a mean over the batch would need a larger scale the larger it is."""
+    x_nat, labels = torch.full((size, 1, 2, 2), 0.5), torch.arange(size) % 2
     attack = spec(num_steps=1, random_start="none")
-    assert torch.equal(pgd(Half(), x_nat, labels, attack), x_nat)
-    moved = pgd(Half(), x_nat, labels, attack, loss_scale=1024.0) - x_nat
-    expected = torch.tensor([-3 / 255, 3 / 255])[:, None, None, None].expand_as(moved)
+    model = HalfPrecision(slope=1e-9)
+    assert torch.equal(pgd(model, x_nat, labels, attack), x_nat)
+    moved = pgd(model, x_nat, labels, attack, loss_scale=1024.0) - x_nat
+    expected = (torch.where(labels == 0, -3 / 255, 3 / 255))[:, None, None, None].expand_as(moved)
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
 
 

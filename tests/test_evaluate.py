@@ -77,9 +77,25 @@ def test_natural_accuracy_is_the_count_by_hand() -> None:
     assert result.description == "no attack"
 
 
+def crafted(monkeypatch: pytest.MonkeyPatch, name: str = "pgd10", **keys: Any) -> dict[int, Tensor]:
+    """The adversarial image of every sample that `evaluate` attacks, by index."""
+    images_of: dict[int, Tensor] = {}
+
+    def spy(model: nn.Module, x_nat: Tensor, labels: Tensor, spec: Any, **given: Any) -> Tensor:
+        x_adv = pgd(model, x_nat, labels, spec, **given)
+        images_of.update(zip(given["sample"].tolist(), x_adv, strict=True))
+        return x_adv
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.evaluate, "pgd", spy)
+        model = network()
+        evaluate(model, labelled(model), [name], **keys)
+    return images_of
+
+
 @pytest.mark.parametrize("threat_model", ["Linf", "L2"])
 @pytest.mark.parametrize("name", PGD_NAMES)
-def test_an_attack_is_pgd_with_its_preset(name: str, threat_model: str) -> None:
+def test_an_attack_is_pgd_with_its_preset(name: str, threat_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seed = network(), 5
     images, labels = labelled(model)
     epsilon = {"Linf": 3 / 255, "L2": 0.2}[threat_model]
@@ -91,30 +107,17 @@ def test_an_attack_is_pgd_with_its_preset(name: str, threat_model: str) -> None:
         expected = int((twin(x_adv).argmax(1) == labels).sum())
     assert 0 < expected < 20
 
-    result = evaluate(model, (images, labels), [name], epsilon=epsilon, threat_model=threat_model, seed=seed)[name]
+    ball: dict[str, Any] = {"epsilon": epsilon, "threat_model": threat_model}
+    images_of = crafted(monkeypatch, name, seed=seed, **ball)
+    torch.testing.assert_close(torch.stack([images_of[i] for i in range(24)]), x_adv, rtol=0, atol=1e-12)
+    result = evaluate(model, (images, labels), [name], seed=seed, **ball)[name]
     assert result.correct == expected
     assert result.description == describe(spec)
 
 
-def crafted(monkeypatch: pytest.MonkeyPatch, **keys: Any) -> dict[int, Tensor]:
-    """The adversarial image of every sample that `evaluate` attacks."""
-    images_of: dict[int, Tensor] = {}
-
-    def spy(model: nn.Module, x_nat: Tensor, labels: Tensor, spec: Any, **given: Any) -> Tensor:
-        x_adv = pgd(model, x_nat, labels, spec, **given)
-        images_of.update(zip(given["sample"].tolist(), x_adv, strict=True))
-        return x_adv
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.evaluate, "pgd", spy)
-        model = network()
-        evaluate(model, labelled(model), ["pgd10"], **keys)
-    return images_of
-
-
 @pytest.mark.parametrize("keys", [{"batch_size": 7}, {"batch_size": 1}, {"limit": 15, "batch_size": 4}], ids=str)
 def test_an_adversarial_image_depends_on_neither_batch_size_nor_limit(
-    keys: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, part = crafted(monkeypatch), crafted(monkeypatch, **keys)
     assert len(whole) == 24
@@ -367,7 +370,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 
 def test_autoattack_equals_the_package_called_directly(capsys: pytest.CaptureFixture[str]) -> None:
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
-    model = network(dtype=torch.float32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = network(dtype=torch.float32).to(memory_format=torch.channels_last)
     images, labels = labelled(model, 8)
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     x_nat = (images.permute(0, 3, 1, 2).float() / 255).contiguous()
@@ -448,7 +451,7 @@ def test_the_original_package_serves_where_it_is_alone(
             return perturbed(x_orig, self.eps)
 
     module = ModuleType("autoattack")
-    module.AutoAttack = AutoAttack
+    module.AutoAttack = AutoAttack  # type: ignore[attr-defined]
     without(monkeypatch, "pyautoattack")
     monkeypatch.setitem(sys.modules, "autoattack", module)
     monkeypatch.setattr(metadata, "version", {"autoattack": "0.1"}.__getitem__)

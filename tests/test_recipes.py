@@ -369,7 +369,7 @@ def test_loss_weights_are_the_papers(name: str) -> None:
 def test_schedule_scales_with_the_epochs(name: str) -> None:
     config, expected = resolved(name, epochs=10), SETTINGS[name]
     assert config.epochs == 10
-    assert epochs_of(config.loss.warmup, 10) == round(10 * expected.warmup / expected.epochs)
+    assert epochs_of(config.loss.warmup, 10) == int(10 * expected.warmup / expected.epochs + 0.5)
     milestones = [epochs_of(part, 10) for part in config.optim.milestones]
     assert milestones == [round(10 * milestone / expected.epochs) for milestone in expected.milestones]
 

@@ -33,6 +33,18 @@ def network(name: str, num_classes: int = 10) -> nn.Module:
     return model.eval()
 
 
+def changed(**changes: Tensor | None) -> State:
+    """The state of a resnet8 with some tensors replaced, added or, by None, removed; "__" stands for a dot."""
+    state = dict(network("resnet8").state_dict())
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    return state
+
+
 def logits(module: nn.Module, x: Tensor) -> Tensor:
     module.double()
     with torch.no_grad():
@@ -62,7 +74,7 @@ def same_network(loaded: LoadedModel, name: str, normalised: bool = False) -> No
 # Foreign layouts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(["resnet8", "resnet8", "mobilenetv2", "preactresnet18"]),
     container=st.sampled_from([None, "state_dict", "net", "model", "model_state_dict"]),
@@ -127,6 +139,27 @@ def test_unused_sub_block1_of_trades_is_dropped_and_said(tmp_path: Path) -> None
     loaded = load_model(save(tmp_path, {f"module.{key}": value for key, value in (copies | state).items()}))
     same_network(loaded, "wrn34-10")
     assert loaded.notes == (f"dropped {len(copies)} unused sub_block1 tensors (2.1 M parameters no forward uses)",)
+
+
+def test_note_on_sub_block1_counts_parameters_and_no_running_statistics(tmp_path: Path) -> None:
+    state = changed(
+        sub_block1__layer__0__bn1__weight=torch.ones(100_000),
+        sub_block1__layer__0__bn1__running_mean=torch.ones(100_000),
+    )
+    note = "dropped 2 unused sub_block1 tensors (0.1 M parameters no forward uses)"
+    assert load_model(save(tmp_path, state)).notes == (note,)
+
+
+def test_counters_that_a_checkpoint_lacks_start_at_zero(tmp_path: Path) -> None:
+    state = {k: v for k, v in network("resnet8").state_dict().items() if not k.endswith("num_batches_tracked")}
+    path = save(tmp_path, state)
+    torch.use_deterministic_algorithms(True)  # fills what is allocated and not written with a large number
+    try:
+        loaded = load_model(path).module.state_dict()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    counters = [value for key, value in loaded.items() if key.endswith("num_batches_tracked")]
+    assert [counter.item() for counter in counters] == [0] * 9
 
 
 def test_architecture_of_needs_all_names() -> None:
@@ -210,18 +243,6 @@ def test_own_checkpoint_of_another_format_or_architecture_is_refused(tmp_path: P
 
 
 # Errors
-
-
-def changed(**changes: Tensor | None) -> State:
-    """The state of a resnet8 with some tensors replaced, added or, by None, removed; "__" stands for a dot."""
-    state = dict(network("resnet8").state_dict())
-    for key, value in changes.items():
-        name = key.replace("__", ".")
-        if value is None:
-            del state[name]
-        else:
-            state[name] = value
-    return state
 
 
 @pytest.mark.parametrize(
@@ -349,7 +370,7 @@ def test_file_of_another_kind_or_damaged(tmp_path: Path, kind: str) -> None:
         load_model(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(content=st.binary(max_size=200))
 def test_no_content_of_a_file_raises_anything_but_value_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:

@@ -86,11 +86,8 @@ def test_the_order_changes_with_epoch_and_seed_and_comes_back() -> None:
 def test_the_order_sorts_the_words_and_ties_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     words = random_words(3, Stream.SHUFFLE, 6, torch.arange(50), 1)[:, 0].tolist()
     assert order(list(pipeline().epoch(6))).tolist() == sorted(range(50), key=lambda i: words[i])
-    monkeypatch.setattr("engine.pipelines.tensor.random_words", lambda *_: (-torch.arange(50) // 10)[:, None])
-    tens = [list(range(start, start + 10)) for start in (41, 31, 21, 11, 1)]
-    expected = sorted(range(50), key=lambda i: -i // 10)
-    assert order(list(pipeline().epoch(6))).tolist() == expected
-    assert expected[9:19] == tens[1]
+    monkeypatch.setattr("engine.pipelines.tensor.random_words", lambda *_: torch.arange(50)[:, None] % 2)
+    assert order(list(pipeline().epoch(6))).tolist() == [*range(0, 50, 2), *range(1, 50, 2)]
 
 
 def test_without_shuffling_the_order_is_that_of_the_data() -> None:
@@ -98,9 +95,9 @@ def test_without_shuffling_the_order_is_that_of_the_data() -> None:
 
 
 def test_positions_of_a_sample_are_uniform_over_epochs() -> None:
-    first = torch.stack([order(list(pipeline(8, 8).epoch(epoch))) for epoch in range(2000)])
+    first = torch.stack([order(list(pipeline(8, 8).epoch(epoch))) for epoch in range(800)])
     counts = torch.stack([column.bincount(minlength=8) for column in first.T]).double()
-    assert (counts - 250).abs().max() < 4.5 * 250**0.5
+    assert (counts - 100).abs().max() < 4.5 * 100**0.5
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
