@@ -177,7 +177,7 @@ class RunConfig(Section):
 
 
 def epochs_of(part: float, epochs: int) -> int:
-    """Number of epochs that a `PartOfRun` stands for: part * epochs below 1, halves rounded up, else part itself."""
+    """Epochs that a `PartOfRun` stands for: part * epochs below 1, halves rounded up, else part itself."""
     return int(part * epochs + 0.5) if part < 1 else int(part)
 
 

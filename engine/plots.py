@@ -39,7 +39,7 @@ def _picture(run: RunDir, name: str, panels: Sequence[Callable[[Axes, Rows], Non
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         panel(axes, rows)
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(content)
     write_atomically(run.path / name, content.getvalue())
 
 

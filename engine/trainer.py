@@ -203,7 +203,7 @@ class Trainer:
                 in_warmup=method is not self.method,
             )
             self.optimizer.zero_grad()
-            self.scaler.scale(output.loss.loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(output.loss.loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
 

@@ -33,7 +33,8 @@ class Weights:
 
     state: normalisation, where there is one, is under normalize.mean and normalize.std, of shape (3, 1, 1).
     model: the recorded architecture, or the one that the names of the tensors reveal; None if neither is known.
-    num_classes: the rows of the head; None without one linear layer. metrics: as an own checkpoint records them.
+    num_classes: the rows of the head; None without one linear layer. config: the configuration of an own
+    checkpoint's training.
     notes: sentences on what was changed or found, for the user to read.
     """
 
@@ -41,7 +42,7 @@ class Weights:
     model: str | None
     num_classes: int | None
     dataset: str | None = None
-    metrics: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -58,7 +59,7 @@ class LoadedModel:
     name: str
     num_classes: int
     dataset: str | None
-    metrics: dict[str, Any] | None
+    config: dict[str, Any] | None
     notes: tuple[str, ...]
 
 
@@ -80,13 +81,13 @@ def read_weights(path: str | Path) -> Weights:
         mean, std = ([round(value, 4) for value in buffer.flatten().tolist()] for buffer in normalisation.values())
         notes += (f"normalises its images by mean {mean} and std {std}",)
     record = payload.get("model") if own else None
-    dataset, metrics = (payload.get("dataset"), payload.get("metrics")) if own else (None, None)
+    dataset, config = (payload.get("dataset"), payload.get("config")) if own else (None, None)
     return Weights(
         state=state | normalisation,
         model=str(record["name"]) if isinstance(record, Mapping) and "name" in record else architecture_of(state),
         num_classes=_head_rows(state),
         dataset=dataset if isinstance(dataset, str) else None,
-        metrics=metrics if isinstance(metrics, dict) else None,
+        config=config if isinstance(config, dict) else None,
         notes=notes,
     )
 
@@ -122,7 +123,7 @@ def load_model(path: str | Path, *, model: str | None = None, num_classes: int |
         module.to(torch.float64)
     counters = {key: torch.zeros((), dtype=torch.int64) for key in expected if _is_counter(key)}
     module.to_empty(device="cpu").load_state_dict(counters | weights.state)
-    return LoadedModel(module.eval(), name, classes, weights.dataset, weights.metrics, weights.notes)
+    return LoadedModel(module.eval(), name, classes, weights.dataset, weights.config, weights.notes)
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> str | None:
@@ -137,9 +138,12 @@ def architecture_of(state: Mapping[str, Tensor]) -> str | None:
 
 def _read(path: str | Path) -> Mapping[str, Any]:
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb"):
+            pass
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind may make torch's reader stumble anywhere
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(

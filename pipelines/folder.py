@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import numpy.typing as npt
@@ -73,8 +73,8 @@ def archive(path: Path, stack: ExitStack) -> Tree:
         raise ValueError(f"data: {path} is not a readable zip archive ({error})") from None
     names = file.namelist()
     for name in names:
-        windows = PureWindowsPath(name)  # splits at both "/" and "\\"
-        if PurePosixPath(name).is_absolute() or windows.anchor or ".." in windows.parts:
+        windows = PureWindowsPath(name)  # knows "/", "\\" and drives
+        if windows.anchor or ".." in windows.parts:
             raise ValueError(f"data: {path} has an entry that leads out of it: {name!r}")
     lock = threading.Lock()  # a ZipFile counts its open readers without one
 

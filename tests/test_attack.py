@@ -420,7 +420,7 @@ def test_the_context_managers_nest() -> None:
     assert flags(model) == before
 
 
-class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Convolutions(TorchDispatchMode):
     """Which gradients each convolution's backward was asked for: image, weight, bias."""
 
     def __init__(self) -> None:

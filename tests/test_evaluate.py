@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from importlib import metadata
-from types import ModuleType, SimpleNamespace
+from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,9 @@ def one_thread() -> Iterator[None]:
 def test_natural_accuracy_is_the_count_by_hand() -> None:
     model = network()
     images, labels = labelled(model)
+    model.register_forward_hook(
+        lambda module, inputs, output: pytest.fail("gradients are on") if torch.is_grad_enabled() else None
+    )
     result = evaluate(model, (images, labels), ["natural"])["natural"]
     assert (result.attack, result.correct, result.n) == ("natural", 20, 24)
     assert result.accuracy == 20 / 24
@@ -444,6 +447,7 @@ def test_the_original_package_serves_where_it_is_alone(
 
         def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Tensor:
             print("a warning")  # noqa: T201
+            sys.settrace(None)  # as the check for dynamic models does
             assert bs == len(x_orig) == len(y_orig)
             assert x_orig.is_contiguous()
             assert self.apgd_targeted.n_target_classes == self.fab.n_target_classes == 9
@@ -457,7 +461,18 @@ def test_the_original_package_serves_where_it_is_alone(
     monkeypatch.setattr(metadata, "version", {"autoattack": "0.1"}.__getitem__)
     model = network()
     images, labels = labelled(model)
-    result = evaluate(model, (images, labels), ["aa"], epsilon=0.2, batch_size=5, seed=9)["aa"]
+
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        """What a debugger or a coverage tool would have set."""
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = evaluate(model, (images, labels), ["aa"], epsilon=0.2, batch_size=5, seed=9)["aa"]
+        kept = sys.gettrace()
+    finally:
+        sys.settrace(outer)
+    assert kept is trace
     with torch.no_grad():
         x_adv = perturbed(images.permute(0, 3, 1, 2).float() / 255, 0.2).double()
         expected = int((copy.deepcopy(model).eval()(x_adv).argmax(1) == labels).sum())

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engine import config, methods, trainer
+from engine.evaluate import evaluate
 from engine.reporter import Reporter
 from engine.stopping import Interrupted
 
@@ -93,7 +94,6 @@ def test_stopped_twice_and_while_evaluating(tiny: Any, tmp_path: Path, monkeypat
     parts = tmp_path / "parts"
     with pytest.raises(Interrupted):
         trainer.train(tiny.config(method="at", out=str(parts)), StopAt(2))
-    evaluate = trainer.evaluate
 
     def interrupted(*args: Any, **keys: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 import engine
 from engine import attack, config, methods, models, precision, step, teachers, trainer
 from engine.pipelines.base import Batch
+from engine.pipelines.splits import limited
+from engine.pipelines.tensor import TensorPipeline
 from engine.reporter import Reporter
 from engine.step import Teachers, training_loss
+from engine.stopping import RunFailed
 
 
 def rows_of(path: Path, event: str) -> list[dict[str, Any]]:
@@ -175,7 +179,7 @@ def test_the_optimizer_is_sgd_as_the_paper_gives_it(tiny: Any, tmp_path: Path) -
     dataset = trainer.load_data(complete, Reporter())
     model = trainer.build_student(complete, dataset, precision.choose(complete))
     momentum = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-    pipeline = trainer.TensorPipeline(
+    pipeline = TensorPipeline(
         dataset.train.images, dataset.train.labels, batch_size=8, seed=4, augment=False, flip=False,
         device="cpu", dtype=torch.float64,
     )  # fmt: skip
@@ -185,7 +189,7 @@ def test_the_optimizer_is_sgd_as_the_paper_gives_it(tiny: Any, tmp_path: Path) -
         with torch.no_grad():
             for (name, value), gradient in zip(model.named_parameters(), gradients, strict=True):
                 momentum[name] = 0.9 * momentum[name] + gradient + 2e-4 * value
-                value -= 0.1 * momentum[name]
+                value.copy_(value - 0.1 * momentum[name])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(trained[name], value, rtol=1e-11, atol=1e-13)
 
@@ -309,7 +313,7 @@ def test_a_step_equals_its_transcription(name: str, semantics: str) -> None:
         twin(x_adv), twin(x_nat)
     s_nat = twin(x_nat) if reads_nat else s_adv
     gamma = {"paper": 1 - alpha, "official": 0.5 * (1 - alpha)}[semantics]
-    loss = {
+    losses: dict[str, Callable[[], Tensor]] = {
         "st": lambda: ce(s_nat),
         "at": lambda: ce(s_adv),
         "trades": lambda: ce(s_nat) + 6 * kl(s_nat, s_adv),
@@ -319,13 +323,14 @@ def test_a_step_equals_its_transcription(name: str, semantics: str) -> None:
         "iad1-down": lambda: alpha * kl(t_nat, s_adv) + (1 - alpha) * kl(s_nat, s_adv),
         "iad2": lambda: 0.25 * ce(s_adv) + 0.5 * alpha * kl(t_adv, s_adv) + 0.25 * kl(t_st, s_adv)
         + gamma * kl(s_nat, s_adv),
-    }[name]()  # fmt: skip
+    }  # fmt: skip
+    loss = losses[name]()
     loss.mean().backward()
     torch.testing.assert_close(output.loss.loss.detach(), loss.mean().detach(), rtol=1e-11, atol=0)
-    for (key, value), other in zip(student.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(value.grad, other.grad, rtol=1e-8, atol=1e-12, msg=key)
-    for (key, value), other in zip(student.named_buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-13, msg=key)
+    for (key, value), parameter in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, parameter.grad, rtol=1e-8, atol=1e-12, msg=key)
+    for (key, moved), buffer in zip(student.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(moved, buffer, rtol=1e-11, atol=1e-13, msg=key)
 
 
 def test_steps_in_mixed_precision_stay_near(tiny: Any, tmp_path: Path) -> None:
@@ -355,7 +360,7 @@ def test_the_probe_equals_its_definition(tiny: Any, tmp_path: Path) -> None:
     (row,) = rows_of(run.path, "epoch")
     complete = config.load(tiny.config(method="ard", seed=3))
     dataset = trainer.load_data(complete, Reporter())
-    chosen = trainer.limited(dataset.train.labels, 8, 0, "n")
+    chosen = limited(dataset.train.labels, 8, 0, "n")
     x_nat = dataset.train.images[chosen].permute(0, 3, 1, 2).float() / 255
     labels = dataset.train.labels[chosen]
     student, teacher = models.build("resnet8", 3).eval(), models.build("resnet8", 3).eval()

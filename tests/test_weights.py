@@ -116,7 +116,7 @@ def test_any_layout_gives_the_logits_of_its_source(
         weights = read_weights(path)
     same_network(loaded, name, normalised=buffers is not None)
     assert weights.normalize == (buffers is not None)
-    assert (weights.model, weights.num_classes, weights.dataset, weights.metrics) == (name, 10, None, None)
+    assert (weights.model, weights.num_classes, weights.dataset, weights.config) == (name, 10, None, None)
     assert (
         any("mean [0.4, 0.5, 0.6] and std [0.3, 0.2, 0.25]" in note for note in loaded.notes) == weights.normalize
     )
@@ -209,7 +209,7 @@ def own(**changes: object) -> dict[str, Any]:
         "dataset": "svhn",
         "class_names": [str(digit) for digit in range(10)],
         "student": student.state_dict(),
-        "metrics": {"robust_accuracy": 0.5},
+        "config": {"epochs": 3},
         "epoch": 7,
     }
     return payload | changes
@@ -222,7 +222,7 @@ def test_own_checkpoint_tells_all_about_itself(tmp_path: Path) -> None:
     source = models.build("resnet8", 10, normalize=True, dataset="svhn").eval()
     torch.testing.assert_close(logits(loaded.module, images()), logits(source, images()), rtol=0, atol=1e-12)
     assert (loaded.name, loaded.num_classes, loaded.dataset) == ("resnet8", 10, "svhn")
-    assert loaded.metrics == {"robust_accuracy": 0.5}
+    assert loaded.config == {"epochs": 3}
     weights = read_weights(path)
     assert (weights.model, weights.num_classes, weights.dataset, weights.normalize) == (
         "resnet8",
@@ -230,7 +230,7 @@ def test_own_checkpoint_tells_all_about_itself(tmp_path: Path) -> None:
         "svhn",
         True,
     )
-    assert weights.metrics == {"robust_accuracy": 0.5}
+    assert weights.config == {"epochs": 3}
 
 
 def test_own_checkpoint_of_another_format_or_architecture_is_refused(tmp_path: Path) -> None:

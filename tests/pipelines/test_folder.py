@@ -138,6 +138,12 @@ def test_entries_for_folders_are_no_images(tmp_path: Path) -> None:
     check_split(datasets.load("folder", str(path)).train, "train", ORDER)
 
 
+def test_classes_are_sorted_by_name_and_not_by_path(tmp_path: Path) -> None:
+    files = {f"{split}/{name}/1.png": encoded(pixels(0)) for split in ("train", "test") for name in ("a-b", "a")}
+    dataset = datasets.load("folder", str(write_folder(tmp_path, files)))
+    assert dataset.class_names == ("a", "a-b")  # though "a-b/" comes before "a/"
+
+
 def test_test_comes_before_val(tmp_path: Path) -> None:
     files = content()
     path = write_folder(

@@ -50,6 +50,13 @@ def test_the_largest_remainders_round_up() -> None:
     assert validation.labels.bincount().tolist() == [1, 2, 2, 1]
 
 
+def test_a_small_class_keeps_one_image_in_each_part() -> None:
+    train, validation = split_validation(make_split([60, 2]), 0.03)  # shares 1.8, 0.06 of 2
+    assert validation.labels.bincount().tolist() == [1, 1]
+    train, _ = split_validation(make_split([60, 2]), 0.97)
+    assert train.labels.bincount().tolist() == [1, 1]
+
+
 def test_the_choice_follows_the_seed_alone() -> None:
     whole = make_split([50, 50])
     first, again, other = (indices(split_validation(whole, 0.2, seed)[1]) for seed in (1, 1, 2))
@@ -92,7 +99,7 @@ def test_a_limit_is_balanced_as_far_as_the_classes_reach(sizes: list[int], seed:
     limit = data.draw(st.integers(len(sizes), len(labels)))
     index = limited(labels, limit, seed, "limit_train")
     assert len(index) == limit
-    assert torch.equal(index, index.unique())  # type: ignore[no-untyped-call]
+    assert torch.equal(index, index.unique())
     counts = labels[index].bincount(minlength=len(sizes)).tolist()
     most = max(counts)
     assert all(count == size or count >= most - 1 for count, size in zip(counts, sizes, strict=True))
