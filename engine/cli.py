@@ -16,6 +16,7 @@ from engine import __version__
 from engine.stopping import Interrupted, RunFailed
 
 if TYPE_CHECKING:
+    from engine.reporter import ConsoleReporter
     from engine.trainer import RunResult
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -122,7 +123,7 @@ def train(config_file: str | None, assignments: tuple[str, ...], resume: str | N
 
     reporter = ConsoleReporter(Console())
     result = trainer.train(complete, reporter) if resume is None else trainer.resume(Path(resume), reporter)
-    _print_summary(reporter.console, result)
+    _print_summary(reporter, result)
 
 
 def _yaml(value: object) -> str:
@@ -143,9 +144,10 @@ def _read_config(name: str | None) -> dict[str, Any]:
 
 
 @commands.command("eval")
-@click.argument("checkpoint")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option("--attacks", default="natural,fgsm,pgd20,cw", show_default=True, help="Of natural, fgsm, ..., aa.")
 @click.option("--limit", type=int, help="Evaluate on that many test images, balanced over classes.")
+@click.option("--limit-aa", type=int, help="The same for AutoAttack, which is slow. [all]")
 @click.option("--dataset", help="Data set. [the one it was trained on]")
 @click.option("--data", help="Where the data set lies. [where it was in training]")
 @click.option("--model", help="Architecture, where the checkpoint does not tell.")
@@ -154,9 +156,9 @@ def _read_config(name: str | None) -> dict[str, Any]:
 @click.option("--batch-size", type=int, default=250, show_default=True, help="Images per forward.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attacks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--out", metavar="FILE", help="JSON of the results. [CHECKPOINT's name with .eval.json]")
-def evaluate_command(checkpoint: str, attacks: str, out: str | None, **flags: Any) -> None:
-    """Attack a checkpoint (a file, or a run directory for its best) on the test images.
+@click.option("--out", metavar="DIR", help="Where the JSON of the results goes. [beside each checkpoint]")
+def evaluate_command(checkpoints: tuple[str, ...], attacks: str, out: str | None, **flags: Any) -> None:
+    """Attack checkpoints (files, or run directories for their best) on the test images.
 
     Any teacher or student counts, of this project or from elsewhere.
     """
@@ -165,12 +167,18 @@ def evaluate_command(checkpoint: str, attacks: str, out: str | None, **flags: An
 
     reporter = ConsoleReporter(Console())
     names = [name.strip() for name in attacks.split(",") if name.strip()]
-    report = evaluation.run(checkpoint, names, reporter, **flags)
-    path = report.write(None if out is None else Path(out))
-    reporter.console.print(_accuracy_table({report.title: report.results}))
-    for name, result in report.results.items():
-        reporter.message(f"{name}: {result['description']}, n = {result['n']}")
-    reporter.message(f"Written: {path}")
+    if not names:
+        raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
+    results, written = {}, []
+    for name in checkpoints:
+        path = Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
+        report = evaluation.run(path, names, reporter, **flags)
+        written.append((path if out is None else Path(out) / path.name).with_suffix(".eval.json"))
+        report.write(written[-1])
+        results[f"{report.title}  {path}"] = report.results
+    _print_accuracies(reporter, results)
+    for path in written:
+        reporter.message(f"Written: {path}")
 
 
 @commands.command("methods")
@@ -225,39 +233,37 @@ def _percent(numbers: dict[Any, float], name: str) -> str:
 
 
 def _print_list(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from engine.reporter import ConsoleReporter
+
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    # A pipe has no width: nothing may be folded or cut for one.
-    console.print(table, width=None if console.is_terminal else 200)
+    ConsoleReporter(Console()).table(table)
 
 
-def _accuracy_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """Rows of named results by attack."""
+def _print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """A table of named results by attack, with the number of images, and each attack with all its numbers."""
     from engine.evaluate import COLUMNS
 
-    attacks = list(dict.fromkeys(name for result in results.values() for name in result))
-    table = Table("", *(COLUMNS[name] for name in attacks), box=box.SIMPLE)
+    first = next(iter(results.values()))
+    table = Table("", *(f"{COLUMNS[name]}\nn = {first[name]['n']:,}" for name in first), box=box.SIMPLE)
     for title, result in results.items():
-        cells = (result.get(name) for name in attacks)
-        table.add_row(title, *("" if cell is None else f"{cell['accuracy']:.2%}" for cell in cells))
-    return table
+        table.add_row(title, *(f"{result[name]['accuracy']:.2%}" for name in first))
+    reporter.table(table)
+    for name in first:
+        reporter.message(f"{COLUMNS[name]}: {first[name]['description']}")
 
 
-def _print_summary(console: Console, result: RunResult) -> None:
-    from engine.reporter import ConsoleReporter
-
-    summary, say = result.summary, ConsoleReporter(console).message
+def _print_summary(reporter: ConsoleReporter, result: RunResult) -> None:
+    summary = result.summary
     if "test_of_best" in summary:
         best = f"best (epoch {summary['best']['epoch']}, selected on {summary['selected_on']})"
         last = f"last (epoch {summary['last']['epoch']})"
-        console.print(_accuracy_table({best: summary["test_of_best"], last: summary["test_of_last"]}))
-        n = next(iter(summary["test_of_last"].values()))["n"]
-        say(f"Accuracy on {n:,} test images.")
-    say("Written:")
+        reporter.message("Accuracy on test images:")
+        _print_accuracies(reporter, {best: summary["test_of_best"], last: summary["test_of_last"]})
+    reporter.message("Written:")
     for path in sorted(result.path.iterdir()):
-        say(f"  {path}")
+        reporter.message(f"  {path}")
 
 
 if __name__ == "__main__":

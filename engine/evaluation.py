@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine import config, precision, provenance
-from engine.evaluate import check_names, evaluate
+from engine.evaluate import COLUMNS, check_names, evaluate
 from engine.pipelines import datasets
 from engine.reporter import Reporter
-from engine.rundir import RunDir, write_json
+from engine.rundir import write_json
 from engine.stopping import graceful_stop
 from engine.weights import load_model
 
@@ -23,24 +24,22 @@ class Report:
     title: str
     results: dict[str, dict[str, Any]]
     record: dict[str, Any]
-    beside: Path
 
-    def write(self, path: Path | None = None) -> Path:
-        """Write the report as JSON, beside the checkpoint unless a path is given; the path."""
-        path = path or self.beside
+    def write(self, path: Path) -> None:
+        """Write the report as JSON. Raises ValueError where that cannot be."""
         try:
             write_json(path, self.record | {"results": self.results})
         except OSError as error:
             raise ValueError(f"--out: cannot write {path}: {error.strerror}") from None
-        return path
 
 
 def run(
-    checkpoint: str,
-    attacks: list[str],
+    checkpoint: Path,
+    attacks: Sequence[str],
     reporter: Reporter,
     *,
     limit: int | None = None,
+    limit_aa: int | None = None,
     dataset: str | None = None,
     data: str | None = None,
     model: str | None = None,
@@ -50,80 +49,71 @@ def run(
     seed: int = 0,
     device: str = "auto",
 ) -> Report:
-    """Evaluate a checkpoint, or the best one of a run directory; what is not given is as in its training.
+    """Evaluate a checkpoint; what is not given is as in its training.
 
+    limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
     Raises ValueError for whatever cannot be evaluated, in one line.
     """
     names = check_names(attacks)
-    if not names:
-        raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = RunDir(path).best
-    loaded = load_model(path, model=model)
+    loaded = load_model(checkpoint, model=model)
+    trained = config.explicit(loaded.config) if loaded.config else {}
+    if dataset not in (None, trained.get("dataset")):
+        trained = {}  # where its data lay, and how large its ball was, holds for that data set alone
     given = {
-        "dataset": dataset or loaded.dataset,
+        "dataset": dataset,
         "data": data,
-        "limit_test": limit,
         "device": device,
-        "seed": seed,
         "attack": {"epsilon": epsilon, "threat_model": threat_model},
-        "eval": {"batch_size": batch_size},
     }
-    # The training's configuration says where the data lies and how large the ball was.
-    trained = config.explicit(loaded.config or {}) if dataset in (None, loaded.dataset) else {}
-    said = config.merge(
-        {key: trained[key] for key in ("dataset", "data", "attack") if key in trained}, _given(given)
+    wanted = config.load(
+        {key: trained[key] for key in ("dataset", "data", "attack") if key in trained}, _said(given)
     )
-    wanted = config.load(said)
     at = precision.choose(wanted)
-    images = datasets.load(wanted.dataset, wanted.data, limit_train=None, limit_test=wanted.limit_test)
+    images = datasets.load(wanted.dataset, wanted.data, limit_test=limit)
     if loaded.num_classes != len(images.class_names):
         raise ValueError(
-            f"{path}: the checkpoint has {loaded.num_classes} classes, "
+            f"{checkpoint}: the checkpoint has {loaded.num_classes} classes, "
             f"the data set {wanted.dataset} has {len(images.class_names)}"
         )
     for note in loaded.notes:
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
-    total = len(images.test.labels)
-    reporter.begin(f"{loaded.name} on {total:,} test images", total * len(names))
+    results: dict[str, dict[str, Any]] = {}
     with graceful_stop() as stop, precision.deterministic():
+        for name in names:
+            most = limit_aa if name == "aa" else None
+            reporter.begin(f"{COLUMNS[name]}, {checkpoint}", min(len(images.test), most or len(images.test)))
 
-        def on_batch(name: str, done: int, of: int) -> None:
-            reporter.advance(names.index(name) * of + done)
-            stop.check()
+            def on_batch(name: str, done: int, total: int) -> None:
+                reporter.advance(done)
+                stop.check()
 
-        results = evaluate(
-            network,
-            images.test,
-            names,
-            epsilon=wanted.attack.epsilon,
-            threat_model=wanted.attack.threat_model,
-            batch_size=batch_size,
-            seed=seed,
-            device=at.device,
-            on_batch=on_batch,
-        )
+            measured = evaluate(
+                network,
+                images.test,
+                [name],
+                epsilon=wanted.attack.epsilon,
+                threat_model=wanted.attack.threat_model,
+                batch_size=batch_size,
+                limit=most,
+                seed=seed,
+                device=at.device,
+                on_batch=on_batch,
+            )
+            results[name] = measured[name].as_dict()
     reporter.end()
     record = provenance.session(at) | {
-        "checkpoint": {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
+        "checkpoint": {"path": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
         "model": loaded.name,
         "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
         "seed": seed,
     }
-    return Report(
-        f"{loaded.name} on {wanted.dataset}",
-        {name: result.as_dict() for name, result in results.items()},
-        record,
-        path.with_suffix(".eval.json"),
-    )
+    method = f"{loaded.config['method']} " if loaded.config else ""
+    return Report(f"{method}{loaded.name}", results, record)
 
 
-def _given(tree: dict[str, Any]) -> dict[str, Any]:
+def _said(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree without the keys whose value is None."""
     return {
-        key: _given(value) if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if value is not None
+        key: _said(value) if isinstance(value, dict) else value for key, value in tree.items() if value is not None
     }

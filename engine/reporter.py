@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Reporter:
@@ -44,6 +45,11 @@ class ConsoleReporter(Reporter):
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Show a table."""
+        # A pipe has no width: nothing may be folded or cut for one.
+        self.console.print(table, width=None if self.console.is_terminal else 200)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         self.end()

@@ -1,0 +1,47 @@
+# Everything a fresh machine needs: `make demo` to see it work, `make test` to check it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: help install demo test test-slow lint clean
+
+help:
+	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
+	@echo "make test       lint, types and tests"
+	@echo "make test-slow  the tests that take minutes each"
+	@echo "make install    the virtual environment $(VENV) with the engine in it"
+	@echo "make clean      remove what make made"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# An independent reference for attacks; it pins old versions of packages that it does not need here.
+	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
+	@touch $@
+
+# The teacher is trained anew in each demo: it gets a cache of its own.
+demo: install
+	rm -rf $(DEMO)
+	ENGINE_CACHE=$(DEMO)/cache $(BIN)/engine train --config examples/demo.yaml --out $(DEMO)
+	$(BIN)/engine eval $(DEMO)/teacher $(DEMO) --attacks natural,fgsm,pgd20,cw,aa --limit-aa 60
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
