@@ -110,7 +110,7 @@ def card(role: str, teacher: Teacher, held_out: Split, config: RunConfig, precis
         epsilon=config.attack.epsilon,
         threat_model=config.attack.threat_model,
         batch_size=config.eval.batch_size,
-        limit=config.eval.probe_size,
+        limit=max(config.eval.probe_size, len(held_out.class_names)),
         device=precision.device,
     )
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())

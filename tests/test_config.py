@@ -146,6 +146,7 @@ def test_fractions_of_the_run_scale_with_the_epochs_and_whole_numbers_do_not() -
     assert [epochs_of(0.3, epochs) for epochs in (200, 100, 20, 10, 1)] == [60, 30, 6, 3, 0]
     assert [epochs_of(0.75, epochs) for epochs in (200, 100, 20)] == [150, 75, 15]
     assert [epochs_of(99 / 200, 200), epochs_of(149 / 200, 200)] == [99, 149]
+    assert [epochs_of(0.5, 5), epochs_of(0.5, 1), epochs_of(0.29, 100)] == [3, 1, 29]
     assert [epochs_of(60, epochs) for epochs in (200, 20)] == [60, 60]
     assert [epochs_of(1, 200), epochs_of(0, 200)] == [1, 0]
     assert load({"loss": {"warmup": "60/200"}}).loss.warmup == 0.3

@@ -468,14 +468,22 @@ def test_tiny_imagenet_is_read_as_published(kind: str, places: dict[str, Path], 
         assert np.array_equal(split.images.numpy(), np.stack([written[part, "n01"], written[part, "n02"]]))
 
 
-@pytest.mark.parametrize("line", ["../../../evil.JPEG\tn01\t0", "val_0.JPEG\tn03\t0", "val_0.JPEG", ""])
-def test_tiny_imagenet_with_a_wrong_list_is_refused(line: str, places: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "line", ["../../../evil.JPEG\tn01\t0", "val_9.JPEG\tn01\t0", "val_0.JPEG\tn03\t0", "val_0.JPEG"]
+)
+def test_tiny_imagenet_with_a_wrong_line_is_refused(line: str, places: dict[str, Path]) -> None:
     tiny_imagenet(places["data"])
-    root = places["data"] / "tiny-imagenet-200"
-    Image.fromarray(random_images(0, 1, 64)[0]).save(places["data"].parent / "evil.JPEG")
-    (root / "val" / "val_annotations.txt").write_text(line)
-    message = error_of("tiny-imagenet")
-    assert message.startswith(f"data: {root}/val/val_annotations.txt names ")
+    Image.fromarray(random_images(0, 1, 64)[0]).save(places["data"] / "evil.JPEG")
+    annotations = places["data"] / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text() + line)
+    assert error_of("tiny-imagenet").startswith(f"data: {annotations} names what is not there: {line.split()[0]}")
+
+
+def test_tiny_imagenet_without_images_of_a_class_is_refused(places: dict[str, Path]) -> None:
+    tiny_imagenet(places["data"])
+    annotations = places["data"] / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    annotations.write_text("val_0.JPEG\tn02\t0\n")
+    assert error_of("tiny-imagenet") == f"data: {annotations} names no image of some of the classes"
 
 
 def test_tiny_imagenet_is_fetched_into_the_cache(

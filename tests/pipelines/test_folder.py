@@ -122,13 +122,13 @@ LITTER = {
 
 @pytest.mark.parametrize("layout", ["folders", "zips", "one zip"])
 def test_what_systems_leave_behind_is_ignored(tmp_path: Path, layout: str) -> None:
-    litter = LITTER | ({"__MACOSX/train/cat/._1.png": b"x"} if layout == "one zip" else {})
-    path = write(tmp_path / "x", layout, content() | litter)
+    path = write(tmp_path / "x", layout, content() | LITTER)
     check_split(datasets.load("folder", str(path)).train, "train", ORDER)
 
 
-def test_a_file_beside_the_only_folder_of_an_archive_is_ignored(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "x.zip", {f"mine/{n}": d for n, d in content().items()} | {"README.md": b"x"})
+@pytest.mark.parametrize("beside", ["README.md", "__MACOSX/mine/1.png", ".git/config"])
+def test_litter_beside_the_only_folder_of_an_archive_is_ignored(tmp_path: Path, beside: str) -> None:
+    path = write_zip(tmp_path / "x.zip", {f"mine/{n}": d for n, d in content().items()} | {beside: b"x"})
     check_split(datasets.load("folder", str(path)).train, "train", ORDER)
 
 

@@ -51,10 +51,12 @@ def test_the_largest_remainders_round_up() -> None:
 
 
 def test_a_small_class_keeps_one_image_in_each_part() -> None:
-    train, validation = split_validation(make_split([60, 2]), 0.03)  # shares 1.8, 0.06 of 2
+    _, validation = split_validation(make_split([60, 2]), 0.03)  # shares 1.8, 0.06 of 2
     assert validation.labels.bincount().tolist() == [1, 1]
     train, _ = split_validation(make_split([60, 2]), 0.97)
     assert train.labels.bincount().tolist() == [1, 1]
+    _, validation = split_validation(make_split([60, 2, 2, 2]), 0.05)  # shares 3, 0.1, 0.1, 0.1; 4 in all
+    assert validation.labels.bincount().tolist() == [1, 1, 1, 1]
 
 
 def test_the_choice_follows_the_seed_alone() -> None:
