@@ -152,6 +152,7 @@ class RunConfig(Section):
     limit_test: Annotated[Count, Field(ge=1)] | None = None
     validation: Annotated[Number, Field(ge=0, lt=1)] = 0.02
     augment: bool = True
+    flip: bool | None = None  # None: where a mirrored image is still of its class, as the data set's entry says
     epochs: Annotated[Count, Field(ge=1)] = 200
     batch_size: Annotated[Count, Field(ge=1)] = 128
     lr: Annotated[Number, Field(gt=0)] = 0.1

@@ -79,7 +79,7 @@ def run(
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
     results: dict[str, dict[str, Any]] = {}
-    with graceful_stop() as stop, precision.deterministic():
+    with graceful_stop(reporter.message) as stop, precision.deterministic():
         for name in names:
             most = limit_aa if name == "aa" else None
             reporter.begin(f"{COLUMNS[name]}, {checkpoint}", min(len(images.test), most or len(images.test)))

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+SECONDS_BETWEEN_LINES = 15
+
 
 class Reporter:
     """Says nothing: the reporter of runs that are started from Python."""
@@ -40,8 +42,7 @@ class ConsoleReporter(Reporter):
         self.console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._total = 0
-        self._said = 0.0
+        self._what, self._total, self._said, self._accuracies = "", 0, 0.0, ""
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -53,7 +54,7 @@ class ConsoleReporter(Reporter):
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         self.end()
-        self._total = total
+        self._what, self._total, self._said, self._accuracies = what, total, time.monotonic(), ""
         if not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -70,22 +71,29 @@ class ConsoleReporter(Reporter):
         self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        status = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s"
+        status = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{self._accuracies}"
         if self._bar is not None:
             self._bar.update(self._task, status=status)
-        elif time.monotonic() - self._said > 10:  # a log file needs no line per interval
-            self._said = time.monotonic()
-            self.message(f"step {row['step']}/{self._total}  epoch {row['epoch']}  {status}")
+        else:
+            self._say_now_and_then(f"{row['step']}/{self._total}  epoch {row['epoch']}  {status}")
 
     def advance(self, done: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
+        else:
+            self._say_now_and_then(f"{done}/{self._total}")
+
+    def _say_now_and_then(self, text: str) -> None:
+        """A log file needs no line per step, yet a slow run must be seen to live."""
+        if time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.message(f"{self._what}: {text}")
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
         alpha = f"  alpha {row['alpha']:.3f}" if "alpha" in row else ""
+        self._accuracies = f"  natural {row['natural_accuracy']:.2%}  robust {row['robust_accuracy']:.2%}"
         self.message(
-            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{alpha}"
-            f"  natural {row['natural_accuracy']:.2%}  robust {row['robust_accuracy']:.2%}"
+            f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{alpha}{self._accuracies}"
             f"  ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s)"
         )
 

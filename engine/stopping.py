@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -30,10 +30,10 @@ class Stop:
 
 
 @contextmanager
-def graceful_stop() -> Iterator[Stop]:
+def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
     """SIGINT and SIGTERM set the flag of the `Stop` inside; a second one interrupts at once.
 
-    Outside the main thread signals stay as they are.
+    say: tells the user that the first one was heard. Outside the main thread signals stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -44,6 +44,7 @@ def graceful_stop() -> Iterator[Stop]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
+        say(f"{signal.Signals(number).name}: stopping at the next safe point; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

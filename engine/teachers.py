@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +14,14 @@ from engine.config import RunConfig, TeacherConfig, explicit, load, merge
 from engine.evaluate import evaluate
 from engine.pipelines.datasets import Dataset, Split, cache_dir
 from engine.precision import Precision
+from engine.rundir import write_atomically
 from engine.weights import load_model
 
 # What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
 _SHARED = (
     "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
-    "epochs", "batch_size", "lr", "dtype", "amp", "device", "gpus", "optim", "log_every", "checkpoint_every",
+    "flip", "epochs", "batch_size", "lr", "dtype", "amp", "device", "gpus", "optim", "log_every",
+    "checkpoint_every",
 )  # fmt: skip
 _SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
 # What changes where or how visibly a teacher is trained, but not the teacher.
@@ -65,7 +65,8 @@ def obtain(
     if not cached.exists():
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
-        _keep(best, cached)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, best.read_bytes())
         say(f"Teacher kept as {cached}")
         return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
     return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
@@ -129,13 +130,3 @@ def _open(path: Path, model: str | None, dataset: Dataset, precision: Precision,
     network = precision.place(loaded.module).eval().requires_grad_(False)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Teacher(network, loaded.name, source, digest, loaded.notes)
-
-
-def _keep(best: Path, cached: Path) -> None:
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    beside = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copyfile(best, beside)
-        beside.replace(cached)
-    finally:
-        beside.unlink(missing_ok=True)

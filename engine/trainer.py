@@ -33,9 +33,8 @@ from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
 from engine.evaluate import check_names, evaluate
 from engine.journal import Journal
-from engine.kernels.crop_flip import crop_flip
 from engine.pipelines import datasets
-from engine.pipelines.splits import limited
+from engine.pipelines.splits import balanced
 from engine.pipelines.tensor import TensorPipeline
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
@@ -85,21 +84,19 @@ def resume(path: Path, reporter: Reporter | None = None) -> RunResult:
 def _check(complete: RunConfig) -> None:
     """Refuse what would fail only after data were loaded, before a run directory is made."""
     methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
-    for name, known, what in (
-        (complete.model, models.TABLE, "model"),
-        (complete.dataset, datasets.DATASETS, "dataset"),
-        (complete.teacher.method, semantics.TEACHER_METHODS, "teacher.method"),
-        (complete.teacher_st.method, semantics.TEACHER_METHODS, "teacher_st.method"),
-    ):
+    models.check(complete.model)
+    datasets.check(complete.dataset)
+    for section in ("teacher", "teacher_st"):
+        name, known = getattr(complete, section).method, semantics.TEACHER_METHODS
         if name not in known:
-            raise ValueError(f"{what}: {name!r} is not known; {config.nearest(name, known)}")
+            raise ValueError(f"{section}.method: {name!r} trains no teacher; {config.nearest(name, known)}")
     preset(complete.eval.attack, complete.attack.epsilon)
     check_names(complete.eval.final)
     precision.choose(complete)
 
 
 def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter) -> RunResult:
-    with graceful_stop() as stop:
+    with graceful_stop(reporter.message) as stop:
         try:
             return _run(run, complete, reporter, stop)
         except Interrupted:
@@ -150,7 +147,7 @@ class Trainer:
             batch_size=complete.batch_size,
             seed=complete.seed,
             augment=complete.augment,
-            flip=self.dataset.flip,
+            flip=self.dataset.flip if complete.flip is None else complete.flip,
             device=self.precision.device,
             dtype=self.precision.dtype,
         )
@@ -320,18 +317,19 @@ class Trainer:
 
     def _probe_images(self, training: datasets.Split) -> tuple[Tensor, Tensor]:
         """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
-        size = max(self.config.eval.probe_size, len(self.dataset.class_names))
-        chosen = limited(training.labels, size, 0, "eval.probe_size")
-        return crop_flip(
-            training.images,
-            training.labels,
-            chosen,
+        probe = balanced(training, max(self.config.eval.probe_size, len(self.dataset.class_names)))
+        (batch,) = TensorPipeline(
+            probe.images,
+            probe.labels,
+            batch_size=len(probe),
             seed=0,
-            epoch=0,
-            flip=False,
             augment=False,
+            flip=False,
+            device=self.precision.device,
             dtype=self.precision.dtype,
-        )
+            shuffle=False,
+        ).epoch(0)
+        return batch.x_nat, batch.labels
 
     def _student_part(self) -> dict[str, Any]:
         return checkpoints.student_part(self.student, self.config, self.dataset.class_names)

@@ -49,14 +49,19 @@ TABLE: dict[str, Architecture] = {
 }
 
 
+def check(name: str) -> None:
+    """Raise ValueError where there is no architecture of that name."""
+    if name not in TABLE:
+        raise ValueError(f"model: {name!r} is not known; {nearest(name, TABLE)}")
+
+
 def build(name: str, num_classes: int, *, normalize: bool = False, dataset: str | None = None) -> nn.Module:
     """The network of that name in train mode, initialised from torch's global generator, which the caller seeds.
 
     normalize: subtract the mean and divide by the standard deviation of `dataset` inside the network.
     Raises ValueError for an unknown name or fewer than two classes.
     """
-    if name not in TABLE:
-        raise ValueError(f"model: {name!r} is not known; {nearest(name, TABLE)}")
+    check(name)
     if num_classes < 2:
         raise ValueError(f"num_classes: a classifier has at least 2 classes, got {num_classes}")
     model = TABLE[name].builder(num_classes)

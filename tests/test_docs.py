@@ -1,0 +1,331 @@
+"""The documentation is true: examples run, commands parse, links lead somewhere, tables are complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import engine
+from engine import attack, config, evaluate, methods, models
+from engine.cli import _KEYS, commands
+from engine.evaluation import Report
+from engine.pipelines import datasets
+from engine.trainer import RunResult
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; line is that of its first line."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+def read(page: Path) -> str:
+    """Text of a page; nothing where it is missing, which one test of its own says."""
+    return page.read_text(encoding="utf-8") if page.exists() else ""
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    text = read(page)
+    found = [Block(page, text.count("\n", 0, m.start(2)) + 1, m[1], m[2]) for m in _FENCE.finditer(text)]
+    return [block for block in found if block.language in languages]
+
+
+def command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Place and words of every command in a block of a shell."""
+    for page in PAGES:
+        for block in blocks(page, "sh", "bash", "console"):
+            for number, line in enumerate(block.text.replace("\\\n", "  ").splitlines()):
+                if block.language == "console" and not line.startswith("$ "):
+                    continue  # output
+                lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+                lexer.whitespace_split = True
+                words: list[str] = []
+                for word in [*lexer, ";"]:
+                    if set(word) <= set(";&|<>()"):
+                        yield f"{page.name}:{block.line + number}", words
+                        words = []
+                    elif words or not re.match(r"\w+=", word):  # not a variable set for the command
+                        words.append(word)
+
+
+def engine_commands() -> list[Any]:
+    """Arguments of every `engine ...`."""
+    return [
+        pytest.param(words[1:], id=place)
+        for place, words in command_lines()
+        if words and Path(words[0]).name == "engine"
+    ]
+
+
+def rows(page: str, heading: str = "") -> list[list[str]]:
+    """Cells of every table of a page, or of the section below a heading, without the tables' own headings."""
+    text = read(ROOT / "docs" / page)
+    if heading:
+        text = re.split(r"^## ", text.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+        assert text, heading
+    lines = text.splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for above, line in zip(["", *lines], lines, strict=False)
+        if line.startswith("|") and above.startswith("|") and not line.startswith("|---")
+    ]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+# ---------------------------------------------------------------- pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_page_exists_and_its_links_lead_somewhere(page: Path) -> None:
+    assert page.exists()
+    text = read(page)
+    assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(_FENCE.findall(text)), "a block is not closed"
+    prose = re.sub(r"`[^`\n]*`", "", _FENCE.sub("", text))
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", read(target)), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    with torch.random.fork_rng([]):
+        for block in blocks(page, "python"):
+            lines_before = "\n" * (block.line - 1)  # so that a traceback names the page's line
+            exec(compile(lines_before + block.text, str(page), "exec"), namespace)  # noqa: S102  # the page's own
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_examples_are_configurations(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        assert isinstance(config.load(yaml.safe_load(block.text)), config.RunConfig), block
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("arguments", engine_commands())
+def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the computation is done: flags, files, keys, values, and names of all kinds."""
+
+    def train(complete: config.RunConfig, reporter: object) -> RunResult:
+        methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
+        models.check(complete.model)
+        datasets.check(complete.dataset)
+        evaluate.check_names((complete.eval.attack, *complete.eval.final))
+        return RunResult(ROOT / "docs", {})
+
+    def resume(path: Path, reporter: object) -> RunResult:
+        return RunResult(ROOT / "docs", {})
+
+    def run(checkpoint: Path, attacks: list[str], reporter: object, **keys: Any) -> Report:
+        evaluate.check_names(attacks)
+        models.check(keys["model"] or "resnet8")
+        datasets.check(keys["dataset"] or "digits")
+        return Report("", {}, {})
+
+    monkeypatch.setattr("engine.trainer.train", train)
+    monkeypatch.setattr("engine.trainer.resume", resume)
+    monkeypatch.setattr("engine.evaluation.run", run)
+    monkeypatch.setattr(Report, "write", lambda self, path: None)
+    monkeypatch.chdir(ROOT)
+    outcome = cli(*arguments)
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_assignments_within_a_sentence_exist(page: Path) -> None:
+    for span in code(_FENCE.sub("", read(page))):
+        words = shlex.split(span) if span.startswith(("engine ", "--set ")) else []
+        if words[:1] == ["engine"] and not words[1].startswith("-"):
+            command = commands.commands[words[1].rstrip(",")]
+            known = {
+                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+            }
+            assert {word for word in words if word.startswith("-")} <= known | {"--help", "-h"}, span
+        if "--set" in words and "KEY=VALUE" not in words:
+            config.load(config.parse_assignment(words[words.index("--set") + 1]))
+
+
+def test_targets_of_make_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {word for _, words in command_lines() if words[:1] == ["make"] for word in words[1:]}
+    assert named
+    assert named <= {*targets}
+
+
+def test_the_pages_have_commands_and_examples() -> None:
+    """Guards the tests above: a pattern that finds nothing would pass them all."""
+    assert len(engine_commands()) >= 8
+    assert sum(len(blocks(page, "python")) for page in PAGES) >= 10
+
+
+# ---------------------------------------------------------------- configuration.md
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return result
+
+
+def documented_keys() -> dict[str, list[str]]:
+    keys = {code(row[0])[0]: row[1:] for row in rows("configuration.md") if len(row) == 4}
+    assert len(keys) == sum(len(row) == 4 for row in rows("configuration.md")), "a key stands twice"
+    return keys
+
+
+def test_the_configuration_table_lists_every_key_with_its_default() -> None:
+    documented = documented_keys()
+    assert documented.keys() == flat(config.RunConfig().tree()).keys()
+    trees = [config.parse_assignment(f"{key}={code(row[1])[0]}") for key, row in documented.items()]
+    assert config.RunConfig(**config.merge(*trees)) == config.RunConfig()
+
+
+def test_the_configuration_table_lists_every_flag() -> None:
+    documented = {key: code(row[0])[0] for key, row in documented_keys().items() if row[0]}
+    parameters = commands.commands["train"].params
+    keys = [p for p in parameters if p.name not in ("config_file", "assignments", "resume")]
+    assert documented == {_KEYS.get(str(p.name), str(p.name)): p.opts[0] for p in keys}
+
+
+def test_the_configuration_table_names_every_choice() -> None:
+    documented = documented_keys()
+
+    def choices(section: type[config.Section], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+        for key, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
+                yield from choices(field.annotation, f"{prefix}{key}.")
+            elif typing.get_origin(field.annotation) is typing.Literal:
+                yield prefix + key, typing.get_args(field.annotation)
+
+    tables = (
+        ("method", tuple(methods.TABLE)),
+        ("model", tuple(models.TABLE)),
+        ("dataset", tuple(datasets.DATASETS)),
+    )
+    for key, names in (*choices(config.RunConfig), *tables):
+        assert set(names) <= set(code(documented[key][2])), key
+
+
+# ---------------------------------------------------------------- evaluation.md
+
+
+def test_the_attacks_are_listed_with_all_their_numbers() -> None:
+    documented = {code(row[0])[0]: tuple(row[1:]) for row in rows("evaluation.md", "Attacks")}
+    assert {name: row[0] for name, row in documented.items()} == evaluate.COLUMNS
+    for name, spec in attack.presets().items():
+        assert documented[name][1] == attack.describe(spec)
+
+
+def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    outcome = cli(
+        "eval", str(tiny.teacher), "--dataset", "folder", "--data", str(tiny.folder), "--limit", "3",
+        "--attacks", "natural,fgsm", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "at.eval.json").read_text())
+    listed = {name: row[1] for row in rows("evaluation.md", "The report") for name in code(row[0])}
+    assert listed.keys() == report.keys()
+    for key in ("checkpoint", "data"):
+        assert report[key].keys() == set(code(listed[key]))
+    for result in report["results"].values():
+        assert result.keys() == set(code(listed["results"]))
+
+
+# ---------------------------------------------------------------- run-directory.md
+
+
+def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path) -> None:
+    def listed(heading: str) -> set[str]:
+        return {name for row in rows("run-directory.md", heading) for name in code(row[0])}
+
+    found: set[str] = set()
+    for method in ("trades", "iad1", "iad2"):
+        run = tmp_path / method
+        engine.train(tiny.config(method=method, loss={"warmup": 0}, out=str(run)))
+        written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found |= {key for row in written for key in row}
+    assert found == listed("metrics.jsonl")
+    assert listed("Reliability of the teacher") == {*written[-1]["probe_cases"]} | {
+        key for key in found if key.startswith("probe_")
+    } - {"probe_alpha"}
+
+    intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", intro, re.MULTILINE)
+    files = {name.rstrip("/") for cell in cells for name in code(cell)}
+    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st"} == files
+
+    for name in ("summary.json", "provenance.json"):
+        content = json.loads((run / name).read_text())
+        assert content.keys() == listed(name)
+        for row in rows("run-directory.md", name):
+            for key in code(row[0]):
+                if key in ("hardware", "precision", "seeds", "data"):
+                    assert set(code(row[1])) == content[key].keys(), key
+
+    last, best = (torch.load(run / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    described = {name: row[1] for row in rows("run-directory.md", "Checkpoints") for name in code(row[0])}
+    assert described.keys() == last.keys()
+    assert {key for key, text in described.items() if "`last.pt` only" not in text} == best.keys()
+    for key in ("model", "progress", "telemetry"):
+        assert set(code(described[key])) - {"last.pt"} == last[key].keys(), key
+
+
+# ---------------------------------------------------------------- the others
+
+
+def test_the_picture_of_the_rooms_names_every_file() -> None:
+    (picture,) = [block.text for block in blocks(ROOT / "docs" / "architecture.md", "") if "cli.py" in block.text]
+    listed, room = set(), ""
+    for line in picture.splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            listed.add(room + name.rstrip("/"))
+        else:
+            room = name
+    paths = [path for room in ("engine", "kernels", "pipelines") for path in (ROOT / room).iterdir()]
+    assert listed == {
+        path.relative_to(ROOT).as_posix()
+        for path in paths
+        if not path.name.startswith("_") and path.name != "py.typed"
+    }
+
+
+def test_versions_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == engine.__version__
+    assert f"## [{engine.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    (paper,) = citation["references"]
+    assert (paper["title"], paper["year"]) == ("Reliable Adversarial Distillation with Unreliable Teachers", 2022)
+    assert len(paper["authors"]) == 9
