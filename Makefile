@@ -30,7 +30,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: install
 	rm -rf $(DEMO)
 	ENGINE_CACHE=$(DEMO)/cache $(BIN)/engine train --config examples/demo.yaml --out $(DEMO)
-	$(BIN)/engine eval $(DEMO)/teacher $(DEMO) --attacks natural,fgsm,pgd20,cw,aa --limit-aa 60
+	$(BIN)/engine eval $(DEMO)/teacher $(DEMO) --attacks natural,fgsm,pgd20,cw,aa --limit-aa 20
+	@echo "Everything it wrote:"
+	@find $(DEMO) -type f -not -path '*/tensorboard/*' | sort
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

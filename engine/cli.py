@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from engine import __version__
@@ -99,13 +98,13 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key, e.g. attack.num_steps=7.")
 @click.option("--resume", metavar="DIR", help="Continue that run as it was configured.")
 def train(config_file: str | None, assignments: tuple[str, ...], resume: str | None, **flags: Any) -> None:
-    r"""Train a student, and its teachers where none are given.
+    """Train a student, and its teachers where none are given.
 
     \b
     engine train --method iad1 --amp                 CIFAR-10, ResNet-18, the paper's hyper-parameters
     engine train --config recipe:table2-cifar10-at-iad1
     engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
-    """
+    """  # noqa: D301  # click knows the backspace as a mark, and only as a character
     given = {key: value for key, value in flags.items() if value is not None}
     if resume is not None and (given or config_file or assignments):
         first = f"--{next(iter(given)).replace('_', '-')}" if given else "--config" if config_file else "--set"
@@ -121,7 +120,7 @@ def train(config_file: str | None, assignments: tuple[str, ...], resume: str | N
     from engine import trainer
     from engine.reporter import ConsoleReporter
 
-    reporter = ConsoleReporter(Console())
+    reporter = ConsoleReporter()
     result = trainer.train(complete, reporter) if resume is None else trainer.resume(Path(resume), reporter)
     _print_summary(reporter, result)
 
@@ -165,7 +164,7 @@ def evaluate_command(checkpoints: tuple[str, ...], attacks: str, out: str | None
     from engine import evaluation
     from engine.reporter import ConsoleReporter
 
-    reporter = ConsoleReporter(Console())
+    reporter = ConsoleReporter()
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
@@ -173,12 +172,19 @@ def evaluate_command(checkpoints: tuple[str, ...], attacks: str, out: str | None
     for name in checkpoints:
         path = Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
         report = evaluation.run(path, names, reporter, **flags)
-        written.append((path if out is None else Path(out) / path.name).with_suffix(".eval.json"))
-        report.write(written[-1])
+        report.write(_report_path(path, out))
+        written.append(_report_path(path, out))
         results[f"{report.title}  {path}"] = report.results
     _print_accuracies(reporter, results)
     for path in written:
         reporter.message(f"Written: {path}")
+
+
+def _report_path(checkpoint: Path, out: str | None) -> Path:
+    """Beside the checkpoint, or in a folder under a name that tells the best of two runs apart."""
+    if out is None:
+        return checkpoint.with_suffix(".eval.json")
+    return Path(out) / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}.eval.json"
 
 
 @commands.command("methods")
@@ -238,7 +244,7 @@ def _print_list(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
-    ConsoleReporter(Console()).table(table)
+    ConsoleReporter().table(table)
 
 
 def _print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dict[str, Any]]]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine.attack import batch_norm_mode, describe, frozen, in_255, pgd, presets
 from engine.config import nearest
 from engine.pipelines.splits import limited
+from engine.precision import full_precision
 
 COLUMNS = {
     "natural": "Natural",
@@ -206,8 +207,6 @@ def _excess(x_adv: Tensor, x_nat: Tensor, epsilon: float, threat_model: str) -> 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradient, full float32 precision inside; everything comes back afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in backends]
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with (
         batch_norm_mode(model, "eval"),
@@ -215,14 +214,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng(gpus),
+        full_precision(),
     ):
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, precisions, strict=True):
-                backend.fp32_precision = precision
+        yield
 
 
 def _auto_attack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Report:
     def write(self, path: Path) -> None:
         """Write the report as JSON. Raises ValueError where that cannot be."""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.record | {"results": self.results})
         except OSError as error:
             raise ValueError(f"--out: cannot write {path}: {error.strerror}") from None
@@ -78,6 +80,7 @@ def run(
     for note in loaded.notes:
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
+    at = dataclasses.replace(at, dtype=next(network.parameters()).dtype)
     results: dict[str, dict[str, Any]] = {}
     with graceful_stop(reporter.message) as stop, precision.deterministic():
         for name in names:

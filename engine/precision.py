@@ -51,6 +51,8 @@ class Precision:
     def describe(self) -> str:
         """Name of the formats, for the record."""
         name = str(self.dtype).removeprefix("torch.")
+        if self.amp_dtype is None and self.device.type == "cuda" and self.dtype == torch.float32:
+            return f"{name}, convolutions in {torch.backends.cudnn.conv.fp32_precision}"  # type: ignore[attr-defined]
         return (
             name if self.amp_dtype is None else f"{name}, passes in {str(self.amp_dtype).removeprefix('torch.')}"
         )
@@ -66,7 +68,7 @@ def choose(config: RunConfig) -> Precision:
     if not config.amp:
         return Precision(device, dtype)
     if device.type == "cuda":
-        amp_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        amp_dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return Precision(device, dtype, amp_dtype)
     if _cpu_has_bf16():
         return Precision(device, dtype, torch.bfloat16)
@@ -97,6 +99,20 @@ def _device(config: RunConfig) -> torch.device:
 
 def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 inside: float32 means float32 on every device."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager

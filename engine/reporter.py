@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -36,10 +37,11 @@ class Reporter:
 
 
 class ConsoleReporter(Reporter):
-    """Speaks to the terminal."""
+    """Speaks to standard output."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self) -> None:
+        # A pipe has no width: nothing may be folded or cut for one.
+        self.console = Console(width=None if sys.stdout.isatty() else 240)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what, self._total, self._said, self._accuracies = "", 0, 0.0, ""
@@ -49,8 +51,7 @@ class ConsoleReporter(Reporter):
 
     def table(self, table: Table) -> None:
         """Show a table."""
-        # A pipe has no width: nothing may be folded or cut for one.
-        self.console.print(table, width=None if self.console.is_terminal else 200)
+        self.console.print(table)
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
         self.end()

@@ -58,7 +58,9 @@ def obtain(
     """
     wanted: TeacherConfig = getattr(config, section)
     if wanted.checkpoint is not None:
-        return _open(Path(wanted.checkpoint), wanted.model, dataset, precision, f"checkpoint {wanted.checkpoint}")
+        # Only what the user said of its architecture counts: a default must not overrule what the file tells.
+        model = explicit(config.tree()).get(section, {}).get("model")
+        return _open(Path(wanted.checkpoint), model, dataset, precision, f"checkpoint {wanted.checkpoint}")
     teacher_config = run_config(config, section)
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
@@ -88,7 +90,7 @@ def run_config(config: RunConfig, section: str) -> RunConfig:
         "lr": wanted.lr or config.lr,
         # Not the student's seed: the two would start from the same weights and see the same batches.
         "seed": config.seed + (1 if section == "teacher" else 2) if wanted.seed is None else wanted.seed,
-        "eval": {"final": []},
+        "eval": {"final": [], "probe_size": config.eval.probe_size, "batch_size": config.eval.batch_size},
     }
     return load(merge(shared, {"attack": attack}, own))
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.attack import pgd
+from engine.attack import batch_norm_mode, pgd
 from engine.config import TERMS, AttackSpec
+from engine.precision import full_precision
 from engine.step import StepOutput
 
 ALPHA_BINS = 20
@@ -43,16 +44,17 @@ class Telemetry:
         self.alpha_histogram = torch.zeros(ALPHA_BINS, dtype=torch.float64, device=device)
         # [step, one flag per term] of the first non-finite loss; step -1 while there is none
         self.non_finite = torch.full((1 + len(TERMS),), -1.0, dtype=torch.float64, device=device)
+        self._earlier_seconds = 0.0  # of sums that a checkpoint brought
         self.start_clock()
 
     @property
     def seconds(self) -> float:
-        """Time that belongs to the sums so far."""
-        return time.perf_counter() - self._clock
+        """Time that the steps of these sums took."""
+        return self._earlier_seconds + time.perf_counter() - self._clock
 
-    def start_clock(self, seconds: float = 0.0) -> None:
-        """Time from here on belongs to the sums; seconds: time that already does."""
-        self._clock = time.perf_counter() - seconds
+    def start_clock(self) -> None:
+        """Training goes on from here: what went before, an evaluation say, belongs to no step."""
+        self._clock = time.perf_counter()
 
     @torch.no_grad()
     def update(self, output: StepOutput, labels: Tensor, step: int) -> None:
@@ -95,6 +97,7 @@ class Telemetry:
         totals = dict(zip((*_SUMS, *_ALPHA_BINS, "seconds"), (*values, self.seconds), strict=True))
         self.sums.zero_()
         self.alpha_histogram.zero_()
+        self._earlier_seconds = 0.0
         self.start_clock()
         return totals
 
@@ -110,7 +113,7 @@ class Telemetry:
         """Continue from `state_dict`."""
         self.sums.copy_(state["sums"])
         self.alpha_histogram.copy_(state["alpha_histogram"])
-        self.start_clock(state["seconds"])
+        self._earlier_seconds = state["seconds"]
 
 
 def add(left: Totals, right: Totals) -> Totals:
@@ -153,15 +156,12 @@ def probe(
 
     x_nat: (B, C, H, W); the attack is run on the student. Shares and accuracies lie in [0, 1].
     """
-    modes = [(module, module.training) for module in student.modules()]
-    student.eval()
-    x_adv = pgd(student, x_nat, labels, attack, seed=seed)
-    row: dict[str, Any] = {"probe_student_adversarial_accuracy": _accuracy(student(x_adv), labels)}
-    for module, training in modes:
-        module.training = training
-    if teacher is None:
-        return row
-    t_nat, t_adv = teacher(x_nat), teacher(x_adv)
+    with batch_norm_mode(student, "eval"), full_precision():
+        x_adv = pgd(student, x_nat, labels, attack, seed=seed)
+        row: dict[str, Any] = {"probe_student_adversarial_accuracy": _accuracy(student(x_adv), labels)}
+        if teacher is None:
+            return row
+        t_nat, t_adv = teacher(x_nat), teacher(x_adv)
     log_p_B = t_adv.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
     alpha_B = (beta * log_p_B.clamp_min(torch.finfo(log_p_B.dtype).min)).exp()
     nat_B, adv_B = t_nat.argmax(dim=1) == labels, t_adv.argmax(dim=1) == labels

