@@ -145,6 +145,18 @@ def test_data_that_changed_are_refused(tiny: Any, tmp_path: Path, cli: Any) -> N
     assert "changed" in outcome.err
 
 
+def test_a_teacher_that_changed_is_refused(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    teacher, run = tmp_path / "teacher.pt", tmp_path / "run"
+    teacher.write_bytes(tiny.teacher.read_bytes())
+    keys = {"method": "ard", "teacher": {"checkpoint": str(teacher)}}
+    with pytest.raises(Interrupted):
+        trainer.train(tiny.config(**keys, out=str(run)), StopAt(2))
+    teacher.write_bytes(tiny.teacher_st.read_bytes())
+    outcome = cli("train", "--resume", str(run))
+    assert outcome.code == 2
+    assert "teacher is another than before" in outcome.err
+
+
 # ---------------------------------------------------------------- real processes
 
 

@@ -1,0 +1,144 @@
+"""What the commands print and write where all goes well; what goes wrong is in test_bad_input.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import methods, models, recipes, trainer
+from engine.pipelines.datasets import DATASETS
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("methods", list(methods.TABLE)),
+        ("models", list(models.TABLE)),
+        ("datasets", list(DATASETS)),
+        ("recipes", recipes.names()),
+    ],
+)
+def test_lists_are_whole(command: str, names: list[str], cli: Any) -> None:
+    outcome = cli(command)
+    assert outcome.code == 0
+    first_words = [line.split()[0] for line in outcome.out.splitlines() if line.strip()]
+    assert [word for word in first_words if word in names] == names
+
+
+def test_the_paper_s_numbers_stand_beside_the_recipes(cli: Any) -> None:
+    (line,) = [line for line in cli("recipes").out.splitlines() if line.split()[:1] == ["table2-cifar10-at-iad1"]]
+    assert line.split()[-5:] == ["82.09", "63.20", "52.14", "50.74", "48.66"]
+
+
+def test_train_then_eval(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = cli(*tiny.flags(method="iad1", out=str(run), attack={"epsilon": 0.1}))
+    assert trained.code == 0, trained.err
+    assert f"teacher: resnet8, {78042 - 7 * 65:,} parameters" in trained.out  # of 3 classes, not 10
+    assert "selected on test" in trained.out
+    assert str(run / "summary.json") in trained.out
+
+    found = cli(
+        "eval", str(run), str(tiny.teacher), "--attacks", "natural,pgd10,pgd10", "--data", str(tiny.folder)
+    )
+    assert found.code == 0, found.err
+    report = json.loads((run / "best.eval.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(report["results"]) == ["natural", "pgd10"]
+    # As after training: same images, same epsilon, same seed.
+    for attack in ("natural", "pgd10"):
+        assert report["results"][attack]["correct"] == summary["test_of_best"][attack]["correct"]
+    assert "epsilon 25.5/255" in report["results"]["pgd10"]["description"]
+    assert "n = 18" in found.out
+    assert report["precision"]["evaluation"] == "float32, TF32 off"
+    tiny.teacher.with_suffix(".eval.json").unlink()
+
+    other = cli(
+        "eval", str(run), "--attacks", "pgd10", "--epsilon", "2/255", "--limit", "9", "--out", str(tmp_path)
+    )
+    assert other.code == 0, other.err
+    result = json.loads((tmp_path / "run-best.eval.json").read_text())["results"]["pgd10"]
+    assert (result["n"], "epsilon 2/255" in result["description"]) == (9, True)
+
+
+def test_a_foreign_checkpoint_is_evaluated(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    state = models.build("resnet8", 3).state_dict()
+    torch.save({"net": {f"module.{key}": value for key, value in state.items()}}, path)
+    outcome = cli("eval", str(path), "--dataset", "folder", "--data", str(tiny.folder), "--attacks", "natural")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "theirs.eval.json").exists()
+
+
+def test_overrides_of_a_file(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny.config(method="st", epochs=5)))
+    run = tmp_path / "run"
+    outcome = cli(
+        "train", "--config", str(tmp_path / "mine.yaml"), "--epochs", "1", "--set", "seed=3", "--out", str(run)
+    )
+    assert outcome.code == 0, outcome.err
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert (resolved["epochs"], resolved["seed"], resolved["method"]) == (1, 3, "st")
+
+
+def test_a_recipe_runs(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sets = tiny.flags(out=str(run), eval={"final": ["natural"]}, loss={"warmup": "60/200"})[1:]
+    outcome = cli("train", "--config", "recipe:table9-iad1-gamma2", *sets)
+    assert outcome.code == 0, outcome.err
+    assert "selected on test" in outcome.out
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows if row["event"] == "epoch"] == ["ard", "iad1"]
+
+
+def test_plain_lines_without_a_terminal(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    outcome = cli(*tiny.flags(method="at", out=str(tmp_path / "run")))
+    lines = [line for line in outcome.out.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    for word in ("loss", "natural", "robust", "images/s"):
+        assert all(word in line for line in lines)
+    assert "\x1b" not in outcome.out
+
+
+def test_a_progress_bar_on_a_terminal(tiny: Any, tmp_path: Path) -> None:
+    """In a real pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "engine", *tiny.flags(method="at", epochs=3, out=str(tmp_path / "run"))]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait(timeout=120) == 0
+    text = shown.decode(errors="replace")
+    for word in ("━", "18/18", "ETA", "images/s", "loss", "robust"):
+        assert word in text
+
+
+def test_engine_train_needs_no_reporter(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = trainer.train(tiny.config(method="st", epochs=1, out=str(tmp_path / "run")))
+    assert result.summary["last"]["epoch"] == 1
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_python_m_engine() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "engine", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("engine 0.")
