@@ -1,5 +1,6 @@
 """Build script: the package `engine` with its two rooms kernels/ and pipelines/ reached through links."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -13,12 +14,13 @@ for link in ("kernels", "pipelines"):
             f"On a file system without links, copy the folder {link}/ to engine/{link}/."
         )
 
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)[0]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-LINT = ["ruff", "mypy", "types-PyYAML", "import-linter>=2"]
+LINT = ["ruff", "mypy", "types-PyYAML"]
 
 setup(
     name="iad-engine",
-    version="0.1.0",
+    version=VERSION,
     description="A fast training engine for adversarially robust image classifiers by adversarial distillation",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

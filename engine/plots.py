@@ -68,7 +68,7 @@ def _accuracy(axes: Axes, rows: Rows) -> None:
     _line(axes, rows, "natural_accuracy", f"natural ({where})")
     _line(axes, rows, "robust_accuracy", f"robust ({where})")
     _line(axes, rows, "train_student_adversarial_accuracy", "on x~ (train)", linestyle="--")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.02, 1.02)  # a curve along an edge must be seen
     _finish(axes, "Accuracy of the student", "accuracy")
 
 
@@ -78,7 +78,7 @@ def _cases(axes: Axes, rows: Rows) -> None:
         axes.plot(
             [row["epoch"] for row in rows], [row["probe_cases"][case] for row in rows], marker=".", label=label
         )
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.02, 1.02)  # a curve along an edge must be seen
     _finish(axes, "Is the teacher right? (cf. Figure 2b)", "share of probe images")
 
 
@@ -86,7 +86,7 @@ def _on_adversarial(axes: Axes, rows: Rows) -> None:
     _line(axes, rows, "probe_teacher_natural_accuracy", "teacher on x")
     _line(axes, rows, "probe_teacher_adversarial_accuracy", "teacher on x~")
     _line(axes, rows, "probe_student_adversarial_accuracy", "student on x~")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(-0.02, 1.02)  # a curve along an edge must be seen
     _finish(axes, "Accuracy on the probe (cf. Figures 1a and 3)", "accuracy")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,29 @@ import pytest
 import torch
 
 METHODS = ("st", "at", "trades", "ard", "akd2", "iad1", "iad2")
-CHANCE = 0.1  # ten classes; of 400 test images, 0.16 lies four standard deviations above it
-ABOVE_CHANCE = 0.16
+ABOVE_CHANCE = 0.17  # four standard deviations above the 0.1 of ten classes, on 300 test images
 
 
 def flags(folder: Path, method: str, out: Path) -> list[str]:
-    keys = {"attack.epsilon": "4/255", "attack.num_steps": 2, "validation": 0, "eval.final": "[natural, pgd20]"}
+    keys = {
+        "attack.epsilon": "4/255", "attack.num_steps": 2, "validation": 0, "eval.final": "[natural]",
+        "eval.probe_size": 20, "optim.milestones": [4, 5],
+    }  # fmt: skip
     sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
     return [
         "train", "--method", method, "--dataset", "folder", "--data", str(folder), "--model", "resnet8",
-        "--limit-train", "1000", "--limit-test", "400", "--epochs", "6", "--batch-size", "32", "--out", str(out),
+        "--limit-train", "800", "--limit-test", "300", "--epochs", "5", "--batch-size", "32", "--out", str(out),
         *sets,
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """These are the only tests that compute enough for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +71,7 @@ def test_methods_learn(
     if method != "st":
         assert summary["best"]["robust_accuracy"] > ABOVE_CHANCE
     for which in ("test_of_best", "test_of_last"):
-        assert summary[which]["natural"]["n"] == 400
+        assert summary[which]["natural"]["n"] == 300
 
 
 def test_cifar10_is_recognised_as_image_files(real_images: Path, cli: Any, tmp_path: Path) -> None:
