@@ -43,7 +43,8 @@ def _part_of_run(value: float) -> float:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_fraction), BeforeValidator(_no_truth_value)]
+# Bounded, since what is no float32 fails deep inside torch.
+Number = Annotated[float, BeforeValidator(_fraction), BeforeValidator(_no_truth_value), Field(ge=-1e30, le=1e30)]
 Count = Annotated[int, BeforeValidator(_no_truth_value)]
 # A point in training: below 1 a fraction of the epochs (so that it scales with them), else a number of epochs.
 PartOfRun = Annotated[Number, Field(ge=0), AfterValidator(_part_of_run)]
@@ -241,9 +242,27 @@ def parse_assignment(text: str) -> Tree:
         value = yaml.safe_load(raw)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         raise ValueError(f"--set {path}: not a YAML value: {raw!r}") from None
-    for key in reversed(path.strip().split(".")):
+    return nested(path.strip(), value)
+
+
+def nested(path: str, value: object) -> Tree:
+    """Nested form of one key, e.g. {"attack": {"bn": value}} of "attack.bn"."""
+    for key in reversed(path.split(".")):
         value = {key: value}
     return typing.cast(Tree, value)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same configuration wherever it is read again: paths of files no longer depend on the folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    teachers = {
+        section: teacher.model_copy(update={"checkpoint": absolute(teacher.checkpoint)})
+        for section, teacher in (("teacher", config.teacher), ("teacher_st", config.teacher_st))
+    }
+    return config.model_copy(update={"data": absolute(config.data), **teachers})
 
 
 def read_file(path: Path) -> Tree:

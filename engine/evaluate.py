@@ -207,13 +207,12 @@ def _excess(x_adv: Tensor, x_nat: Tensor, epsilon: float, threat_model: str) -> 
 @contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradient, full float32 precision inside; everything comes back afterwards."""
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with (
         batch_norm_mode(model, "eval"),
         frozen(model),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(gpus),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         full_precision(),
     ):
         yield

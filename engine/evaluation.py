@@ -59,7 +59,7 @@ def run(
     names = check_names(attacks)
     loaded = load_model(checkpoint, model=model)
     trained = config.explicit(loaded.config) if loaded.config else {}
-    if dataset not in (None, trained.get("dataset")):
+    if loaded.config and dataset not in (None, loaded.config["dataset"]):
         trained = {}  # where its data lay, and how large its ball was, holds for that data set alone
     given = {
         "dataset": dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -36,12 +37,21 @@ class Reporter:
         """The task is over."""
 
 
+class _Console(Console):
+    """A console whose reader may leave, as `head` does: what is said later is lost, the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes standard output at its end, and must find somebody there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class ConsoleReporter(Reporter):
     """Speaks to standard output."""
 
     def __init__(self) -> None:
         # A pipe has no width: nothing may be folded or cut for one.
-        self.console = Console(width=None if sys.stdout.isatty() else 240)
+        self.console = _Console(width=None if sys.stdout.isatty() else 240)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what, self._total, self._said, self._accuracies = "", 0, 0.0, ""

@@ -7,6 +7,7 @@ reliability.png. Every file but the two append-only logs is written beside its p
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -83,7 +84,8 @@ class RunDir:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config.tree(), sort_keys=False)
+            # Without its place: the file can be given to --config as it is.
+            text = yaml.safe_dump(config.tree() | {"out": None}, sort_keys=False)
             write_atomically(run.config, text.encode())
         except OSError as error:
             raise ValueError(f"--out: cannot write to {path}: {error.strerror}") from None
@@ -102,6 +104,21 @@ class RunDir:
         if not run.config.is_file():
             raise ValueError(f"--resume: {path} is no run directory (it has no config.yaml)")
         return run, load_config(read_file(run.config))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process. Raises ValueError where another process has it."""
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path} is being trained by another process") from None
+            for leftover in self.path.glob(".*.tmp"):  # of a killed process, half-written
+                leftover.unlink()
+            yield
+        finally:
+            os.close(directory)
 
     def append_row(self, row: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl."""
@@ -125,6 +142,11 @@ class RunDir:
             return os.fstat(file.fileno()).st_size
 
     def truncate_rows(self, size: int) -> None:
-        """Drop rows written after the checkpoint that is resumed: the same steps will write them again."""
+        """Drop rows written after the checkpoint that is resumed: the same steps will write them again.
+
+        Raises ValueError where rows of before are missing.
+        """
+        if self.rows_size() < size:
+            raise ValueError(f"--resume: {self.metrics} is shorter than when {self.last} was written")
         if self.metrics.exists():
             os.truncate(self.metrics, size)

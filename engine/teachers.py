@@ -15,6 +15,7 @@ from engine.evaluate import evaluate
 from engine.pipelines.datasets import Dataset, Split, cache_dir
 from engine.precision import Precision
 from engine.rundir import write_atomically
+from engine.stopping import Stop
 from engine.weights import load_model
 
 # What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
@@ -67,9 +68,12 @@ def obtain(
     if not cached.exists():
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, best.read_bytes())
-        say(f"Teacher kept as {cached}")
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cached, best.read_bytes())
+        except OSError as error:
+            say(f"The teacher cannot be kept for later runs: {cached}: {error.strerror}")
+            return _open(best, None, dataset, precision, f"trained for this run, {best}")
         return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
     return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
 
@@ -99,11 +103,16 @@ def cache_path(config: RunConfig, dataset: Dataset) -> Path:
     """Place of a teacher in the cache, by data set, model, method and a hash of everything else that made it."""
     recipe = {key: value for key, value in config.tree().items() if key not in _NOT_IN_KEY}
     recipe["data"] = dataset.sha256
+    if config.validation > 0:  # then the test images have no part in it
+        recipe["data"] = dataset.train_sha256
+        del recipe["limit_test"]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     return cache_dir() / "teachers" / f"{config.dataset}-{config.model}-{config.method}-{digest}.pt"
 
 
-def card(role: str, teacher: Teacher, held_out: Split, config: RunConfig, precision: Precision) -> list[str]:
+def card(
+    role: str, teacher: Teacher, held_out: Split, config: RunConfig, precision: Precision, stop: Stop
+) -> list[str]:
     """The teacher card: what the student is about to learn from, measured on held-out images."""
     attack = "pgd10"
     results = evaluate(
@@ -115,6 +124,7 @@ def card(role: str, teacher: Teacher, held_out: Split, config: RunConfig, precis
         batch_size=config.eval.batch_size,
         limit=max(config.eval.probe_size, len(held_out.class_names)),
         device=precision.device,
+        on_batch=lambda *_: stop.check(),
     )
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     natural, robust = results["natural"], results[attack]
@@ -130,5 +140,13 @@ def card(role: str, teacher: Teacher, held_out: Split, config: RunConfig, precis
 def _open(path: Path, model: str | None, dataset: Dataset, precision: Precision, source: str) -> Teacher:
     loaded = load_model(path, model=model, num_classes=len(dataset.class_names))
     network = precision.place(loaded.module).eval().requires_grad_(False)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Teacher(network, loaded.name, source, digest, loaded.notes)
+    return Teacher(network, loaded.name, source, _weights_sha256(loaded.module), loaded.notes)
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    """Hash of names and values alone: two files of one network differ in paths and times."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()

@@ -34,6 +34,7 @@ from engine.config import TERMS, RunConfig
 from engine.evaluate import check_names, evaluate
 from engine.journal import Journal
 from engine.pipelines import datasets
+from engine.pipelines.base import Pipeline
 from engine.pipelines.splits import balanced
 from engine.pipelines.tensor import TensorPipeline
 from engine.reporter import Reporter
@@ -58,6 +59,7 @@ def train(run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None =
     signal, when everything is saved for `resume`.
     """
     complete = run_config if isinstance(run_config, RunConfig) else config.load(run_config)
+    complete = config.with_absolute_paths(complete)
     _check(complete)
     run = RunDir.create(complete)
     try:
@@ -108,14 +110,16 @@ def _run(
 ) -> RunResult:
     trainer = None
     try:
-        with precision.deterministic():
+        with precision.deterministic(), run.locked():
             trainer = Trainer(run, complete, reporter, stop, dataset)
             return RunResult(run.path, trainer.fit())
     except FloatingPointError as error:
         good = f"the last good checkpoint is {run.last}" if run.last.exists() else "there is no checkpoint yet"
         raise RunFailed(f"{error}; {good}") from None
     except OSError as error:
-        raise RunFailed(f"{run.path}: {error.strerror or error}; what was saved before is whole") from error
+        raise RunFailed(
+            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is whole"
+        ) from error
     finally:
         reporter.end()
         if trainer is not None:
@@ -135,13 +139,15 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.reporter, self.stop = run, complete, reporter, stop
         self.method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
+        # Standard training has no robustness to choose by: what little there is falls as the network learns.
+        self.criterion = "robust_accuracy" if self.method.needs_x_adv else "natural_accuracy"
         self.precision = precision.choose(complete)
         if self.precision.note:
             reporter.message(self.precision.note)
 
         self.dataset = dataset or load_data(complete, reporter)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
-        self.pipeline = TensorPipeline(
+        self.pipeline: Pipeline = TensorPipeline(
             training.images,
             training.labels,
             batch_size=complete.batch_size,
@@ -221,10 +227,11 @@ class Trainer:
             row = self._row("step", totals)
             self.journal.write(row)
             self.reporter.step(row)
-        every = self.config.checkpoint_every
-        if (every and progress.step % every == 0) or self.stop.requested:
+        every, asked_to_stop = self.config.checkpoint_every, self.stop.requested
+        if (every and progress.step % every == 0) or asked_to_stop:
             self._save()
-        self.stop.check()
+        if asked_to_stop:
+            raise Interrupted
 
     def _finish_epoch(self) -> None:
         """Evaluate, write the epoch's row, and save; a run that is interrupted here evaluates again."""
@@ -252,7 +259,7 @@ class Trainer:
         self.reporter.epoch(row, self.config.epochs)
         progress.last = row
         progress.epoch, progress.step_in_epoch, progress.totals = progress.epoch + 1, 0, {}
-        if not progress.best or row["robust_accuracy"] > progress.best["robust_accuracy"]:
+        if not progress.best or row[self.criterion] > progress.best[self.criterion]:
             progress.best = row
             checkpoints.save(self.run.best, self._student_part(), progress)
         self._save()
@@ -267,6 +274,7 @@ class Trainer:
             "model": self.config.model,
             "dataset": self.config.dataset,
             "selected_on": self.selected_on,
+            "selected_by": self.criterion,
             "best": progress.best,
             "last": progress.last,
         }
@@ -295,6 +303,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.telemetry.check()
+        if not torch.stack([value.isfinite().all() for value in self.student.parameters()]).all():
+            raise FloatingPointError(f"the weights after step {self.progress.step} are not finite")
         self.progress.rows_size = self.run.rows_size()
         checkpoints.save(
             self.run.last,
@@ -366,11 +376,10 @@ class Trainer:
     def _obtain_teachers(self) -> Teachers:
         """Find or train the teachers, show their cards, and write provenance.json."""
         found: dict[str, teachers.Teacher] = {}
-        for section, needed in (
-            ("teacher", self.method.needs_teacher),
-            ("teacher_st", self.method.needs_teacher_st),
-        ):
-            if needed:
+        needed = {"teacher": self.method.needs_teacher, "teacher_st": self.method.needs_teacher_st}
+        # Those from files first: a file that cannot serve is told of before hours of training the other.
+        for section in sorted(needed, key=lambda name: getattr(self.config, name).checkpoint is None):
+            if needed[section]:
                 found[section] = teachers.obtain(
                     self.config,
                     section,
@@ -383,17 +392,23 @@ class Trainer:
                 digest = found[section].sha256
                 if self.teachers_sha256.setdefault(section, digest) != digest:
                     raise ValueError(f"--resume: {section} is another than before, from {found[section].source}")
-                for line in teachers.card(section, found[section], self.held_out, self.config, self.precision):
+                for line in teachers.card(
+                    section, found[section], self.held_out, self.config, self.precision, self.stop
+                ):
                     self.reporter.message(line)
         provenance.write(self.run, self.config, self.precision, self.dataset, found, self.progress.step)
         networks = {section: teacher.model for section, teacher in found.items()}
         return Teachers(networks.get("teacher"), networks.get("teacher_st"))
 
     def _train_teacher(self, wanted: RunConfig, path: Path) -> Path:
+        complete = wanted.model_copy(update={"out": str(path)})
         if (path / "config.yaml").exists():
-            run, complete = RunDir.existing(path)
+            run, begun = RunDir.existing(path)
+            if begun != wanted:
+                raise ValueError(
+                    f"--out: {path} holds the run of another teacher; remove it, or choose another --out"
+                )
         else:
-            complete = config.load(wanted.tree(), {"out": str(path)})
             run = RunDir.create(complete)
         if not run.summary.exists():
             _run(run, complete, self.reporter, self.stop, self.dataset)
@@ -402,9 +417,23 @@ class Trainer:
 
 def load_data(complete: RunConfig, reporter: Reporter) -> datasets.Dataset:
     """The data set of a configuration, with a line that says what it is."""
+    reading = ""
+
+    def progress(part: str, done: int, total: int) -> None:
+        nonlocal reading
+        if part != reading:
+            reading = part
+            reporter.begin(f"reading {part} images", total)
+        reporter.advance(done)
+
     dataset = datasets.load(
-        complete.dataset, complete.data, limit_train=complete.limit_train, limit_test=complete.limit_test
+        complete.dataset,
+        complete.data,
+        limit_train=complete.limit_train,
+        limit_test=complete.limit_test,
+        progress=progress,
     )
+    reporter.end()
     reporter.message(
         f"Data: {complete.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test "
         f"images in {len(dataset.class_names)} classes, from {dataset.source}"

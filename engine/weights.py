@@ -115,6 +115,8 @@ def load_model(path: str | Path, *, model: str | None = None, num_classes: int |
             module = build(name, classes, normalize=weights.normalize)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if bad := [key for key, tensor in weights.state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: {len(bad)} tensors hold values that are not finite, the first {bad[0]!r}")
     expected = module.state_dict()
     if differences := _differences(weights.state, expected):
         raise ValueError(f"{path}: these are no weights of {name}: {differences}")

@@ -45,8 +45,16 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """SHA-256, in hex, of class names and of both splits' image shapes, images and labels."""
+        return self._hash(self.train, self.test)
+
+    @cached_property
+    def train_sha256(self) -> str:
+        """The same of the training split alone."""
+        return self._hash(self.train)
+
+    def _hash(self, *splits: Split) -> str:
         digest = hashlib.sha256("\0".join(self.class_names).encode())
-        for split in (self.train, self.test):
+        for split in splits:
             digest.update(repr(tuple(split.images.shape)).encode())
             digest.update(split.images.contiguous().numpy())
             digest.update(split.labels.contiguous().numpy())

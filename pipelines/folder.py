@@ -168,6 +168,8 @@ def _decode(
 def _pixels(tree: Tree, name: str) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 0..255
+                raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # a damaged file makes Pillow and zipfile raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoints, config, models
+from engine import checkpoints, config, models, precision
 
 # Tests compute on tiny tensors, where a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -108,6 +108,13 @@ def real_images() -> Path:
     if not given:
         pytest.skip("ENGINE_DATA names no folder of real images")
     return Path(given)
+
+
+@pytest.fixture
+def bf16() -> None:
+    """Without it, AMP on a CPU is float32 and a test of it would compare a thing with itself."""
+    if precision.choose(config.load({"amp": True, "device": "cpu"})).amp_dtype is None:
+        pytest.skip("this processor has no bfloat16 arithmetic")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "batch size": (["train", "--batch-size", "-1"], ["batch_size", "-1"]),
     "lr text": (["train", "--lr", "fast"], ["lr", "fast"]),
     "lr zero": (["train", "--lr", "0"], ["lr", "0"]),
+    "lr beyond float32": (["train", "--lr", "1e39"], ["lr", "1e39"]),
+    "unknown table of recipes": (["train", "--config", "recipe:table99-x"], ["table99-x", "engine recipes"]),
     "lr infinite": (["train", "--lr", ".inf"], ["lr", "inf"]),
     "seed negative": (["train", "--seed", "-3"], ["seed", "-3"]),
     "limit zero": (["train", "--limit-train", "0"], ["limit_train", "0"]),
@@ -172,6 +174,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     ),
     "another shape": (lambda: saved(resnet8() | {"conv1.weight": torch.zeros(16, 3, 5, 5)}), ["conv1.weight"]),
     "no tensors": (lambda: saved({"epoch": 3}), ["epoch"]),
+    "not finite": (
+        lambda: saved(resnet8() | {"bn1.weight": torch.full((16,), torch.nan)}),
+        ["bn1.weight", "finite"],
+    ),
     "a later format": (lambda: saved({"format": 99, "student": resnet8()}), ["format", "99"]),
 }
 
@@ -225,6 +231,12 @@ def image(size: int = 8) -> bytes:
     return buffer.getvalue()
 
 
+def deep_image() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("I;16", (8, 8), 1000).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 TWO_CLASSES = {
     f"{split}/{name}/{n}.png": image() for split in ("train", "test") for name in "ab" for n in range(3)
 }
@@ -243,6 +255,7 @@ DATA: dict[str, tuple[dict[str, bytes], list[str]]] = {
     "no test": ({name: content for name, content in TWO_CLASSES.items() if name.startswith("train")}, ["test"]),
     "no train": ({name: content for name, content in TWO_CLASSES.items() if name.startswith("test")}, ["train"]),
     "an unreadable image": (TWO_CLASSES | {"train/a/9.png": b"no image"}, ["train/a/9.png"]),
+    "an image of 16 bits": (TWO_CLASSES | {"train/a/9.png": deep_image()}, ["train/a/9.png", "8 bits"]),
     "half an image": (TWO_CLASSES | {"test/b/9.png": image()[:40]}, ["test/b/9.png"]),
     "an image of another size": (TWO_CLASSES | {"train/b/9.png": image(16)}, ["train/b/9.png", "16"]),
     "an empty class": (TWO_CLASSES | {"train/c/": b"", "test/c/1.png": image()}, ["c"]),

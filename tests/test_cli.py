@@ -137,6 +137,32 @@ def test_engine_train_needs_no_reporter(tiny: Any, tmp_path: Path, capsys: pytes
     assert captured.out + captured.err == ""
 
 
+def test_flags_are_taken_as_they_are(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    """Not as YAML: a # or a colon is part of a path."""
+    run = tmp_path / "a #b: 2024"
+    outcome = cli(*tiny.flags(method="st", epochs=1), "--out", str(run))
+    assert outcome.code == 0, outcome.err
+    assert (run / "summary.json").exists()
+
+
+def test_no_command_shows_the_help(cli: Any) -> None:
+    outcome = cli()
+    assert outcome.code == 2
+    assert "Commands:" in outcome.out
+    assert outcome.err == ""
+
+
+def test_a_run_outlives_its_reader(tiny: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "engine", *tiny.flags(method="at", epochs=3, out=str(run))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    assert (run / "summary.json").exists()
+
+
 def test_python_m_engine() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "engine", "--version"], capture_output=True, text=True, check=True

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import engine
 from engine import attack, config, methods, models, precision, step, teachers, trainer
+from engine.evaluate import Result
 from engine.pipelines.base import Batch
 from engine.pipelines.splits import limited
 from engine.pipelines.tensor import TensorPipeline
@@ -333,7 +334,7 @@ def test_a_step_equals_its_transcription(name: str, semantics: str) -> None:
         torch.testing.assert_close(moved, buffer, rtol=1e-11, atol=1e-13, msg=key)
 
 
-def test_steps_in_mixed_precision_stay_near(tiny: Any, tmp_path: Path) -> None:
+def test_steps_in_mixed_precision_stay_near(tiny: Any, tmp_path: Path, bf16: None) -> None:
     """The loss of the first step with AMP is that without, up to bfloat16's rounding."""
     losses = []
     for amp in (False, True):
@@ -399,6 +400,59 @@ def test_a_teacher_is_trained_once_and_kept(tiny: Any, tmp_path: Path) -> None:
     assert records[0]["teacher"]["sha256"] == records[1]["teacher"]["sha256"]
     cards = [line for line in second.lines if "PGD-10" in line and "held-out" in line]
     assert len(cards) == 2
+
+
+@pytest.mark.parametrize(("method", "best"), [("st", 3), ("at", 1)])
+def test_the_best_epoch(
+    method: str, best: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a standard network learns, natural accuracy rises, and what robustness it had by chance is lost."""
+    measured = iter([(0.3, 0.2), (0.5, 0.1), (0.7, 0.0)])
+
+    def evaluated(*args: Any, **keys: Any) -> dict[str, Result]:
+        return {
+            name: Result(name, round(100 * accuracy), 100, "", 0.0)
+            for name, accuracy in zip(("natural", "pgd10"), next(measured), strict=True)
+        }
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    run = trainer.train(tiny.config(method=method, epochs=3, out=str(tmp_path / "run"), eval={"final": []}))
+    assert run.summary["selected_by"] == {"st": "natural_accuracy", "at": "robust_accuracy"}[method]
+    assert run.summary["best"]["epoch"] == best
+    assert torch.load(run.path / "best.pt", weights_only=True)["metrics"]["epoch"] == best
+
+
+def test_another_teacher_s_run_is_not_taken_for_ours(tiny: Any, tmp_path: Path) -> None:
+    keys = {"method": "ard", "teacher": {"checkpoint": None}, "out": str(tmp_path / "run")}
+    trainer.train(tiny.config(**keys))
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(ValueError, match="holds the run of another teacher"):
+        trainer.train(config.merge(tiny.config(**keys), {"teacher": {"epochs": 3}}))
+
+
+def test_a_cache_that_cannot_be_written_loses_nothing(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ENGINE_CACHE", str(tmp_path / "file" / "cache"))
+    listener = Listener()
+    keys = {"method": "ard", "teacher": {"checkpoint": None}, "out": str(tmp_path / "run")}
+    run = trainer.train(tiny.config(**keys), listener)
+    assert any("cannot be kept" in line and "file" in line for line in listener.lines)
+    record = json.loads((run.path / "provenance.json").read_text())
+    assert record["teachers"]["teacher"]["source"].endswith(str(Path("teacher") / "best.pt"))
+
+
+def test_test_images_do_not_make_another_teacher_where_validation_is_held_out(tiny: Any) -> None:
+    def path(**keys: Any) -> Path:
+        complete = config.load(tiny.config(method="ard", **keys))
+        return teachers.cache_path(
+            teachers.run_config(complete, "teacher"), trainer.load_data(complete, Reporter())
+        )
+
+    assert path(validation=0.2) == path(validation=0.2, limit_test=6)
+    assert path(validation=0) != path(validation=0, limit_test=6)
 
 
 def test_a_trades_teacher(tiny: Any, tmp_path: Path) -> None:

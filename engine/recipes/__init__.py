@@ -46,7 +46,9 @@ def get(name: str) -> Recipe:
     if name not in known:
         table = name.partition("-")[0]
         same_table = [other for other in known if other.partition("-")[0] == table]
-        raise ValueError(f"recipe: {name!r} is not known; {nearest(name, same_table or known)}")
+        if not same_table:
+            raise ValueError(f"recipe: {name!r} is not known; `engine recipes` lists them")
+        raise ValueError(f"recipe: {name!r} is not known; {nearest(name, same_table)}")
     tree = yaml.safe_load(_FILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     return validated(Recipe, {"name": name, **tree})
 
