@@ -15,6 +15,7 @@ from engine import __version__
 from engine.stopping import Interrupted, RunFailed
 
 if TYPE_CHECKING:
+    from engine.config import RunConfig
     from engine.reporter import ConsoleReporter
     from engine.trainer import RunResult
 
@@ -124,8 +125,25 @@ def train(config_file: str | None, assignments: tuple[str, ...], resume: str | N
     from engine.reporter import ConsoleReporter
 
     reporter = ConsoleReporter()
+    if resume is None and config_file is None and complete.limit_train is None:
+        _name_recipe(complete, reporter)
     result = trainer.train(complete, reporter) if resume is None else trainer.resume(Path(resume), reporter)
     _print_summary(reporter, result)
+
+
+def _name_recipe(complete: RunConfig, reporter: ConsoleReporter) -> None:
+    """Tell of the row of the paper's Tables 2-4 that a run resembles: its settings may not be the defaults."""
+    from engine import recipes
+    from engine.config import load
+
+    for recipe in recipes.all_recipes():
+        if recipe.table in (2, 3, 4):
+            row = load(recipe.config)
+            if all(getattr(row, key) == getattr(complete, key) for key in ("method", "dataset", "model")) and (
+                row.teacher.method == complete.teacher.method
+            ):
+                reporter.message(f"The paper's own settings of this row: --config recipe:{recipe.name}")
+                return
 
 
 def _read_config(name: str | None) -> dict[str, Any]:
