@@ -89,7 +89,7 @@ class Tiny:
                 if isinstance(value, dict):
                     result += flatten(value, f"{prefix}{key}.")
                 else:
-                    result += ["--set", f"{prefix}{key}={value}"]
+                    result += ["--set", f"{prefix}{key}={'null' if value is None else value}"]
             return result
 
         return ["train", *flatten(self.config(**keys))]

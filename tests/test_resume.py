@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -241,6 +242,23 @@ def test_killed_at_any_moment(step: int, tiny: Any, tmp_path: Path) -> None:
     assert_same_run(whole.path, run)
     leftovers = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
     assert not leftovers  # what a kill left half-written is removed
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tiny: Any, tmp_path: Path) -> None:
+    """Ten kills of one run, each at a random moment after its start, teacher training and evaluations included."""
+    keys = {"method": "iad2", "checkpoint_every": 2, "epochs": 8, "teacher": {"checkpoint": None}}
+    run, moments = tmp_path / "killed", random.Random(0)
+    process = start(tiny.flags(**keys, out=str(run)))
+    for _ in range(10):
+        time.sleep(moments.uniform(2, 5))
+        process.kill()
+        process.communicate()
+        process = start(["train", "--resume", str(run)] if run.exists() else tiny.flags(**keys, out=str(run)))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, (out, err)
+    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    assert_same_run(whole.path, run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
