@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.attack import batch_norm_mode, pgd
 from engine.config import TERMS, AttackSpec
+from engine.kernels import trust
 from engine.precision import full_precision
 from engine.step import StepOutput
 
@@ -162,8 +163,7 @@ def probe(
         if teacher is None:
             return row
         t_nat, t_adv = teacher(x_nat), teacher(x_adv)
-    log_p_B = t_adv.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
-    alpha_B = (beta * log_p_B.clamp_min(torch.finfo(log_p_B.dtype).min)).exp()
+    alpha_B = trust(t_adv, labels, beta)
     nat_B, adv_B = t_nat.argmax(dim=1) == labels, t_adv.argmax(dim=1) == labels
     cases = torch.stack(_count_cases(nat_B, adv_B)).tolist()
     return row | {

@@ -80,10 +80,7 @@ def distill_loss(
     with torch.no_grad():
         alpha_B = torch.ones_like(example[:, 0])
         if t_at_adv is not None:
-            log_p_BC = F.log_softmax(t_at_adv, dim=1)
-            log_p_B = log_p_BC.gather(1, labels[:, None]).squeeze(1)
-            # A probability that underflows to 0 gives alpha 1 at beta = 0, not 0 * -inf.
-            alpha_B = (beta * log_p_B.clamp_min(torch.finfo(log_p_B.dtype).min)).exp()
+            alpha_B = trust(t_at_adv, labels, beta)
 
     terms: tuple[Callable[[], Tensor], ...] = (
         lambda: cross_entropy(s_nat),
@@ -105,6 +102,16 @@ def distill_loss(
     if sample_weights is not None:
         loss_B = loss_B * sample_weights.detach().to(loss_B.dtype)
     return DistillLoss(loss_B.mean(), alpha_B, torch.stack(means_K))
+
+
+def trust(t_at_adv: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """How far the teacher is trusted on each sample: alpha_i = softmax(T_at(x~_i))[y_i] ** beta (Eq. 4).
+
+    t_at_adv: logits (B, C). labels: (B,) int64. Returns (B,), in [0, 1].
+    """
+    log_p_B = F.log_softmax(t_at_adv, dim=1).gather(1, labels[:, None]).squeeze(1)
+    # A probability that underflows to 0 gives alpha 1 at beta = 0, not 0 * -inf.
+    return (beta * log_p_B.clamp_min(torch.finfo(log_p_B.dtype).min)).exp()
 
 
 def _constant(logits: Tensor | None) -> Tensor | None:
