@@ -112,7 +112,7 @@ def pgd(
             x_adv = x_adv.detach().requires_grad_()
             (grad,) = torch.autograd.grad(loss_scale * objective(x_adv), x_adv)
             with torch.no_grad():
-                x_adv = pgd_update(
+                pgd_update(
                     x_adv,
                     grad,
                     x_nat,

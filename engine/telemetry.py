@@ -61,7 +61,7 @@ class Telemetry:
     def update(self, output: StepOutput, labels: Tensor, step: int) -> None:
         """Add one step's batch; alpha counts wherever T(x~) was run, whether or not the row weighs with it."""
         batch = float(labels.shape[0])
-        loss, alpha_B, terms_K = output.loss
+        loss, alpha_B, terms_K, _ = output.loss
         zero, full = loss.new_zeros(()), loss.new_full((), batch)
         right = [
             None if logits is None else logits.argmax(dim=1) == labels

@@ -1,6 +1,9 @@
-"""The ops that a training step calls. Imports torch, and nothing of engine."""
+"""The ops that a training step calls. Imports torch, and triton where a kernel of its runs; nothing of engine."""
 
-from engine.kernels.distill_loss import DistillLoss, distill_loss, trust
+from engine.kernels.contract import DistillLoss
+from engine.kernels.crop_flip import crop_flip
+from engine.kernels.distill_loss import distill_loss
 from engine.kernels.pgd_update import pgd_update, random_start
+from engine.kernels.reference import trust
 
-__all__ = ["DistillLoss", "distill_loss", "pgd_update", "random_start", "trust"]
+__all__ = ["DistillLoss", "crop_flip", "distill_loss", "pgd_update", "random_start", "trust"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.philox import Stream, random_words
+from engine.kernels import dispatch, native, reference
 
 
 def crop_flip(
@@ -19,6 +19,7 @@ def crop_flip(
     flip: bool = True,
     augment: bool = True,
     dtype: torch.dtype = torch.float32,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Zero-padded random crop and random horizontal flip, values / 255.
 
@@ -26,30 +27,103 @@ def crop_flip(
     r and c are uniform on 0..2 padding: floor(word * (2 padding + 1) / 2**32) of words 0 and 1 of the sample in
     `Stream.AUGMENT`. The top bit of word 2 is the flip. So a view depends on (seed, epoch, sample) alone.
 
-    images_NHWC: uint8; sample_B: int64; all on one device.
+    images_NHWC: uint8; labels_N, sample_B: int64; all on one device. out: an earlier result to write into.
     Returns x_BCHW in [0,1] with channels_last strides, and labels_B.
+    Raises ValueError for tensors that do not fit, and on a CPU IndexError for a sample that is not there.
     """
-    labels_B = labels_N[sample_B]
-    if augment:
-        pixels_BHWC = _crops(
-            images_NHWC, sample_B, random_words(seed, Stream.AUGMENT, epoch, sample_B, 3), padding, flip
+    _check(images_NHWC, labels_N, sample_B, padding)
+    height, width, channels = images_NHWC.shape[1:]
+    if out is None:
+        out = (
+            torch.empty(
+                (len(sample_B), channels, height, width),
+                dtype=dtype,
+                device=images_NHWC.device,
+                memory_format=torch.channels_last,
+            ),
+            labels_N.new_empty(len(sample_B)),
         )
     else:
-        pixels_BHWC = images_NHWC[sample_B]
-    x_BHWC = pixels_BHWC.to(dtype)
-    # By a tensor: CUDA multiplies by the reciprocal of a Python scalar, which can be an ulp off the quotient.
-    x_BHWC /= x_BHWC.new_full((), 255)
-    return x_BHWC.permute(0, 3, 1, 2), labels_B
+        _check_out(*out, (len(sample_B), channels, height, width))
+    signed_seed = seed - (seed >> 63 << 64)  # an op's integers are signed
+    crop = _op if torch.compiler.is_compiling() else _crop_flip
+    crop(*out, images_NHWC, labels_N, sample_B, signed_seed, epoch, padding, flip, augment)
+    return out
 
 
-def _crops(images_NHWC: Tensor, sample_B: Tensor, words_B3: Tensor, padding: int, flip: bool) -> Tensor:
-    height, width = images_NHWC.shape[1:3]
-    shift_B2 = (words_B3[:, :2] * (2 * padding + 1) >> 32) - padding
-    column_BW = torch.arange(width, device=sample_B.device).expand(sample_B.shape[0], width)
-    if flip:
-        column_BW = torch.where(words_B3[:, 2:] >> 31 == 1, width - 1 - column_BW, column_BW)
-    y_BH1 = (torch.arange(height, device=sample_B.device) + shift_B2[:, :1])[:, :, None]
-    x_B1W = (column_BW + shift_B2[:, 1:])[:, None, :]
-    outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
-    crops_BHWC = images_NHWC[sample_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
-    return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
+def _crop_flip(
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    images_NHWC: Tensor,
+    labels_N: Tensor,
+    sample_B: Tensor,
+    seed: int,
+    epoch: int,
+    padding: int,
+    flip: bool,
+    augment: bool,
+) -> None:
+    """The views by the implementation that serves here. seed: as a signed number of 64 bits."""
+    fused = x_BCHW.dtype == torch.float32 and images_NHWC.is_contiguous() and labels_N.is_contiguous()
+    implementation = dispatch.choose("crop_flip", images_NHWC.device, fused=fused)
+    arguments = (
+        x_BCHW,
+        labels_B,
+        images_NHWC,
+        labels_N,
+        sample_B.contiguous(),
+        seed & (2**64 - 1),
+        epoch,
+        padding,
+    )
+    if implementation == "native":
+        native.crop_flip(*arguments, flip, augment)
+    elif implementation == "triton":
+        from engine.kernels.triton_ops import crop_flip as triton_crop_flip
+
+        triton_crop_flip.crop_flip(*arguments, flip, augment)
+    else:
+        reference.crop_flip(*arguments, flip, augment)
+
+
+@torch.library.custom_op("engine::crop_flip", mutates_args=("x_BCHW", "labels_B"))
+def _op(
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    images_NHWC: Tensor,
+    labels_N: Tensor,
+    sample_B: Tensor,
+    seed: int,
+    epoch: int,
+    padding: int,
+    flip: bool,
+    augment: bool,
+) -> None:
+    _crop_flip(x_BCHW, labels_B, images_NHWC, labels_N, sample_B, seed, epoch, padding, flip, augment)
+
+
+@_op.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def _check(images_NHWC: Tensor, labels_N: Tensor, sample_B: Tensor, padding: int) -> None:
+    if images_NHWC.dtype != torch.uint8 or images_NHWC.dim() != 4:
+        raise ValueError(
+            f"images_NHWC: expected uint8 (N, H, W, C), got {images_NHWC.dtype} of {tuple(images_NHWC.shape)}"
+        )
+    if labels_N.dtype != torch.int64 or labels_N.shape != images_NHWC.shape[:1]:
+        raise ValueError(
+            f"labels_N: expected int64 ({len(images_NHWC)},), got {labels_N.dtype} of {tuple(labels_N.shape)}"
+        )
+    if sample_B.dtype != torch.int64 or sample_B.dim() != 1:
+        raise ValueError(f"sample_B: expected int64 (B,), got {sample_B.dtype} of {tuple(sample_B.shape)}")
+    if padding < 0:
+        raise ValueError(f"padding must be 0 or more, got {padding}")
+
+
+def _check_out(x_BCHW: Tensor, labels_B: Tensor, shape: tuple[int, ...]) -> None:
+    if x_BCHW.shape != shape or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out[0]: expected a channels_last tensor of shape {shape}, got {tuple(x_BCHW.shape)}")
+    if labels_B.shape != shape[:1] or labels_B.dtype != torch.int64:
+        raise ValueError(f"out[1]: expected int64 ({shape[0]},), got {labels_B.dtype} of {tuple(labels_B.shape)}")

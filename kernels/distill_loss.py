@@ -5,24 +5,17 @@ Shape suffixes: B batch, C classes, K the six terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels import dispatch, native, reference
+from engine.kernels.contract import MAX_CLASSES, READS, DistillLoss, LossAndGradients, LossInputs, LossRow
 
-class DistillLoss(NamedTuple):
-    """What `distill_loss` returns; only `loss` carries a gradient.
-
-    loss: scalar, mean over the batch. alpha: (B,), trust in the teacher, 1 where no T_at(x~) is given.
-    terms: (6,), batch means of the unweighted terms, 0 for a term of zero weight.
-    """
-
-    loss: Tensor
-    alpha: Tensor
-    terms: Tensor
+_LOGITS = ("s_adv", "s_nat", "t_at_nat", "t_at_adv", "t_st_adv")
+_FUSED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def distill_loss(
@@ -49,101 +42,232 @@ def distill_loss(
     l_3 KL(T_at(x) || S(x~)), l_4 KL(T_at(x~) || S(x~)), l_5 KL(T_st(x~) || S(x~)), with
     KL(p || q) = sum_c p_c (log p_c - log q_c). Any factor tau^2 belongs to the weights.
 
-    s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv: logits (B, C) of one floating dtype, None where absent.
+    s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv: logits (B, C), finite, with any strides, None where absent.
     labels: (B,) int64. weights: six pairs (a, b). detach_self: no gradient into S(x) through l_2.
     sample_weights: v, (B,), default 1; the mean still divides by B. label_smoothing: of l_0 and l_1 alone.
-    Half precision is computed in float32. Only s_adv and s_nat receive a gradient.
+    Half precision is computed in float32, float64 in float64. Only s_adv and s_nat receive a gradient; a fused
+    implementation computes it in the forward pass, and so has no second derivative. An empty batch costs 0.
 
-    Raises ValueError for a term of nonzero weight whose logits are absent, and for shapes that do not fit.
+    Raises ValueError for a term of nonzero weight whose logits are absent, for shapes that do not fit, and on a
+    CPU for a label out of range; on an accelerator the device asserts that, without a wait.
     """
-    logits = {
-        "s_nat": s_nat, "s_adv": s_adv, "t_at_nat": t_at_nat, "t_at_adv": t_at_adv, "t_st_adv": t_st_adv,
-    }  # fmt: skip
-    _check(logits, labels, weights, tau, tau_self, sample_weights)
-    s_nat, s_adv, t_at_nat, t_at_adv, t_st_adv = (
-        None if given is None else given if given.dtype == torch.float64 else given.float()
-        for given in logits.values()
+    row = LossRow(
+        tuple((float(a), float(b)) for a, b in weights), tau, tau_self, beta, detach_self, label_smoothing
     )
-    example = next(given for given in (s_adv, s_nat) if given is not None)
-
-    def cross_entropy(s_BC: Tensor | None) -> Tensor:
-        assert s_BC is not None
-        return F.cross_entropy(s_BC, labels, reduction="none", label_smoothing=label_smoothing)
-
-    def divergence(target_BC: Tensor | None, temperature: float) -> Tensor:
-        assert target_BC is not None
-        assert s_adv is not None
-        log_p_BC = F.log_softmax(target_BC / temperature, dim=1)
-        log_q_BC = F.log_softmax(s_adv / temperature, dim=1)
-        return F.kl_div(log_q_BC, log_p_BC, reduction="none", log_target=True).sum(dim=1)
-
-    with torch.no_grad():
-        alpha_B = torch.ones_like(example[:, 0])
-        if t_at_adv is not None:
-            alpha_B = trust(t_at_adv, labels, beta)
-
-    terms: tuple[Callable[[], Tensor], ...] = (
-        lambda: cross_entropy(s_nat),
-        lambda: cross_entropy(s_adv),
-        lambda: divergence(s_nat.detach() if detach_self and s_nat is not None else s_nat, tau_self),
-        lambda: divergence(_constant(t_at_nat), tau),
-        lambda: divergence(_constant(t_at_adv), tau),
-        lambda: divergence(_constant(t_st_adv), tau),
+    _check(LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights), row)
+    needed = {name for reads, active in zip(READS, row.active, strict=True) if active for name in reads}
+    # alpha is told wherever it can be, whether or not a weight depends on it.
+    inputs = LossInputs(
+        s_adv if "s_adv" in needed else None,
+        s_nat if "s_nat" in needed else None,
+        t_at_nat if "t_at_nat" in needed else None,
+        t_at_adv,
+        t_st_adv if "t_st_adv" in needed else None,
+        labels,
+        sample_weights,
     )
-    loss_B = torch.zeros_like(alpha_B)
-    means_K = []
-    for (a, b), term in zip(weights, terms, strict=True):
-        if a == 0 and b == 0:
-            means_K.append(alpha_B.new_zeros(()))
-            continue
-        term_B = term()
-        loss_B = loss_B + (a + b * alpha_B if b else a) * term_B
-        means_K.append(term_B.detach().mean())
-    if sample_weights is not None:
-        loss_B = loss_B * sample_weights.detach().to(loss_B.dtype)
-    return DistillLoss(loss_B.mean(), alpha_B, torch.stack(means_K))
+    if inputs.s_adv is None and inputs.s_nat is None:  # no term weighs anything
+        inputs = inputs._replace(s_adv=s_adv, s_nat=s_nat)
+    grad_enabled = torch.is_grad_enabled()
+    want_adv = grad_enabled and inputs.s_adv is not None and inputs.s_adv.requires_grad
+    want_nat = grad_enabled and inputs.s_nat is not None and inputs.s_nat.requires_grad
+    want_nat = want_nat and (row.active[0] or not detach_self)
+    compiling = torch.compiler.is_compiling()
+    if _implementation(inputs) == "reference":  # which the compiler can fuse
+        if not compiling:
+            _check_labels(inputs)
+        return reference.distill_loss(inputs, row)
+    if compiling:
+        flat = [number for pair in row.weights for number in pair]
+        return DistillLoss(*_op(*inputs, flat, *row[1:], want_adv, want_nat)[:4])
+    return DistillLoss(*FusedDistillLoss.apply(*inputs, row, want_adv, want_nat)[:4])
 
 
-def trust(t_at_adv: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """How far the teacher is trusted on each sample: alpha_i = softmax(T_at(x~_i))[y_i] ** beta (Eq. 4).
-
-    t_at_adv: logits (B, C). labels: (B,) int64. Returns (B,), in [0, 1].
-    """
-    log_p_B = F.log_softmax(t_at_adv, dim=1).gather(1, labels[:, None]).squeeze(1)
-    # A probability that underflows to 0 gives alpha 1 at beta = 0, not 0 * -inf.
-    return (beta * log_p_B.clamp_min(torch.finfo(log_p_B.dtype).min)).exp()
+def _implementation(inputs: LossInputs) -> str:
+    logits = [given for given in inputs[:5] if given is not None]
+    fused = all(given.dtype in _FUSED for given in logits)
+    if logits[0].device.type != "cpu":
+        fused = fused and logits[0].shape[1] <= MAX_CLASSES
+    return dispatch.choose("distill_loss", logits[0].device, fused=fused)
 
 
-def _constant(logits: Tensor | None) -> Tensor | None:
-    return None if logits is None else logits.detach()
+def _compute(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
+    """Loss and gradients by the fused implementation that serves here."""
+    if _implementation(inputs) == "native":
+        return native.loss_and_gradients(inputs, row, want_adv, want_nat)
+    from engine.kernels.triton_ops import distill_loss as triton_distill_loss
+
+    return triton_distill_loss.loss_and_gradients(inputs, row, want_adv, want_nat)
 
 
-_READS = (
-    ("s_nat",),
-    ("s_adv",),
-    ("s_adv", "s_nat"),
-    ("s_adv", "t_at_nat"),
-    ("s_adv", "t_at_adv"),
-    ("s_adv", "t_st_adv"),
-)
+def _scale(
+    upstream: Tensor,
+    grad_adv: Tensor | None,
+    grad_nat: Tensor | None,
+    dtype_adv: torch.dtype,
+    dtype_nat: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The backward: the gradients of the forward times the gradient from above, in the dtypes of the logits."""
+    given = grad_adv if grad_adv is not None else grad_nat
+    if (
+        given is not None
+        and dispatch.choose("distill_loss", given.device, fused=given.dtype in _FUSED) == "triton"
+    ):
+        from engine.kernels.triton_ops import distill_loss as triton_distill_loss
+
+        return triton_distill_loss.scale(upstream, grad_adv, grad_nat, dtype_adv, dtype_nat)
+    return (
+        None if grad_adv is None else (grad_adv * upstream).to(dtype_adv),
+        None if grad_nat is None else (grad_nat * upstream).to(dtype_nat),
+    )
 
 
-def _check(
-    logits: dict[str, Tensor | None],
+# ---------------------------------------------------------------- autograd, eager: without the dispatcher's cost
+
+
+class FusedDistillLoss(torch.autograd.Function):
+    """Both gradients are made in the forward pass; the backward scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        s_adv: Tensor | None,
+        s_nat: Tensor | None,
+        t_at_nat: Tensor | None,
+        t_at_adv: Tensor | None,
+        t_st_adv: Tensor | None,
+        labels: Tensor,
+        sample_weights: Tensor | None,
+        row: LossRow,
+        want_adv: bool,
+        want_nat: bool,
+    ) -> LossAndGradients:
+        inputs = LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights)
+        return _compute(inputs, row, want_adv, want_nat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: LossAndGradients) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(given for given in output[1:] if given is not None))
+        ctx.save_for_backward(*output[4:])
+        ctx.dtypes = _dtypes(*inputs[:2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if upstream is None:
+            return (None,) * 10
+        return *_scale(upstream, *ctx.saved_tensors, *ctx.dtypes), *(None,) * 8
+
+
+def _dtypes(s_adv: Tensor | None, s_nat: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    return (
+        torch.float32 if s_adv is None else s_adv.dtype,
+        torch.float32 if s_nat is None else s_nat.dtype,
+    )
+
+
+# ---------------------------------------------------------------- the same as registered ops, for torch.compile
+
+
+@torch.library.custom_op("engine::distill_loss", mutates_args=())
+def _op(
+    s_adv: Tensor | None,
+    s_nat: Tensor | None,
+    t_at_nat: Tensor | None,
+    t_at_adv: Tensor | None,
+    t_st_adv: Tensor | None,
     labels: Tensor,
-    weights: Sequence[tuple[float, float]],
+    sample_weights: Tensor | None,
+    weights: Sequence[float],
     tau: float,
     tau_self: float,
+    beta: float,
+    detach_self: bool,
+    label_smoothing: float,
+    want_adv: bool,
+    want_nat: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights)
+    pairs = tuple(zip(weights[::2], weights[1::2], strict=True))
+    row = LossRow(pairs, tau, tau_self, beta, detach_self, label_smoothing)
+    loss, alpha, terms, per_sample, *gradients = _compute(inputs, row, want_adv, want_nat)
+    grad_adv, grad_nat = (loss.new_empty(0) if grad is None else grad for grad in gradients)
+    return loss, alpha, terms, per_sample, grad_adv, grad_nat
+
+
+@_op.register_fake
+def _(
+    s_adv: Tensor | None,
+    s_nat: Tensor | None,
+    t_at_nat: Tensor | None,
+    t_at_adv: Tensor | None,
+    t_st_adv: Tensor | None,
+    labels: Tensor,
     sample_weights: Tensor | None,
-) -> None:
-    if len(weights) != len(_READS):
-        raise ValueError(f"weights: six pairs (a, b) are needed, got {len(weights)}")
-    for k, ((a, b), reads) in enumerate(zip(weights, _READS, strict=True)):
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student = LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights).student
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    batch, classes = student.shape
+    want_adv, want_nat = numbers[-2:]
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty(batch, dtype=dtype),
+        student.new_empty(6, dtype=dtype),
+        student.new_empty(batch, dtype=dtype),
+        student.new_empty((batch, classes) if want_adv else 0, dtype=dtype),
+        student.new_empty((batch, classes) if want_nat else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("engine::distill_loss_backward", mutates_args=())
+def _op_backward(
+    upstream: Tensor, grad_adv: Tensor, grad_nat: Tensor, dtype_adv: torch.dtype, dtype_nat: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    adv, nat = (grad if grad.dim() == 2 else None for grad in (grad_adv, grad_nat))
+    scaled_adv, scaled_nat = _scale(upstream, adv, nat, dtype_adv, dtype_nat)
+    return (
+        torch.empty_like(grad_adv, dtype=dtype_adv) if scaled_adv is None else scaled_adv,
+        torch.empty_like(grad_nat, dtype=dtype_nat) if scaled_nat is None else scaled_nat,
+    )
+
+
+@_op_backward.register_fake
+def _(
+    upstream: Tensor, grad_adv: Tensor, grad_nat: Tensor, dtype_adv: torch.dtype, dtype_nat: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_adv, dtype=dtype_adv), torch.empty_like(grad_nat, dtype=dtype_nat)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+    ctx.dtypes = _dtypes(*inputs[:2])
+    ctx.wants = inputs[-2:]
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 15
+    scaled = _op_backward(upstream, *ctx.saved_tensors, *ctx.dtypes)
+    return *(grad if want else None for grad, want in zip(scaled, ctx.wants, strict=True)), *(None,) * 13
+
+
+_op.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(inputs: LossInputs, row: LossRow) -> None:
+    if len(row.weights) != len(READS):
+        raise ValueError(f"weights: six pairs (a, b) are needed, got {len(row.weights)}")
+    given = {name: value for name, value in zip(_LOGITS, inputs, strict=False) if value is not None}
+    for k, ((a, b), reads) in enumerate(zip(row.weights, READS, strict=True)):
         needed = reads if (a or b) else ()
         for name in (*needed, *(("t_at_adv",) if b else ())):
-            if logits[name] is None:
+            if name not in given:
                 raise ValueError(f"{name} is absent, and weights[{k}] = ({a:g}, {b:g}) needs it")
-    given = {name: value for name, value in logits.items() if value is not None}
     if "s_adv" not in given and "s_nat" not in given:
         raise ValueError("s_adv and s_nat are both absent: there is no student to train")
     shape = next(iter(given.values())).shape
@@ -152,19 +276,24 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (B, C) = {tuple(shape)}")
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} has dtype {value.dtype}, expected a floating one")
+    labels, sample_weights = inputs.labels, inputs.sample_weights
     if labels.shape != shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: expected int64 of shape ({shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if sample_weights is not None and sample_weights.shape != shape[:1]:
         raise ValueError(f"sample_weights: expected shape ({shape[0]},), got {tuple(sample_weights.shape)}")
-    if (
-        labels.device.type == "cpu"
-        and labels.numel()
-        and not 0 <= int(labels.min()) <= int(labels.max()) < shape[1]
-    ):
-        # On an accelerator the gather asserts on the device: a check here would wait for it.
-        raise ValueError(f"labels: expected 0 <= label < {shape[1]}, got {int(labels.min())}..{int(labels.max())}")
-    for name, temperature in (("tau", tau), ("tau_self", tau_self)):
+    for name, temperature in (("tau", row.tau), ("tau_self", row.tau_self)):
         if not temperature > 0:
             raise ValueError(f"{name} must be positive, got {temperature:g}")
+    if not row.beta >= 0:
+        raise ValueError(f"beta must be 0 or more, got {row.beta:g}")
+
+
+def _check_labels(inputs: LossInputs) -> None:
+    """On an accelerator the gather asserts on the device: a check here would wait for it."""
+    labels, classes = inputs.labels, inputs.student.shape[1]
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < classes:
+            raise ValueError(f"labels: expected 0 <= label < {classes}, got {low}..{high}")

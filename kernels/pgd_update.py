@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from engine.kernels import dispatch, native, reference
 from engine.kernels.philox import Stream, normal, uniform
+
+THREAT_MODELS = ("Linf", "L2")
 
 
 def random_start(
@@ -47,25 +50,78 @@ def random_start(
 
 
 def pgd_update(
-    x_adv: Tensor, grad: Tensor, x_nat: Tensor, *, threat_model: str, epsilon: float, step_size: float
+    x_adv: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    *,
+    threat_model: str,
+    epsilon: float,
+    step_size: float,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """One ascent step, projected onto the ball around x_nat and onto [0, 1].
+    """One ascent step, projected onto the ball around x_nat and onto [0, 1]; x_adv is changed and returned.
 
     L-inf: clamp(project(x_adv + step_size * sign(grad))). L2: the gradient is divided by its norm instead.
     A sample whose gradient is zero stays where it is. Where a gradient is NaN, in L-inf the pixel stays, and in
     L2 the sample becomes NaN.
+
+    x_adv, x_nat: (B, ...) of one dtype and any strides, x_adv without overlaps. grad: of any floating dtype.
+    counts: (2,) int64 on the device, to which the zero and the non-finite entries of grad are added: where most
+    are zero the gradient is masked, and robustness looks better than it is.
     """
-    grad = grad.to(x_adv.dtype)
-    if threat_model == "Linf":
-        moved = x_adv + step_size * grad.sign()
-        return torch.clamp(torch.minimum(torch.maximum(moved, x_nat - epsilon), x_nat + epsilon), 0, 1)
-    tiny = torch.finfo(grad.dtype).tiny
-    # First to a largest entry of 1: the squares of a tiny gradient would underflow, and its norm with them.
-    grad = grad / grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True).clamp_min(tiny)
-    delta = x_adv + step_size * grad / _norm(grad).clamp_min(tiny) - x_nat
-    return torch.clamp(x_nat + delta * (epsilon / _norm(delta).clamp_min(tiny)).clamp_max(1), 0, 1)
+    if threat_model not in THREAT_MODELS:
+        raise ValueError(f"threat_model: {threat_model!r} is unknown; known are {', '.join(THREAT_MODELS)}")
+    if not x_adv.shape == grad.shape == x_nat.shape:
+        shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
+        raise ValueError(f"x_adv, grad and x_nat must have one shape, got {shapes}")
+    if x_adv.dtype != x_nat.dtype or not (x_adv.dtype.is_floating_point and grad.dtype.is_floating_point):
+        dtypes = ", ".join(str(given.dtype) for given in (x_adv, grad, x_nat))
+        raise ValueError(f"x_adv and x_nat must have one floating dtype and grad a floating one, got {dtypes}")
+    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64):
+        raise ValueError(f"counts: expected int64 of shape (2,), got {counts.dtype} of {tuple(counts.shape)}")
+    update = _op if torch.compiler.is_compiling() else _update
+    update(x_adv, grad, x_nat, threat_model == "L2", epsilon, step_size, counts)
+    return x_adv
 
 
-def _norm(images: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(images, dim=tuple(range(1, images.dim())), keepdim=True)
-    return norm
+def _update(
+    x_adv: Tensor, grad: Tensor, x_nat: Tensor, l2: bool, epsilon: float, step_size: float, counts: Tensor | None
+) -> None:
+    """The step by the implementation that serves here; a fused one walks a dense x_adv in the order of memory."""
+    layout = _dense_layout(x_adv)
+    fused = layout is not None and x_adv.dtype == torch.float32 and grad.dtype in _GRADIENTS
+    implementation = dispatch.choose("pgd_update", x_adv.device, fused=fused)
+    if layout is None or implementation == "reference":
+        reference.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+        return
+    grad, x_nat = grad.contiguous(memory_format=layout), x_nat.contiguous(memory_format=layout)
+    if implementation == "native":
+        native.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+    else:
+        from engine.kernels.triton_ops import pgd_update as triton_pgd_update
+
+        triton_pgd_update.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+
+
+_GRADIENTS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _dense_layout(images: Tensor) -> torch.memory_format | None:
+    """The order in which a tensor fills its memory without gaps, or None where it does not."""
+    if images.is_contiguous():
+        return torch.contiguous_format
+    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
+
+
+@torch.library.custom_op("engine::pgd_update", mutates_args=("x_adv", "counts"))
+def _op(
+    x_adv: Tensor, grad: Tensor, x_nat: Tensor, l2: bool, epsilon: float, step_size: float, counts: Tensor | None
+) -> None:
+    _update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+
+
+@_op.register_fake
+def _(*_: object) -> None:
+    return None

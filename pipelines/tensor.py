@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.kernels.crop_flip import crop_flip
+from engine.kernels import crop_flip
 from engine.kernels.philox import Stream, random_words
 from engine.pipelines.base import Batch
 

@@ -1,0 +1,86 @@
+"""What the implementations of an op share: their inputs, their outputs, and what a row of weights reads.
+
+Shape suffixes: B batch, C classes, K the six terms.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# The logits that each term reads, in the order of the terms.
+READS: tuple[tuple[str, ...], ...] = (
+    ("s_nat",),
+    ("s_adv",),
+    ("s_adv", "s_nat"),
+    ("s_adv", "t_at_nat"),
+    ("s_adv", "t_at_adv"),
+    ("s_adv", "t_st_adv"),
+)
+
+# A Triton program holds whole rows of logits in registers; beyond, the reference serves.
+MAX_CLASSES = 8192
+
+
+class DistillLoss(NamedTuple):
+    """What `distill_loss` returns; only `loss` carries a gradient.
+
+    loss: scalar, mean over the batch. alpha: (B,), trust in the teacher, 1 where no T_at(x~) is given.
+    terms: (6,), batch means of the unweighted terms, 0 for a term of zero weight. per_sample: (B,), whose mean is
+    the loss. All are 0 (alpha and per_sample empty) where B = 0.
+    """
+
+    loss: Tensor
+    alpha: Tensor
+    terms: Tensor
+    per_sample: Tensor
+
+
+class LossInputs(NamedTuple):
+    """The tensors of one call: logits (B, C), None where no term reads them; labels (B,); sample_weights (B,)."""
+
+    s_adv: Tensor | None
+    s_nat: Tensor | None
+    t_at_nat: Tensor | None
+    t_at_adv: Tensor | None
+    t_st_adv: Tensor | None
+    labels: Tensor
+    sample_weights: Tensor | None
+
+    @property
+    def student(self) -> Tensor:
+        """Logits of the student, whichever are there."""
+        given = self.s_adv if self.s_adv is not None else self.s_nat
+        assert given is not None
+        return given
+
+
+class LossRow(NamedTuple):
+    """The numbers of one call; see `distill_loss`. weights: six pairs (a, b)."""
+
+    weights: tuple[tuple[float, float], ...]
+    tau: float
+    tau_self: float
+    beta: float
+    detach_self: bool
+    label_smoothing: float
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """Which of the six terms weigh anything."""
+        return tuple(bool(a or b) for a, b in self.weights)
+
+
+class LossAndGradients(NamedTuple):
+    """What a fused implementation computes in one pass, all in float32.
+
+    grad_adv, grad_nat: (B, C) contiguous, the gradient of `loss` to s_adv and s_nat; None where not asked for.
+    """
+
+    loss: Tensor
+    alpha: Tensor
+    terms: Tensor
+    per_sample: Tensor
+    grad_adv: Tensor | None
+    grad_nat: Tensor | None

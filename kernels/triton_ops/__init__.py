@@ -1,0 +1,1 @@
+"""The ops as Triton kernels, for CUDA and ROCm devices."""
