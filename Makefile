@@ -4,18 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install native demo test test-slow lint clean
 
 help:
 	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make install    the virtual environment $(VENV) with the engine in it"
+	@echo "make native     the native library alone, which make install builds where it can"
 	@echo "make clean      remove what make made"
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py constraints.txt
+# Without CMake or a compiler this installs all the same, and the ops are served by torch.
+$(VENV)/.installed: setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
@@ -25,6 +27,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@# An independent reference for attacks; it pins old versions of packages that it does not need here.
 	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
 	@touch $@
+
+native:
+	cmake -S . -B build/native
+	cmake --build build/native --parallel
+	cmake --install build/native --prefix .
 
 # The teacher is trained anew in each demo: it gets a cache of its own.
 demo: install
@@ -46,4 +53,4 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info kernels/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -80,6 +80,7 @@ def pgd(
     start: Tensor | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     loss_scale: float = 1.0,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Adversarial images x_adv within epsilon of x_nat and within [0, 1] (Eq. 2).
 
@@ -89,6 +90,7 @@ def pgd(
     autocast: precision of the forward; images and their update keep the dtype of x_nat.
     loss_scale: factor on the loss; the sign and the direction of a gradient do not depend on it, but a half
     precision gradient that would vanish does.
+    counts: (2,) int64, to which the zero and the non-finite entries of all gradients are added.
     """
     if sample is None:
         sample = torch.arange(x_nat.shape[0], device=x_nat.device)
@@ -119,6 +121,7 @@ def pgd(
                     threat_model=spec.threat_model,
                     epsilon=spec.epsilon,
                     step_size=spec.step_size,
+                    counts=counts,
                 )
     return x_adv.detach()
 

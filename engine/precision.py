@@ -25,6 +25,11 @@ class Precision:
     amp_dtype: torch.dtype | None = None
     note: str = ""
 
+    @property
+    def fused(self) -> bool:
+        """Whether the fused kernels know the dtype of images and losses."""
+        return self.dtype == torch.float32
+
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision for the network passes inside, if the run uses it."""
         if self.amp_dtype is None:

@@ -17,6 +17,7 @@ import torch
 
 import engine
 from engine.config import RunConfig
+from engine.kernels import dispatch
 from engine.pipelines.datasets import Dataset
 from engine.precision import Precision
 from engine.rundir import RunDir, write_json
@@ -65,6 +66,7 @@ def session(precision: Precision) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": _device_name(precision.device),
         },
+        "kernels": {op: dispatch.choose(op, precision.device, fused=precision.fused) for op in dispatch.TABLE},
         "precision": {
             "training": precision.describe(),
             "attack": precision.describe(),

@@ -47,11 +47,13 @@ def training_loss(
     seed: int,
     epoch: int,
     in_warmup: bool = False,
+    attack_counts: Tensor | None = None,
 ) -> StepOutput:
     """Loss of one batch, ready for `backward`; the body of Algorithm 1's inner loop.
 
     method: the row to train with, which plans the forwards: what no term reads is not run.
     seed, epoch: of the attack's random start. in_warmup: the idle forwards wait until the warm-up is over.
+    attack_counts: (2,) int64, to which the zero and the non-finite entries of the attack's gradients are added.
     """
     x_nat, labels = batch.x_nat, batch.labels
     s_adv = s_nat = t_at_nat = t_at_adv = t_st_adv = None
@@ -59,7 +61,7 @@ def training_loss(
     if method.needs_x_adv:  # x~ = argmax of the attack's loss on the student, Eq. 2
         x_adv = pgd(
             student, x_nat, labels, attack, seed=seed, counter=epoch, sample=batch.sample,
-            autocast=precision.autocast, loss_scale=precision.attack_loss_scale,
+            autocast=precision.autocast, loss_scale=precision.attack_loss_scale, counts=attack_counts,
         )  # fmt: skip
     with precision.autocast():
         with torch.no_grad():

@@ -26,9 +26,11 @@ _ACCURACIES = ("student_natural", "student_adversarial", "teacher_natural", "tea
 _SUMS = (
     "samples", "loss", *TERMS, "alpha", "alpha_samples",
     *(f"{name}_{part}" for name in _ACCURACIES for part in ("right", "samples")),
-    *CASES, "case_samples",
+    *CASES, "case_samples", "attack_entries",
 )  # fmt: skip
 
+# Gradient masking: an attack whose gradient is zero stands still, and robustness looks better than it is.
+_GRADIENTS = ("attack_zero_gradients", "attack_non_finite_gradients")
 _ALPHA_BINS = tuple(f"alpha_bin_{index}" for index in range(ALPHA_BINS))
 
 Totals = dict[str, float]
@@ -40,7 +42,10 @@ class Telemetry:
     A non-finite loss is noted on the device too, with its step and its terms.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, attack_entries: int = 0) -> None:
+        """attack_entries: entries of the input gradients that the attack on one image computes."""
+        self.attack_entries = attack_entries
+        self.attack_counts = torch.zeros(len(_GRADIENTS), dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.alpha_histogram = torch.zeros(ALPHA_BINS, dtype=torch.float64, device=device)
         # [step, one flag per term] of the first non-finite loss; step -1 while there is none
@@ -77,6 +82,7 @@ class Telemetry:
             row += [zero] * (len(CASES) + 1)
         else:
             row += [*_count_cases(nat_B, adv_B), full]
+        row += [full * self.attack_entries]
         self.sums += torch.stack([value.to(torch.float64) for value in row])
         if has_alpha:
             self.alpha_histogram += _histogram(alpha_B)
@@ -94,9 +100,11 @@ class Telemetry:
     def read(self) -> Totals:
         """Move the sums to the host and start again from zero. Raises as `check` does."""
         self.check()
-        values = torch.cat((self.sums, self.alpha_histogram)).tolist()
-        totals = dict(zip((*_SUMS, *_ALPHA_BINS, "seconds"), (*values, self.seconds), strict=True))
+        values = torch.cat((self.sums, self.alpha_histogram, self.attack_counts)).tolist()
+        names = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
+        totals = dict(zip(names, (*values, self.seconds), strict=True))
         self.sums.zero_()
+        self.attack_counts.zero_()
         self.alpha_histogram.zero_()
         self._earlier_seconds = 0.0
         self.start_clock()
@@ -107,6 +115,7 @@ class Telemetry:
         return {
             "sums": self.sums.cpu().clone(),
             "alpha_histogram": self.alpha_histogram.cpu().clone(),
+            "attack_counts": self.attack_counts.cpu().clone(),
             "seconds": self.seconds,
         }
 
@@ -114,6 +123,7 @@ class Telemetry:
         """Continue from `state_dict`."""
         self.sums.copy_(state["sums"])
         self.alpha_histogram.copy_(state["alpha_histogram"])
+        self.attack_counts.copy_(state["attack_counts"])
         self._earlier_seconds = state["seconds"]
 
 
@@ -139,6 +149,8 @@ def summarise(totals: Totals, terms: tuple[str, ...]) -> dict[str, Any]:
             row[f"train_{name}_accuracy"] = totals[f"{name}_right"] / count
     if count := totals["case_samples"]:
         row["train_cases"] = {case: totals[case] / count for case in CASES}
+    if count := totals["attack_entries"]:
+        row |= {name: totals[name] / count for name in _GRADIENTS}
     return row
 
 

@@ -33,6 +33,7 @@ from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
 from engine.evaluate import check_names, evaluate
 from engine.journal import Journal
+from engine.kernels import dispatch
 from engine.pipelines import datasets
 from engine.pipelines.base import Pipeline
 from engine.pipelines.splits import balanced
@@ -144,6 +145,7 @@ class Trainer:
         self.precision = precision.choose(complete)
         if self.precision.note:
             reporter.message(self.precision.note)
+        reporter.message(dispatch.describe(self.precision.device, fused=self.precision.fused))
 
         self.dataset = dataset or load_data(complete, reporter)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
@@ -168,7 +170,7 @@ class Trainer:
             weight_decay=complete.optim.weight_decay,
         )
         self.scaler = self.precision.scaler()
-        self.telemetry = telemetry.Telemetry(self.precision.device)
+        self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries(training))
         self.progress = Progress()
         self.teachers_sha256: dict[str, str] = {}
         if run.last.exists():
@@ -205,6 +207,7 @@ class Trainer:
                 seed=self.config.seed,
                 epoch=epoch,
                 in_warmup=method is not self.method,
+                attack_counts=self.telemetry.attack_counts,
             )
             self.optimizer.zero_grad()
             self.scaler.scale(output.loss.loss).backward()
@@ -343,6 +346,10 @@ class Trainer:
             shuffle=False,
         ).epoch(0)
         return batch.x_nat, batch.labels
+
+    def _attack_entries(self, training: datasets.Split) -> int:
+        """Entries of the input gradients that crafting one image computes."""
+        return self.config.attack.num_steps * training.images[0].numel() if self.method.needs_x_adv else 0
 
     def _student_part(self) -> dict[str, Any]:
         return checkpoints.student_part(self.student, self.config, self.dataset.class_names)

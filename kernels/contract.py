@@ -19,8 +19,8 @@ READS: tuple[tuple[str, ...], ...] = (
     ("s_adv", "t_st_adv"),
 )
 
-# A Triton program holds whole rows of logits in registers; beyond, the reference serves.
-MAX_CLASSES = 8192
+# A Triton program holds whole rows of logits in registers, and there are no more; beyond, the reference serves.
+MAX_CLASSES = 4096
 
 
 class DistillLoss(NamedTuple):
@@ -84,3 +84,24 @@ class LossAndGradients(NamedTuple):
     per_sample: Tensor
     grad_adv: Tensor | None
     grad_nat: Tensor | None
+
+
+def check_labels(inputs: LossInputs) -> None:
+    """Raises ValueError for a label out of range on a CPU.
+
+    On an accelerator the kernel asserts that on the device: a check here would wait for it.
+    """
+    labels, classes = inputs.labels, inputs.student.shape[1]
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < classes:
+            raise ValueError(f"labels: expected 0 <= label < {classes}, got {low}..{high}")
+
+
+def check_device(**given: Tensor | None) -> None:
+    """Raises ValueError for tensors on several devices: a kernel would follow addresses of another one."""
+    devices = {name: tensor.device for name, tensor in given.items() if tensor is not None}
+    first, device = next(iter(devices.items()))
+    for name, other in devices.items():
+        if other != device:
+            raise ValueError(f"{name} is on {other}, and {first} on {device}: one device is needed")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, native, reference
+from engine.kernels.contract import check_device
 
 
 def crop_flip(
@@ -45,6 +47,7 @@ def crop_flip(
         )
     else:
         _check_out(*out, (len(sample_B), channels, height, width))
+    check_device(images_NHWC=images_NHWC, labels_N=labels_N, sample_B=sample_B, x=out[0], labels=out[1])
     signed_seed = seed - (seed >> 63 << 64)  # an op's integers are signed
     crop = _op if torch.compiler.is_compiling() else _crop_flip
     crop(*out, images_NHWC, labels_N, sample_B, signed_seed, epoch, padding, flip, augment)
@@ -76,14 +79,17 @@ def _crop_flip(
         epoch,
         padding,
     )
+    if implementation == "reference":
+        reference.crop_flip(*arguments, flip, augment)
+        return
     if implementation == "native":
         native.crop_flip(*arguments, flip, augment)
-    elif implementation == "triton":
+    else:
         from engine.kernels.triton_ops import crop_flip as triton_crop_flip
 
         triton_crop_flip.crop_flip(*arguments, flip, augment)
-    else:
-        reference.crop_flip(*arguments, flip, augment)
+    # Autograd does not see what a kernel writes, and must not use the old values.
+    increment_version((x_BCHW, labels_B))
 
 
 @torch.library.custom_op("engine::crop_flip", mutates_args=("x_BCHW", "labels_B"))
@@ -125,5 +131,6 @@ def _check(images_NHWC: Tensor, labels_N: Tensor, sample_B: Tensor, padding: int
 def _check_out(x_BCHW: Tensor, labels_B: Tensor, shape: tuple[int, ...]) -> None:
     if x_BCHW.shape != shape or not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"out[0]: expected a channels_last tensor of shape {shape}, got {tuple(x_BCHW.shape)}")
-    if labels_B.shape != shape[:1] or labels_B.dtype != torch.int64:
-        raise ValueError(f"out[1]: expected int64 ({shape[0]},), got {labels_B.dtype} of {tuple(labels_B.shape)}")
+    if labels_B.shape != shape[:1] or labels_B.dtype != torch.int64 or not labels_B.is_contiguous():
+        kind = f"{labels_B.dtype} of {tuple(labels_B.shape)}, strides {labels_B.stride()}"
+        raise ValueError(f"out[1]: expected int64 ({shape[0]},), contiguous, got {kind}")

@@ -59,9 +59,9 @@ def missing(implementation: str, device_type: str) -> str:
     return ""
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, *, fused: bool = True) -> str:
     """One line for the user: which implementation serves each op on a device, and how to get a faster one."""
-    chosen = {op: choose(op, device) for op in TABLE}
+    chosen = {op: choose(op, device, fused=fused) for op in TABLE}
     names = {name: [op for op in TABLE if chosen[op] == name] for name in ("native", "triton", "reference")}
     parts = [
         (f"{name} ({native.description(device.type)})" if name == "native" else name)
@@ -71,7 +71,7 @@ def describe(device: torch.device) -> str:
     ]
     line = f"Kernels: {'; '.join(parts)}"
     first = TABLE["crop_flip"].get(device.type, ("reference",))[0]
-    if preference() == "auto" and chosen["crop_flip"] != first:
+    if preference() == "auto" and fused and chosen["crop_flip"] != first:
         line += f"; faster with {first}: {missing(first, device.type)}"
     return line
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from engine.kernels import dispatch, native, reference
-from engine.kernels.contract import MAX_CLASSES, READS, DistillLoss, LossAndGradients, LossInputs, LossRow
+from engine.kernels.contract import (
+    MAX_CLASSES,
+    READS,
+    DistillLoss,
+    LossAndGradients,
+    LossInputs,
+    LossRow,
+    check_device,
+    check_labels,
+)
 
 _LOGITS = ("s_adv", "s_nat", "t_at_nat", "t_at_adv", "t_st_adv")
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,19 +84,20 @@ def distill_loss(
     compiling = torch.compiler.is_compiling()
     if _implementation(inputs) == "reference":  # which the compiler can fuse
         if not compiling:
-            _check_labels(inputs)
+            check_labels(inputs)
         return reference.distill_loss(inputs, row)
     if compiling:
         flat = [number for pair in row.weights for number in pair]
         return DistillLoss(*_op(*inputs, flat, *row[1:], want_adv, want_nat)[:4])
-    return DistillLoss(*FusedDistillLoss.apply(*inputs, row, want_adv, want_nat)[:4])
+    function = FusedDistillLoss if torch._C._are_functorch_transforms_active() else _Fused
+    return DistillLoss(*function.apply(*inputs, row, want_adv, want_nat)[:4])
 
 
 def _implementation(inputs: LossInputs) -> str:
     logits = [given for given in inputs[:5] if given is not None]
     fused = all(given.dtype in _FUSED for given in logits)
-    if logits[0].device.type != "cpu":
-        fused = fused and logits[0].shape[1] <= MAX_CLASSES
+    if logits[0].device.type != "cpu" and logits[0].shape[1] > MAX_CLASSES:
+        fused = False
     return dispatch.choose("distill_loss", logits[0].device, fused=fused)
 
 
@@ -111,6 +121,7 @@ def _scale(
     given = grad_adv if grad_adv is not None else grad_nat
     if (
         given is not None
+        and not torch._C._are_functorch_transforms_active()  # whose tensors have no memory
         and dispatch.choose("distill_loss", given.device, fused=given.dtype in _FUSED) == "triton"
     ):
         from engine.kernels.triton_ops import distill_loss as triton_distill_loss
@@ -125,38 +136,64 @@ def _scale(
 # ---------------------------------------------------------------- autograd, eager: without the dispatcher's cost
 
 
-class FusedDistillLoss(torch.autograd.Function):
+_ELSEWHERE = "the reference has one (ENGINE_KERNELS=reference)"
+
+
+class _Fused(torch.autograd.Function):
     """Both gradients are made in the forward pass; the backward scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        s_adv: Tensor | None,
-        s_nat: Tensor | None,
-        t_at_nat: Tensor | None,
-        t_at_adv: Tensor | None,
-        t_st_adv: Tensor | None,
-        labels: Tensor,
-        sample_weights: Tensor | None,
-        row: LossRow,
-        want_adv: bool,
-        want_nat: bool,
-    ) -> LossAndGradients:
-        inputs = LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights)
-        return _compute(inputs, row, want_adv, want_nat)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _compute(LossInputs(*arguments[:7]), *arguments[7:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:4])
+        ctx.save_for_backward(*arguments[:2], *output[4:])
+        return output[:4]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 10
+        s_adv, s_nat, grad_adv, grad_nat = ctx.saved_tensors
+        scaled = _scale(upstream, grad_adv, grad_nat, *_dtypes(s_adv, s_nat))
+        if not torch.is_grad_enabled():
+            return *scaled, *(None,) * 8
+        # create_graph: a gradient must not pass for a constant.
+        return *(None if grad is None else _Gradient.apply(grad, s_adv, s_nat) for grad in scaled), *(None,) * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise RuntimeError(f"FusedDistillLoss has no forward-mode derivative; {_ELSEWHERE}")
+
+
+class FusedDistillLoss(_Fused):
+    """The same in the form that torch.func asks for. In eager mode it would take as long again as all the rest."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> LossAndGradients:  # type: ignore[override]
+        return _compute(LossInputs(*arguments[:7]), *arguments[7:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: LossAndGradients) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(given for given in output[1:] if given is not None))
-        ctx.save_for_backward(*output[4:])
-        ctx.dtypes = _dtypes(*inputs[:2])
+        ctx.save_for_backward(*inputs[:2], *output[4:])
+
+
+class _Gradient(torch.autograd.Function):
+    """A gradient as a function of the logits, of which no derivative is known."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if upstream is None:
-            return (None,) * 10
-        return *_scale(upstream, *ctx.saved_tensors, *ctx.dtypes), *(None,) * 8
+    def forward(grad: Tensor, s_adv: Tensor | None, s_nat: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(f"FusedDistillLoss has no second derivative; {_ELSEWHERE}")
 
 
 def _dtypes(s_adv: Tensor | None, s_nat: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
@@ -270,13 +307,16 @@ def _check(inputs: LossInputs, row: LossRow) -> None:
                 raise ValueError(f"{name} is absent, and weights[{k}] = ({a:g}, {b:g}) needs it")
     if "s_adv" not in given and "s_nat" not in given:
         raise ValueError("s_adv and s_nat are both absent: there is no student to train")
-    shape = next(iter(given.values())).shape
+    first, shape = next((name, value.shape) for name, value in given.items())
     for name, value in given.items():
         if value.dim() != 2 or value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (B, C) = {tuple(shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, expected (B, C) as of {first}, {tuple(shape)}"
+            )
         if not value.dtype.is_floating_point:
             raise ValueError(f"{name} has dtype {value.dtype}, expected a floating one")
     labels, sample_weights = inputs.labels, inputs.sample_weights
+    check_device(**given, labels=labels, sample_weights=sample_weights)
     if labels.shape != shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: expected int64 of shape ({shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -288,12 +328,5 @@ def _check(inputs: LossInputs, row: LossRow) -> None:
             raise ValueError(f"{name} must be positive, got {temperature:g}")
     if not row.beta >= 0:
         raise ValueError(f"beta must be 0 or more, got {row.beta:g}")
-
-
-def _check_labels(inputs: LossInputs) -> None:
-    """On an accelerator the gather asserts on the device: a check here would wait for it."""
-    labels, classes = inputs.labels, inputs.student.shape[1]
-    if labels.device.type == "cpu" and labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if not 0 <= low <= high < classes:
-            raise ValueError(f"labels: expected 0 <= label < {classes}, got {low}..{high}")
+    if not 0 <= row.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {row.label_smoothing:g}")

@@ -1,32 +1,152 @@
-"""The native library: where it lies, what it can do, and the calls into it."""
+"""The native library: where it lies, what it can do, and the calls into it.
+
+The library knows neither Python nor torch: it is called through ctypes, and given torch's own parallel loop.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import struct
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from engine.kernels.contract import LossAndGradients, LossInputs, LossRow
+from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_labels
+
+_FILE = Path(__file__).with_name("_native.so")
+_INTERFACE = 1  # of csrc/library.cpp
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
+
+# LossArguments of csrc/cpu.h.
+_LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + "12d" + "4dq" + "6P")
+
+_UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
+_CROP: list[Any] = [*[c_void_p] * 5, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
 
 
+@functools.cache
 def missing(device_type: str) -> str:
     """Why the library cannot serve on a device; empty where it can."""
-    return "the native library is not built (make native)"
+    if not _FILE.is_file():
+        return "the native library is not built (make native)"
+    try:
+        library = _library()
+    except OSError as error:
+        return f"the native library does not load: {error} (make native)"
+    if device_type == "cuda" and not hasattr(library, "engine_cuda_error"):
+        return "the native library was built without CUDA (make native where there is a CUDA compiler)"
+    return ""
 
 
 def description(device_type: str) -> str:
     """What of the processor or the device the library uses, for the user."""
-    return ""
+    if device_type == "cuda":
+        return "CUDA C++"
+    threads = torch.get_num_threads()
+    return f"{_library().engine_instruction_set().decode()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Raises OSError where it is not one of these sources."""
+    library = ctypes.CDLL(str(_FILE))
+    if not hasattr(library, "engine_interface") or library.engine_interface() != _INTERFACE:
+        raise OSError(f"{_FILE} was built from other sources")
+    library.engine_instruction_set.restype = c_char_p
+    library.engine_cpu_distill_loss.argtypes = [c_char_p]
+    library.engine_cpu_pgd_update.argtypes = _UPDATE
+    library.engine_cpu_crop_flip.argtypes = _CROP
+    if hasattr(library, "engine_cuda_error"):
+        library.engine_cuda_error.restype = c_char_p
+        library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
+        library.engine_cuda_crop_flip.argtypes = [*_CROP, c_void_p]
+    # Torch's threads, not a second pool of them: two would fight for the processors.
+    torch_parallel_for = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    library.engine_use_threads(ctypes.cast(torch_parallel_for, c_void_p))
+    return library
+
+
+def _call(op: str, device: torch.device, *arguments: object) -> int:
+    """Calls engine_cpu_{op} and returns its status, or engine_cuda_{op} on the current stream."""
+    library = _library()
+    if device.type == "cpu":
+        status: int = getattr(library, f"engine_cpu_{op}")(*arguments)
+        if status == _OUT_OF_MEMORY:
+            raise MemoryError(f"{op}: no memory to compute in")
+        return status
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        code = getattr(library, f"engine_cuda_{op}")(*arguments, stream)
+    if code:
+        raise RuntimeError(f"{op} on {device}: {library.engine_cuda_error(code).decode()}")
+    return 0
 
 
 def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
     """`reference.loss_and_gradients` on a CPU, in float32."""
-    raise NotImplementedError
+    student, sample_weights = inputs.student, inputs.sample_weights
+    batch, classes = student.shape
+    if sample_weights is not None:
+        sample_weights = sample_weights.to(torch.float32).contiguous()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=student.device)
+
+    result = LossAndGradients(
+        empty(),
+        empty(batch),
+        empty(6),
+        empty(batch),
+        empty(batch, classes) if want_adv else None,
+        empty(batch, classes) if want_nat else None,
+    )
+    views: list[int] = []
+    for logits in inputs[:5]:
+        views += (0, 0, 0, 0) if logits is None else (logits.data_ptr(), _DTYPES[logits.dtype], *logits.stride())
+    call = _LOSS.pack(
+        batch,
+        classes,
+        *views,
+        inputs.labels.data_ptr(),
+        *inputs.labels.stride(),
+        _pointer(sample_weights),
+        *(number for pair in row.weights for number in pair),
+        row.tau,
+        row.tau_self,
+        row.beta,
+        row.label_smoothing,
+        row.detach_self,
+        *map(_pointer, result),
+    )
+    if _call("distill_loss", student.device, call) == _OUT_OF_RANGE:
+        check_labels(inputs)
+    return result
 
 
 def pgd_update(
     x_adv: Tensor, grad: Tensor, x_nat: Tensor, l2: bool, epsilon: float, step_size: float, counts: Tensor | None
 ) -> None:
     """`reference.pgd_update` of dense tensors of one layout: images float32, grad float32, float16 or bfloat16."""
-    raise NotImplementedError
+    batch = x_adv.shape[0]
+    _call(
+        "pgd_update",
+        x_adv.device,
+        x_adv.data_ptr(),
+        grad.data_ptr(),
+        _DTYPES[grad.dtype],
+        x_nat.data_ptr(),
+        batch,
+        x_adv.numel() // max(batch, 1),
+        l2,
+        epsilon,
+        step_size,
+        _pointer(counts),
+    )
 
 
 def crop_flip(
@@ -42,4 +162,13 @@ def crop_flip(
     augment: bool,
 ) -> None:
     """`reference.crop_flip` of contiguous images into float32."""
-    raise NotImplementedError
+    tensors = (x_BCHW, labels_B, images_NHWC, labels_N, sample_B)
+    numbers = (len(sample_B), *images_NHWC.shape, seed, epoch, padding, flip, augment)
+    if _call("crop_flip", x_BCHW.device, *(given.data_ptr() for given in tensors), *numbers) == _OUT_OF_RANGE:
+        count = len(images_NHWC)
+        wrong = int(sample_B[(sample_B < 0) | (sample_B >= count)][0])
+        raise IndexError(f"sample_B: there is no sample {wrong} among {count}")
+
+
+def _pointer(given: Tensor | None) -> int:
+    return 0 if given is None else given.data_ptr()

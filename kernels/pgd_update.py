@@ -9,8 +9,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, native, reference
+from engine.kernels.contract import check_device
 from engine.kernels.philox import Stream, normal, uniform
 
 THREAT_MODELS = ("Linf", "L2")
@@ -77,8 +79,12 @@ def pgd_update(
     if x_adv.dtype != x_nat.dtype or not (x_adv.dtype.is_floating_point and grad.dtype.is_floating_point):
         dtypes = ", ".join(str(given.dtype) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv and x_nat must have one floating dtype and grad a floating one, got {dtypes}")
-    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64):
-        raise ValueError(f"counts: expected int64 of shape (2,), got {counts.dtype} of {tuple(counts.shape)}")
+    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
+        kind = f"{counts.dtype} of {tuple(counts.shape)}, strides {counts.stride()}"
+        raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {kind}")
+    check_device(x_adv=x_adv, grad=grad, x_nat=x_nat, counts=counts)
+    if torch.is_grad_enabled() and x_adv.requires_grad:
+        raise ValueError("x_adv asks for a gradient and would change in place: call under torch.no_grad()")
     update = _op if torch.compiler.is_compiling() else _update
     update(x_adv, grad, x_nat, threat_model == "L2", epsilon, step_size, counts)
     return x_adv
@@ -101,6 +107,8 @@ def _update(
         from engine.kernels.triton_ops import pgd_update as triton_pgd_update
 
         triton_pgd_update.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+    # Autograd does not see what a kernel writes, and must not use the old values of either.
+    increment_version(x_adv if counts is None else (x_adv, counts))
 
 
 _GRADIENTS = (torch.float32, torch.float16, torch.bfloat16)

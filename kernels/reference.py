@@ -14,6 +14,9 @@ from torch import Tensor
 from engine.kernels.contract import DistillLoss, LossInputs, LossRow
 from engine.kernels.philox import Stream, random_words
 
+# Torch passes over the label -100 unless told of another: here that is as wrong as any beyond the classes.
+_NO_LABEL = torch.iinfo(torch.int64).min
+
 
 def distill_loss(inputs: LossInputs, row: LossRow) -> DistillLoss:
     """The loss of `engine.kernels.distill_loss`, differentiable by autograd."""
@@ -26,7 +29,9 @@ def distill_loss(inputs: LossInputs, row: LossRow) -> DistillLoss:
 
     def cross_entropy(s_BC: Tensor | None) -> Tensor:
         assert s_BC is not None
-        return F.cross_entropy(s_BC, labels, reduction="none", label_smoothing=row.label_smoothing)
+        return F.cross_entropy(
+            s_BC, labels, reduction="none", label_smoothing=row.label_smoothing, ignore_index=_NO_LABEL
+        )
 
     def divergence(target_BC: Tensor | None, temperature: float) -> Tensor:
         assert target_BC is not None

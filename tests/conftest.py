@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from engine import checkpoints, config, models, precision
+from tests.fake_cuda import cuda_library as cuda_library
+from tests.fake_cuda import fake_cuda as fake_cuda
 
 # Tests compute on tiny tensors, where a second thread costs more than it gives.
 torch.set_num_threads(1)

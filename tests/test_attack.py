@@ -318,6 +318,34 @@ def test_a_sample_with_zero_gradient_stays(threat_model: str) -> None:
     assert (x_adv[3:] - x_nat[3:]).flatten(1).norm(dim=1).min() > 0.1
 
 
+@pytest.mark.parametrize("threat_model", BALLS)
+def test_the_gradients_of_all_steps_are_counted(threat_model: str) -> None:
+    x_nat, labels = batch()
+    model = network().eval()
+    entries = 5 * x_nat.numel()
+
+    def count(model: nn.Module, images: Tensor) -> list[int]:
+        counts = torch.tensor([1000, 2000])
+        pgd(model, images, labels, spec(threat_model, bn="eval"), counts=counts)
+        return (counts - torch.tensor([1000, 2000])).tolist()
+
+    assert count(model, x_nat) == [0, 0]
+    # The first image of the six is not seen by a model that multiplies it with 0.
+    seen = (torch.arange(6) > 0).double()[:, None, None, None]
+    assert count(Scaled(model, seen), x_nat) == [entries // 6, 0]
+    assert count(Scaled(model, seen * torch.inf), x_nat)[1] == entries
+
+
+class Scaled(nn.Module):
+    def __init__(self, model: nn.Module, factor: Tensor) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images * self.factor)
+        return logits
+
+
 def test_nan_gradients_leave_linf_images_and_show_in_l2_images() -> None:
     x_nat, labels = batch()
     x_nat[0] = 0.0  # sqrt has an infinite slope at 0, and 0 * infinity is NaN

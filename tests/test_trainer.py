@@ -64,6 +64,7 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert len(record["data"]["sha256"]) == 64
     assert record["teachers"]["teacher"]["source"] == f"checkpoint {tiny.teacher}"
     assert set(record["precision"]) == {"training", "attack", "evaluation"}
+    assert record["kernels"].keys() == {"distill_loss", "pgd_update", "crop_flip"}
     assert record["hardware"]["processor"]
 
     steps, epochs = rows_of(run, "step"), rows_of(run, "epoch")
@@ -78,6 +79,9 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert epochs[0].keys() < epochs[1].keys()
     assert {"kl_at_nat"} <= epochs[0].keys()
     assert {"kl_at_nat", "kl_self", "alpha", "train_cases"} <= epochs[1].keys()
+    for row in (*steps, *epochs):
+        assert 0 <= row["attack_zero_gradients"] < 0.5
+        assert row["attack_non_finite_gradients"] == 0
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary == result.summary
@@ -96,7 +100,14 @@ def test_step_rows_average_to_the_epoch_row(tiny: Any, tmp_path: Path) -> None:
     sizes = {4: 32, 6: 10, 8: 16, 12: 26}  # images in each interval: batches of 8, and of 2 at an epoch's end
     for epoch in rows_of(result.path, "epoch"):
         rows = [row for row in rows_of(result.path, "step") if row["epoch"] == epoch["epoch"]]
-        for key in {"loss", "kl_at_nat", "kl_self", "alpha", "train_student_adversarial_accuracy"} & epoch.keys():
+        for key in {
+            "loss",
+            "kl_at_nat",
+            "kl_self",
+            "alpha",
+            "train_student_adversarial_accuracy",
+            "attack_zero_gradients",
+        } & epoch.keys():
             mean = sum(sizes[row["step"]] * row[key] for row in rows) / 42
             assert epoch[key] == pytest.approx(mean, rel=1e-12)
 

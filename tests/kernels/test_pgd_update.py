@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,13 @@ def images(*, seed: int = 0, shape: tuple[int, ...] = (4, 3, 5, 6), dtype: torch
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def signed(*, seed: int) -> Tensor:
-    return 2 * images(seed=seed) - 1
+def signed(*, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return 2 * images(seed=seed, dtype=dtype) - 1
+
+
+def step(x_adv: Tensor, grad: Tensor, x_nat: Tensor, **keys: Any) -> Tensor:
+    """`pgd_update` of a copy."""
+    return pgd_update(x_adv.clone(), grad, x_nat, **keys)
 
 
 def length(delta: Tensor, threat_model: str) -> Tensor:
@@ -32,13 +38,13 @@ def length(delta: Tensor, threat_model: str) -> Tensor:
 
 @pytest.mark.parametrize("threat_model", NORMS)
 @pytest.mark.parametrize("far", [0.0, 0.5, 1.0], ids=lambda far: f"{far:g} of the way out")
-def test_a_step_equals_numpy_sample_by_sample(threat_model: str, far: float) -> None:
+def test_a_step_equals_numpy_sample_by_sample(dtype: torch.dtype, threat_model: str, far: float) -> None:
     epsilon, step_size = {"Linf": (0.1, 0.07), "L2": (1.3, 0.6)}[threat_model]
-    x_nat, grad, away = images(seed=1), signed(seed=2), signed(seed=3)
+    x_nat, grad, away = (draw(seed=seed, dtype=dtype) for seed, draw in enumerate((images, signed, signed), 1))
     x_adv = x_nat + far * epsilon * away / length(away, threat_model)[:, None, None, None]
 
     expected = []
-    for nat, adv, gradient in zip(x_nat.numpy(), x_adv.numpy(), grad.numpy(), strict=True):
+    for nat, adv, gradient in zip(*(each.double().numpy() for each in (x_nat, x_adv, grad)), strict=True):
         if threat_model == "Linf":
             moved = np.clip(adv + step_size * np.sign(gradient), nat - epsilon, nat + epsilon)
         else:
@@ -46,10 +52,12 @@ def test_a_step_equals_numpy_sample_by_sample(threat_model: str, far: float) -> 
             moved = nat + delta * min(1.0, epsilon / math.sqrt((delta**2).sum()))
         expected.append(np.clip(moved, 0, 1))
 
-    given_x_adv = x_adv.clone()
+    before = grad.clone(), x_nat.clone()
     got = pgd_update(x_adv, grad, x_nat, threat_model=threat_model, epsilon=epsilon, step_size=step_size)
-    np.testing.assert_allclose(got.numpy(), np.stack(expected), rtol=0, atol=1e-15)
-    assert torch.equal(x_adv, given_x_adv)
+    np.testing.assert_allclose(got.numpy(), np.stack(expected), rtol=0, atol=5 * torch.finfo(dtype).eps)
+    assert got is x_adv
+    assert torch.equal(grad, before[0])
+    assert torch.equal(x_nat, before[1])
 
 
 @settings(max_examples=80, deadline=None)
@@ -57,16 +65,15 @@ def test_a_step_equals_numpy_sample_by_sample(threat_model: str, far: float) -> 
     threat_model=st.sampled_from(NORMS),
     epsilon=st.floats(0, 3),
     step_size=st.floats(0, 5),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     magnitude=st.sampled_from([1e-40, 1e-25, 1.0, 1e25]),
     channels_last=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_a_step_ends_in_the_ball_and_in_the_range_of_images(
+    dtype: torch.dtype,
     threat_model: str,
     epsilon: float,
     step_size: float,
-    dtype: torch.dtype,
     magnitude: float,
     channels_last: bool,
     seed: int,
@@ -75,7 +82,7 @@ def test_a_step_ends_in_the_ball_and_in_the_range_of_images(
     x_nat = images(seed=seed, dtype=dtype).to(memory_format=layout)
     x_adv = images(seed=seed + 1, dtype=dtype)
     grad = magnitude * (2 * images(seed=seed + 2, dtype=dtype) - 1)
-    moved = pgd_update(x_adv, grad, x_nat, threat_model=threat_model, epsilon=epsilon, step_size=step_size)
+    moved = step(x_adv, grad, x_nat, threat_model=threat_model, epsilon=epsilon, step_size=step_size)
     assert moved.dtype == dtype
     assert length(moved - x_nat, threat_model).max() <= epsilon + 1e-6
     assert moved.min() >= 0
@@ -83,14 +90,15 @@ def test_a_step_ends_in_the_ball_and_in_the_range_of_images(
 
 
 @pytest.mark.parametrize("threat_model", NORMS)
-def test_a_sample_without_gradient_stays_and_the_others_move(threat_model: str) -> None:
-    x_nat, grad = images(seed=1).float(), signed(seed=2).float()
+def test_a_sample_without_gradient_stays_and_the_others_move(dtype: torch.dtype, threat_model: str) -> None:
+    x_nat, grad = images(seed=1, dtype=dtype), signed(seed=2, dtype=dtype)
     grad[1] = 0
-    moved = pgd_update(x_nat, grad, x_nat, threat_model=threat_model, epsilon=0.3, step_size=0.1)
+    moved = step(x_nat, grad, x_nat, threat_model=threat_model, epsilon=0.3, step_size=0.1)
     assert torch.equal(moved[1], x_nat[1])
     assert (length(moved - x_nat, threat_model)[[0, 2, 3]] > 0.05).all()
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("threat_model", NORMS)
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-23, 1e22, 1e38])
 def test_the_magnitude_of_the_gradient_does_not_matter(threat_model: str, magnitude: float) -> None:
@@ -98,29 +106,69 @@ def test_the_magnitude_of_the_gradient_does_not_matter(threat_model: str, magnit
     x_nat = images(seed=1, dtype=torch.float32)
     grad = (0.5 + images(seed=2, dtype=torch.float32)) * signed(seed=3).sign().float()
     keys = {"epsilon": 2.0, "step_size": 0.3}
-    expected = pgd_update(x_nat, grad, x_nat, threat_model=threat_model, **keys)
-    got = pgd_update(x_nat, magnitude * grad, x_nat, threat_model=threat_model, **keys)
+    expected = step(x_nat, grad, x_nat, threat_model=threat_model, **keys)
+    got = step(x_nat, magnitude * grad, x_nat, threat_model=threat_model, **keys)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_a_half_precision_gradient_moves_full_precision_images() -> None:
     x_nat, grad = images(seed=1, dtype=torch.float32), signed(seed=2)
-    got = pgd_update(x_nat, grad.half(), x_nat, threat_model="Linf", epsilon=8 / 255, step_size=2 / 255)
-    expected = pgd_update(x_nat, grad.float(), x_nat, threat_model="Linf", epsilon=8 / 255, step_size=2 / 255)
+    got = step(x_nat, grad.half(), x_nat, threat_model="Linf", epsilon=8 / 255, step_size=2 / 255)
+    expected = step(x_nat, grad.float(), x_nat, threat_model="Linf", epsilon=8 / 255, step_size=2 / 255)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
 
 
-def test_nan_in_the_gradient_stops_the_pixel_in_linf_and_shows_in_l2() -> None:
-    x_nat, grad = images(seed=1), signed(seed=2)
+def test_nan_in_the_gradient_stops_the_pixel_in_linf_and_shows_in_l2(dtype: torch.dtype) -> None:
+    x_nat, grad = images(seed=1, dtype=dtype), signed(seed=2, dtype=dtype)
     grad[1, 0, 0, 0] = torch.nan
     healthy = grad.nan_to_num(0.0)
-    linf = pgd_update(x_nat, grad, x_nat, threat_model="Linf", epsilon=0.1, step_size=0.05)
-    assert torch.equal(linf, pgd_update(x_nat, healthy, x_nat, threat_model="Linf", epsilon=0.1, step_size=0.05))
+    linf = step(x_nat, grad, x_nat, threat_model="Linf", epsilon=0.1, step_size=0.05)
+    assert torch.equal(linf, step(x_nat, healthy, x_nat, threat_model="Linf", epsilon=0.1, step_size=0.05))
     assert linf[1, 0, 0, 0] == x_nat[1, 0, 0, 0]
-    l2 = pgd_update(x_nat, grad, x_nat, threat_model="L2", epsilon=0.1, step_size=0.05)
+    l2 = step(x_nat, grad, x_nat, threat_model="L2", epsilon=0.1, step_size=0.05)
     assert l2[1].isnan().all()
     assert not l2[[0, 2, 3]].isnan().any()
+
+
+def test_zero_and_non_finite_entries_of_the_gradient_are_added_to_the_counts(dtype: torch.dtype) -> None:
+    x_nat, grad = images(seed=1, dtype=dtype), signed(seed=2, dtype=dtype)
+    grad[0, 0] = 0
+    grad[0, 1, 0] = -0.0
+    grad[1, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    counts = torch.tensor([100, 2**33])
+    for _ in range(2):
+        step(x_nat, grad, x_nat, threat_model="Linf", epsilon=0.1, step_size=0.05, counts=counts)
+    assert counts.tolist() == [100 + 2 * (30 + 6), 2**33 + 2 * 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"threat_model": "L1"}, ["threat_model", "'L1'", "Linf, L2"]),
+        ({"grad": torch.zeros(4, 3, 5, 5)}, ["one shape", "(4, 3, 5, 5)"]),
+        ({"x_nat": torch.zeros(3, 5, 6)}, ["one shape", "(3, 5, 6)"]),
+        ({"x_nat": images(dtype=torch.float64)}, ["one floating dtype", "float32", "float64"]),
+        ({"grad": torch.zeros(4, 3, 5, 6, dtype=torch.int64)}, ["floating", "int64"]),
+        ({"counts": torch.zeros(2)}, ["counts", "int64", "float32"]),
+        ({"counts": torch.zeros(3, dtype=torch.int64)}, ["counts", "(2,)", "(3,)"]),
+    ],
+)
+@pytest.mark.usefixtures("implementation")
+def test_a_wrong_argument_is_named_in_one_line(changes: dict[str, Any], names: list[str]) -> None:
+    right: dict[str, Any] = {
+        "x_adv": images(dtype=torch.float32),
+        "grad": images(dtype=torch.float32),
+        "x_nat": images(dtype=torch.float32),
+        "threat_model": "Linf",
+        "epsilon": 0.1,
+        "step_size": 0.1,
+    }
+    pgd_update(**right)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+        pgd_update(**right | changes)
+    assert [name for name in names if name not in str(error.value)] == []
 
 
 # ---------------------------------------------------------------- the random start

@@ -1,0 +1,55 @@
+"""A picture of the rows: how many times faster than eager each implementation is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.results import EAGER, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
+TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """A panel for each op, a line of panels for each mode."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    modes, ops = (list(dict.fromkeys(names)) for names in zip(*((row.mode, row.op) for row in rows), strict=True))
+    figure = Figure(figsize=(4.6 * len(ops), 4.8 * len(modes)), layout="constrained")
+    grid = figure.subplots(len(modes), len(ops), squeeze=False)
+    for mode, line in zip(modes, grid, strict=True):
+        for op, axes in zip(ops, line, strict=True):
+            _panel(axes, [row for row in rows if (row.mode, row.op) == (mode, op)])
+            axes.set(title=TITLES[mode].format(op), xlabel="times faster than eager")
+    first = rows[0]
+    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
+    figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _panel(axes: Axes, rows: Sequence[Row]) -> None:
+    """The bars of a case are its implementations."""
+    cases = list(dict.fromkeys(_label(row) for row in rows))
+    names = [name for name in COLOURS if any(row.implementation == name for row in rows)]
+    height = 0.8 / max(len(names), 1)
+    for index, name in enumerate(names):
+        bars = [row for row in rows if row.implementation == name]
+        at = [cases.index(_label(row)) + (index - (len(names) - 1) / 2) * height for row in bars]
+        speedups = [row.speedup_over_eager or 0 for row in bars]
+        drawn = axes.barh(at, speedups, height, label=name, color=COLOURS[name])
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8, label=EAGER)
+    axes.set_yticks(range(len(cases)), cases, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(names) + 1, frameon=False)
+
+
+def _label(row: Row) -> str:
+    return f"{row.shape}\n{row.variant}"

@@ -1,0 +1,110 @@
+// The C entry points of the CPU's part, and the choice of the instruction set. kernels/native.py calls them.
+#include <string.h>
+
+#include "cpu.h"
+
+namespace engine {
+namespace {
+
+int32_t serial_for(int64_t begin, int64_t end, int64_t, Body body, void* context) {
+    body(begin, end, context);
+    return 0;
+}
+
+struct InstructionSet {
+    const char* name;
+    bool (*is_supported)();
+    int (*distill_loss)(const LossArguments&);
+    void (*pgd_update)(const UpdateArguments&);
+    int (*crop_flip)(const CropArguments&);
+};
+
+#ifdef ENGINE_X86_64
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+bool has_generic() { return true; }
+
+// The best first.
+constexpr InstructionSet SETS[] = {
+#ifdef ENGINE_X86_64
+    {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip},
+#endif
+    {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip},
+};
+
+// The set of that name, or the best one, that this processor has.
+const InstructionSet* find(const char* name) {
+#ifdef ENGINE_X86_64
+    __builtin_cpu_init();
+#endif
+    for (const InstructionSet& set : SETS)
+        if ((!name || !strcmp(set.name, name)) && set.is_supported()) return &set;
+    return nullptr;
+}
+
+const InstructionSet* chosen = find(nullptr);
+
+bool in_range(const int64_t* values, int64_t stride, int64_t count, int64_t limit) {
+    for (int64_t i = 0; i < count; ++i)
+        if (values[i * stride] < 0 || values[i * stride] >= limit) return false;
+    return true;
+}
+
+}  // namespace
+
+ParallelFor parallel_for = serial_for;
+
+}  // namespace engine
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+using namespace engine;
+
+// To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
+int engine_interface() { return 1; }
+
+void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
+
+const char* engine_instruction_set() { return chosen->name; }
+
+// Another set than the best, for tests and measurements. Returns 0 where this processor has it.
+int engine_use_instruction_set(const char* name) {
+    const InstructionSet* set = find(name);
+    if (!set) return 1;
+    chosen = set;
+    return 0;
+}
+
+int engine_cpu_distill_loss(const LossArguments* call) {
+    if (!in_range(call->labels, call->label_stride, call->batch, call->classes)) return OUT_OF_RANGE;
+    return chosen->distill_loss(*call);
+}
+
+int engine_cpu_pgd_update(
+    float* x_adv, const void* grad, int grad_dtype, const float* x_nat, int64_t batch, int64_t per_sample, int l2,
+    float epsilon, float step_size, int64_t* counts) {
+    chosen->pgd_update(
+        {x_adv, grad, grad_dtype, x_nat, batch, per_sample, l2 != 0, epsilon, step_size, counts});
+    return OK;
+}
+
+int engine_cpu_crop_flip(
+    float* x, int64_t* labels_out, const uint8_t* images, const int64_t* labels, const int64_t* sample,
+    int64_t batch, int64_t num_images, int height, int width, int channels, uint64_t seed, uint32_t epoch,
+    int padding, int flip, int augment) {
+    if (!in_range(sample, 1, batch, num_images)) return OUT_OF_RANGE;
+    return chosen->crop_flip(
+        {x, labels_out, images, labels, sample, batch, height, width, channels, seed, epoch, padding, flip != 0,
+         augment != 0});
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,45 @@
+"""The device, and the implementations that serve on it, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.kernels import dispatch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    absent = pytest.mark.skip(reason="there is no CUDA device")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(absent)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda"
+
+
+@pytest.fixture(scope="module", params=["triton", "native", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the implementation that serves where it has the op."""
+    if reason := dispatch.missing(request.param, "cuda"):
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINE_KERNELS", request.param)
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def fused() -> Iterator[str]:
+    """Of `distill_loss` there is one fused implementation for CUDA."""
+    if reason := dispatch.missing("triton", "cuda"):
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINE_KERNELS", "triton")
+        yield "triton"

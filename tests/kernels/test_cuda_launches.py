@@ -1,0 +1,196 @@
+"""What the ops ask of a CUDA device, seen by a mock of its driver: launches, streams, waits, memory, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import methods
+from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update
+from tests.fake_cuda import FakeCuda
+from tests.fake_cuda.journal import Call, of, recorded
+
+# The kernels of one call, by implementation. The native library leaves the loss to Triton.
+LOSS = {"loss": ["_loss", "_means"], "loss backward": ["_scale"], "loss both": ["_loss", "_means", "_scale"]}
+KERNELS: dict[str, dict[str, list[str]]] = {
+    "triton": {"linf": ["_linf"], "l2": ["_l2"], "crop": ["_crop_flip"], "crop into": ["_crop_flip"], **LOSS},
+    "native": {
+        "linf": ["pgd_update_linf<float, true, true>"],
+        "l2": ["pgd_update_l2<__nv_bfloat16, true, false>"],
+        "crop": ["crop_flip<true>"],
+        "crop into": ["crop_flip<true>"],
+        **LOSS,
+    },
+}
+OPS = tuple(KERNELS["triton"])
+CAPTURED = tuple(op for op in OPS if op != "loss backward")  # which needs its forward in the same graph
+
+
+def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
+    """The ops on tensors of a device, as functions of a number that changes from step to step."""
+    shape = (8, 3, 32, 32)
+    x_adv, x_nat = (torch.rand(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2))
+    grad = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    half_grad = grad.bfloat16()
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    images = torch.zeros(50, 32, 32, 3, dtype=torch.uint8, device=device)
+    labels, sample = torch.zeros(50, dtype=torch.int64, device=device), torch.arange(8, device=device)
+    out = crop_flip(images, labels, sample, seed=0, epoch=0)
+    logits = [torch.randn(8, 10, device=device, dtype=torch.bfloat16) for _ in range(5)]
+    scale = torch.tensor(1024.0, device=device)  # as of a gradient scaler
+
+    def forward(number: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        s_adv, s_nat = (given.detach().requires_grad_() for given in logits[:2])
+        result = distill_loss(
+            s_adv,
+            labels[:8],
+            s_nat=s_nat,
+            t_at_nat=logits[2],
+            t_at_adv=logits[3],
+            t_st_adv=logits[4],
+            weights=methods.get("iad2", lam1=number).weights,
+            tau=1 + number,
+            tau_self=2 + number,
+            beta=number,
+        )
+        return result.loss, (s_adv, s_nat)
+
+    loss, student = forward(0.5)
+    return {
+        "linf": lambda number: pgd_update(
+            x_adv, grad, x_nat, threat_model="Linf", epsilon=number, step_size=number / 4, counts=counts
+        ),
+        "l2": lambda number: pgd_update(
+            x_adv, half_grad, x_nat, threat_model="L2", epsilon=number, step_size=number / 4
+        ),
+        "crop": lambda number: crop_flip(
+            images, labels, sample, seed=int(number * 2**60), epoch=int(number * 100)
+        ),
+        "crop into": lambda number: crop_flip(images, labels, sample, seed=int(number), epoch=1, out=out),
+        "loss": forward,
+        "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),
+        "loss both": lambda number: torch.autograd.grad(*forward(number), scale),
+    }
+
+
+def observe(library: str) -> dict[str, Any]:
+    """Every op in every situation; two devices."""
+    native._FILE = Path(library)
+    seen: dict[str, Any] = {"describe": dispatch.describe(torch.device("cuda"))}
+    first, second = make_ops("cuda:0"), make_ops("cuda:1")
+    for name in OPS:
+        first[name](0.5)
+        second[name](0.5)
+    side, pool, graphs = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), []
+    seen["side stream"] = str(side.cuda_stream)
+
+    def capture(op: Callable[[float], Any]) -> None:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool):
+            op(0.5)
+        graphs[-1].replay()
+
+    def on_side(op: Callable[[float], Any]) -> None:
+        with torch.cuda.stream(side):
+            op(0.5)
+
+    for name in CAPTURED:
+        with recorded() as seen[f"{name}: captured"]:
+            capture(first[name])
+        with recorded() as seen[f"{name}: captured again"]:
+            capture(first[name])
+    torch.cuda.set_sync_debug_mode("error")
+    for name in OPS:
+        with recorded() as seen[f"{name}: plain"]:
+            first[name](0.5)
+        with recorded() as seen[f"{name}: other numbers"]:
+            for number in (1 / 16, 1.0):  # of which Triton would make kernels for 1 and for multiples of 16
+                first[name](number)
+        with recorded() as seen[f"{name}: side stream"]:
+            on_side(first[name])
+        with recorded() as seen[f"{name}: second device"]:
+            second[name](0.5)
+    seen["current device"] = torch.cuda.current_device()
+    return seen
+
+
+@pytest.fixture(scope="module", params=list(KERNELS))
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def seen(fake_cuda: FakeCuda, cuda_library: Path, implementation: str) -> dict[str, Any]:
+    if reason := dispatch.missing("triton", "cuda"):
+        pytest.skip(reason)
+    result: dict[str, Any] = fake_cuda.run(observe, str(cuda_library), devices=2, ENGINE_KERNELS=implementation)
+    return result
+
+
+def names(calls: list[Call]) -> list[str]:
+    """What is called, kernels by their names: those of C++ without namespace and arguments."""
+    plain = (call["name"].replace("(anonymous namespace)::", "") if "name" in call else "" for call in calls)
+    short = [name.removeprefix("void engine::").partition("(")[0] for name in plain]
+    return [name or call["call"] for name, call in zip(short, calls, strict=True)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_its_launches_and_nothing_else(seen: dict[str, Any], implementation: str, op: str) -> None:
+    """No wait, no copy, no filling of memory, no kernel of torch."""
+    calls = seen[f"{op}: plain"]
+    assert names(calls) == KERNELS[implementation][op]
+    assert {call["stream"] for call in calls} == {"0"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_that_change_from_step_to_step_need_no_compilation(
+    seen: dict[str, Any], implementation: str, op: str
+) -> None:
+    assert names(seen[f"{op}: other numbers"]) == 2 * KERNELS[implementation][op]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_current_stream_is_used(seen: dict[str, Any], implementation: str, op: str) -> None:
+    calls = of("kernel", seen[f"{op}: side stream"])
+    # The backward runs where its forward ran.
+    expected = "0" if op == "loss backward" else seen["side stream"]
+    assert names(calls) == KERNELS[implementation][op]
+    assert {call["stream"] for call in calls} == {expected}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_device_of_the_tensors_is_used(seen: dict[str, Any], implementation: str, op: str) -> None:
+    assert names(seen[f"{op}: second device"]) == KERNELS[implementation][op]
+    assert {call["device"] for call in seen[f"{op}: second device"]} == {"1"}
+    assert seen["current device"] == 0
+
+
+def within_capture(calls: list[Call]) -> list[Call]:
+    begin, end = ([call["call"] for call in calls].index(kind) for kind in ("capture_begin", "capture_end"))
+    return calls[begin + 1 : end]
+
+
+@pytest.mark.parametrize("op", CAPTURED)
+def test_a_graph_captures_it_whole(seen: dict[str, Any], implementation: str, op: str) -> None:
+    expected = KERNELS[implementation][op]
+    for name in (f"{op}: captured", f"{op}: captured again"):
+        assert names(of("kernel", within_capture(seen[name]))) == expected
+        (launch,) = of("graph_launch", seen[name])
+        assert int(launch["nodes"]) == len(expected)
+    # The pool of the graphs may be filled once; all else a capture takes comes from it.
+    mallocs = of("malloc", within_capture(seen[f"{op}: captured"]))
+    assert len(mallocs) <= 1
+    assert names(within_capture(seen[f"{op}: captured again"])) == expected
+
+
+def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str) -> None:
+    expected = {
+        "triton": "Kernels: triton",
+        "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; triton for distill_loss",
+    }
+    assert seen["describe"] == expected[implementation]

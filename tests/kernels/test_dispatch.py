@@ -1,0 +1,254 @@
+"""Which implementation serves, whichever are installed here: what is there is pretended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, reference
+
+NOT_BUILT = "it is not built"
+OPS = ("distill_loss", "pgd_update", "crop_flip")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets ENGINE_KERNELS, and what is there: "native cpu", "native cuda", "triton"."""
+
+    def pretend(*there: str, wanted: str | None = None) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delenv("ENGINE_KERNELS", raising=False)
+        if wanted is not None:
+            monkeypatch.setenv("ENGINE_KERNELS", wanted)
+        monkeypatch.setattr(native, "missing", lambda device: "" if f"native {device}" in there else NOT_BUILT)
+        monkeypatch.setattr(native, "description", lambda device: f"on {device}")
+        monkeypatch.setattr(dispatch, "_has_triton", lambda: "triton" in there)
+
+    return pretend
+
+
+ALL = ("native cpu", "native cuda", "triton")
+NONE: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "device", "chosen"),
+    [
+        (None, ALL, "cpu", ("native", "native", "native")),
+        ("auto", ALL, "cpu", ("native", "native", "native")),
+        ("auto", ALL, "cuda", ("triton", "triton", "triton")),
+        ("auto", NONE, "cpu", ("reference", "reference", "reference")),
+        ("auto", NONE, "cuda", ("reference", "reference", "reference")),
+        ("auto", ("native cpu", "native cuda"), "cuda", ("reference", "native", "native")),
+        ("auto", ("native cpu",), "cuda", ("reference", "reference", "reference")),
+        ("native", ALL, "cpu", ("native", "native", "native")),
+        ("native", ALL, "cuda", ("triton", "native", "native")),
+        ("triton", ALL, "cpu", ("native", "native", "native")),
+        ("triton", ("triton",), "cpu", ("reference", "reference", "reference")),
+        ("triton", ALL, "cuda", ("triton", "triton", "triton")),
+        ("reference", ALL, "cpu", ("reference", "reference", "reference")),
+        ("reference", ALL, "cuda", ("reference", "reference", "reference")),
+        ("auto", ALL, "mps", ("reference", "reference", "reference")),
+        ("native", ALL, "meta", ("reference", "reference", "reference")),
+    ],
+)
+def test_the_table_of_choices(
+    installed: Callable[..., None],
+    wanted: str | None,
+    there: tuple[str, ...],
+    device: str,
+    chosen: tuple[str, ...],
+) -> None:
+    installed(*there, wanted=wanted)
+    assert tuple(dispatch.choose(op, torch.device(device)) for op in OPS) == chosen
+    assert {dispatch.choose(op, torch.device(device), fused=False) for op in OPS} == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "reason"),
+    [("native", "cpu", NOT_BUILT), ("triton", "cuda", "triton is not installed (pip install triton)")],
+)
+def test_what_is_asked_for_by_name_and_not_there_is_refused(
+    installed: Callable[..., None], wanted: str, device: str, reason: str
+) -> None:
+    installed(wanted=wanted)
+    for op in OPS:
+        with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+            dispatch.choose(op, torch.device(device))
+        assert str(error.value) == f"ENGINE_KERNELS={wanted}: {reason}"
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "Native", ""])
+def test_an_unknown_choice_is_refused_with_the_known_ones(installed: Callable[..., None], wanted: str) -> None:
+    installed(*ALL, wanted=wanted)
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: distill_loss(logits, labels, weights=[(0, 0), (1, 0), *[(0, 0)] * 4]),
+        lambda: distill_loss(logits.double(), labels, weights=[(0, 0), (1, 0), *[(0, 0)] * 4]),
+        lambda: pgd_update(logits, logits, logits, threat_model="Linf", epsilon=0, step_size=0),
+        lambda: crop_flip(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), labels[:1], labels, seed=0, epoch=0),
+        lambda: dispatch.describe(torch.device("cpu")),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+            call()
+        assert f"ENGINE_KERNELS: {wanted!r} is unknown" in str(error.value)
+        assert all(choice in str(error.value) for choice in ("auto", "native", "triton", "reference"))
+
+
+def test_the_interpreter_runs_triton_on_any_device(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(*ALL, wanted="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert {dispatch.choose(op, torch.device("cpu")) for op in OPS} == {"triton"}
+    monkeypatch.setenv("ENGINE_KERNELS", "auto")
+    assert {dispatch.choose(op, torch.device("cpu")) for op in OPS} == {"native"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "device", "line"),
+    [
+        ("auto", ALL, "cpu", "Kernels: native (on cpu)"),
+        ("auto", ALL, "cuda", "Kernels: triton"),
+        ("reference", ALL, "cpu", "Kernels: reference"),
+        ("auto", NONE, "cpu", f"Kernels: reference; faster with native: {NOT_BUILT}"),
+        (
+            "native",
+            ALL,
+            "cuda",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss",
+        ),
+        (
+            "auto",
+            ("native cuda",),
+            "cuda",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss; "
+            "faster with triton: triton is not installed (pip install triton)",
+        ),
+        ("auto", ALL, "mps", "Kernels: reference"),
+    ],
+)
+def test_one_line_tells_the_user_what_serves_and_what_would_be_faster(
+    installed: Callable[..., None], wanted: str, there: tuple[str, ...], device: str, line: str
+) -> None:
+    installed(*there, wanted=wanted)
+    assert dispatch.describe(torch.device(device)) == line
+    assert dispatch.describe(torch.device(device), fused=False) == "Kernels: reference"
+
+
+# ---------------------------------------------------------------- which calls a fused implementation gets
+
+
+@pytest.fixture
+def served(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the native functions that were called; the reference does their work."""
+    calls: list[str] = []
+    installed("native cpu")
+
+    def record(name: str) -> None:
+        work = getattr(reference, name)
+
+        def recorded(*arguments: Any) -> None:
+            calls.append(name)
+            work(*arguments)
+
+        monkeypatch.setattr(native, name, recorded)
+
+    for name in ("pgd_update", "crop_flip"):
+        record(name)
+    return calls
+
+
+def channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        (lambda x, grad: (x, grad), True),
+        (lambda x, grad: (x, grad.half()), True),
+        (lambda x, grad: (x, grad.bfloat16()), True),
+        (lambda x, grad: (channels_last(x), grad[:, :, ::2].repeat_interleave(2, 2)), True),
+        (lambda x, grad: (x[1:], grad[1:]), True),
+        (lambda x, grad: (x[:, 0], grad[:, 0]), False),  # with gaps
+        (lambda x, grad: (x[:, :, :, 1:], grad[:, :, :, 1:]), False),
+        (lambda x, grad: (x.double(), grad), False),
+        (lambda x, grad: (x, grad.double()), False),
+        (lambda x, grad: (x.half(), grad), False),
+    ],
+)
+def test_pgd_update_is_fused_for_dense_images_in_float32(
+    served: list[str], change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], fused: bool
+) -> None:
+    x_adv, grad = change(torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
+    pgd_update(x_adv, grad, x_adv.clone(), threat_model="Linf", epsilon=0.1, step_size=0.1)
+    assert served == ["pgd_update"] * fused
+
+
+def test_a_fused_pgd_update_gets_all_tensors_in_one_layout(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed("native cpu")
+    strides: list[tuple[int, ...]] = []
+    monkeypatch.setattr(native, "pgd_update", lambda *tensors: strides.extend(t.stride() for t in tensors[:3]))
+    x_adv, grad, x_nat = (
+        channels_last(torch.rand(3, 2, 4, 4)),
+        torch.rand(3, 2, 4, 8)[..., ::2],
+        torch.rand(2, 4, 4),
+    )
+    pgd_update(x_adv, grad, x_nat.expand(3, 2, 4, 4), threat_model="Linf", epsilon=0.1, step_size=0.1)
+    assert strides == [x_adv.stride()] * 3
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "dtype", "fused"),
+    [
+        (torch.zeros(4, 6, 6, 3, dtype=torch.uint8), torch.arange(4), torch.float32, True),
+        (torch.zeros(4, 6, 6, 3, dtype=torch.uint8), torch.arange(4), torch.float64, False),
+        (torch.zeros(4, 6, 6, 3, dtype=torch.uint8), torch.arange(4), torch.bfloat16, False),
+        (torch.zeros(4, 6, 7, 3, dtype=torch.uint8)[:, :, 1:], torch.arange(4), torch.float32, False),
+        (torch.zeros(4, 6, 6, 3, dtype=torch.uint8), torch.arange(8)[::2], torch.float32, False),
+    ],
+)
+def test_crop_flip_is_fused_for_dense_images_into_float32(
+    served: list[str], images: Tensor, labels: Tensor, dtype: torch.dtype, fused: bool
+) -> None:
+    crop_flip(images, labels, torch.tensor([3, 1, 0])[::2], seed=0, epoch=0, dtype=dtype)
+    assert served == ["crop_flip"] * fused
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "fused"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float64, torch.float64, False),
+        (torch.float32, torch.float64, False),
+    ],
+)
+@pytest.mark.parametrize("classes", [3, 10_000])
+def test_distill_loss_is_fused_for_logits_of_at_most_32_bits(
+    installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    student: torch.dtype,
+    teacher: torch.dtype,
+    fused: bool,
+    classes: int,
+) -> None:
+    def serve(*_: object) -> None:
+        raise NotImplementedError
+
+    installed("native cpu")
+    monkeypatch.setattr(native, "loss_and_gradients", serve)
+    s_adv, t_at_adv = torch.zeros(2, classes, dtype=student), torch.zeros(2, classes, dtype=teacher)
+    row = [(0, 0), (0, 1), *[(0, 0)] * 4]
+    with pytest.raises(NotImplementedError) if fused else nullcontext():
+        distill_loss(s_adv, torch.zeros(2, dtype=torch.int64), t_at_adv=t_at_adv, weights=row)

@@ -1,0 +1,143 @@
+"""Every implementation that runs on a CPU against the whole table of inputs, and against inputs beside it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels import cases
+from tests.kernels.cases import (
+    CROP_CASES,
+    LOSS_CASES,
+    PGD_CASES,
+    CropCase,
+    LossCase,
+    PgdCase,
+    check_crop_flip,
+    check_distill_loss,
+    check_pgd_update,
+)
+from tests.kernels.holding import Errors, assert_no_worse_than_twice_eager
+
+# What is measured case by case is read again over all of them.
+measure_distill_loss = functools.cache(check_distill_loss)
+measure_pgd_update = functools.cache(check_pgd_update)
+
+# Seconds and a gigabyte each.
+LARGE = [case for case in LOSS_CASES if case.batch * case.classes > 2_000_000]
+SMALL = [case for case in LOSS_CASES if case not in LARGE]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_distill_loss(implementation: str, case: LossCase) -> None:
+    measure_distill_loss(case, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_distill_loss_of_many_samples_and_classes(implementation: str, case: LossCase) -> None:
+    check_distill_loss(case, implementation)
+
+
+def test_distill_loss_is_no_worse_than_twice_eager(implementation: str) -> None:
+    """The gradients of each dtype by themselves: float16 rounds more than the arithmetic before it."""
+    errors: list[tuple[str, Errors]] = []
+    for case in SMALL:
+        dtypes = {"grad_adv": case.dtypes[0], "grad_nat": case.dtypes[1 % len(case.dtypes)]}
+        measured = measure_distill_loss(case, implementation)
+        errors += [(f"{name} {dtypes.get(name, '')}", error) for name, error in measured.items()]
+    assert_no_worse_than_twice_eager(errors)
+
+
+@pytest.mark.parametrize("case", PGD_CASES, ids=str)
+def test_pgd_update(implementation: str, case: PgdCase) -> None:
+    measure_pgd_update(case, implementation)
+
+
+def test_pgd_update_is_no_worse_than_twice_eager(implementation: str) -> None:
+    assert_no_worse_than_twice_eager(
+        error for case in PGD_CASES for error in measure_pgd_update(case, implementation).items()
+    )
+
+
+@pytest.mark.parametrize("case", CROP_CASES, ids=str)
+def test_crop_flip(implementation: str, case: CropCase) -> None:
+    check_crop_flip(case, implementation)
+
+
+# ---------------------------------------------------------------- beside the table
+
+TEMPERATURES = st.floats(math.log(0.1), math.log(100)).map(math.exp)
+WEIGHTS = st.tuples(*[st.tuples(*[st.just(0.0) | st.floats(-2, 2)] * 2)] * 6)
+DTYPES = st.sampled_from((cases.SINGLE, cases.HALF, cases.BRAIN))
+LOSS_LAYOUTS = st.sampled_from((*cases.MIXED_LAYOUTS, cases.one_column))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    case=st.builds(
+        LossCase,
+        batch=st.integers(0, 40),
+        classes=st.integers(1, 300),
+        logits=st.sampled_from((cases.normal, cases.wide, cases.equal, cases.one_hot, cases.masked, cases.near)),
+        dtypes=st.lists(DTYPES, min_size=1, max_size=5).map(tuple),
+        layouts=st.lists(LOSS_LAYOUTS, min_size=1, max_size=5).map(tuple),
+        row=st.sampled_from(cases.ROWS) | WEIGHTS,
+        tau=TEMPERATURES,
+        tau_self=TEMPERATURES,
+        beta=st.floats(0, 2),
+        detach_self=st.booleans(),
+        label_smoothing=st.sampled_from((0.0, 1.0)) | st.floats(0, 1),
+        sample_weights=st.none() | st.tuples(DTYPES, LOSS_LAYOUTS),
+        spare=st.booleans(),
+    )
+)
+def test_distill_loss_of_any_case(implementation: str, case: LossCase) -> None:
+    check_distill_loss(case, implementation)
+
+
+LENGTHS = st.just(0.0) | st.floats(1e-6, 4)
+IMAGE_LAYOUTS = st.sampled_from(
+    (cases.contiguous, cases.channels_last, cases.shifted, cases.cropped, cases.every_second)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=st.builds(
+        PgdCase,
+        shape=st.lists(st.integers(1, 12), min_size=1, max_size=4).map(lambda image: (3, *image)),
+        threat_model=st.sampled_from(("Linf", "L2")),
+        gradient=st.sampled_from((cases.plain, cases.sparse, cases.tiny, cases.huge, cases.ragged, cases.broken)),
+        grad_dtype=DTYPES,
+        layouts=st.tuples(IMAGE_LAYOUTS, IMAGE_LAYOUTS, IMAGE_LAYOUTS),
+        epsilon=LENGTHS,
+        step_size=LENGTHS,
+        counting=st.booleans(),
+    )
+)
+def test_pgd_update_of_any_case(implementation: str, case: PgdCase) -> None:
+    check_pgd_update(case, implementation)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=st.builds(
+        CropCase,
+        size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+        channels=st.integers(1, 5),
+        batch=st.integers(0, 9),
+        padding=st.integers(0, 9),
+        flip=st.booleans(),
+        augment=st.just(True),
+        seed=st.integers(0, 2**64 - 1),
+        epoch=st.integers(0, 2**32 - 1),
+        reuse=st.booleans(),
+    )
+)
+def test_crop_flip_of_any_case(implementation: str, case: CropCase) -> None:
+    check_crop_flip(case, implementation)

@@ -1,0 +1,401 @@
+"""Budgets of the Triton kernels, read from the binaries that a launch would make on each device.
+
+The launchers run as they are, on tensors of the CPU, under a driver that names another device: what they would launch
+is compiled, with their block sizes and specialised to their arguments, and is not launched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("triton's interpreter compiles nothing", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from engine.kernels.contract import READS, LossInputs, LossRow
+from engine.kernels.triton_ops import crop_flip, distill_loss, pgd_update
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SINGLE, BRAIN = torch.float32, torch.bfloat16
+ALL = ((0.5, 0.5),) * 6
+IAD2 = ((0.0, 0.0), (0.25, 0.0), (1.0, -1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0))
+
+
+# ---------------------------------------------------------------- what is launched
+# Registers: with 64 a multiprocessor of 65536 has room for half of the threads it can have, with 128 for a quarter.
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss and its backward; with all terms also sample weights and label smoothing."""
+
+    weights: tuple[tuple[float, float], ...]
+    dtype: torch.dtype
+    classes: int
+    layout: str = "contiguous"
+    batch: int = 32
+    tau: float = 4.0
+    beta: float = 0.1
+
+    kernels = ("_loss", "_means", "_scale")
+
+    def __str__(self) -> str:
+        return f"{'all' if self.weights[0][0] else 'IAD-II'} {short(self.dtype)} {self.classes} {self.layout}"
+
+    @property
+    def registers(self) -> int:
+        return 64 if self.classes <= 200 else 128
+
+    @property
+    def read(self) -> set[str]:
+        return {name for pair, reads in zip(self.weights, READS, strict=True) if any(pair) for name in reads}
+
+    @property
+    def values(self) -> int:
+        """How many values of each tensor a thread has."""
+        rows, columns, num_warps = distill_loss.tile(self.classes)
+        return rows * columns // (32 * num_warps)
+
+    def logits(self) -> Tensor:
+        shape = {"sliced": (self.batch, 2 * self.classes), "transposed": (self.classes, self.batch)}
+        logits = torch.zeros(shape.get(self.layout, (self.batch, self.classes)), dtype=self.dtype)
+        return logits.t() if self.layout == "transposed" else logits[:, : self.classes]
+
+    def launch(self) -> None:
+        everything = bool(self.weights[0][0])
+        inputs = LossInputs(
+            *(self.logits() if name in self.read else None for name in LossInputs._fields[:5]),
+            labels=torch.zeros(self.batch, dtype=torch.int64),
+            sample_weights=torch.ones(self.batch) if everything else None,
+        )
+        row = LossRow(self.weights, self.tau, 1.0, self.beta, False, 0.1 if everything else 0.0)
+        result = distill_loss.loss_and_gradients(inputs, row, True, True)
+        distill_loss.scale(result.loss, result.grad_adv, result.grad_nat, self.dtype, self.dtype)
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """A step on samples of a size."""
+
+    l2: bool
+    dtype: torch.dtype
+    size: int
+    counting: bool = True
+    batch: int = 4
+    epsilon: float = 0.1
+
+    def __str__(self) -> str:
+        counting = " counting" if self.counting else ""
+        return f"{'L2' if self.l2 else 'Linf'} {short(self.dtype)} {self.size}{counting}"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("_l2" if self.l2 else "_linf",)
+
+    @property
+    def registers(self) -> int:
+        return 128 if self.l2 and self.size > 4096 else 64
+
+    def launch(self) -> None:
+        x_adv, x_nat = torch.zeros(self.batch, self.size), torch.zeros(self.batch, self.size)
+        counts = torch.zeros(2, dtype=torch.int64) if self.counting else None
+        pgd_update.pgd_update(x_adv, x_nat.to(self.dtype), x_nat, self.l2, self.epsilon, 0.1, counts)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Views of square images of three channels."""
+
+    size: int
+    seed: int = 0
+    epoch: int = 0
+    batch: int = 4
+    count: int = 5
+
+    kernels = ("_crop_flip",)
+    registers = 64
+
+    def __str__(self) -> str:
+        return f"crop {self.size}"
+
+    def launch(self) -> None:
+        x_BCHW = torch.zeros(self.batch, 3, self.size, self.size).contiguous(memory_format=torch.channels_last)
+        images = torch.zeros(self.count, self.size, self.size, 3, dtype=torch.uint8)
+        labels_N, labels_B = (torch.zeros(n, dtype=torch.int64) for n in (self.count, self.batch))
+        sample_B = torch.zeros_like(labels_B)
+        crop_flip.crop_flip(x_BCHW, labels_B, images, labels_N, sample_B, self.seed, self.epoch, 4, True, True)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+Launch = Loss | Pgd | Crop
+SIZES = (10, 100, 200, 1000, 4096)
+LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
+STRIDED = [
+    Loss(ALL, dtype, classes, layout)
+    for dtype, layout in ((SINGLE, "transposed"), (BRAIN, "sliced"))
+    for classes in SIZES
+]
+STEPS = [
+    *(Pgd(False, dtype, 3072, counting) for dtype in (SINGLE, BRAIN) for counting in (False, True)),
+    *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
+]
+LAUNCHES: list[Launch] = [*LOSSES, *STRIDED, *STEPS, Crop(32), Crop(64)]
+# The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
+QUICK = {target: {LOSSES[i] for i in (0, 1, 3, 7, 9, 17)} | {*STEPS[3:5], Crop(32)} for target in TARGETS}
+QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2]}
+PLAN = [
+    pytest.param(case, id=f"{case[0]} {case[1]}", marks=() if case[1] in QUICK[case[0]] else pytest.mark.slow)
+    for case in itertools.product(TARGETS, LAUNCHES)
+]
+
+
+# ---------------------------------------------------------------- what it is compiled to
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A device as far as a compilation asks for it. Its number is its name, and so its kernels are its own."""
+
+    name: str
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name
+
+    def get_current_stream(self, _: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(target: str, cache: Path) -> Iterator[list[Any]]:
+    """What would be launched is compiled for a device and listed."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
+        kernels.append(run(self, *args, warmup=True, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        patch.setattr(driver, "_active", Driver(target))
+        patch.setattr(JITFunction, "run", compile_only)
+        yield kernels
+
+
+@dataclass(frozen=True)
+class Binary:
+    """spilled: what went from registers to memory, in bytes or instructions or registers; 0 is what matters."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+    text: str
+    instructions: Counter[str]
+    intermediate: str
+
+    def count(self, pattern: str) -> int:
+        return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
+
+
+def tool(name: str) -> Path:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    if not path.exists():
+        pytest.skip(f"this triton comes without {name}")
+    return path
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read(kernel: Any, folder: Path) -> Binary:
+    if "cubin" in kernel.asm:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = output(tool("nvdisasm"), "-c", cubin)
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
+        facts = dict(re.findall(r"(\w+):(\d+)", output(tool("cuobjdump"), "--dump-resource-usage", cubin)))
+        local = sum(instruction.startswith(("LDL", "STL")) for instruction in instructions)
+        registers, spilled = int(facts["REG"]), int(facts["STACK"]) + int(facts["LOCAL"]) + local
+    else:
+        text = kernel.asm["amdgcn"]
+        instructions = re.findall(r"^\t([a-z]\w+)", text, re.M)
+        facts = dict(re.findall(r"\.(\w+): +(\d+)$", text, re.M))
+        registers = int(facts["vgpr_count"])
+        spilled = sum(int(facts[f"{name}_spill_count"]) for name in ("vgpr", "sgpr"))
+        spilled += int(facts["private_segment_fixed_size"])
+    return Binary(
+        kernel.metadata.name,
+        registers,
+        spilled,
+        kernel.metadata.shared,
+        text,
+        Counter(instructions),
+        kernel.asm["ttir"],
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    target: str
+    launch: Launch
+    binaries: tuple[Binary, ...]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module", params=PLAN)
+def compiled(request: pytest.FixtureRequest, cache: Path) -> Compiled:
+    target, launch = request.param
+    with compiling(target, cache) as kernels:
+        launch.launch()
+    return Compiled(target, launch, tuple(read(kernel, cache) for kernel in kernels))
+
+
+def test_an_op_makes_no_more_launches_than_it_must(compiled: Compiled) -> None:
+    """The loss: values and gradients, means, and the backward."""
+    assert [binary.kernel for binary in compiled.binaries] == list(compiled.launch.kernels)
+
+
+def test_nothing_spills_and_registers_and_shared_memory_are_few(compiled: Compiled) -> None:
+    for binary in compiled.binaries:
+        assert binary.spilled == 0, binary.kernel
+        assert binary.registers <= compiled.launch.registers, (binary.kernel, binary.registers)
+        assert binary.shared <= 16384, (binary.kernel, binary.shared)
+
+
+def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
+    """Where rows are aligned so and a thread has so much. No logits are read twice, and no sample that fits a block."""
+    launch, lanes = compiled.launch, TARGETS[compiled.target].warp_size
+    cuda = (r"LDG\.E(\.\w+)*\.128(\.\w+)*", r"STG\.E(\.\w+)*\.128(\.\w+)*")
+    load, store = cuda if lanes == 32 else ("buffer_load_dwordx4", "buffer_store_dwordx4")
+
+    def wide(values: int, itemsize: int, row: int = 16) -> int:
+        """Accesses of 16 bytes to so many values for each of 32 lanes, in rows of a length."""
+        size = values * itemsize * 32 // lanes
+        return size // 16 if min(size, math.gcd(row * itemsize, 16)) == 16 else 0
+
+    counts = {binary.kernel: (binary.count(load), binary.count(store)) for binary in compiled.binaries}
+    if isinstance(launch, Loss):
+        itemsize = launch.dtype.itemsize
+        loads = len(launch.read) * wide(launch.values, itemsize, launch.classes)
+        if launch.layout == "contiguous":
+            assert counts["_loss"][0] == loads
+        assert counts["_loss"][1] == 2 * wide(launch.values, 4, launch.classes)
+        assert counts["_scale"] == (2 * wide(8, 4), 2 * wide(8, itemsize))
+    elif isinstance(launch, Crop):
+        assert counts["_crop_flip"][1] == wide(8, 4)
+    else:
+        block, num_warps = pgd_update.blocks(launch.size) if launch.l2 else (1024, 4)
+        values = block // (32 * num_warps)
+        loads, stores = 2 * wide(values, 4) + wide(values, launch.dtype.itemsize), wide(values, 4)
+        ((found_loads, found_stores),) = counts.values()
+        if launch.l2:  # what lies beyond the end of all samples is left out
+            assert 0 < found_loads <= loads or launch.size > block
+            assert 0 < found_stores <= stores
+        else:
+            assert (found_loads, found_stores) == (loads, stores)
+        if lanes == 32:
+            assert compiled.binaries[0].count(r"(LDG|STG)\..*") == found_loads + found_stores
+
+
+def test_addresses_do_not_overflow(compiled: Compiled) -> None:
+    """What grows with the batch is multiplied in 64 bits; `crop_flip` has products within an image too."""
+    for binary in compiled.binaries:
+        if binary.kernel != "_crop_flip":
+            assert re.findall(r"muli .*: (?:tensor<\w+xi32>|i32)", binary.intermediate) == [], binary.kernel
+
+
+def test_arithmetic_stays_in_single_precision(compiled: Compiled) -> None:
+    for binary in compiled.binaries:
+        assert binary.count(r"D(ADD|MUL|FMA|SETP)\b.*|F2F\.F64.*|v_\w+_f64\w*") == 0, binary.kernel
+
+
+def test_the_device_refuses_unknown_labels_and_samples(compiled: Compiled) -> None:
+    for binary in compiled.binaries:
+        refuses = "__assertfail" in binary.text or "s_trap" in binary.text
+        assert refuses == (binary.kernel in ("_loss", "_crop_flip")), binary.kernel
+
+
+def test_what_is_not_counted_costs_nothing(compiled: Compiled) -> None:
+    if isinstance(compiled.launch, Pgd):
+        (binary,) = compiled.binaries
+        assert (binary.count(r"(RED|REDG|ATOM|ATOMG)\b.*|global_atomic_\w+") > 0) == compiled.launch.counting
+        if not compiled.launch.l2 and compiled.launch.dtype == SINGLE:  # another one is brought to its layout
+            assert (binary.count(r"BAR\b.*|s_barrier") > 0) == compiled.launch.counting
+
+
+@pytest.mark.parametrize(
+    ("launch", "changes"),
+    [
+        (
+            Loss(IAD2, SINGLE, 10),
+            [
+                {"batch": 1},
+                {"batch": 33},
+                {"tau": 7.0, "beta": 0.0},
+                {"weights": ((0.0, 0.0), (1.0, -3.0), (2.0, 0.0), (0.0, 0.0), (7.0, 7.0), (0.5, 2.0))},
+            ],
+        ),
+        (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (
+            Crop(8),
+            [
+                {"seed": 1},
+                {"seed": 2**31},
+                {"seed": 2**64 - 1},
+                {"epoch": 16},
+                {"epoch": 2**32 - 1},
+                {"batch": 1},
+                {"count": 16},
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_other_numbers_need_no_other_kernel(launch: Launch, changes: list[dict[str, Any]], cache: Path) -> None:
+    with compiling("sm_90", cache) as kernels:
+        for change in ({}, *changes):
+            replace(launch, **change).launch()
+    # ... but that a size divisible by 16 is moved in wider accesses.
+    distinct = {kernel.metadata.name: set() for kernel in kernels}
+    for kernel in kernels:
+        distinct[kernel.metadata.name].add(kernel.hash)
+    assert {name: len(hashes) for name, hashes in distinct.items() if name != "_scale"} == {
+        name: 1 for name in launch.kernels if name != "_scale"
+    }
+    assert len(distinct.get("_scale", ())) <= 2
