@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # The logits that each term reads, in the order of the terms.
@@ -105,3 +106,12 @@ def check_device(**given: Tensor | None) -> None:
     for name, other in devices.items():
         if other != device:
             raise ValueError(f"{name} is on {other}, and {first} on {device}: one device is needed")
+
+
+def dense_layout(images: Tensor) -> torch.memory_format | None:
+    """The order in which a tensor fills its memory without gaps, or None where it does not."""
+    if images.is_contiguous():
+        return torch.contiguous_format
+    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None

@@ -15,9 +15,10 @@ import torch
 
 from engine.kernels import native
 
-# From the fastest on. The native library has no distill_loss for CUDA: there Triton's is the only one.
+# From the fastest on. For CUDA the native library has no distill_loss and no random_start.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "distill_loss": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }

@@ -98,7 +98,8 @@ def _implementation(inputs: LossInputs) -> str:
     fused = all(given.dtype in _FUSED for given in logits)
     if logits[0].device.type != "cpu" and logits[0].shape[1] > MAX_CLASSES:
         fused = False
-    return dispatch.choose("distill_loss", logits[0].device, fused=fused)
+    implementation: str = dispatch.choose("distill_loss", logits[0].device, fused=fused)
+    return implementation
 
 
 def _compute(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_labels
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 1  # of csrc/library.cpp
+_INTERFACE = 2  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 
@@ -27,6 +27,7 @@ _LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + "12d" + "4dq" + "6P")
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
 _CROP: list[Any] = [*[c_void_p] * 5, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
+_START: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_float, c_uint64, c_uint32]
 
 
 @functools.cache
@@ -61,6 +62,7 @@ def _library() -> ctypes.CDLL:
     library.engine_cpu_distill_loss.argtypes = [c_char_p]
     library.engine_cpu_pgd_update.argtypes = _UPDATE
     library.engine_cpu_crop_flip.argtypes = _CROP
+    library.engine_cpu_uniform_start.argtypes = _START
     if hasattr(library, "engine_cuda_error"):
         library.engine_cuda_error.restype = c_char_p
         library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
@@ -168,6 +170,24 @@ def crop_flip(
         count = len(images_NHWC)
         wrong = int(sample_B[(sample_B < 0) | (sample_B >= count)][0])
         raise IndexError(f"sample_B: there is no sample {wrong} among {count}")
+
+
+def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+    """`reference.uniform_start` on a CPU, into dense float32."""
+    batch, channels = noise.shape[:2]
+    _call(
+        "uniform_start",
+        noise.device,
+        noise.data_ptr(),
+        sample_B.data_ptr(),
+        batch,
+        channels,
+        noise.numel() // max(batch * channels, 1),
+        not noise.is_contiguous(),
+        epsilon,
+        seed,
+        counter,
+    )
 
 
 def _pointer(given: Tensor | None) -> int:

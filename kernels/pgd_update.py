@@ -1,54 +1,18 @@
-"""The two moves of a projected-gradient attack: the random start and the step (Eq. 2).
+"""The step of a projected-gradient attack (Eq. 2).
 
 Shape suffixes: B batch; an image may have any shape after it. L2 norms are taken per sample.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, native, reference
-from engine.kernels.contract import check_device
-from engine.kernels.philox import Stream, normal, uniform
+from engine.kernels.contract import check_device, dense_layout
 
 THREAT_MODELS = ("Linf", "L2")
-
-
-def random_start(
-    x_nat: Tensor,
-    sample_B: Tensor,
-    *,
-    kind: str,
-    threat_model: str,
-    epsilon: float,
-    gaussian_std: float = 0.001,
-    seed: int,
-    counter: int,
-) -> Tensor:
-    """Initial perturbation, of the shape, dtype and strides of x_nat, not clamped to the range of images.
-
-    kind "uniform": uniform in the L-inf ball, or in the L2 ball a uniform direction with a uniform radius.
-    kind "gaussian": gaussian_std * N(0, 1), as TRADES starts. kind "none": zero.
-    Numbers depend on (seed, counter, sample) alone: not on the batch, the device or the process.
-    """
-    if kind == "none":
-        return torch.zeros_like(x_nat)
-    # Numbers run over an image in (C, H, W) order whatever its strides, so that both layouts start alike.
-    count = math.prod(x_nat.shape[1:])
-    if kind == "uniform" and threat_model == "Linf":
-        noise_BN = epsilon * (2 * uniform(seed, Stream.ATTACK_START, counter, sample_B, count) - 1)
-    else:
-        noise_BN = normal(seed, Stream.ATTACK_START, counter, sample_B, count)
-        if kind == "gaussian":
-            noise_BN = gaussian_std * noise_BN
-        else:
-            radius_B1 = uniform(seed, Stream.ATTACK_SCALE, counter, sample_B, 1)
-            noise_BN = epsilon * radius_B1 * noise_BN / noise_BN.norm(dim=1, keepdim=True)
-    return torch.empty_like(x_nat).copy_(noise_BN.view(x_nat.shape))
 
 
 def pgd_update(
@@ -76,6 +40,8 @@ def pgd_update(
     if not x_adv.shape == grad.shape == x_nat.shape:
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv, grad and x_nat must have one shape, got {shapes}")
+    if x_adv.dim() < 2:
+        raise ValueError(f"x_adv: expected images (B, ...), got shape {tuple(x_adv.shape)}")
     if x_adv.dtype != x_nat.dtype or not (x_adv.dtype.is_floating_point and grad.dtype.is_floating_point):
         dtypes = ", ".join(str(given.dtype) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv and x_nat must have one floating dtype and grad a floating one, got {dtypes}")
@@ -94,7 +60,7 @@ def _update(
     x_adv: Tensor, grad: Tensor, x_nat: Tensor, l2: bool, epsilon: float, step_size: float, counts: Tensor | None
 ) -> None:
     """The step by the implementation that serves here; a fused one walks a dense x_adv in the order of memory."""
-    layout = _dense_layout(x_adv)
+    layout = dense_layout(x_adv)
     fused = layout is not None and x_adv.dtype == torch.float32 and grad.dtype in _GRADIENTS
     implementation = dispatch.choose("pgd_update", x_adv.device, fused=fused)
     if layout is None or implementation == "reference":
@@ -112,15 +78,6 @@ def _update(
 
 
 _GRADIENTS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _dense_layout(images: Tensor) -> torch.memory_format | None:
-    """The order in which a tensor fills its memory without gaps, or None where it does not."""
-    if images.is_contiguous():
-        return torch.contiguous_format
-    if images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return None
 
 
 @torch.library.custom_op("engine::pgd_update", mutates_args=("x_adv", "counts"))

@@ -5,6 +5,7 @@ Shape suffixes: B batch, C classes, K the six terms; N data set, H, W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.contract import DistillLoss, LossInputs, LossRow
-from engine.kernels.philox import Stream, random_words
+from engine.kernels.philox import Stream, random_words, uniform
 
 # Torch passes over the label -100 unless told of another: here that is as wrong as any beyond the classes.
 _NO_LABEL = torch.iinfo(torch.int64).min
@@ -96,6 +97,12 @@ def pgd_update(
     grad = grad / grad.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True).clamp_min(tiny)
     delta = x_adv + step_size * grad / _norm(grad).clamp_min(tiny) - x_nat
     x_adv.copy_(torch.clamp(x_nat + delta * (epsilon / _norm(delta).clamp_min(tiny)).clamp_max(1), 0, 1))
+
+
+def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+    """`engine.kernels.random_start`, uniform in an L-inf ball, into `noise`; numbers run in (C, H, W) order."""
+    uniform_BN = uniform(seed, Stream.ATTACK_START, counter, sample_B, math.prod(noise.shape[1:]))
+    noise.copy_((epsilon * (2 * uniform_BN - 1)).view(noise.shape))
 
 
 def crop_flip(

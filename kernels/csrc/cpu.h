@@ -67,11 +67,23 @@ struct UpdateArguments {
     int64_t* counts;  // of zero and of non-finite entries, or null
 };
 
-#define ENGINE_DECLARE(SET)                  \
-    namespace SET {                          \
-    int distill_loss(const LossArguments&);  \
-    void pgd_update(const UpdateArguments&); \
-    int crop_flip(const CropArguments&);     \
+// One call of uniform_start.
+struct StartArguments {
+    float* noise;           // (B, C, pixels), or (B, pixels, C) where channels are last
+    const int64_t* sample;  // (B,)
+    int64_t batch, channels, pixels;
+    bool channels_last;
+    float epsilon;
+    uint64_t seed;
+    uint32_t counter;
+};
+
+#define ENGINE_DECLARE(SET)                    \
+    namespace SET {                            \
+    int distill_loss(const LossArguments&);    \
+    void pgd_update(const UpdateArguments&);   \
+    int crop_flip(const CropArguments&);       \
+    void uniform_start(const StartArguments&); \
     }
 
 ENGINE_DECLARE(generic)

@@ -17,6 +17,7 @@ struct InstructionSet {
     int (*distill_loss)(const LossArguments&);
     void (*pgd_update)(const UpdateArguments&);
     int (*crop_flip)(const CropArguments&);
+    void (*uniform_start)(const StartArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -33,10 +34,12 @@ bool has_generic() { return true; }
 // The best first.
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
-    {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip},
+    {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
+     avx512::uniform_start},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::uniform_start},
 #endif
-    {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip},
+    {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
+     generic::uniform_start},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -69,7 +72,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 1; }
+int engine_interface() { return 2; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -104,6 +107,13 @@ int engine_cpu_crop_flip(
     return chosen->crop_flip(
         {x, labels_out, images, labels, sample, batch, height, width, channels, seed, epoch, padding, flip != 0,
          augment != 0});
+}
+
+int engine_cpu_uniform_start(
+    float* noise, const int64_t* sample, int64_t batch, int64_t channels, int64_t pixels, int channels_last,
+    float epsilon, uint64_t seed, uint32_t counter) {
+    chosen->uniform_start({noise, sample, batch, channels, pixels, channels_last != 0, epsilon, seed, counter});
+    return OK;
 }
 
 }  // extern "C"

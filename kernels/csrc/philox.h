@@ -12,7 +12,7 @@
 namespace engine {
 
 // What the numbers are for: the last word of the counter.
-enum Stream : uint32_t { AUGMENT = 0 };
+enum Stream : uint32_t { AUGMENT = 0, ATTACK_START = 1 };
 
 struct Words {
     uint32_t values[4];

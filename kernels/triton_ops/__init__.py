@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-# Options of a launch whose kernel asserts something: assertions on, without the checks for overflow that come along.
+# Options of a launch whose kernel asserts something: without the checks for overflow that come along.
 CHECKED = {"debug": True, "sanitize_overflow": False}
 
 

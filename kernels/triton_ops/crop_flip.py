@@ -1,6 +1,5 @@
-"""`crop_flip` as one Triton kernel. A program writes a block of one view, and the first of a view also its label."""
+"""`crop_flip` as one Triton kernel. A program writes a block of a view, and the first of a view its label too."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -30,9 +29,9 @@ def crop_flip(
 ) -> None:
     """`reference.crop_flip` of contiguous images into float32."""
     count, height, width, channels = images_NHWC.shape
-    grid = (len(sample_B), max(triton.cdiv(height * width * channels, _BLOCK), 1))
     if not len(sample_B):
         return
+    grid = (len(sample_B), triton.cdiv(height * width * channels, _BLOCK))
     with torch.cuda.device_of(x_BCHW):
         _crop_flip[grid](
             x_BCHW,

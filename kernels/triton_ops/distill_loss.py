@@ -1,11 +1,10 @@
 """`distill_loss` as Triton kernels: a launch for values and gradients, one for the means, one for the backward.
 
-A program holds whole rows of logits in registers. What a call does not have (logits, a gradient, the weights of a term)
-is None and compiled out; the numbers of a call are arguments: they may change without a compilation.
+A program holds whole rows of logits in registers. What a call does not have (logits, a gradient, the weights of a
+term) is None and compiled out; its numbers are arguments, and change without a compilation.
 B batch, C classes, K the six terms.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -33,9 +32,9 @@ class Tile(NamedTuple):
 
 
 def tile(classes: int) -> Tile:
-    """Two values of each tensor in a thread, in long rows four or eight, which its registers hold; two warps at least.
+    """Two values of each tensor in a thread, in longer rows four or eight, as registers allow; two warps at least.
 
-    With eight in 16 warps, 4096 classes fill a multiprocessor's registers.
+    With eight in each of 16 warps, 4096 classes take nearly all registers of a multiprocessor.
     """
     columns = triton.next_power_of_2(classes)
     values = 2 if columns <= 64 else 4 if columns <= 256 else 8
@@ -50,7 +49,7 @@ def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_na
     def new(*shape: int) -> Tensor:
         return inputs.student.new_empty(shape, dtype=torch.float32)
 
-    loss, terms_K, alpha_B, loss_B, terms_KB = new(), new(6), new(batch), new(batch), new(6, batch)
+    loss, terms_K, alpha_B, loss_B, terms_BK = new(), new(6), new(batch), new(batch), new(batch, 6)
     grad_adv = new(batch, classes) if want_adv else None
     grad_nat = new(batch, classes) if want_nat else None
     result = LossAndGradients(loss, alpha_B, terms_K, loss_B, grad_adv, grad_nat)
@@ -67,7 +66,7 @@ def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_na
             None if sample_weights is None else (sample_weights, sample_weights.stride(0)),
             loss_B,
             alpha_B,
-            terms_KB,
+            terms_BK,
             grad_adv,
             grad_nat,
             tuple(pair if active else None for pair, active in zip(row.weights, row.active, strict=True)),
@@ -84,7 +83,7 @@ def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_na
             **CHECKED,
         )
         active = sum(is_active << k for k, is_active in enumerate(row.active))
-        _means[(7,)](loss_B, terms_KB, loss, terms_K, batch, active, BLOCK=_BLOCK, num_warps=4)
+        _means[(7,)](loss_B, terms_BK, loss, terms_K, batch, active, BLOCK=_BLOCK, num_warps=4)
     return result
 
 
@@ -106,9 +105,11 @@ def scale(
     return out_adv, out_nat
 
 
-def _strided(logits: Tensor | None) -> tuple[Tensor] | tuple[Tensor, int, int] | None:
-    """Logits with their strides, or alone where one row follows another: then the kernel knows them when compiled."""
-    return None if logits is None else (logits,) if logits.is_contiguous() else (logits, *logits.stride())
+def _strided(logits: Tensor | None) -> tuple[Tensor | int, ...] | None:
+    """Logits with their strides, or alone where a row follows the other: the compiler knows the strides then."""
+    if logits is None:
+        return None
+    return (logits,) if logits.is_contiguous() else (logits, *logits.stride())
 
 
 def _reciprocal(temperature: float) -> tuple[float, float] | None:
@@ -131,16 +132,17 @@ def _loss(
     per_tau_self,
     beta,
     smoothing,
-    batch: tl.int64,
+    batch: tl.int32,
     CLASSES: tl.constexpr,
     DETACH_SELF: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     s_adv, s_nat, _, t_at_adv, _ = logits
-    position = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    position = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     stored = position < batch
-    row = tl.minimum(position, batch - 1)  # beyond the batch the last row again, so that no load needs a mask
+    # Beyond the batch the last row again: then no load needs a mask.
+    row = tl.minimum(position, batch - 1).to(tl.int64)
     column = tl.arange(0, BLOCK_C)[None, :]
     label = tl.load(labels[0] + row * labels[1])
     known = (label >= 0) & (label < CLASSES)
@@ -169,7 +171,7 @@ def _loss(
             weight = weights[1][0] + weights[1][1] * alpha
             loss += weight * term
             grad_adv += (share * weight)[:, None] * grad
-            tl.store(terms_ptr + batch + row, term, mask=stored)
+            tl.store(terms_ptr + row * 6 + 1, term, mask=stored)
         student = _softmax(z_adv, per_tau)
         for k in tl.static_range(3, 6):
             if weights[k] is not None:
@@ -179,7 +181,7 @@ def _loss(
                 weight = weights[k][0] + weights[k][1] * alpha
                 loss += weight * term
                 grad_adv += _per(share * weight, per_tau)[:, None] * (student[2] - teacher[2])
-                tl.store(terms_ptr + k * batch + row, term, mask=stored)
+                tl.store(terms_ptr + row * 6 + k, term, mask=stored)
     if s_nat is not None:
         z_nat = _shifted(s_nat, row, column, CLASSES, BLOCK_C)
         if weights[0] is not None:
@@ -187,7 +189,7 @@ def _loss(
             weight = weights[0][0] + weights[0][1] * alpha
             loss += weight * term
             grad_nat += (share * weight)[:, None] * grad
-            tl.store(terms_ptr + row, term, mask=stored)
+            tl.store(terms_ptr + row * 6, term, mask=stored)
         if weights[2] is not None:
             target = _softmax(z_nat, per_tau_self)
             student = _softmax(z_adv, per_tau_self)
@@ -199,7 +201,7 @@ def _loss(
             if not DETACH_SELF:
                 ratio = target[0] - student[0]  # the log of p / q but for a constant, which drops out
                 grad_nat += factor * target[2] * (ratio - tl.sum(target[2] * ratio, axis=1)[:, None])
-            tl.store(terms_ptr + 2 * batch + row, term, mask=stored)
+            tl.store(terms_ptr + row * 6 + 2, term, mask=stored)
 
     tl.store(alpha_ptr + row, alpha, mask=stored)
     tl.store(loss_ptr + row, sample_weight * loss, mask=stored)
@@ -242,7 +244,7 @@ def _cross_entropy(z, is_label, smoothing, column, CLASSES: tl.constexpr):
 
 @triton.jit
 def _softmax(z, per_temperature):
-    """u = z / temperature, its log sum exp(u), and the softmax p."""
+    """Of each row: u = z / temperature, log sum exp(u), and the softmax p."""
     u = z
     if per_temperature is not None:
         u = tl.fma(z, per_temperature[0], z * per_temperature[1])
@@ -272,23 +274,23 @@ def _per(value, per_temperature):
 
 
 @triton.jit(do_not_specialize=["batch", "active"])
-def _means(loss_B_ptr, terms_KB_ptr, loss_ptr, terms_K_ptr, batch: tl.int64, active, BLOCK: tl.constexpr):
+def _means(loss_B_ptr, terms_BK_ptr, loss_ptr, terms_K_ptr, batch: tl.int64, active, BLOCK: tl.constexpr):
     """Program 0 writes the mean loss, program k + 1 that of term k: each sum has one fixed order."""
     k = tl.program_id(0) - 1
     if k < 0:
-        tl.store(loss_ptr, _mean(loss_B_ptr, batch, BLOCK))
+        tl.store(loss_ptr, _mean(loss_B_ptr, 1, batch, BLOCK))
     elif (active >> k) & 1:
-        tl.store(terms_K_ptr + k, _mean(terms_KB_ptr + k * batch, batch, BLOCK))
+        tl.store(terms_K_ptr + k, _mean(terms_BK_ptr + k, 6, batch, BLOCK))
     else:
         tl.store(terms_K_ptr + k, 0.0)
 
 
 @triton.jit
-def _mean(ptr, size, BLOCK: tl.constexpr):
+def _mean(ptr, STRIDE: tl.constexpr, size, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, size, BLOCK):
         offset = first + tl.arange(0, BLOCK)
-        total += tl.load(ptr + offset, mask=offset < size, other=0)
+        total += tl.load(ptr + offset * STRIDE, mask=offset < size, other=0)
     return tl.sum(total) / size
 
 

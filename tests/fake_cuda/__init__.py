@@ -31,14 +31,16 @@ class FakeCuda:
         folder = self.driver.parent
         answer = folder / "answer.json"
         answer.unlink(missing_ok=True)
+        inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        libraries = [str(folder), *filter(None, [inherited.get("LD_LIBRARY_PATH")])]
         call = (function.__code__.co_filename, function.__name__, json.dumps(arguments), answer)
         done = subprocess.run(
             [sys.executable, "-m", "tests.fake_cuda.child", *call],
             cwd=build.ROOT,
             env={
-                **os.environ,
+                **inherited,
                 "LD_PRELOAD": str(self.driver),
-                "LD_LIBRARY_PATH": f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+                "LD_LIBRARY_PATH": ":".join(libraries),
                 "TRITON_LIBCUDA_PATH": str(folder),
                 "TRITON_CACHE_DIR": str(folder / "triton"),
                 "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tests.fake_cuda.journal import Call, of, recorded
 def error_of(work: Callable[[], Any]) -> str:
     try:
         work()
-    except RuntimeError as error:
+    except Exception as error:
         return str(error).splitlines()[0]
     return ""
 
@@ -124,3 +125,22 @@ def test_there_may_be_several_devices(fake_cuda: FakeCuda) -> None:
     seen = fake_cuda.run(on_two_devices, devices=2)
     assert seen["count"] == 2
     assert [call["device"] for call in of("kernel", seen["guarded"])] == ["1"]
+
+
+def copies_to_another_stream() -> list[bool]:
+    """Whether torch's sanitizer objects to what reads a copy, with and without a wait for it."""
+    host, side, current = torch.ones(5).pin_memory(), torch.cuda.Stream(), torch.cuda.current_stream()
+
+    def read_copy(wait: bool) -> None:
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            x = host.to("cuda", non_blocking=True)
+        if wait:
+            current.wait_stream(side)
+        x.add(1)
+
+    return [bool(error_of(partial(read_copy, wait))) for wait in (True, False)]
+
+
+def test_a_missing_wait_is_found_by_the_sanitizer(fake_cuda: FakeCuda) -> None:
+    assert fake_cuda.run(copies_to_another_stream, TORCH_CUDA_SANITIZER="1") == [False, True]

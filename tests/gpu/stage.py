@@ -61,15 +61,14 @@ def on_a_busy_stream(work: Callable[[], Result]) -> Result:
 
 
 def assert_the_device_refuses(program: str, implementation: str) -> None:
-    """The program, in a process of its own, as an assertion on the device is the end of it there, launches and fails."""
+    """In a process of its own: after an assertion on the device there is no using it."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{program}\nprint('launched', flush=True)\ntorch.cuda.synchronize()"],
+        [sys.executable, "-c", f"{program}\ntorch.cuda.synchronize()"],
         cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "ENGINE_KERNELS": implementation},
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "launched\n", done.stderr[-2000:]
     assert done.returncode != 0
     assert "device-side assert" in done.stderr
 

@@ -15,14 +15,14 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 Array = NDArray[Any]
 
 
-def imitate(patch: pytest.MonkeyPatch) -> None:
+def imitate(patch: pytest.MonkeyPatch, *, asserting: bool = True) -> None:
     """Until the patch is undone.
 
-    - A conversion to bfloat16 rounds to nearest (the interpreter truncates), and one from it keeps subnormal numbers.
+    - A conversion to bfloat16 rounds to nearest (the interpreter truncates), and one from it keeps small numbers.
     - Arithmetic in bfloat16, which would be done on its bits as integers, is refused.
     - `tl.fma` rounds once.
     - `tl.exp` is exp2 of a rounded product, as on CUDA.
-    - Assertions on the device are made.
+    - Assertions on the device are made, if asked for.
     - A number of one element bounds a loop (Triton 3.6 with a numpy that no longer takes it for an integer).
     """
     casts, operations, patch_tensor = (
@@ -63,7 +63,7 @@ def imitate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InterpreterBuilder, "create_fma", fma)
     patch.setattr(InterpreterBuilder, "create_exp", exp)
     patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
-    options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+    options = interpreter.InterpreterOptions(debug=asserting, sanitize_overflow=False)
     patch.setattr(interpreter.interpreter_builder, "options", options)
 
 

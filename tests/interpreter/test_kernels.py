@@ -14,11 +14,14 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("it takes a process of its own: TRITON_INTERPRET=1 pytest tests/interpreter", allow_module_level=True)
+    pytest.skip(
+        "it takes a process of its own: TRITON_INTERPRET=1 pytest tests/interpreter", allow_module_level=True
+    )
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from engine.kernels import crop_flip, distill_loss
@@ -27,7 +30,7 @@ from tests.interpreter.device import imitate
 from tests.kernels import cases
 from tests.kernels.holding import Errors, assert_no_worse_than_twice_eager
 
-PROGRAMS = 20  # of a launch; each takes some milliseconds
+PROGRAMS = 32  # of a launch; each takes some milliseconds
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what a mask then drops
 
@@ -87,7 +90,9 @@ def test_fma_rounds_once() -> None:
 def quick(case: cases.LossCase | cases.CropCase) -> bool:
     if isinstance(case, cases.LossCase):
         return case.batch <= PROGRAMS * tile(case.classes).rows and case.dtypes != (cases.DOUBLE,)
-    return case.batch * case.size[0] * case.size[1] * case.channels <= PROGRAMS * 1024 and case.dtype == cases.SINGLE
+    return (
+        case.batch * case.size[0] * case.size[1] * case.channels <= PROGRAMS * 1024 and case.dtype == cases.SINGLE
+    )
 
 
 LOSS_CASES = [case for case in cases.LOSS_CASES if quick(case)]
@@ -127,3 +132,85 @@ def test_pgd_update_is_no_worse_than_twice_eager() -> None:
 @pytest.mark.parametrize("case", CROP_CASES, ids=str)
 def test_crop_flip(case: cases.CropCase) -> None:
     cases.check_crop_flip(case, "triton")
+
+
+# ---------------------------------------------------------------- what the table does not ask
+
+
+def logits(count: int, batch: int, classes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, classes, generator=generator).to(dtype) for _ in range(count)]
+
+
+ONE = {k: [(float(j == k), 0.0) for j in range(6)] for k in range(6)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_backward_multiplies_by_the_gradient_from_above(dtype: torch.dtype) -> None:
+    s_adv, s_nat = (given.requires_grad_() for given in logits(2, 5, 100, dtype))
+    labels = torch.arange(5)
+    loss = distill_loss(s_adv, labels, s_nat=s_nat, weights=ONE[2]).loss
+    plain = torch.autograd.grad(loss, (s_adv, s_nat), retain_graph=True)
+    scaled = torch.autograd.grad(-4 * loss, (s_adv, s_nat))
+    for one, other in zip(plain, scaled, strict=True):
+        assert one.abs().max() > 0
+        info = torch.finfo(dtype)
+        torch.testing.assert_close(other, -4 * one, rtol=info.eps, atol=4 * info.smallest_normal * info.eps)
+
+
+@pytest.mark.parametrize("shift", [1e-1, 1e-2, 1e-3])
+def test_a_divergence_keeps_its_digits_where_the_distributions_are_close(shift: float) -> None:
+    """Eager torch has none left at 1e-3."""
+    s_adv, away = logits(2, 7, 10)
+    t_at_nat = s_adv + shift * away
+    terms = distill_loss(
+        s_adv, torch.zeros(7, dtype=torch.int64), t_at_nat=t_at_nat, weights=ONE[3], tau=2.0
+    ).terms
+    p, q = ((given.double() / 2).log_softmax(dim=1) for given in (t_at_nat, s_adv))
+    exactly = (p.exp() * (p - q)).sum(dim=1).mean()
+    torch.testing.assert_close(terms[3].double(), exactly, rtol=2e-6 + 1e-7 / shift, atol=0)
+
+
+def test_alpha_is_finite_where_the_label_has_probability_zero() -> None:
+    t_at_adv = torch.tensor([[-torch.inf, 1.0, 2.0], [0.0, -3e38, 1e4], [1e4, -1e4, 0.0]])
+    labels, s_adv = torch.tensor([0, 1, 0]), torch.zeros(3, 3)
+    for beta, expected in ((0.0, [1, 1, 1]), (0.1, [0, 0, 1])):
+        result = distill_loss(s_adv, labels, t_at_adv=t_at_adv, weights=[(0, 0), (0, 1), *[(0, 0)] * 4], beta=beta)
+        assert result.alpha.tolist() == expected
+        assert result.loss.isfinite()
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**31, -(2**40)])
+def test_a_label_out_of_range_is_refused(label: int) -> None:
+    (s_adv,) = logits(1, 3, 10)
+    with pytest.raises(InterpreterError, match="a label is out of range"):
+        distill_loss(s_adv, torch.tensor([0, label, 9]), weights=ONE[1])
+
+
+@pytest.mark.parametrize("sample", [-1, 6, 2**40, -(2**40)])
+@pytest.mark.parametrize("asserting", [True, False])
+def test_a_sample_out_of_range_is_refused_and_never_read(
+    sample: int, asserting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2**40 images on, this process owns no memory."""
+    imitate(monkeypatch, asserting=asserting)
+    images = torch.full((6, 4, 4, 3), 255, dtype=torch.uint8)
+
+    def crop() -> tuple[Tensor, Tensor]:
+        samples = torch.tensor([5, sample])
+        return crop_flip(images, torch.arange(6), samples, seed=0, epoch=0, augment=False)
+
+    if asserting:
+        with pytest.raises(InterpreterError, match="a sample is out of range"):
+            crop()
+    else:
+        x, labels = crop()
+        assert labels.tolist() == [5, -1]
+        assert x[0].eq(1).all()
+        assert x[1].eq(0).all()
+
+
+def test_every_pixel_value_is_its_quotient_by_255() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    x, _ = crop_flip(images, torch.tensor([0]), torch.tensor([0]), seed=0, epoch=0, augment=False)
+    assert x.flatten().tolist() == (torch.arange(256, dtype=torch.float32) / torch.tensor(255.0)).tolist()

@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from engine import methods
-from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update
+from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, random_start
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
 
-# The kernels of one call, by implementation. The native library leaves the loss to Triton.
-LOSS = {"loss": ["_loss", "_means"], "loss backward": ["_scale"], "loss both": ["_loss", "_means", "_scale"]}
+# The kernels of one call, by implementation. What the native library leaves to Triton:
+SHARED = {
+    "loss": ["_loss", "_means"],
+    "loss backward": ["_scale"],
+    "loss both": ["_loss", "_means", "_scale"],
+    "start": ["_uniform_start"],
+}
 KERNELS: dict[str, dict[str, list[str]]] = {
-    "triton": {"linf": ["_linf"], "l2": ["_l2"], "crop": ["_crop_flip"], "crop into": ["_crop_flip"], **LOSS},
+    "triton": {"linf": ["_linf"], "l2": ["_l2"], "crop": ["_crop_flip"], "crop into": ["_crop_flip"], **SHARED},
     "native": {
         "linf": ["pgd_update_linf<float, true, true>"],
         "l2": ["pgd_update_l2<__nv_bfloat16, true, false>"],
         "crop": ["crop_flip<true>"],
         "crop into": ["crop_flip<true>"],
-        **LOSS,
+        **SHARED,
     },
 }
 OPS = tuple(KERNELS["triton"])
@@ -61,6 +66,18 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
         return result.loss, (s_adv, s_nat)
 
     loss, student = forward(0.5)
+
+    def start(number: float) -> Tensor:
+        return random_start(
+            x_nat,
+            sample,
+            kind="uniform",
+            threat_model="Linf",
+            epsilon=number,
+            seed=int(number * 32),
+            counter=int(number * 16),
+        )
+
     return {
         "linf": lambda number: pgd_update(
             x_adv, grad, x_nat, threat_model="Linf", epsilon=number, step_size=number / 4, counts=counts
@@ -72,6 +89,7 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
             images, labels, sample, seed=int(number * 2**60), epoch=int(number * 100)
         ),
         "crop into": lambda number: crop_flip(images, labels, sample, seed=int(number), epoch=1, out=out),
+        "start": start,
         "loss": forward,
         "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),
         "loss both": lambda number: torch.autograd.grad(*forward(number), scale),
@@ -191,6 +209,6 @@ def test_a_graph_captures_it_whole(seen: dict[str, Any], implementation: str, op
 def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str) -> None:
     expected = {
         "triton": "Kernels: triton",
-        "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; triton for distill_loss",
+        "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; triton for distill_loss, random_start",
     }
     assert seen["describe"] == expected[implementation]

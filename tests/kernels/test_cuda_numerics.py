@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,8 +18,11 @@ from tests.kernels.cases import (
     PGD_CASES,
     CropCase,
     PgdCase,
+    channels_last,
     check_crop_flip,
     check_pgd_update,
+    contiguous,
+    shifted,
 )
 from tests.kernels.holding import assert_no_worse_than_twice_eager
 
@@ -69,22 +73,34 @@ def order(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[None
 
 # ---------------------------------------------------------------- the table of every implementation
 
+# Others are the reference's.
+FUSED_PGD_CASES = [
+    case
+    for case in PGD_CASES
+    if case.dtype == torch.float32 and case.layouts[0] in (contiguous, channels_last, shifted)
+]
+FUSED_CROP_CASES = [case for case in CROP_CASES if case.dtype == torch.float32]
 
-@pytest.mark.parametrize("case", PGD_CASES, ids=str)
+# What is measured case by case is read again over all of them.
+measure_pgd_update = functools.cache(check_pgd_update)
+
+
+@pytest.mark.parametrize("case", FUSED_PGD_CASES, ids=str)
 def test_pgd_update(device: Device, case: PgdCase) -> None:
-    check_pgd_update(case, "native")
-    assert set(device.codes) <= {0}
+    measure_pgd_update(case, "native")
+    assert set(device.codes) == {0}
 
 
 def test_pgd_update_is_no_worse_than_twice_eager(device: Device) -> None:
-    cases = (case for case in PGD_CASES if case.threat_model == "L2")
-    assert_no_worse_than_twice_eager(error for case in cases for error in check_pgd_update(case, "native").items())
+    assert_no_worse_than_twice_eager(
+        error for case in FUSED_PGD_CASES for error in measure_pgd_update(case, "native").items()
+    )
 
 
-@pytest.mark.parametrize("case", CROP_CASES, ids=str)
+@pytest.mark.parametrize("case", FUSED_CROP_CASES, ids=str)
 def test_crop_flip(device: Device, case: CropCase) -> None:
     check_crop_flip(case, "native")
-    assert set(device.codes) <= {0}
+    assert set(device.codes) == {0}
 
 
 # ---------------------------------------------------------------- what is particular to a GPU
@@ -176,10 +192,11 @@ def test_every_grey_level_is_divided_as_ieee_divides(device: Device) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_views_of_several_blocks_at_any_address(device: Device, offset: int) -> None:
-    images = torch.randint(0, 256, (5, 70, 64, 3), dtype=torch.uint8)
+    """A row is no multiple of an access."""
+    images = torch.randint(0, 256, (5, 70, 66, 3), dtype=torch.uint8)
     labels, sample_B = torch.arange(5) * 10, torch.tensor([3, 0, 3])
-    buffers = [torch.full((3 * 70 * 64 * 3 + offset,), torch.nan)[offset:] for _ in range(2)]
-    got, expected = (buffer.view(3, 70, 64, 3).permute(0, 3, 1, 2) for buffer in buffers)
+    buffers = [torch.full((3 * 70 * 66 * 3 + offset,), torch.nan)[offset:] for _ in range(2)]
+    got, expected = (buffer.view(3, 70, 66, 3).permute(0, 3, 1, 2) for buffer in buffers)
     got_labels, expected_labels = torch.empty_like(sample_B), torch.empty_like(sample_B)
     native.crop_flip(got, got_labels, images, labels, sample_B, 2**64 - 3, 7, 80, True, True)
     reference.crop_flip(expected, expected_labels, images, labels, sample_B, 2**64 - 3, 7, 80, True, True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, reference
+from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, random_start, reference
 
 NOT_BUILT = "it is not built"
-OPS = ("distill_loss", "pgd_update", "crop_flip")
+OPS = ("distill_loss", "random_start", "pgd_update", "crop_flip")
 
 
 @pytest.fixture
@@ -39,22 +39,22 @@ NONE: tuple[str, ...] = ()
 @pytest.mark.parametrize(
     ("wanted", "there", "device", "chosen"),
     [
-        (None, ALL, "cpu", ("native", "native", "native")),
-        ("auto", ALL, "cpu", ("native", "native", "native")),
-        ("auto", ALL, "cuda", ("triton", "triton", "triton")),
-        ("auto", NONE, "cpu", ("reference", "reference", "reference")),
-        ("auto", NONE, "cuda", ("reference", "reference", "reference")),
-        ("auto", ("native cpu", "native cuda"), "cuda", ("reference", "native", "native")),
-        ("auto", ("native cpu",), "cuda", ("reference", "reference", "reference")),
-        ("native", ALL, "cpu", ("native", "native", "native")),
-        ("native", ALL, "cuda", ("triton", "native", "native")),
-        ("triton", ALL, "cpu", ("native", "native", "native")),
-        ("triton", ("triton",), "cpu", ("reference", "reference", "reference")),
-        ("triton", ALL, "cuda", ("triton", "triton", "triton")),
-        ("reference", ALL, "cpu", ("reference", "reference", "reference")),
-        ("reference", ALL, "cuda", ("reference", "reference", "reference")),
-        ("auto", ALL, "mps", ("reference", "reference", "reference")),
-        ("native", ALL, "meta", ("reference", "reference", "reference")),
+        (None, ALL, "cpu", ("native", "native", "native", "native")),
+        ("auto", ALL, "cpu", ("native", "native", "native", "native")),
+        ("auto", ALL, "cuda", ("triton", "triton", "triton", "triton")),
+        ("auto", NONE, "cpu", ("reference", "reference", "reference", "reference")),
+        ("auto", NONE, "cuda", ("reference", "reference", "reference", "reference")),
+        ("auto", ("native cpu", "native cuda"), "cuda", ("reference", "reference", "native", "native")),
+        ("auto", ("native cpu",), "cuda", ("reference", "reference", "reference", "reference")),
+        ("native", ALL, "cpu", ("native", "native", "native", "native")),
+        ("native", ALL, "cuda", ("triton", "triton", "native", "native")),
+        ("triton", ALL, "cpu", ("native", "native", "native", "native")),
+        ("triton", ("triton",), "cpu", ("reference", "reference", "reference", "reference")),
+        ("triton", ALL, "cuda", ("triton", "triton", "triton", "triton")),
+        ("reference", ALL, "cpu", ("reference", "reference", "reference", "reference")),
+        ("reference", ALL, "cuda", ("reference", "reference", "reference", "reference")),
+        ("auto", ALL, "mps", ("reference", "reference", "reference", "reference")),
+        ("native", ALL, "meta", ("reference", "reference", "reference", "reference")),
     ],
 )
 def test_the_table_of_choices(
@@ -122,13 +122,13 @@ def test_the_interpreter_runs_triton_on_any_device(
             "native",
             ALL,
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss, random_start",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss; "
+            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss, random_start; "
             "faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),
@@ -160,7 +160,7 @@ def served(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> l
 
         monkeypatch.setattr(native, name, recorded)
 
-    for name in ("pgd_update", "crop_flip"):
+    for name in ("pgd_update", "crop_flip", "uniform_start"):
         record(name)
     return calls
 
@@ -205,6 +205,25 @@ def test_a_fused_pgd_update_gets_all_tensors_in_one_layout(
     )
     pgd_update(x_adv, grad, x_nat.expand(3, 2, 4, 4), threat_model="Linf", epsilon=0.1, step_size=0.1)
     assert strides == [x_adv.stride()] * 3
+
+
+@pytest.mark.parametrize(
+    ("x_nat", "fused"),
+    [
+        (torch.zeros(3, 2, 4, 4), True),
+        (channels_last(torch.zeros(3, 2, 4, 4)), True),
+        (torch.zeros(3, 2, 4, 8)[..., ::2], True),  # what is made is dense
+        (torch.zeros(3, 2, 4, 4).permute(0, 2, 1, 3), False),
+        (torch.zeros(3, 2, 4, 4, dtype=torch.float64), False),
+        (torch.zeros(3, 5), False),
+    ],
+)
+def test_random_start_is_fused_for_dense_images_in_float32(served: list[str], x_nat: Tensor, fused: bool) -> None:
+    keys: dict[str, Any] = {"threat_model": "Linf", "epsilon": 0.5, "seed": 1, "counter": 2}
+    random_start(x_nat, torch.arange(6)[::2], kind="uniform", **keys)
+    assert served == ["uniform_start"] * fused
+    random_start(x_nat, torch.arange(3), kind="gaussian", **keys)
+    assert served == ["uniform_start"] * fused
 
 
 @pytest.mark.parametrize(

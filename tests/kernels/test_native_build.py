@@ -21,7 +21,9 @@ import engine
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = {"generic": "xmm", "avx2": "ymm", "avx512": "zmm"}  # and the widest registers of each
-SOURCES = ("distill_loss.cpp", "pgd_update.cpp", "crop_flip.cpp")
+VECTOR = "#pragma omp simd"  # stands before each loop that is meant to be in vector instructions
+SOURCES = [file.name for file in (ROOT / "kernels" / "csrc").glob("*.cpp") if "ENGINE_SET {" in file.read_text()]
+LOOPS = [name for name in SOURCES if VECTOR in (ROOT / "kernels" / "csrc" / name).read_text()]
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -57,7 +59,7 @@ def objects(build: Path) -> Callable[[str], list[Path]]:
         found = sorted((build / "CMakeFiles" / f"{instruction_set}.dir").rglob("*.o"))
         if not found:
             pytest.skip(f"a library for this processor has no {instruction_set}")
-        assert len(found) == len(SOURCES)
+        assert {file.stem for file in found} == set(SOURCES)
         return found
 
     return find
@@ -89,10 +91,8 @@ def test_no_function_is_shared_between_instruction_sets(
     need("nm")
     for file in objects(instruction_set):
         defined = re.findall(r" ([A-Za-z]) (.+)", run("nm", "--defined-only", "--demangle", file))
-        assert [name for kind, name in defined if kind in "TWVu"] == [
-            f"engine::{instruction_set}::{file.name.split('.')[0]}"
-            f"(engine::{dict(zip(SOURCES, ('Loss', 'Update', 'Crop'), strict=True))[file.stem]}Arguments const&)"
-        ]
+        (shown,) = [name for kind, name in defined if kind in "TWVu"]
+        assert shown.startswith(f"engine::{instruction_set}::{file.stem.removesuffix('.cpp')}(")
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -102,29 +102,32 @@ def test_each_set_uses_its_registers_and_no_wider_ones(
     need("objdump")
     for file in objects(instruction_set):
         used = set(re.findall(r"%([xyz]mm)", run("objdump", "--disassemble", file)))
-        assert SETS[instruction_set] in used
-        assert max(used) == SETS[instruction_set]
+        assert max(used) <= SETS[instruction_set]
+        assert file.stem not in LOOPS or max(used) == SETS[instruction_set]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", LOOPS)
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_every_loop_that_is_meant_to_be_is_in_vector_instructions(
     build: Path, instruction_set: str, source: str
 ) -> None:
     """A branch or a possible overlap leaves a loop scalar without a word, and several times slower."""
-    if "GCC" not in run("c++", "--version") and "Free Software Foundation" not in run("c++", "--version"):
+    if "Free Software Foundation" not in run("c++", "--version"):
         pytest.skip("only GCC tells which loops it made vectors of, in the way that is read here")
     commands = json.loads((build / "compile_commands.json").read_text())
     mine = [command["command"] for command in commands if f"ENGINE_SET={instruction_set} " in command["command"]]
     (command,) = [command for command in mine if command.endswith(f"/{source}")] or [""]
     if not command:
         pytest.skip(f"a library for this processor has no {instruction_set}")
-    command = re.sub(r" -o \S+", f" -o {os.devnull}", command) + " -fopt-info-vec-optimized"
-    done = {int(line) for line in re.findall(rf"{source}:(\d+):\d+: optimized: loop", run(*shlex.split(command)))}
+    command = re.sub(r" -o \S+", f" -o {os.devnull}", command) + " -fopt-info-vec-all"
+    told = re.findall(
+        rf"{source}:(\d+):\d+: (optimized: loop|missed: couldn't vectorize)", run(*shlex.split(command))
+    )
+    done = {int(line) for line, word in told if word.startswith("optimized")}
+    done -= {int(line) for line, word in told if word.startswith("missed")}
     lines = (ROOT / "kernels" / "csrc" / source).read_text().splitlines()
-    meant = {number + 2 for number, line in enumerate(lines) if line.startswith("#pragma omp simd")}
-    assert meant
-    # GCC names a loop by its head or by a line of its body.
+    meant = {number + 2 for number, line in enumerate(lines) if line.startswith(VECTOR)}
+    # GCC names a loop by its head or by the first line of its body.
     assert not [line for line in meant if not done & {line, line + 1}]
 
 
@@ -277,8 +280,10 @@ def test_an_editable_installation_in_a_fresh_environment_has_the_library(source:
     python = tmp_path / "venv" / "bin" / "python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run(python, "-c", where).strip())
-    (packages / "parent.pth").write_text(sysconfig.get_path("purelib"))  # torch, setuptools: not fetched anew
-    run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", source)
+    parent = sysconfig.get_path("purelib")  # whose setuptools builds and whose torch loads: nothing is fetched
+    (packages / "parent.pth").write_text(parent)
+    install = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", source)
+    run(*install, PYTHONPATH=parent)
     report = "from engine.kernels import native; print(native._FILE, native.missing('cpu'))"
     file, *reason = run(python, "-c", report, cwd=tmp_path).split()
     assert (Path(file).resolve(), reason) == (source / "kernels" / "_native.so", [])

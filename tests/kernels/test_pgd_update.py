@@ -149,6 +149,7 @@ def test_zero_and_non_finite_entries_of_the_gradient_are_added_to_the_counts(dty
         ({"threat_model": "L1"}, ["threat_model", "'L1'", "Linf, L2"]),
         ({"grad": torch.zeros(4, 3, 5, 5)}, ["one shape", "(4, 3, 5, 5)"]),
         ({"x_nat": torch.zeros(3, 5, 6)}, ["one shape", "(3, 5, 6)"]),
+        (dict.fromkeys(("x_adv", "grad", "x_nat"), torch.zeros(4)), ["x_adv", "(B, ...)", "(4,)"]),
         ({"x_nat": images(dtype=torch.float64)}, ["one floating dtype", "float32", "float64"]),
         ({"grad": torch.zeros(4, 3, 5, 6, dtype=torch.int64)}, ["floating", "int64"]),
         ({"counts": torch.zeros(2)}, ["counts", "int64", "float32"]),

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tests.kernels import cases
+from engine.kernels import crop_flip
+from tests.kernels import cases, exact
 from tests.kernels.cases import (
     CROP_CASES,
     LOSS_CASES,
@@ -17,11 +23,12 @@ from tests.kernels.cases import (
     CropCase,
     LossCase,
     PgdCase,
+    call_distill_loss,
     check_crop_flip,
     check_distill_loss,
     check_pgd_update,
 )
-from tests.kernels.holding import Errors, assert_no_worse_than_twice_eager
+from tests.kernels.holding import Errors, assert_no_worse_than_twice_eager, assert_same_bits, serving
 
 # What is measured case by case is read again over all of them.
 measure_distill_loss = functools.cache(check_distill_loss)
@@ -141,3 +148,30 @@ def test_pgd_update_of_any_case(implementation: str, case: PgdCase) -> None:
 )
 def test_crop_flip_of_any_case(implementation: str, case: CropCase) -> None:
     check_crop_flip(case, implementation)
+
+
+def unwritten(count: int, dtype: np.dtype[Any]) -> Tensor:
+    """Zeros in as much memory as is then written of them."""
+    return torch.from_numpy(np.zeros(count, dtype))
+
+
+def test_distill_loss_reads_rows_that_lie_far_apart(implementation: str) -> None:
+    """The last one begins at the entry 2**31."""
+    case = replace(LOSS_CASES[0], batch=3, classes=50, dtypes=(cases.HALF,), row=cases.RANDOM_ROWS[0])
+    call = case.arguments()
+    room = unwritten(2**31 + 50, np.dtype(np.float16)).as_strided((3, 50), (2**30, 1))
+    room.copy_(call["t_at_adv"])
+    with serving("distill_loss", implementation, "cpu"):
+        assert_same_bits(call_distill_loss(call | {"t_at_adv": room}), call_distill_loss(call))
+
+
+def test_crop_flip_finds_images_that_lie_far_apart(implementation: str) -> None:
+    """The last one begins beyond the byte 2**31."""
+    count = 2**31 // (64 * 64 * 3) + 2
+    images = unwritten(count * 64 * 64 * 3, np.dtype(np.uint8)).view(count, 64, 64, 3)
+    images[-1] = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with serving("crop_flip", implementation, "cpu"):
+        views, labels = crop_flip(images, torch.arange(count), torch.tensor([count - 1]), seed=3, epoch=5)
+    right = exact.crop_flip(images[-1].numpy(), count - 1, seed=3, epoch=5, padding=4, flip=True)
+    np.testing.assert_array_equal(views[0].permute(1, 2, 0).numpy(), right.astype(np.float32) / np.float32(255))
+    assert labels.tolist() == [count - 1]

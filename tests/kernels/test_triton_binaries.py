@@ -1,7 +1,7 @@
 """Budgets of the Triton kernels, read from the binaries that a launch would make on each device.
 
-The launchers run as they are, on tensors of the CPU, under a driver that names another device: what they would launch
-is compiled, with their block sizes and specialised to their arguments, and is not launched.
+The launchers run as they are, on tensors of the CPU, under a driver that names another device: what they would
+launch is compiled, with their block sizes and specialised to their arguments, and is not launched.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("triton's interpreter compiles nothing", allow_module_level=True)
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -46,7 +47,7 @@ IAD2 = ((0.0, 0.0), (0.25, 0.0), (1.0, -1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0)
 
 
 # ---------------------------------------------------------------- what is launched
-# Registers: with 64 a multiprocessor of 65536 has room for half of the threads it can have, with 128 for a quarter.
+# With 64 registers half as many threads as can be fit on a multiprocessor, with 128 a quarter.
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Loss:
 
     @property
     def registers(self) -> int:
-        return 64 if self.classes <= 200 else 128
+        # Tensors with strides have addresses of their own.
+        return (64 if self.classes <= 200 else 128) + 16 * (self.layout != "contiguous")
 
     @property
     def read(self) -> set[str]:
@@ -88,7 +90,7 @@ class Loss:
     def launch(self) -> None:
         everything = bool(self.weights[0][0])
         inputs = LossInputs(
-            *(self.logits() if name in self.read else None for name in LossInputs._fields[:5]),
+            **{name: self.logits() if name in self.read else None for name in LossInputs._fields[:5]},
             labels=torch.zeros(self.batch, dtype=torch.int64),
             sample_weights=torch.ones(self.batch) if everything else None,
         )
@@ -168,7 +170,8 @@ STEPS = [
 ]
 LAUNCHES: list[Launch] = [*LOSSES, *STRIDED, *STEPS, Crop(32), Crop(64)]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
-QUICK = {target: {LOSSES[i] for i in (0, 1, 3, 7, 9, 17)} | {*STEPS[3:5], Crop(32)} for target in TARGETS}
+NEAREST: list[Launch] = [LOSSES[0], LOSSES[1], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], Crop(32)]
+QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2]}
 PLAN = [
     pytest.param(case, id=f"{case[0]} {case[1]}", marks=() if case[1] in QUICK[case[0]] else pytest.mark.slow)
@@ -294,11 +297,11 @@ def test_nothing_spills_and_registers_and_shared_memory_are_few(compiled: Compil
     for binary in compiled.binaries:
         assert binary.spilled == 0, binary.kernel
         assert binary.registers <= compiled.launch.registers, (binary.kernel, binary.registers)
-        assert binary.shared <= 16384, (binary.kernel, binary.shared)
+        assert binary.shared <= 32768, (binary.kernel, binary.shared)
 
 
 def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
-    """Where rows are aligned so and a thread has so much. No logits are read twice, and no sample that fits a block."""
+    """Where rows are aligned so and a thread has so much. Nothing is read twice that fits into registers."""
     launch, lanes = compiled.launch, TARGETS[compiled.target].warp_size
     cuda = (r"LDG\.E(\.\w+)*\.128(\.\w+)*", r"STG\.E(\.\w+)*\.128(\.\w+)*")
     load, store = cuda if lanes == 32 else ("buffer_load_dwordx4", "buffer_store_dwordx4")
@@ -333,10 +336,11 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
 
 
 def test_addresses_do_not_overflow(compiled: Compiled) -> None:
-    """What grows with the batch is multiplied in 64 bits; `crop_flip` has products within an image too."""
+    """What is multiplied by a stride or by a block has 64 bits; rows and the pixels of an image are counted in 32."""
     for binary in compiled.binaries:
-        if binary.kernel != "_crop_flip":
-            assert re.findall(r"muli .*: (?:tensor<\w+xi32>|i32)", binary.intermediate) == [], binary.kernel
+        products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
+        allowed = {"_loss": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
+        assert set(products) <= allowed.get(binary.kernel, set()), binary.kernel
 
 
 def test_arithmetic_stays_in_single_precision(compiled: Compiled) -> None:
@@ -392,7 +396,7 @@ def test_other_numbers_need_no_other_kernel(launch: Launch, changes: list[dict[s
         for change in ({}, *changes):
             replace(launch, **change).launch()
     # ... but that a size divisible by 16 is moved in wider accesses.
-    distinct = {kernel.metadata.name: set() for kernel in kernels}
+    distinct: dict[str, set[str]] = {name: set() for name in launch.kernels}
     for kernel in kernels:
         distinct[kernel.metadata.name].add(kernel.hash)
     assert {name: len(hashes) for name, hashes in distinct.items() if name != "_scale"} == {
