@@ -336,7 +336,7 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
 
 
 def test_addresses_do_not_overflow(compiled: Compiled) -> None:
-    """What is multiplied by a stride or by a block has 64 bits; rows and the pixels of an image are counted in 32."""
+    """Products with a stride or a block have 64 bits; rows, and the pixels of an image, are counted in 32."""
     for binary in compiled.binaries:
         products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
         allowed = {"_loss": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
