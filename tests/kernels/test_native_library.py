@@ -84,8 +84,8 @@ def test_crop_flip_of_every_set(instruction_set: str) -> None:
 def test_every_float16_and_every_exponent_of_bfloat16_has_its_sign(instruction_set: str) -> None:
     """The step of a pixel is the sign of its gradient, and nothing of it is lost in the conversion."""
     for dtype in (torch.float16, torch.bfloat16):
-        grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-        x_nat, counts = torch.full((2**16,), 0.5), torch.zeros(2, dtype=torch.int64)
+        grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(16, 2**12)
+        x_nat, counts = torch.full((16, 2**12), 0.5), torch.zeros(2, dtype=torch.int64)
         x_adv = x_nat.clone()
         pgd_update(x_adv, grad, x_nat, threat_model="Linf", epsilon=0.25, step_size=0.125, counts=counts)
         assert torch.equal(x_adv, 0.5 + 0.125 * grad.double().nan_to_num(0).sign().float())
@@ -175,12 +175,12 @@ assert int((torch.full((2**20,), 1e-40) * 1).count_nonzero()) == 2**20
 
 
 def test_subnormal_gradients_are_not_zero_in_the_library() -> None:
-    x_nat, counts = torch.full((2**16,), 0.5), torch.zeros(2, dtype=torch.int64)
+    x_nat, counts = torch.full((16, 2**12), 0.5), torch.zeros(2, dtype=torch.int64)
     x_adv = x_nat.clone()
     with threads(2):
-        grad = torch.full((2**16,), -1e-40)
+        grad = torch.full((16, 2**12), -1e-40)
         pgd_update(x_adv, grad, x_nat, threat_model="Linf", epsilon=0.25, step_size=0.125, counts=counts)
-    assert torch.equal(x_adv, torch.full((2**16,), 0.375))
+    assert torch.equal(x_adv, torch.full((16, 2**12), 0.375))
     assert counts.tolist() == [0, 0]
 
 
