@@ -79,6 +79,7 @@ class Wheel(bdist_wheel):  # type: ignore[misc]
 VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)[0]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 LINT = ["ruff", "mypy", "types-PyYAML"]
+DALI = {cuda: [f"nvidia-dali-cuda{cuda}0>=2.2"] for cuda in (12, 13)}
 
 setup(
     name="iad-engine",
@@ -106,6 +107,12 @@ setup(
         "scikit-learn",
         "pyautoattack>=0.2",
     ],
-    extras_require={"test": TEST, "dev": TEST + LINT},
+    extras_require={
+        "test": TEST,
+        "dev": TEST + LINT,
+        "dali": DALI[13],
+        "dali-cuda12": DALI[12],
+        "dali-cuda13": DALI[13],
+    },
     entry_points={"console_scripts": ["engine=engine.cli:main"]},
 )

@@ -21,6 +21,7 @@ def crop_flip(
     flip: bool = True,
     augment: bool = True,
     dtype: torch.dtype = torch.float32,
+    index_B: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Zero-padded random crop and random horizontal flip, values / 255.
@@ -30,6 +31,7 @@ def crop_flip(
     `Stream.AUGMENT`. The top bit of word 2 is the flip. So a view depends on (seed, epoch, sample) alone.
 
     images_NHWC: uint8; labels_N, sample_B: int64; all on one device. out: an earlier result to write into.
+    index_B: where each sample's image and label stand in images_NHWC and labels_N, by default at its own number.
     Returns x_BCHW in [0,1] with channels_last strides, and labels_B.
     Raises ValueError for tensors that do not fit, and on a CPU IndexError for a sample that is not there.
     """
@@ -48,6 +50,11 @@ def crop_flip(
     else:
         _check_out(*out, (len(sample_B), channels, height, width))
     check_device(images_NHWC=images_NHWC, labels_N=labels_N, sample_B=sample_B, x=out[0], labels=out[1])
+    if index_B is not None:  # the fused kernels have no such argument yet
+        reference.crop_flip(
+            *out, images_NHWC, labels_N, sample_B, seed, epoch, padding, flip, augment, index_B=index_B
+        )
+        return out
     signed_seed = seed - (seed >> 63 << 64)  # an op's integers are signed
     crop = _op if torch.compiler.is_compiling() else _crop_flip
     crop(*out, images_NHWC, labels_N, sample_B, signed_seed, epoch, padding, flip, augment)

@@ -116,28 +116,30 @@ def crop_flip(
     padding: int,
     flip: bool,
     augment: bool,
+    index_B: Tensor | None = None,
 ) -> None:
     """`engine.kernels.crop_flip`, into x_BCHW and labels_B."""
-    torch.index_select(labels_N, 0, sample_B, out=labels_B)
+    index_B = sample_B if index_B is None else index_B
+    torch.index_select(labels_N, 0, index_B, out=labels_B)
     if augment:
         words_B3 = random_words(seed, Stream.AUGMENT, epoch, sample_B, 3)
-        pixels_BHWC = _crops(images_NHWC, sample_B, words_B3, padding, flip)
+        pixels_BHWC = _crops(images_NHWC, index_B, words_B3, padding, flip)
     else:
-        pixels_BHWC = images_NHWC[sample_B]
+        pixels_BHWC = images_NHWC[index_B]
     # By a tensor: CUDA multiplies by the reciprocal of a Python scalar, which can be an ulp off the quotient.
     x_BCHW.copy_((pixels_BHWC.to(x_BCHW.dtype) / x_BCHW.new_full((), 255)).permute(0, 3, 1, 2))
 
 
-def _crops(images_NHWC: Tensor, sample_B: Tensor, words_B3: Tensor, padding: int, flip: bool) -> Tensor:
+def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int, flip: bool) -> Tensor:
     height, width = images_NHWC.shape[1:3]
     shift_B2 = (words_B3[:, :2] * (2 * padding + 1) >> 32) - padding
-    column_BW = torch.arange(width, device=sample_B.device).expand(sample_B.shape[0], width)
+    column_BW = torch.arange(width, device=index_B.device).expand(index_B.shape[0], width)
     if flip:
         column_BW = torch.where(words_B3[:, 2:] >> 31 == 1, width - 1 - column_BW, column_BW)
-    y_BH1 = (torch.arange(height, device=sample_B.device) + shift_B2[:, :1])[:, :, None]
+    y_BH1 = (torch.arange(height, device=index_B.device) + shift_B2[:, :1])[:, :, None]
     x_B1W = (column_BW + shift_B2[:, 1:])[:, None, :]
     outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
-    crops_BHWC = images_NHWC[sample_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
+    crops_BHWC = images_NHWC[index_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
     return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
 
 

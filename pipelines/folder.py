@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from engine.pipelines.splits import Progress, Request, Split
 
@@ -53,6 +54,11 @@ class Files:
 
     tree: Tree
     by_class: dict[str, list[str]]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label: sorted."""
+        return tuple(sorted(self.by_class))
 
 
 def directory(root: Path, *patterns: str) -> Tree:
@@ -121,24 +127,28 @@ def opened(path: Path) -> Iterator[tuple[Files, Files]]:
 def read_splits(
     train: Files, test: Files, request: Request, size: tuple[int, int] | None = None
 ) -> tuple[Split, Split]:
-    """Decode the images wanted as RGB; the classes are labelled in the order of their sorted names.
+    """Decode the images wanted as RGB.
 
     size: (height, width) that every image must have; None: that of the first.
     Raises ValueError, naming the file, where an image cannot be read or is of another size.
     """
-    class_names = tuple(sorted(train.by_class))
     splits = []
     for part, files in (("train", train), ("test", test)):
-        names = [name for class_name in class_names for name in files.by_class[class_name]]
-        counts = torch.tensor([len(files.by_class[class_name]) for class_name in class_names])
-        labels_N = torch.arange(len(class_names)).repeat_interleave(counts)
-        index = request.select(part, labels_N)
-        chosen = [names[i] for i in index.tolist()]
-        height, width = size = size or _pixels(files.tree, chosen[0]).shape[:2]
+        chosen, labels_N = wanted(files, part, request)
+        height, width = size = size or pixels(files.tree, chosen[0]).shape[:2]
         images_NHWC = np.empty((len(chosen), height, width, 3), np.uint8)
         _decode(files.tree, chosen, images_NHWC, part, request.progress)
-        splits.append(Split(torch.from_numpy(images_NHWC), labels_N[index], class_names))
+        splits.append(Split(torch.from_numpy(images_NHWC), labels_N, files.class_names))
     return splits[0], splits[1]
+
+
+def wanted(files: Files, part: str, request: Request) -> tuple[list[str], Tensor]:
+    """Names and labels (int64) of the images wanted of "train" or "test"."""
+    by_label = [files.by_class[class_name] for class_name in files.class_names]
+    labels_N = torch.arange(len(by_label)).repeat_interleave(torch.tensor([len(names) for names in by_label]))
+    index = request.select(part, labels_N)
+    names = [name for names in by_label for name in names]
+    return [names[i] for i in index.tolist()], labels_N[index]
 
 
 def _decode(
@@ -150,13 +160,13 @@ def _decode(
     def fill(start: int) -> int:
         end = min(start + _IMAGES_PER_TASK, len(names))
         for i in range(start, end):
-            pixels = _pixels(tree, names[i])
-            if pixels.shape[:2] != (height, width):
+            image_HWC = pixels(tree, names[i])
+            if image_HWC.shape[:2] != (height, width):
                 raise ValueError(
-                    f"data: {tree.where(names[i])} is {pixels.shape[1]}x{pixels.shape[0]} pixels "
+                    f"data: {tree.where(names[i])} is {image_HWC.shape[1]}x{image_HWC.shape[0]} pixels "
                     f"and must be {width}x{height} as the other images"
                 )
-            images_NHWC[i] = pixels
+            images_NHWC[i] = image_HWC
         return end
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -165,7 +175,8 @@ def _decode(
                 progress(part, done, len(names))
 
 
-def _pixels(tree: Tree, name: str) -> npt.NDArray[np.uint8]:
+def pixels(tree: Tree, name: str) -> npt.NDArray[np.uint8]:
+    """An image as RGB, HWC. Raises ValueError, naming the file, where it cannot be read."""
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to 0..255

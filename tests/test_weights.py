@@ -318,7 +318,7 @@ def test_unrecognised_tensors_ask_for_the_model(tmp_path: Path) -> None:
         load_model(path)
     assert str(error.value) == (
         f"{path}: its 2 tensors (first 'features.0.weight') fit no known architecture; name one to be told what "
-        "differs; known: mobilenetv2, preactresnet18, resnet18, resnet8, wrn34-10"
+        "differs; known: mobilenetv2, preactresnet18, resnet18, resnet50, resnet8, wrn34-10"
     )
     path = save(tmp_path, {"sub_block1.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="its 0 tensors"):

@@ -12,6 +12,7 @@ from engine.models.mobilenetv2 import MobileNetV2
 from engine.models.normalize import Normalize, constants
 from engine.models.preactresnet import PreActResNet
 from engine.models.resnet import ResNet
+from engine.models.resnet50 import BottleneckResNet
 from engine.models.wideresnet import WideResNet
 
 
@@ -46,6 +47,11 @@ TABLE: dict[str, Architecture] = {
         lambda num_classes: WideResNet(34, 10, num_classes),
     ),
     "mobilenetv2": Architecture("MobileNetV2 with a CIFAR stem (Sandler et al., 2018)", MobileNetV2),
+    "resnet50": Architecture(
+        "ResNet-50 for ImageNet (He et al., 2016)",
+        lambda num_classes: BottleneckResNet((3, 4, 6, 3), num_classes),
+        input_sizes=(224,),
+    ),
 }
 
 

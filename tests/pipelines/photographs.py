@@ -1,0 +1,62 @@
+"""Pictures of known pixels, encoded, in memory and in folders."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from engine.pipelines.encoded import EncodedImages
+from engine.pipelines.folder import Tree
+
+CLASSES = tuple("abcde")
+Pixels = npt.NDArray[np.uint8]
+
+
+def smooth(number: int, height: int, width: int) -> Pixels:
+    """A picture of low frequencies that no other number has."""
+    y, x = np.mgrid[0:height, 0:width]
+    y, x = y / height, x / width
+    waves = [np.sin(3 * x + 2 * y + number), np.cos(4 * y - x + 2 * number), np.sin(3 * x * y + number)]
+    return (127.5 + 110 * np.stack(waves, axis=-1)).round().astype(np.uint8)
+
+
+def encode(picture: Image.Image | Pixels, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
+    return buffer.getvalue()
+
+
+def in_memory(*files: bytes) -> EncodedImages:
+    """Encoded images as of files 0, 1... of a folder X."""
+    names = tuple(str(number) for number in range(len(files)))
+    tree = Tree(list(names), "X/", lambda name: files[int(name)])
+    return EncodedImages(tree, names, torch.arange(len(files)) % len(CLASSES), CLASSES)
+
+
+def image_folder(files: list[bytes]) -> dict[str, bytes]:
+    """Names and contents: those files, dealt to the classes for training, and one image of each for testing."""
+    train = {f"train/{CLASSES[number % 5]}/{number:02d}.jpg": data for number, data in enumerate(files)}
+    return train | {f"test/{name}/0.png": encode(smooth(0, 30, 30), "PNG") for name in CLASSES}
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+WHOLE = encode(smooth(0, 30, 40))
+UNREADABLE = {
+    "cut off": WHOLE[: len(WHOLE) // 2],
+    "last bytes missing": WHOLE[:-2],
+    "empty": b"",
+    "no image": b"<html>404</html>",
+}
