@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: help install native demo test test-slow lint clean
+.PHONY: help install setup-ffcv native demo test test-slow lint clean
 
 help:
 	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make install    the virtual environment $(VENV) with the engine in it"
+	@echo "make setup-ffcv FFCV in it, with the system's packages that its build needs"
 	@echo "make native     the native library alone, which make install builds where it can"
 	@echo "make clean      remove what make made"
 
@@ -26,6 +27,23 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@# An independent reference for attacks; it pins old versions of packages that it does not need here.
 	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1
+	@touch $@
+
+# FFCV is built where it is installed. Names of other systems' packages stand in docs/data.md.
+FFCV_NEEDS := g++ pkg-config libopencv-dev libturbojpeg0-dev
+setup-ffcv: $(VENV)/.installed
+	@if ! pkg-config --exists opencv4 libturbojpeg; then \
+	  if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; else \
+	    echo "setup-ffcv: as root run: apt-get install $(FFCV_NEEDS)" >&2; exit 1; fi; \
+	  $$root apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive $$root apt-get install -qy --no-install-recommends $(FFCV_NEEDS); fi
+	$(BIN)/pip install --quiet --use-pep517 --constraint constraints.txt --editable '.[ffcv]'
+
+# What cannot be installed here is told, and its tests are skipped.
+$(VENV)/.installed-loaders: $(VENV)/.installed-dev
+	$(MAKE) setup-ffcv || echo "FFCV cannot be installed here: its tests are skipped"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dali]' || \
+	  echo "DALI cannot be installed here: its tests are skipped"
 	@touch $@
 
 native:
@@ -50,11 +68,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # Triton's interpreter takes a process of its own: the variable is read when triton is imported.
-test: lint
+test: $(VENV)/.installed-loaders lint
 	$(BIN)/pytest -m "not slow and not gpu" --ignore tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
 
-test-slow: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-loaders
 	$(BIN)/pytest -m slow
 
 clean:

@@ -110,6 +110,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": TEST + LINT,
+        "ffcv": ["ffcv>=1.0.2"],
         "dali": DALI[13],
         "dali-cuda12": DALI[12],
         "dali-cuda13": DALI[13],

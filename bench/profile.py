@@ -29,6 +29,8 @@ from engine import attack, config, methods, models, precision, step
 from engine.config import RunConfig
 from engine.kernels import dispatch
 from engine.pipelines import tensor
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.splits import Split
 from engine.precision import Precision
 from engine.step import Teachers
 
@@ -109,11 +111,13 @@ def prepare(run: RunConfig, chosen: Precision) -> Callable[[], None]:
     method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
     generator = torch.Generator().manual_seed(0)
     count = STEPS * run.batch_size
-    batches = tensor.TensorPipeline(
+    images = Split(
         torch.randint(256, (count, PIXELS, PIXELS, 3), dtype=torch.uint8, generator=generator),
         torch.randint(CLASSES, (count,), generator=generator),
-        batch_size=run.batch_size, seed=0, augment=True, flip=True, device=chosen.device,
-    ).epoch(0)  # fmt: skip
+        tuple(map(str, range(CLASSES))),
+    )
+    sampling = Sampling(count, run.batch_size)
+    batches = tensor.TensorPipeline(images, sampling, augment=True, flip=True, device=chosen.device).epoch(0)
 
     def network() -> nn.Module:
         return Labelled(chosen.place(models.build(run.model, CLASSES)))

@@ -90,6 +90,10 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--limit-train", type=int, help="Train on that many images, balanced over classes."),
         click.option("--limit-test", type=int, help="Test on that many images, balanced over classes."),
         click.option("--attack-bn", help="BatchNorm in the training attack: train, eval or batch."),
+        click.option("--pipeline", help="auto, tensor, ffcv or dali. [auto]"),
+        click.option("--image-size", type=int, help="Cut views of that size from images of any size (folder)."),
+        click.option("--on-bad-image", help="fail, or skip images that cannot be read. [fail]"),
+        click.option("--workers", type=int, help="Threads that load images. [all processors]"),
     ]
     for flag in reversed(flags):
         command = flag(command)
@@ -173,6 +177,8 @@ def _read_config(name: str | None) -> dict[str, Any]:
 @click.option("--batch-size", type=int, default=250, show_default=True, help="Images per forward.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attacks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--image-size", type=int, help="Cut views of that size from images of any size. [as in training]")
+@click.option("--on-bad-image", help="fail, or skip images that cannot be read. [as in training]")
 @click.option("--out", metavar="DIR", help="Where the JSON of the results goes. [beside each checkpoint]")
 def evaluate_command(checkpoints: tuple[str, ...], attacks: str, out: str | None, **flags: Any) -> None:
     """Attack checkpoints (files, or run directories for their best) on the test images.
@@ -203,6 +209,56 @@ def _report_path(checkpoint: Path, out: str | None) -> Path:
     if out is None:
         return checkpoint.with_suffix(".eval.json")
     return Path(out) / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}.eval.json"
+
+
+@commands.group()
+def data() -> None:
+    """Write data sets as .beton files, which FFCV loads, and look into them."""
+
+
+@data.command("write")
+@click.option("--dataset", required=True, help="digits, cifar10, cifar100, svhn, tiny-imagenet or folder.")
+@click.option("--data", "place", help="Where the data set lies. [$ENGINE_DATA, ./data, the user cache]")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The file, X.beton.")
+@click.option("--format", "mode", default="raw", show_default=True, help="raw pixels (fast, large), or jpeg.")
+@click.option("--quality", type=int, help="Of JPEG, 1 to 100. [JPEG files as they are, others 90]")
+@click.option("--max-resolution", type=int, help="Shrink images whose longer side exceeds it.")
+@click.option("--limit-train", type=int, help="Write that many training images, balanced over classes.")
+@click.option("--limit-test", type=int, help="Write that many test images, balanced over classes.")
+@click.option("--on-bad-image", default="fail", show_default=True, help="fail, or skip what cannot be read.")
+@click.option("--force", is_flag=True, help="Replace a file that exists.")
+def write_data(
+    dataset: str,
+    place: str | None,
+    out: Path,
+    mode: str,
+    quality: int | None,
+    max_resolution: int | None,
+    **options: Any,
+) -> None:
+    """Write both splits of a data set into one .beton file, for `engine train --data FILE`."""
+    from engine import data
+    from engine.pipelines.beton_writer import Format
+    from engine.reporter import ConsoleReporter
+
+    data.write(dataset, place, out, Format(mode, quality, max_resolution), ConsoleReporter(), **options)
+
+
+@data.command("info")
+@click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
+def describe_data(path: Path) -> None:
+    """Tell fields, counts, sizes and classes of a .beton file."""
+    from engine import data
+    from engine.reporter import ConsoleReporter
+
+    found = data.info(path)
+    reporter = ConsoleReporter()
+    for line in found.lines:
+        reporter.message(line)
+    table = Table("class", "label", *found.parts, box=box.SIMPLE)
+    for name, label, counts in found.classes:
+        table.add_row(name, str(label), *(f"{count:,}" for count in counts))
+    reporter.table(table)
 
 
 @commands.command("methods")

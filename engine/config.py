@@ -154,6 +154,12 @@ class RunConfig(Section):
     validation: Annotated[Number, Field(ge=0, lt=1)] = 0.02
     augment: bool = True
     flip: bool | None = None  # None: where a mirrored image is still of its class, as the data set's entry says
+    image_size: Annotated[Count, Field(ge=1)] | None = None  # None: all images are of one size
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    pipeline: Literal["auto", "tensor", "ffcv", "dali"] = "auto"
+    order: Literal["random", "quasi-random"] = "random"
+    workers: Annotated[Count, Field(ge=1)] | None = None  # None: this process's share of the processors
+    batches_ahead: Annotated[Count, Field(ge=1)] = 2
     epochs: Annotated[Count, Field(ge=1)] = 200
     batch_size: Annotated[Count, Field(ge=1)] = 128
     lr: Annotated[Number, Field(gt=0)] = 0.1

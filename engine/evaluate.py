@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.attack import batch_norm_mode, describe, frozen, in_255, pgd, presets
 from engine.config import nearest
-from engine.pipelines.splits import limited
+from engine.pipelines.splits import Indexable, limited
 from engine.precision import full_precision
 
 COLUMNS = {
@@ -71,8 +71,8 @@ class LabelledImages(Protocol):
     """Images with their labels, as the splits of `engine.pipelines`."""
 
     @property
-    def images(self) -> Tensor:
-        """uint8 NHWC, or float NCHW in [0, 1]."""
+    def images(self) -> Tensor | Indexable:
+        """uint8 NHWC, in memory or not; or float NCHW in [0, 1]."""
 
     @property
     def labels(self) -> Tensor:
@@ -121,10 +121,7 @@ def evaluate(
         raise ValueError(f"model: evaluation runs in float32 or float64, and its parameters are {dtype}")
 
     def batch(sample_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_B = images_N[sample_B.to(images_N.device)].to(where)
-        if x_B.dtype == torch.uint8:
-            x_B = x_B.permute(0, 3, 1, 2).to(dtype) / 255
-        return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(where)
+        return _batch(images_N, labels_N, sample_B, where, dtype)
 
     def craft(name: str) -> tuple[str, Craft]:
         if name == "natural":
@@ -162,6 +159,22 @@ def evaluate(
     return results
 
 
+def evaluation_batch(
+    data: LabelledImages, sample_B: Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Images as evaluation sees them, BCHW in [0, 1] and channels-last, and their labels, on the device."""
+    return _batch(data.images, data.labels, sample_B, device, dtype)
+
+
+def _batch(
+    images_N: Tensor | Indexable, labels_N: Tensor, sample_B: Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    x_B = images_N[sample_B.to(images_N.device) if isinstance(images_N, Tensor) else sample_B].to(device)
+    if x_B.dtype == torch.uint8:
+        x_B = x_B.permute(0, 3, 1, 2).to(dtype) / 255
+    return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(device)
+
+
 def check_names(attacks: Iterable[str]) -> list[str]:
     """The names, each once. Raises ValueError for an unknown one, and for AutoAttack where it is not installed."""
     names = list(dict.fromkeys(attacks))
@@ -173,9 +186,11 @@ def check_names(attacks: Iterable[str]) -> list[str]:
     return names
 
 
-def _checked(data: LabelledImages | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _checked(data: LabelledImages | tuple[Tensor, Tensor]) -> tuple[Tensor | Indexable, Tensor]:
     """Images as they are, and labels as int64 on the CPU."""
     images, labels = data if isinstance(data, tuple) else (data.images, data.labels)
+    if not isinstance(images, Tensor):
+        return images, labels
     if images.dim() != 4 or not (images.dtype == torch.uint8 or images.dtype.is_floating_point):
         raise ValueError(
             f"images: expected uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype} {tuple(images.shape)}"

@@ -12,10 +12,13 @@ from typing import Any
 from engine import config, precision, provenance
 from engine.evaluate import COLUMNS, check_names, evaluate
 from engine.pipelines import datasets
+from engine.pipelines.splits import Request
 from engine.reporter import Reporter
 from engine.rundir import write_json
 from engine.stopping import graceful_stop
 from engine.weights import load_model
+
+_AS_IN_TRAINING = ("dataset", "data", "image_size", "on_bad_image", "attack")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def run(
     batch_size: int = 250,
     seed: int = 0,
     device: str = "auto",
+    image_size: int | None = None,
+    on_bad_image: str | None = None,
 ) -> Report:
     """Evaluate a checkpoint; what is not given is as in its training.
 
@@ -65,18 +70,22 @@ def run(
         "dataset": dataset,
         "data": data,
         "device": device,
+        "image_size": image_size,
+        "on_bad_image": on_bad_image,
         "attack": {"epsilon": epsilon, "threat_model": threat_model},
     }
-    wanted = config.load(
-        {key: trained[key] for key in ("dataset", "data", "attack") if key in trained}, _said(given)
-    )
+    wanted = config.load({key: trained[key] for key in _AS_IN_TRAINING if key in trained}, _said(given))
     at = precision.choose(wanted)
-    images = datasets.load(wanted.dataset, wanted.data, limit_test=limit)
+    request = Request(
+        limit_test=limit, on_bad_image=wanted.on_bad_image, image_size=wanted.image_size, resident="if it fits"
+    )
+    images = datasets.find(wanted.dataset, wanted.data, request)
     if loaded.num_classes != len(images.class_names):
         raise ValueError(
             f"{checkpoint}: the checkpoint has {loaded.num_classes} classes, "
             f"the data set {wanted.dataset} has {len(images.class_names)}"
         )
+    reporter.skipped("test", images.test.skipped)
     for note in loaded.notes:
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
@@ -109,6 +118,7 @@ def run(
         "checkpoint": {"path": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
         "model": loaded.name,
         "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
+        "skipped_images": len(images.test.skipped),
         "seed": seed,
     }
     method = f"{loaded.config['method']} " if loaded.config else ""

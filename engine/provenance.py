@@ -18,25 +18,30 @@ import torch
 import engine
 from engine.config import RunConfig
 from engine.kernels import dispatch
-from engine.pipelines.datasets import Dataset
+from engine.pipelines.datasets import AnyDataset
 from engine.precision import Precision
 from engine.rundir import RunDir, write_json
 from engine.teachers import Teacher
 
-_PACKAGES = ("torch", "torchvision", "triton", "numpy", "pillow", "pyautoattack")
+_PACKAGES = (
+    "torch", "torchvision", "triton", "numpy", "pillow", "pyautoattack", "ffcv", "numba", "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+)  # fmt: skip
 
 
 def write(
     run: RunDir,
     config: RunConfig,
     precision: Precision,
-    dataset: Dataset,
+    dataset: AnyDataset,
     teachers: Mapping[str, Teacher],
     step: int,
+    pipeline: str,
 ) -> None:
     """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
     current = session(precision) | {
         "from_step": step,
+        "pipeline": pipeline,
         "seeds": {"run": config.seed},
         "data": {"name": config.dataset, "source": dataset.source, "sha256": dataset.sha256},
         "teachers": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -35,6 +35,25 @@ class Reporter:
 
     def end(self) -> None:
         """The task is over."""
+
+    def by_part(self, doing: str) -> Callable[[str, int, int], None]:
+        """Who is told of a part of the data ("train" or "test"), its images done, and all its images."""
+        current = ""
+
+        def progress(part: str, done: int, total: int) -> None:
+            nonlocal current
+            if part != current:
+                current = part
+                self.begin(f"{doing} {part} images", total)
+            self.advance(done)
+
+        return progress
+
+    def skipped(self, part: str, names: Sequence[str]) -> None:
+        """Say which images of a part were left out, if any."""
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            self.message(f"Skipped: {len(names):,} unreadable {part} images: {', '.join(names[:3])}{more}")
 
 
 class _Console(Console):

@@ -21,26 +21,13 @@ import yaml
 
 from engine.config import RunConfig, read_file
 from engine.config import load as load_config
+from engine.files import replacing
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file by new content, or leave the old one whole: write beside it, flush to the disk, rename."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must survive a power failure
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(path: Path, value: object) -> None:

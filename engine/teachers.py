@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.config import RunConfig, TeacherConfig, explicit, load, merge
 from engine.evaluate import evaluate
-from engine.pipelines.datasets import Dataset, Split, cache_dir
+from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
 from engine.precision import Precision
 from engine.rundir import write_atomically
 from engine.stopping import Stop
@@ -21,12 +21,15 @@ from engine.weights import load_model
 # What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
 _SHARED = (
     "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
-    "flip", "epochs", "batch_size", "lr", "dtype", "amp", "device", "gpus", "optim", "log_every",
-    "checkpoint_every",
+    "flip", "image_size", "on_bad_image", "pipeline", "order", "workers", "batches_ahead", "epochs", "batch_size",
+    "lr", "dtype", "amp", "device", "gpus", "optim", "log_every", "checkpoint_every",
 )  # fmt: skip
 _SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
 # What changes where or how visibly a teacher is trained, but not the teacher.
-_NOT_IN_KEY = ("data", "device", "gpus", "out", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval")
+_NOT_IN_KEY = (
+    "data", "device", "gpus", "out", "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every",
+    "teacher", "teacher_st", "eval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ TrainRun = Callable[[RunConfig, Path], Path]
 def obtain(
     config: RunConfig,
     section: str,
-    dataset: Dataset,
+    dataset: AnyDataset,
     precision: Precision,
     run_dir: Path,
     train_run: TrainRun,
@@ -99,7 +102,7 @@ def run_config(config: RunConfig, section: str) -> RunConfig:
     return load(merge(shared, {"attack": attack}, own))
 
 
-def cache_path(config: RunConfig, dataset: Dataset) -> Path:
+def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
     """Place of a teacher in the cache, by data set, model, method and a hash of everything else that made it."""
     recipe = {key: value for key, value in config.tree().items() if key not in _NOT_IN_KEY}
     recipe["data"] = dataset.sha256
@@ -111,7 +114,7 @@ def cache_path(config: RunConfig, dataset: Dataset) -> Path:
 
 
 def card(
-    role: str, teacher: Teacher, held_out: Split, config: RunConfig, precision: Precision, stop: Stop
+    role: str, teacher: Teacher, held_out: AnySplit, config: RunConfig, precision: Precision, stop: Stop
 ) -> list[str]:
     """The teacher card: what the student is about to learn from, measured on held-out images."""
     attack = "pgd10"
@@ -137,7 +140,7 @@ def card(
     ]
 
 
-def _open(path: Path, model: str | None, dataset: Dataset, precision: Precision, source: str) -> Teacher:
+def _open(path: Path, model: str | None, dataset: AnyDataset, precision: Precision, source: str) -> Teacher:
     loaded = load_model(path, model=model, num_classes=len(dataset.class_names))
     network = precision.place(loaded.module).eval().requires_grad_(False)
     return Teacher(network, loaded.name, source, _weights_sha256(loaded.module), loaded.notes)

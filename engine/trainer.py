@@ -31,13 +31,13 @@ from engine import (
 from engine.attack import preset
 from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
-from engine.evaluate import check_names, evaluate
+from engine.evaluate import check_names, evaluate, evaluation_batch
 from engine.journal import Journal
 from engine.kernels import dispatch
-from engine.pipelines import datasets
-from engine.pipelines.base import Pipeline
-from engine.pipelines.splits import balanced
-from engine.pipelines.tensor import TensorPipeline
+from engine.pipelines import choice, datasets
+from engine.pipelines.beton import is_beton
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.splits import Request, balanced
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
 from engine.step import Teachers, training_loss
@@ -107,7 +107,11 @@ def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter) -> RunR
 
 
 def _run(
-    run: RunDir, complete: RunConfig, reporter: Reporter, stop: Stop, dataset: datasets.Dataset | None = None
+    run: RunDir,
+    complete: RunConfig,
+    reporter: Reporter,
+    stop: Stop,
+    dataset: datasets.AnyDataset | None = None,
 ) -> RunResult:
     trainer = None
     try:
@@ -124,6 +128,7 @@ def _run(
     finally:
         reporter.end()
         if trainer is not None:
+            trainer.pipeline.close()
             trainer.journal.close()
 
 
@@ -136,7 +141,7 @@ class Trainer:
         complete: RunConfig,
         reporter: Reporter,
         stop: Stop,
-        dataset: datasets.Dataset | None = None,
+        dataset: datasets.AnyDataset | None = None,
     ) -> None:
         self.run, self.config, self.reporter, self.stop = run, complete, reporter, stop
         self.method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
@@ -147,17 +152,24 @@ class Trainer:
             reporter.message(self.precision.note)
         reporter.message(dispatch.describe(self.precision.device, fused=self.precision.fused))
 
-        self.dataset = dataset or load_data(complete, reporter)
+        saved = checkpoints.read(run.last) if run.last.exists() else None
+        # What "auto" chose holds for the whole run: decoders differ by a grey level here and there.
+        wanted = saved["pipeline"] if saved else complete.pipeline
+        self.dataset = dataset or load_data(complete, reporter, wanted)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
-        self.pipeline: Pipeline = TensorPipeline(
-            training.images,
-            training.labels,
-            batch_size=complete.batch_size,
-            seed=complete.seed,
+        self.pipeline_choice = choice.choose(wanted, training, self.precision.device)
+        reporter.message(f"Pipeline: {self.pipeline_choice.kind} ({self.pipeline_choice.reason})")
+        self.pipeline = choice.build(
+            self.pipeline_choice.kind,
+            training,
+            Sampling(len(training), complete.batch_size, complete.seed, complete.order),
             augment=complete.augment,
             flip=self.dataset.flip if complete.flip is None else complete.flip,
             device=self.precision.device,
             dtype=self.precision.dtype,
+            workers=complete.workers,
+            batches_ahead=complete.batches_ahead,
+            say=reporter.message,
         )
         self.probe_images = self._probe_images(training)
 
@@ -170,11 +182,11 @@ class Trainer:
             weight_decay=complete.optim.weight_decay,
         )
         self.scaler = self.precision.scaler()
-        self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries(training))
+        self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries())
         self.progress = Progress()
         self.teachers_sha256: dict[str, str] = {}
-        if run.last.exists():
-            self._restore()
+        if saved:
+            self._restore(saved)
         self.teachers = self._obtain_teachers()
         self.journal = Journal(run, self.progress.rows_size, self.progress.step)
 
@@ -278,6 +290,7 @@ class Trainer:
             "dataset": self.config.dataset,
             "selected_on": self.selected_on,
             "selected_by": self.criterion,
+            "skipped_images": {"train": len(self.dataset.train.skipped), "test": len(self.dataset.test.skipped)},
             "best": progress.best,
             "last": progress.last,
         }
@@ -290,7 +303,7 @@ class Trainer:
         write_json(self.run.summary, summary)
         return summary
 
-    def _evaluate(self, images: datasets.Split, attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def _evaluate(self, images: datasets.AnySplit, attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
         results = evaluate(
             self.student,
             images,
@@ -317,11 +330,11 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             telemetry=self.telemetry.state_dict(),
             data_sha256=self.dataset.sha256,
+            pipeline=self.pipeline_choice.kind,
             teachers_sha256=self.teachers_sha256,
         )
 
-    def _restore(self) -> None:
-        state = checkpoints.read(self.run.last)
+    def _restore(self, state: dict[str, Any]) -> None:
         if state["data_sha256"] != self.dataset.sha256:
             raise ValueError(f"--resume: {self.dataset.source} changed since {self.run.last} was written")
         self.student.load_state_dict(state["student"])
@@ -331,25 +344,14 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.teachers_sha256 = state["teachers_sha256"]
 
-    def _probe_images(self, training: datasets.Split) -> tuple[Tensor, Tensor]:
+    def _probe_images(self, training: datasets.AnySplit) -> tuple[Tensor, Tensor]:
         """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
         probe = balanced(training, max(self.config.eval.probe_size, len(self.dataset.class_names)))
-        (batch,) = TensorPipeline(
-            probe.images,
-            probe.labels,
-            batch_size=len(probe),
-            seed=0,
-            augment=False,
-            flip=False,
-            device=self.precision.device,
-            dtype=self.precision.dtype,
-            shuffle=False,
-        ).epoch(0)
-        return batch.x_nat, batch.labels
+        return evaluation_batch(probe, torch.arange(len(probe)), self.precision.device, self.precision.dtype)
 
-    def _attack_entries(self, training: datasets.Split) -> int:
+    def _attack_entries(self) -> int:
         """Entries of the input gradients that crafting one image computes."""
-        return self.config.attack.num_steps * training.images[0].numel() if self.method.needs_x_adv else 0
+        return self.config.attack.num_steps * self.probe_images[0][0].numel() if self.method.needs_x_adv else 0
 
     def _student_part(self) -> dict[str, Any]:
         return checkpoints.student_part(self.student, self.config, self.dataset.class_names)
@@ -403,7 +405,15 @@ class Trainer:
                     section, found[section], self.held_out, self.config, self.precision, self.stop
                 ):
                     self.reporter.message(line)
-        provenance.write(self.run, self.config, self.precision, self.dataset, found, self.progress.step)
+        provenance.write(
+            self.run,
+            self.config,
+            self.precision,
+            self.dataset,
+            found,
+            self.progress.step,
+            self.pipeline_choice.kind,
+        )
         networks = {section: teacher.model for section, teacher in found.items()}
         return Teachers(networks.get("teacher"), networks.get("teacher_st"))
 
@@ -422,33 +432,33 @@ class Trainer:
         return run.best
 
 
-def load_data(complete: RunConfig, reporter: Reporter) -> datasets.Dataset:
-    """The data set of a configuration, with a line that says what it is."""
-    reading = ""
-
-    def progress(part: str, done: int, total: int) -> None:
-        nonlocal reading
-        if part != reading:
-            reading = part
-            reporter.begin(f"reading {part} images", total)
-        reporter.advance(done)
-
-    dataset = datasets.load(
-        complete.dataset,
-        complete.data,
+def load_data(complete: RunConfig, reporter: Reporter, pipeline: str = "auto") -> datasets.AnyDataset:
+    """The data set of a configuration as a pipeline wants it, with a line that says what it is."""
+    request = Request(
         limit_train=complete.limit_train,
         limit_test=complete.limit_test,
-        progress=progress,
+        progress=reporter.by_part("reading"),
+        on_bad_image=complete.on_bad_image,
+        image_size=complete.image_size,
+        resident="never" if _reads_files(pipeline, complete.data) else "if it fits",
     )
+    dataset = datasets.find(complete.dataset, complete.data, request)
     reporter.end()
     reporter.message(
         f"Data: {complete.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test "
         f"images in {len(dataset.class_names)} classes, from {dataset.source}"
     )
+    reporter.skipped("training", dataset.train.skipped)
+    reporter.skipped("test", dataset.test.skipped)
     return dataset
 
 
-def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Split, datasets.Split, str]:
+def _reads_files(pipeline: str, data: str | None) -> bool:
+    """Whether a pipeline that the user chose loads images from where they lie, and not from memory."""
+    return pipeline == "dali" or (pipeline == "ffcv" and data is not None and is_beton(Path(data).expanduser()))
+
+
+def hold_out(dataset: datasets.AnyDataset, fraction: float) -> tuple[datasets.AnySplit, datasets.AnySplit, str]:
     """Training images, held-out images, and what the latter are: "validation", or "test" at fraction 0.
 
     The choice does not depend on the run's seed: a teacher must not have seen its student's held-out images.
@@ -459,7 +469,7 @@ def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Split
     return training, held_out, "validation"
 
 
-def build_student(complete: RunConfig, dataset: datasets.Dataset, at: precision.Precision) -> nn.Module:
+def build_student(complete: RunConfig, dataset: datasets.AnyDataset, at: precision.Precision) -> nn.Module:
     """A fresh network; its weights depend on the run's seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(complete.seed)

@@ -10,15 +10,21 @@ from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Generic, TypeVar, cast
 
 from engine.config import nearest
-from engine.pipelines import readers
-from engine.pipelines.folder import opened, read_splits
-from engine.pipelines.readers import Absent, Found
+from engine.pipelines import beton, readers
+from engine.pipelines.beton import is_beton
+from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
+from engine.pipelines.folder import image_folder
+from engine.pipelines.memory import free_memory
+from engine.pipelines.readers import Absent
 from engine.pipelines.splits import Progress, Request, Split, balanced, split_validation
 
 __all__ = [
     "DATASETS",
+    "AnyDataset",
+    "AnySplit",
     "Dataset",
     "Entry",
     "Progress",
@@ -26,25 +32,35 @@ __all__ = [
     "balanced",
     "cache_dir",
     "check",
+    "find",
     "load",
     "split_validation",
 ]
 
 
+AnySplit = Split | EncodedImages
+Kind = TypeVar("Kind", bound=AnySplit, covariant=True)
+Found = tuple[AnySplit, AnySplit, str]
+"""The train and test splits, and where they were found, in words."""
+
+
 @dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set in memory. flip: a mirrored image is still of its class. source: where it was found, in words."""
+class Dataset(Generic[Kind]):
+    """A data set. flip: a mirrored image is still of its class. source: where it was found, in words."""
 
     name: str
-    train: Split
-    test: Split
+    train: Kind
+    test: Kind
     class_names: tuple[str, ...]
     flip: bool
     source: str
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256, in hex, of class names and of both splits' image shapes, images and labels."""
+        """SHA-256, in hex, of class names and of both splits: in memory, of image shapes, images and labels.
+
+        In files, of labels, names, and the content of up to 16,384 evenly chosen ones.
+        """
         return self._hash(self.train, self.test)
 
     @cached_property
@@ -52,13 +68,14 @@ class Dataset:
         """The same of the training split alone."""
         return self._hash(self.train)
 
-    def _hash(self, *splits: Split) -> str:
+    def _hash(self, *splits: AnySplit) -> str:
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for split in splits:
-            digest.update(repr(tuple(split.images.shape)).encode())
-            digest.update(split.images.contiguous().numpy())
-            digest.update(split.labels.contiguous().numpy())
+            split.update(digest)
         return digest.hexdigest()
+
+
+AnyDataset = Dataset[AnySplit]
 
 
 @dataclass(frozen=True)
@@ -90,16 +107,31 @@ def load(
     limit_test: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Dataset:
-    """Read a data set, or so many of its images, balanced over its classes and chosen by the seed.
+) -> Dataset[Split]:
+    """Read a data set into memory, or so many of its images, balanced over its classes and chosen by the seed.
 
     data: the only place to look; None: $ENGINE_DATA, ./data and the cache, then a download into the cache.
     Raises ValueError, one line, where the name is unknown or the data set is missing, damaged or too small.
     """
+    found = find(name, data, Request(limit_train, limit_test, seed, progress))
+    assert isinstance(found.train, Split), found.train
+    return cast(Dataset[Split], found)
+
+
+def find(name: str, data: str | None, request: Request) -> AnyDataset:
+    """The data set as it is asked for: images of folders and .beton files may stay there.
+
+    data: as in `load`, or a .beton file. Raises ValueError as `load` does.
+    """
     check(name)
-    entry = DATASETS[name]
-    train, test, source = entry.find(data, Request(limit_train, limit_test, seed, progress))
-    return Dataset(name, train, test, train.class_names, entry.flip, source)
+    place = Path(data).expanduser() if data is not None else None
+    if place is not None and is_beton(place):
+        train, test, source = _beton(name, place, request)
+    elif request.image_size is not None and name != "folder":
+        raise ValueError(f"image_size: all images of {name} are of one size; the dataset folder takes any size")
+    else:
+        train, test, source = DATASETS[name].find(data, request)
+    return Dataset(name, train, test, train.class_names, DATASETS[name].flip, source)
 
 
 def cache_dir() -> Path:
@@ -120,8 +152,29 @@ def _folder(data: str | None, request: Request) -> Found:
     if not given:
         raise ValueError("data: the dataset folder needs the path of an image folder (or $ENGINE_DATA), got none")
     path = Path(given).expanduser()
-    with opened(path) as (train, test):
-        return *read_splits(train, test, request), f"image folder {path}"
+    if is_beton(path):
+        return _beton("folder", path, request)
+    train, test = image_folder(path)
+    return *_in_memory_or_not(
+        listing(train, "train", request), listing(test, "test", request), request
+    ), f"image folder {path}"
+
+
+def _beton(name: str, path: Path, request: Request) -> Found:
+    train, test = beton.splits(path, request)
+    readers.check_classes(name, train.class_names, str(path))
+    if name == "digits":
+        raise ValueError(f"data: the dataset digits is embedded and is not read from a path, got {str(path)!r}")
+    return *_in_memory_or_not(train, test, request), str(path)
+
+
+def _in_memory_or_not(train: Listing, test: Listing, request: Request) -> tuple[AnySplit, AnySplit]:
+    if request.image_size is None and request.resident != "never":
+        height, width = train.read(0)[1:]
+        needed = (len(train) + len(test)) * height * width * 3
+        if request.resident == "always" or needed <= free_memory("cpu") // 2:
+            return read_splits(train, test, request)
+    return encoded_splits(train, test, request)
 
 
 def _search(

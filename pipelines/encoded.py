@@ -1,29 +1,38 @@
-"""Labelled images as the bytes of their files, for pipelines that decode while they load."""
+"""Labelled images as the bytes of their files, for pipelines that decode while they load. B batch, H, W."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.pipelines.folder import Files, Tree, pixels, wanted
-from engine.pipelines.splits import Progress, Request
+from engine.pipelines.folder import Files, Pixels, Tree, pixels
+from engine.pipelines.splits import Progress, Request, Split
+from engine.pipelines.windows import centre_windows
 
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _IMAGES_PER_TASK = 256
+_HASHED = 1 << 14  # of so many images the content decides whether the data are the same
+_PARTS = ("train", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImages:
-    """Images in files of a tree. names: N of them; labels: int64 N; class_names: the name of each label.
+class Listing:
+    """Images in files of a tree that nobody has opened yet.
 
-    skipped: the files that were left out because they cannot be read.
+    names: N of them; labels: int64 N; class_names: the name of each label. skipped: the files that were left out
+    because they cannot be read. beton: the file that holds them all, if one does.
     """
 
     tree: Tree
@@ -31,11 +40,12 @@ class EncodedImages:
     labels: Tensor
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    beton: Path | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def take(self, index: Tensor) -> EncodedImages:
+    def take(self: AnyListing, index: Tensor) -> AnyListing:
         """The images of those indices, in that order."""
         return replace(self, names=tuple(self.names[i] for i in index.tolist()), labels=self.labels[index])
 
@@ -55,51 +65,192 @@ class EncodedImages:
             with Image.open(io.BytesIO(data)) as image:
                 if image.mode in ("RGB", "L") and data.endswith(_LAST_BYTES[image.format or ""]):
                     return data, image.height, image.width
-        image_HWC = pixels(self.tree, self.names[sample])
+        image_HWC = self.decode(sample)
         height, width = image_HWC.shape[:2]
         return b"P6 %d %d 255\n" % (width, height) + image_HWC.tobytes(), height, width
 
+    def decode(self, sample: int) -> Pixels:
+        """The image as Pillow decodes it: RGB, HWC. Raises ValueError, naming the file, where it is unreadable."""
+        return pixels(self.tree, self.names[sample])
 
-def encoded_splits(
-    train: Files, test: Files, request: Request, *, on_bad_image: str = "fail"
-) -> tuple[EncodedImages, EncodedImages]:
-    """The images wanted, not yet decoded.
 
-    on_bad_image: what becomes of images that cannot be read. "fail": no file is read here, and an epoch that meets
-    one ends with its name. "skip": every file is read here, once, and those images are left out, the same on every
-    rank; damage that only decoding shows still ends the epoch.
-    Raises ValueError for another policy, or where no image of a class is left.
+AnyListing = TypeVar("AnyListing", bound=Listing)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedImages(Listing):
+    """Images in files, of which views are made.
+
+    shape: H and W of a view. windows: views are cut from images of any size, and resized; else every image is of
+    that shape.
     """
-    if on_bad_image not in ("fail", "skip"):
-        raise ValueError(f"on_bad_image: {on_bad_image!r} is unknown; known are fail, skip")
+
+    shape: tuple[int, int]
+    windows: bool
+
+    @property
+    def images(self) -> Views:
+        """What evaluation sees, decoded when it is asked for."""
+        return Views(self)
+
+    def read(self, sample: int) -> tuple[bytes, int, int]:
+        """As of a `Listing`. Raises ValueError too where the image is not of the shape that it must have."""
+        data, height, width = super().read(sample)
+        self._check_shape(sample, height, width)
+        return data, height, width
+
+    def view(self, sample: int, window: Iterable[int] | None = None) -> Pixels:
+        """A view by Pillow, HWC: the image, or a window of it resized by a triangular filter.
+
+        window: top, left, height, width, and 1 where it is mirrored; None: the one of `centre_windows`.
+        Raises ValueError as `read` does.
+        """
+        image_HWC = self.decode(sample)
+        height, width = image_HWC.shape[:2]
+        self._check_shape(sample, height, width)
+        if not self.windows:
+            return image_HWC
+        if window is None:
+            window = map(int, centre_windows(torch.tensor(height), torch.tensor(width)))
+        top, left, height, width, flip = window
+        cut = Image.fromarray(image_HWC[top : top + height, left : left + width])
+        resized_HWC = np.asarray(cut.resize(self.shape[::-1], Image.Resampling.BILINEAR))
+        return resized_HWC[:, ::-1] if flip else resized_HWC
+
+    def update(self, digest: hashlib._Hash) -> None:
+        """Add names, labels, and the files of up to 16,384 images, evenly chosen, to a hash."""
+        digest.update("\0".join(self.names).encode())
+        digest.update(self.labels.contiguous().numpy())
+        chosen = range(0, len(self), -(-len(self) // _HASHED))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for data in pool.map(lambda sample: self.tree.read(self.names[sample]), chosen):
+                digest.update(data)
+
+    def _check_shape(self, sample: int, height: int, width: int) -> None:
+        if not self.windows and (height, width) != self.shape:
+            raise ValueError(
+                f"data: {self.where(sample)} is {width}x{height} pixels and must be "
+                f"{self.shape[1]}x{self.shape[0]} as the other images; see image_size"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Images by their indices as evaluation sees them, the same pixels whichever pipeline trains."""
+
+    encoded: EncodedImages
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, sample_B: Tensor, /) -> Tensor:
+        """uint8 BHWC by Pillow: whole images, or their resized `centre_windows`."""
+        views_BHWC = np.empty((len(sample_B), *self.encoded.shape, 3), np.uint8)
+
+        def fill(i: int) -> None:
+            views_BHWC[i] = self.encoded.view(int(sample_B[i]))
+
+        _for_each(len(sample_B), fill, images_per_task=8)
+        return torch.from_numpy(views_BHWC)
+
+
+def listing(files: Files, part: str, request: Request) -> Listing:
+    """The images wanted of "train" or "test"."""
+    by_label = [files.by_class[class_name] for class_name in files.class_names]
+    labels_N = torch.arange(len(by_label)).repeat_interleave(torch.tensor([len(names) for names in by_label]))
+    names = tuple(name for names in by_label for name in names)
+    return Listing(files.tree, names, labels_N, files.class_names).take(request.select(part, labels_N))
+
+
+def encoded_splits(train: Listing, test: Listing, request: Request) -> tuple[EncodedImages, EncodedImages]:
+    """Train and test images that stay where they are. Raises ValueError where no image of a class is left.
+
+    With `on_bad_image` "fail" only the first file is read here, and an epoch that meets a bad one ends with its
+    name. With "skip" every file is read, once, and those that cannot be read are left out, the same ones on every
+    rank; damage that only decoding shows still ends the epoch.
+    """
+    train, test = _without_bad(train, test, request, Listing.read)
+    size = request.image_size
+    shape = (size, size) if size else train.read(0)[1:]
+    return _encoded(train, shape, size is not None), _encoded(test, shape, size is not None)
+
+
+def read_splits(
+    train: Listing, test: Listing, request: Request, shape: tuple[int, int] | None = None
+) -> tuple[Split, Split]:
+    """Train and test images decoded into memory. shape: H and W that every one must have; None: the first one's.
+
+    Raises ValueError, naming the file, where an image is of another shape, or cannot be read and is not skipped.
+    """
+    train, test = _without_bad(train, test, request, Listing.decode)
+    shape = shape or train.read(0)[1:]
     splits = []
-    for part, files in (("train", train), ("test", test)):
-        names, labels_N = wanted(files, part, request)
-        images = EncodedImages(files.tree, tuple(names), labels_N, files.class_names)
-        splits.append(_readable(images, part, request.progress) if on_bad_image == "skip" else images)
+    for part, images in zip(_PARTS, (_encoded(train, shape, False), _encoded(test, shape, False)), strict=True):
+        images_NHWC = np.empty((len(images), *shape, 3), np.uint8)
+
+        def fill(i: int, images: EncodedImages = images, images_NHWC: Pixels = images_NHWC) -> None:
+            images_NHWC[i] = images.view(i)
+
+        _for_each(len(images), fill, part, request.progress)
+        splits.append(Split(torch.from_numpy(images_NHWC), images.labels, images.class_names, images.skipped))
     return splits[0], splits[1]
 
 
-def _readable(images: EncodedImages, part: str, progress: Progress | None) -> EncodedImages:
-    good_N = torch.empty(len(images), dtype=torch.bool)
+def _encoded(images: Listing, shape: tuple[int, int], windows: bool) -> EncodedImages:
+    known = {field.name: getattr(images, field.name) for field in fields(Listing)}
+    return EncodedImages(**known, shape=shape, windows=windows)
 
-    def check(start: int) -> int:
-        end = min(start + _IMAGES_PER_TASK, len(images))
-        for sample in range(start, end):
-            try:
-                images.read(sample)
-            except ValueError:
-                good_N[sample] = False
-            else:
-                good_N[sample] = True
+
+def _without_bad(
+    train: Listing, test: Listing, request: Request, look: Callable[[Listing, int], object]
+) -> tuple[Listing, Listing]:
+    """Both parts without the images that `look` finds unreadable, if these are to be skipped."""
+    if request.on_bad_image == "fail":
+        return train, test
+    return _readable(train, "train", request.progress, look), _readable(test, "test", request.progress, look)
+
+
+def _readable(
+    images: Listing, part: str, progress: Progress | None, look: Callable[[Listing, int], object]
+) -> Listing:
+    good_N = torch.ones(len(images), dtype=torch.bool)
+
+    def check(i: int) -> None:
+        try:
+            look(images, i)
+        except ValueError:
+            good_N[i] = False
+
+    _for_each(len(images), check, part, progress)
+    for label in images.labels.unique().tolist():
+        if not good_N[images.labels == label].any():
+            name, place = images.class_names[label], images.tree.where()
+            raise ValueError(f"data: no image of the class {name!r} in {place} can be read")
+    good, bad = (index.nonzero()[:, 0].tolist() for index in (good_N, ~good_N))
+    names = tuple(images.names[i] for i in good)
+    return replace(images, names=names, labels=images.labels[good_N], skipped=tuple(map(images.where, bad)))
+
+
+def _for_each(
+    count: int,
+    do: Callable[[int], None],
+    part: str = "",
+    progress: Progress | None = None,
+    images_per_task: int = _IMAGES_PER_TASK,
+) -> None:
+    """Call it with 0 to count - 1 by threads; of several exceptions the first one in that order is raised."""
+
+    def task(start: int) -> int:
+        end = min(start + images_per_task, count)
+        for i in range(start, end):
+            do(i)
         return end
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(check, range(0, len(images), _IMAGES_PER_TASK)):
-            if progress is not None:
-                progress(part, done, len(images))
-    for label in images.labels.unique().tolist():
-        if not good_N[images.labels == label].any():
-            raise ValueError(f"data: {images.tree.where(images.class_names[label])} holds no readable image")
-    skipped = tuple(images.where(sample) for sample in (~good_N).nonzero()[:, 0].tolist())
-    return replace(images.take(good_N.nonzero()[:, 0]), skipped=skipped)
+        try:
+            for done in pool.map(task, range(0, count, images_per_task)):
+                if progress is not None:
+                    progress(part, done, count)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import io
-import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
-
-from engine.pipelines.splits import Progress, Request, Split
 
 _TRAIN = ("train",)
 _TEST = ("test", "val")
-_IMAGES_PER_TASK = 256
+
+Pixels = npt.NDArray[np.uint8]
+"""An image: HWC, or several."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Tree:
 
     def where(self, name: str = "") -> str:
         """How a message calls a file, or the tree itself."""
-        return f"{self.label}{self.prefix}{name}".rstrip("/:")
+        return f"{self.label}{self.prefix}{name}".rstrip("/: ")
 
 
 @dataclass(frozen=True)
@@ -99,83 +95,44 @@ def below_single_folder(tree: Tree) -> Tree:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Files, Files]]:
-    """The train and test files of an image folder; archives stay open inside the context.
+    """`image_folder` whose archives stay open inside the context."""
+    with ExitStack() as stack:
+        yield _both(path, stack)
+
+
+def image_folder(path: Path) -> tuple[Files, Files]:
+    """The train and test files of an image folder; archives stay open as long as these are used.
 
     path: a folder with train/ or train.zip and test/ (val/) or test.zip (val.zip), or a zip archive with both.
     A train.zip holds `train/<class>/*` or `<class>/*`. Where there is a test, val is not read.
     Raises ValueError in one line that names what is missing, empty or different between the two.
     """
     with ExitStack() as stack:
-        if path.is_dir():
-            trees = [_split_in_directory(path, names, stack) for names in (_TRAIN, _TEST)]
-        elif path.exists():
-            whole = below_single_folder(archive(path, stack))
-            trees = [_split_in_archive(whole, names) for names in (_TRAIN, _TEST)]
-        else:
-            raise ValueError(f"data: {path} does not exist")
-        train, test = (_by_class(tree) for tree in trees)
-        only = [
-            f"only in {files.tree.where()}: {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}"
-            for files, other in ((train, test), (test, train))
-            if (extra := files.by_class.keys() - other.by_class.keys())
-        ]
-        if only:
-            raise ValueError(f"data: train and test must have the same classes; {'; '.join(only)}")
-        yield train, test
+        files = _both(path, stack)
+        stack.pop_all()  # an archive closes itself when nobody holds it
+        return files
 
 
-def read_splits(
-    train: Files, test: Files, request: Request, size: tuple[int, int] | None = None
-) -> tuple[Split, Split]:
-    """Decode the images wanted as RGB.
-
-    size: (height, width) that every image must have; None: that of the first.
-    Raises ValueError, naming the file, where an image cannot be read or is of another size.
-    """
-    splits = []
-    for part, files in (("train", train), ("test", test)):
-        chosen, labels_N = wanted(files, part, request)
-        height, width = size = size or pixels(files.tree, chosen[0]).shape[:2]
-        images_NHWC = np.empty((len(chosen), height, width, 3), np.uint8)
-        _decode(files.tree, chosen, images_NHWC, part, request.progress)
-        splits.append(Split(torch.from_numpy(images_NHWC), labels_N, files.class_names))
-    return splits[0], splits[1]
-
-
-def wanted(files: Files, part: str, request: Request) -> tuple[list[str], Tensor]:
-    """Names and labels (int64) of the images wanted of "train" or "test"."""
-    by_label = [files.by_class[class_name] for class_name in files.class_names]
-    labels_N = torch.arange(len(by_label)).repeat_interleave(torch.tensor([len(names) for names in by_label]))
-    index = request.select(part, labels_N)
-    names = [name for names in by_label for name in names]
-    return [names[i] for i in index.tolist()], labels_N[index]
+def _both(path: Path, stack: ExitStack) -> tuple[Files, Files]:
+    if path.is_dir():
+        trees = [_split_in_directory(path, names, stack) for names in (_TRAIN, _TEST)]
+    elif path.exists():
+        whole = below_single_folder(archive(path, stack))
+        trees = [_split_in_archive(whole, names) for names in (_TRAIN, _TEST)]
+    else:
+        raise ValueError(f"data: {path} does not exist")
+    train, test = (_by_class(tree) for tree in trees)
+    only = [
+        f"only in {files.tree.where()}: {', '.join(sorted(extra)[:5])}{', ...' if len(extra) > 5 else ''}"
+        for files, other in ((train, test), (test, train))
+        if (extra := files.by_class.keys() - other.by_class.keys())
+    ]
+    if only:
+        raise ValueError(f"data: train and test must have the same classes; {'; '.join(only)}")
+    return train, test
 
 
-def _decode(
-    tree: Tree, names: list[str], images_NHWC: npt.NDArray[np.uint8], part: str, progress: Progress | None
-) -> None:
-    """Fill the array by threads; of several bad images the first one is reported."""
-    height, width = images_NHWC.shape[1:3]
-
-    def fill(start: int) -> int:
-        end = min(start + _IMAGES_PER_TASK, len(names))
-        for i in range(start, end):
-            image_HWC = pixels(tree, names[i])
-            if image_HWC.shape[:2] != (height, width):
-                raise ValueError(
-                    f"data: {tree.where(names[i])} is {image_HWC.shape[1]}x{image_HWC.shape[0]} pixels "
-                    f"and must be {width}x{height} as the other images"
-                )
-            images_NHWC[i] = image_HWC
-        return end
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(fill, range(0, len(names), _IMAGES_PER_TASK)):
-            if progress is not None:
-                progress(part, done, len(names))
-
-
-def pixels(tree: Tree, name: str) -> npt.NDArray[np.uint8]:
+def pixels(tree: Tree, name: str) -> Pixels:
     """An image as RGB, HWC. Raises ValueError, naming the file, where it cannot be read."""
     try:
         with Image.open(io.BytesIO(tree.read(name))) as image:

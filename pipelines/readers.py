@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engine.pipelines.folder import Files, archive, below_single_folder, directory, opened, read_splits
+from engine.pipelines.encoded import listing, read_splits
+from engine.pipelines.folder import Files, archive, below_single_folder, directory, opened
 from engine.pipelines.splits import Request, Split, split_validation
 
 Found = tuple[Split, Split, str]
@@ -76,7 +77,7 @@ def cifar(name: str, place: Path, request: Request) -> Found:
             raise Absent(f"{missing} ({str(error).removeprefix('data: ')})") from None
         if train.by_class.keys() != set(_CLASSES[name].split()):
             raise Absent(missing)
-        return *read_splits(train, test, request, (32, 32)), f"image folder {place} ({name} as image files)"
+        return *_read(train, test, request, (32, 32)), f"image folder {place} ({name} as image files)"
 
 
 def _cifar_splits(kind: Any, root: Path, shown: Path, request: Request) -> tuple[Split, Split]:
@@ -155,7 +156,13 @@ def tiny_imagenet(place: Path, request: Request) -> Found:
             test[class_name].append(f"val/images/{file}")
         if not all(test.values()):
             raise ValueError(f"data: {tree.where(_VAL_ANNOTATIONS)} names no image of some of the classes")
-        return *read_splits(Files(tree, train), Files(tree, test), request, (64, 64)), str(path)
+        return *_read(Files(tree, train), Files(tree, test), request, (64, 64)), str(path)
+
+
+def check_classes(name: str, found: tuple[str, ...], where: str) -> None:
+    """Raise ValueError where a file that is said to hold a data set has not its classes."""
+    if name in _CLASSES and found != tuple(_CLASSES[name].split()):
+        raise ValueError(f"data: {where} does not hold the classes of {name}, but {', '.join(found[:5])}...")
 
 
 def download_tiny_imagenet(folder: Path) -> None:
@@ -165,6 +172,10 @@ def download_tiny_imagenet(folder: Path) -> None:
     download_url(
         f"http://cs231n.stanford.edu/{_TINY_IMAGENET}.zip", str(folder), md5="90528d7ca1a48142e341f4ef8d21d0de"
     )
+
+
+def _read(train: Files, test: Files, request: Request, shape: tuple[int, int]) -> tuple[Split, Split]:
+    return read_splits(listing(train, "train", request), listing(test, "test", request), request, shape)
 
 
 def _enlarged(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

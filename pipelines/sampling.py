@@ -98,3 +98,9 @@ class Sampling:
 
     def _of_this_rank(self, whole_B: Tensor) -> Tensor:
         return whole_B.tensor_split(self.shard.world)[self.shard.rank]
+
+
+def moved(batches: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """The batches on that device, by one copy."""
+    sizes = [len(sample_B) for sample_B in batches]
+    return list(torch.cat(batches).to(device).split(sizes)) if batches else []

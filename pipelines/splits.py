@@ -1,9 +1,11 @@
-"""Labelled images in memory, and stratified parts of them: every class keeps its share."""
+"""Labelled images, and stratified parts of them: every class keeps its share."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,30 +20,94 @@ _VALIDATION_EPOCH = 2**32 - 1
 _LIMIT_EPOCH = 2**32 - 2
 
 
+class Indexable(Protocol):
+    """Images that are got by their indices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample_B: Tensor, /) -> Tensor:
+        """uint8 BHWC."""
+
+
+class Labelled(Protocol):
+    """Labelled images, in memory or not."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 N."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+
+
+class Part(Labelled, Protocol):
+    """Labelled images of which parts can be taken."""
+
+    def take(self: AnyPart, index: Tensor) -> AnyPart:
+        """The images of those indices, in that order."""
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """images: uint8 NHWC; labels: int64 N; class_names: the name of each label."""
+    """images: uint8 NHWC; labels: int64 N; class_names: the name of each label.
+
+    skipped: the files that were left out because they cannot be read.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    windows: ClassVar[bool] = False  # views are of the whole images
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """H and W of a view."""
+        return self.images.shape[1], self.images.shape[2]
+
     def take(self, index: Tensor) -> Split:
         """The images of those indices, in that order."""
-        return Split(self.images[index], self.labels[index], self.class_names)
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def update(self, digest: hashlib._Hash) -> None:
+        """Add shapes, images and labels to a hash."""
+        digest.update(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set: at most so many images, which ones (seed), and whom to tell of the progress."""
+    """What is asked of a data set.
+
+    limit_train, limit_test: at most so many images; seed: which ones. progress: whom to tell. on_bad_image: "fail"
+    at an image that cannot be read, or "skip" it. image_size: of the views that are cut from images of any size;
+    None: all images are of one size. resident: whether images of one size are decoded into memory: "always",
+    "never", or "if it fits" into half of what is free.
+    """
 
     limit_train: int | None = None
     limit_test: int | None = None
     seed: int = 0
     progress: Progress | None = None
+    on_bad_image: str = "fail"
+    image_size: int | None = None
+    resident: str = "always"
+
+    def __post_init__(self) -> None:
+        if self.on_bad_image not in ("fail", "skip"):
+            raise ValueError(f"on_bad_image: {self.on_bad_image!r} is unknown; known are fail, skip")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be 1 or more, got {self.image_size}")
 
     def select(self, part: str, labels_N: Tensor) -> Tensor:
         """Indices of the images wanted of "train" or "test"."""
@@ -49,7 +115,7 @@ class Request:
         return limited(labels_N, limit, self.seed, f"limit_{part}")
 
 
-def split_validation(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
+def split_validation(split: AnyPart, fraction: float, seed: int = 0) -> tuple[AnyPart, AnyPart]:
     """(train, validation): round(fraction N) images held out, every class by its share and at least one of each.
 
     Raises ValueError where fraction is not in [0,1) or a class has a single image.
@@ -70,7 +136,7 @@ def split_validation(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
     return split.take((~held_N).nonzero()[:, 0]), split.take(held_N.nonzero()[:, 0])
 
 
-def balanced(split: Split, size: int) -> Split:
+def balanced(split: AnyPart, size: int) -> AnyPart:
     """At most `size` images, of every class as equally many as there are. Raises ValueError as `limited` does."""
     return split.take(limited(split.labels, size, 0, "size"))
 

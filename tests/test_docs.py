@@ -18,6 +18,7 @@ import yaml
 import engine
 from engine import attack, config, evaluate, methods, models
 from engine.cli import _KEYS, commands
+from engine.data import Info
 from engine.evaluation import Report
 from engine.pipelines import datasets
 from engine.trainer import RunResult
@@ -153,6 +154,11 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         datasets.check(keys["dataset"] or "digits")
         return Report("", {}, {})
 
+    def write(dataset: str, *arguments: Any, **keys: Any) -> None:
+        datasets.check(dataset)
+
+    monkeypatch.setattr("engine.data.write", write)
+    monkeypatch.setattr("engine.data.info", lambda path: Info((), (), ()))
     monkeypatch.setattr("engine.trainer.train", train)
     monkeypatch.setattr("engine.trainer.resume", resume)
     monkeypatch.setattr("engine.evaluation.run", run)

@@ -19,7 +19,8 @@ import engine
 from engine import attack, config, methods, models, precision, step, teachers, trainer
 from engine.evaluate import Result
 from engine.pipelines.base import Batch
-from engine.pipelines.splits import limited
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.splits import Split, limited
 from engine.pipelines.tensor import TensorPipeline
 from engine.reporter import Reporter
 from engine.step import Teachers, training_loss
@@ -191,10 +192,11 @@ def test_the_optimizer_is_sgd_as_the_paper_gives_it(tiny: Any, tmp_path: Path) -
     dataset = trainer.load_data(complete, Reporter())
     model = trainer.build_student(complete, dataset, precision.choose(complete))
     momentum = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    assert isinstance(dataset.train, Split)
+    sampling = Sampling(len(dataset.train), 8, seed=4)
     pipeline = TensorPipeline(
-        dataset.train.images, dataset.train.labels, batch_size=8, seed=4, augment=False, flip=False,
-        device="cpu", dtype=torch.float64,
-    )  # fmt: skip
+        dataset.train, sampling, augment=False, flip=False, device="cpu", dtype=torch.float64
+    )
     for batch in pipeline.epoch(0):
         loss = F.cross_entropy(model(batch.x_nat), batch.labels)
         gradients = torch.autograd.grad(loss, list(model.parameters()))

@@ -11,8 +11,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engine.pipelines.encoded import EncodedImages
+from engine.pipelines.encoded import EncodedImages, Listing, listing
 from engine.pipelines.folder import Tree
+from engine.pipelines.folder import image_folder as image_folder_of
+from engine.pipelines.splits import Request
 
 CLASSES = tuple("abcde")
 Pixels = npt.NDArray[np.uint8]
@@ -33,11 +35,18 @@ def encode(picture: Image.Image | Pixels, kind: str = "JPEG", **options: Any) ->
     return buffer.getvalue()
 
 
-def in_memory(*files: bytes) -> EncodedImages:
+def in_memory(*files: bytes, size: int = 16, windows: bool = True) -> EncodedImages:
     """Encoded images as of files 0, 1... of a folder X."""
     names = tuple(str(number) for number in range(len(files)))
     tree = Tree(list(names), "X/", lambda name: files[int(name)])
-    return EncodedImages(tree, names, torch.arange(len(files)) % len(CLASSES), CLASSES)
+    labels = torch.arange(len(files)) % len(CLASSES)
+    return EncodedImages(tree, names, labels, CLASSES, shape=(size, size), windows=windows)
+
+
+def listings(root: Path, request: Request) -> tuple[Listing, Listing]:
+    """The images wanted of an image folder."""
+    train, test = image_folder_of(root)
+    return listing(train, "train", request), listing(test, "test", request)
 
 
 def image_folder(files: list[bytes]) -> dict[str, bytes]:

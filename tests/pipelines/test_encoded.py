@@ -11,10 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipelines.encoded import encoded_splits
-from engine.pipelines.folder import opened
+from engine.pipelines.encoded import EncodedImages, encoded_splits
 from engine.pipelines.splits import Request
-from tests.pipelines.photographs import CLASSES, UNREADABLE, encode, image_folder, in_memory, smooth, write
+from tests.pipelines.photographs import (
+    CLASSES,
+    UNREADABLE,
+    encode,
+    image_folder,
+    in_memory,
+    listings,
+    smooth,
+    write,
+)
+
+
+def encoded(root: Path, **wanted: Any) -> tuple[EncodedImages, EncodedImages]:
+    request = Request(image_size=16, **wanted)
+    return encoded_splits(*listings(root, request), request)
+
 
 FILES = [encode(smooth(number, 20, 30)) for number in range(12)]
 RGB = Image.fromarray(smooth(1, 20, 30))
@@ -65,23 +79,21 @@ def test_more_than_8_bits_a_channel_are_refused() -> None:
 
 
 def test_labels_are_numbers_of_sorted_classes(tmp_path: Path) -> None:
-    with opened(write(tmp_path, image_folder(FILES))) as (train, test):
-        images, held_out = encoded_splits(train, test, Request())
-        assert images.class_names == held_out.class_names == CLASSES
-        assert (len(images), len(held_out)) == (12, 5)
-        for sample, label in enumerate(images.labels.tolist()):
-            number = int(Path(images.names[sample]).stem)
-            assert label == number % 5
-            assert images.read(sample) == (FILES[number], 20, 30)
-            assert images.where(sample) == str(tmp_path / f"train/{CLASSES[label]}/{number:02d}.jpg")
+    images, held_out = encoded(write(tmp_path, image_folder(FILES)))
+    assert images.class_names == held_out.class_names == CLASSES
+    assert (len(images), len(held_out)) == (12, 5)
+    for sample, label in enumerate(images.labels.tolist()):
+        number = int(Path(images.names[sample]).stem)
+        assert label == number % 5
+        assert images.read(sample) == (FILES[number], 20, 30)
+        assert images.where(sample) == str(tmp_path / f"train/{CLASSES[label]}/{number:02d}.jpg")
 
 
 def test_parts_keep_images_and_labels_together(tmp_path: Path) -> None:
     images = in_memory(*FILES)
     part = images.take(torch.tensor([7, 2, 2]))
     assert (part.names, part.labels.tolist(), len(part)) == (("7", "2", "2"), [2, 2, 2], 3)
-    with opened(write(tmp_path, image_folder(FILES))) as (train, test):
-        limited, _ = encoded_splits(train, test, Request(limit_train=5))
+    limited, _ = encoded(write(tmp_path, image_folder(FILES)), limit_train=5)
     assert limited.labels.tolist() == [0, 1, 2, 3, 4]
     assert [name[0] for name in limited.names] == list(CLASSES)
 
@@ -91,11 +103,9 @@ def test_skipping_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     bad = {f"train/b/bad {number}.jpg": data for number, data in enumerate(UNREADABLE.values())}
     root = write(tmp_path, content | bad)
     seen: list[Any] = []
-    with opened(root) as (train, test):
-        progress = Request(progress=lambda *report: seen.append(report))
-        images, untouched = encoded_splits(train, test, progress, on_bad_image="skip")
-        again, _ = encoded_splits(train, test, Request(), on_bad_image="skip")
-        everything, _ = encoded_splits(train, test, Request(), on_bad_image="fail")
+    images, untouched = encoded(root, progress=lambda *report: seen.append(report), on_bad_image="skip")
+    again, _ = encoded(root, on_bad_image="skip")
+    everything, _ = encoded(root)
     assert images.skipped == again.skipped == tuple(str(root / name) for name in sorted(bad))
     assert images.names == again.names
     assert [f"train/{name}" for name in images.names] == sorted(name for name in content if name[:2] == "tr")
@@ -107,16 +117,10 @@ def test_skipping_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path, image_folder(FILES) | {"test/c/0.png": b"nothing"})
-    with (
-        opened(root) as (train, test),
-        pytest.raises(ValueError, match=r"^data: \S*test/c holds no readable image$"),
-    ):
-        encoded_splits(train, test, Request(), on_bad_image="skip")
+    with pytest.raises(ValueError, match=r"^data: no image of the class 'c' in \S*test can be read$"):
+        encoded(root, on_bad_image="skip")
 
 
 def test_an_unknown_policy_is_refused(tmp_path: Path) -> None:
-    with (
-        opened(write(tmp_path, image_folder(FILES))) as (train, test),
-        pytest.raises(ValueError, match=r"^on_bad_image: 'ignore' is unknown; known are fail, skip$"),
-    ):
-        encoded_splits(train, test, Request(), on_bad_image="ignore")
+    with pytest.raises(ValueError, match=r"^on_bad_image: 'ignore' is unknown; known are fail, skip$"):
+        encoded(write(tmp_path, image_folder(FILES)), on_bad_image="ignore")

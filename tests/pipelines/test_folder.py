@@ -244,11 +244,11 @@ WRONG: dict[str, tuple[Content, str]] = {
     ),
     "other size": (
         content() | {"train/dog/10.png": encoded(pixels(0, 5, 6)), "train/dog/9.png": encoded(pixels(0, 7, 7))},
-        r"all\.zip:train/dog/10\.png is 6x5 pixels and must be 4x5 as the other images$",
+        r"all\.zip:train/dog/10\.png is 6x5 pixels and must be 4x5 as the other images; see image_size$",
     ),
     "other size in test": (
         content() | {"test/cat/9.png": encoded(pixels(0, 8, 8))},
-        r"all\.zip:test/cat/9\.png is 8x8 pixels and must be 4x5 as the other images$",
+        r"all\.zip:test/cat/9\.png is 8x8 pixels and must be 4x5 as the other images; see image_size$",
     ),
     "climbs out": (
         content() | {"train/../../evil.png": b"x"},
@@ -306,7 +306,7 @@ def test_a_flipped_bit_in_an_archive_is_found(tmp_path: Path) -> None:
 def test_the_folder_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, content())
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path))
-    loaded: Dataset = datasets.load("folder")
+    loaded: Dataset[Split] = datasets.load("folder")
     check_split(loaded.train, "train", ORDER)
     monkeypatch.delenv("ENGINE_DATA")
     with pytest.raises(ValueError, match="data: the dataset folder needs the path of an image folder"):

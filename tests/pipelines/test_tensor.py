@@ -11,23 +11,18 @@ from torch import Tensor
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.philox import Stream, random_words
 from engine.pipelines.base import Batch, Pipeline
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
 
 IMAGES = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(50) % 7
+WHOLE = Split(IMAGES, LABELS, tuple("abcdefg"))
 
 
 def pipeline(count: int = 50, batch_size: int = 16, seed: int = 3, shuffle: bool = True) -> TensorPipeline:
-    return TensorPipeline(
-        IMAGES[:count],
-        LABELS[:count],
-        batch_size=batch_size,
-        seed=seed,
-        augment=True,
-        flip=True,
-        device="cpu",
-        shuffle=shuffle,
-    )
+    sampling = Sampling(count, batch_size, seed, "random" if shuffle else "sequential")
+    return TensorPipeline(WHOLE.take(torch.arange(count)), sampling, augment=True, flip=True, device="cpu")
 
 
 def order(batches: list[Batch]) -> Tensor:
@@ -86,7 +81,7 @@ def test_the_order_changes_with_epoch_and_seed_and_comes_back() -> None:
 def test_the_order_sorts_the_words_and_ties_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     words = random_words(3, Stream.SHUFFLE, 6, torch.arange(50), 1)[:, 0].tolist()
     assert order(list(pipeline().epoch(6))).tolist() == sorted(range(50), key=lambda i: words[i])
-    monkeypatch.setattr("engine.pipelines.tensor.random_words", lambda *_: torch.arange(50)[:, None] % 2)
+    monkeypatch.setattr("engine.pipelines.sampling.random_words", lambda *_: torch.arange(50)[:, None] % 2)
     assert order(list(pipeline().epoch(6))).tolist() == [*range(0, 50, 2), *range(1, 50, 2)]
 
 

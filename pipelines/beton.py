@@ -1,0 +1,234 @@
+"""FFCV's file format, .beton: what a file holds, checked before anything is made of it. Needs no FFCV.
+
+A file is a header, a description of each field, one row of metadata for each sample, pages of data that the rows
+point into, and a table of what was allocated in them. Written by FFCV 1.0.2, and by `beton_writer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.pipelines.encoded import Listing
+from engine.pipelines.folder import Tree
+from engine.pipelines.splits import Request
+
+VERSION = 2
+JPEG, RAW = 0, 1  # modes of an image
+IMAGE, LABEL, SPLIT, CLASS_NAME = "image", "label", "split", "class_name"
+PARTS = ("train", "test")  # by their number in the field `split`
+
+_HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("table_at", "<u8"),
+    ]
+)
+_FIELD = np.dtype([("type", "<u1"), ("name", "S16"), ("arguments", "V1024")])
+_ALLOCATION = np.dtype([("sample", "<u8"), ("at", "<u8"), ("size", "<u8")])
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")])
+_BYTES = np.dtype([("at", "<u8"), ("size", "<u8")])
+# Type of a field -> its name, and what a row of metadata holds of it.
+_TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
+    0: ("float", "<f8"),
+    1: ("int", "<i8"),
+    2: ("rgb image", _IMAGE),
+    3: ("bytes", _BYTES),
+    4: ("array", "<u8"),
+    5: ("json", _BYTES),
+    6: ("tensor", "<u8"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """The head of a file. fields: name -> type. rows: metadata, by field. sizes: bytes of each image."""
+
+    path: Path
+    page_size: int
+    fields: dict[str, str]
+    rows: npt.NDArray[Any]
+    sizes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> npt.NDArray[Any]:
+        """Of each sample mode, width, height, and where its bytes are: `at`."""
+        return self.rows[IMAGE]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 N."""
+        return torch.from_numpy(self.rows[LABEL].astype(np.int64))
+
+    @cached_property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """The whole file, mapped into memory."""
+        return np.memmap(self.path, np.uint8, mode="r")
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label, else its number. Raises ValueError for labels with gaps or below 0."""
+        labels, first = np.unique(self.rows[LABEL], return_index=True)
+        for number, label in enumerate(labels.tolist()):
+            if label != number:
+                raise ValueError(
+                    f"data: {self.path} has a label out of range: {label}, where labels must be 0 to "
+                    f"{len(labels) - 1} for {len(labels)} classes"
+                )
+        if self.fields.get(CLASS_NAME) != "bytes":
+            return tuple(map(str, labels.tolist()))
+        rows = self.rows[CLASS_NAME][first]
+        return tuple(self._bytes(row["at"], row["size"]).decode() for row in rows)
+
+    def encoded(self, sample: int) -> bytes:
+        """The image of a sample as a JPEG or a PPM file."""
+        row = self.images[sample]
+        content = self._bytes(row["at"], self.sizes[sample])
+        return content if row["mode"] == JPEG else b"P6 %d %d 255\n" % (row["width"], row["height"]) + content
+
+    def listings(self) -> dict[str, Listing]:
+        """The samples of each part; of a file that does not say, all of them under ""."""
+        names = [f"image {sample}" for sample in range(len(self))]
+        tree = Tree(names, f"{self.path}: ", lambda name: self.encoded(position(name)))
+        whole = Listing(tree, tuple(names), self.labels, self.class_names, beton=self.path)
+        if SPLIT not in self.fields:
+            return {"": whole}
+        found = {}
+        for number, part in enumerate(PARTS):
+            index = torch.from_numpy(np.flatnonzero(self.rows[SPLIT] == number))
+            found[part] = whole.take(index)
+        return found
+
+    def _bytes(self, at: int, size: int) -> bytes:
+        return self.data[int(at) : int(at) + int(size)].tobytes()
+
+
+def position(name: str) -> int:
+    """The number in its file of the sample that a `Listing` calls so."""
+    return int(name.removeprefix("image "))
+
+
+def is_beton(path: Path) -> bool:
+    """Whether a path is that of a .beton file, or of a folder with one of training images."""
+    return path.suffix == ".beton" or (path / "train.beton").is_file()
+
+
+def splits(path: Path, request: Request) -> tuple[Listing, Listing]:
+    """Training and test images of a file with the field `split`, or of a folder with train.beton and test.beton.
+
+    In a folder val.beton serves where there is no test.beton. Raises ValueError in one line for what is not there,
+    is no whole file, or has not the same classes in both.
+    """
+    if path.is_dir():
+        second = next((name for name in ("test.beton", "val.beton") if (path / name).is_file()), None)
+        if second is None:
+            raise ValueError(f"data: {path} holds no test.beton and no val.beton")
+        parts = [_only(path / name) for name in ("train.beton", second)]
+    else:
+        found = read(path).listings()
+        if "" in found:
+            raise ValueError(
+                f"data: {path} does not say which images are for testing (it has no field `split`); "
+                f"put it into a folder as train.beton, beside test.beton, and give the folder"
+            )
+        parts = [found[part] for part in PARTS]
+    class_names = parts[0].class_names
+    for images in parts:
+        if len(images.labels.unique()) != len(class_names) or images.class_names != class_names:
+            raise ValueError(f"data: {path} must have the same classes for training and for testing")
+    train, test = (
+        images.take(request.select(part, images.labels)) for part, images in zip(PARTS, parts, strict=True)
+    )
+    return train, test
+
+
+def _only(path: Path) -> Listing:
+    found = read(path).listings()
+    if "" not in found:
+        raise ValueError(f"data: {path} holds images of both splits: give the file itself, not its folder")
+    return found[""]
+
+
+def read(path: Path) -> Beton:
+    """The head of a file. Raises ValueError, one line, where it is no whole .beton file with images and labels."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            return _read(path, file, size)
+    except OSError as error:
+        raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
+
+
+def _read(path: Path, file: BinaryIO, size: int) -> Beton:
+    def check(holds: bool, reason: str) -> None:
+        if not holds:
+            raise ValueError(f"data: {path} is no whole .beton file ({reason})")
+
+    def array(dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+        content = file.read(count * dtype.itemsize)
+        check(len(content) == count * dtype.itemsize, f"it ends at byte {size:,}, within its head")
+        return np.frombuffer(content, dtype)
+
+    header = array(_HEADER, 1)[0]
+    version, count, table_at = int(header["version"]), int(header["num_samples"]), int(header["table_at"])
+    check(version == VERSION, f"it begins with format version {version}, and {VERSION} is known")
+    check(table_at > 0, "its writing was never finished")
+    check(table_at <= size and (size - table_at) % _ALLOCATION.itemsize == 0, f"it is cut off at byte {size:,}")
+    check(0 < count <= size, f"it holds {count:,} samples")
+
+    fields: dict[str, str] = {}
+    kinds: list[tuple[str, npt.DTypeLike]] = []
+    for field in array(_FIELD, int(header["num_fields"])):
+        name = field["name"].decode("ascii", "replace")
+        check(int(field["type"]) in _TYPES, f"its field {name!r} is of the custom type {field['type']}")
+        fields[name], kind = _TYPES[int(field["type"])]
+        kinds.append((name, kind))
+    check(len(fields) == len(kinds), "two fields have one name")
+    if (fields.get(IMAGE), fields.get(LABEL)) != ("rgb image", "int"):
+        listed = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
+        raise ValueError(f"data: {path} needs the fields image (rgb image) and label (int), and it has {listed}")
+    rows = array(np.dtype(kinds, align=True), count)
+    data_from = file.tell()
+
+    file.seek(table_at)
+    table = array(_ALLOCATION, (size - table_at) // _ALLOCATION.itemsize)
+    check(len(table) > 0, "nothing is allocated in it")
+    table = table[np.argsort(table["at"])]
+    images = rows[IMAGE]
+    place = np.searchsorted(table["at"], images["at"]).clip(max=len(table) - 1)
+    _check_each("is nowhere in the file", table["at"][place] != images["at"], check=check)
+    at, sizes = table["at"][place].astype(np.int64), table["size"][place].astype(np.int64)
+    _check_each("lies outside the file", at < data_from, sizes < 0, sizes > table_at - at, check=check)
+    _check_each("is neither JPEG nor raw", (images["mode"] != JPEG) & (images["mode"] != RAW), check=check)
+    pixels = images["height"].astype(np.int64) * images["width"] * 3
+    _check_each("has another size than its pixels", (images["mode"] == RAW) & (sizes != pixels), check=check)
+    _check_each("has no pixels", pixels == 0, check=check)
+    if fields.get(SPLIT) == "int":
+        _check_each("is in no known split", (rows[SPLIT] < 0) | (rows[SPLIT] >= len(PARTS)), check=check)
+    if fields.get(CLASS_NAME) == "bytes":
+        at, long = (rows[CLASS_NAME][key].astype(np.int64) for key in ("at", "size"))
+        _check_each(
+            "has a class name outside the file", at < data_from, long < 0, long > table_at - at, check=check
+        )
+    return Beton(path, int(header["page_size"]), fields, rows, sizes)
+
+
+def _check_each(fault: str, *wrong: npt.NDArray[np.bool_], check: Callable[[bool, str], None]) -> None:
+    """Refuse the first image of which any condition holds."""
+    found = np.flatnonzero(np.logical_or.reduce(wrong))
+    if len(found):
+        check(False, f"image {found[0]} {fault}")

@@ -1,0 +1,199 @@
+"""FFCV's loader as `FFCVPipeline` uses it: its reading, decoding and resizing, with windows that are given.
+
+FFCV draws its windows from a generator of each thread, so that no seed repeats them, and takes what a decoder of
+JPEG made of a damaged file for an image. Importing this module imports FFCV. B batch, H, W.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit, prange
+
+from engine.pipelines import beton
+from engine.pipelines.beton import Beton
+from engine.pipelines.ffcv_repairs import (
+    AllocationQuery,
+    Epoch,
+    Loader,
+    Operation,
+    OrderOption,
+    SimpleRGBImageDecoder,
+    ToDevice,
+    imdecode,
+    memcpy,
+    resize_crop,
+)
+
+Integers = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+_JPEG = beton.JPEG
+_imdecode, _memcpy, _resize_crop = (njit(nogil=True)(each) for each in (imdecode, memcpy, resize_crop))
+
+
+class BetonLoader:
+    """Reads images of a .beton file as uint8 BHWC onto a device.
+
+    windows: images are cut and resized to the shape; else they have it. paged: pages of the file are read into a
+    cache of FFCV's own; else the system maps the file. Compiles when it is made.
+    """
+
+    def __init__(
+        self,
+        source: Beton,
+        shape: tuple[int, int],
+        *,
+        windows: bool,
+        paged: bool,
+        batch_size: int,
+        workers: int,
+        batches_ahead: int,
+        device: torch.device,
+    ) -> None:
+        workers = min(workers, numba.config.NUMBA_NUM_THREADS)
+        operations = [Decode((*shape, 3), windows, paged, workers > 1), Check()]
+        if device.type == "cuda":
+            operations.append(ToDevice(device))
+        self._loader = Loader(
+            str(source.path),
+            batch_size=batch_size,
+            num_workers=workers,
+            os_cache=not paged,
+            order=OrderOption.SEQUENTIAL,  # each `Reading` has its own
+            seed=0,
+            pipelines={name: operations if name == beton.IMAGE else None for name in source.fields},
+            drop_last=False,
+            batches_ahead=batches_ahead,
+        )
+        rows = source.images
+        self._field = f"f{list(source.fields).index(beton.IMAGE)}"
+        self._images = (
+            np.ascontiguousarray(rows["mode"]),
+            *(rows[key].astype(np.int64) for key in ("height", "width", "at")),
+            source.sizes,
+            source.page_size.bit_length() - 1,
+        )
+
+    def read(
+        self, batches: list[Integers], windows: Callable[[int], Integers], mend: Callable[[int, int], Pixels]
+    ) -> Reading:
+        """The images at those positions of the file, batch by batch; close it at the end.
+
+        windows: top, left, height, width and flip of the images of a batch: B x 5. mend: the view of an image that
+        FFCV cannot decode, by the number of its batch and its own number in that.
+        """
+        return Reading(
+            self._loader, np.concatenate(batches), lambda b: {self._field: (*self._images, windows(b))}, mend
+        )
+
+
+class Reading(Epoch):
+    """An epoch whose operations are told of the batch that they work on."""
+
+    def __init__(
+        self,
+        loader: Any,
+        order: Integers,
+        describe: Callable[[int], dict[str, Any]],
+        mend: Callable[[int, int], Pixels],
+    ) -> None:
+        self._describe, self._mend = describe, mend
+        self._batch = 0
+        super().__init__(loader, order)
+
+    def run_pipeline(self, b_ix: int, *arguments: Any) -> Any:
+        self._batch = b_ix
+        self.metadata = self._describe(b_ix)  # of the fields, which operations are given
+        return super().run_pipeline(b_ix, *arguments)
+
+    def mended(self, i: int) -> Pixels:
+        """The view of an image of the batch that is worked on, which FFCV cannot decode."""
+        return self._mend(self._batch, i)
+
+
+class Decode(SimpleRGBImageDecoder):  # type: ignore[misc]
+    """Images, and for each whether the decoder failed."""
+
+    def __init__(self, shape: tuple[int, int, int], windows: bool, paged: bool, parallel: bool) -> None:
+        super().__init__()
+        self._shape = shape
+        self._code = _compiled(windows, paged, parallel)
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+        pixel = np.dtype("u1")
+        state = replace(previous_state, jit_mode=True, shape=self._shape, dtype=pixel)
+        return state, (AllocationQuery(self._shape, pixel), AllocationQuery((), np.dtype("i4")))
+
+    def generate_code(self) -> Any:
+        return self._code
+
+
+class Check(Operation):  # type: ignore[misc]
+    """A tensor of the images, those that the decoder failed at made by Pillow if that can."""
+
+    def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+        return replace(previous_state, jit_mode=False, dtype=torch.uint8), None
+
+    def generate_code(self) -> Any:
+        def check(decoded: tuple[Pixels, npt.NDArray[np.int32]], _: None) -> torch.Tensor:
+            views_BHWC, failed_B = decoded
+            for i in failed_B.nonzero()[0].tolist():
+                reading = threading.current_thread()
+                assert isinstance(reading, Reading)
+                views_BHWC[i] = reading.mended(i)
+            return torch.from_numpy(views_BHWC)
+
+        return check
+
+
+@lru_cache
+def _compiled(windows: bool, paged: bool, parallel: bool) -> Any:
+    """The loop over a batch, compiled once in a process."""
+    span = prange if parallel else range
+
+    @njit(nogil=True)
+    def content(state, at, size, page_bits):  # type: ignore[no-untyped-def]
+        if paged:
+            page = at >> page_bits
+            start = at - (page << page_bits)
+            return state[0][state[3][page], start : start + size]
+        return state[0][at : at + size]
+
+    @njit(nogil=True, parallel=parallel, error_model="numpy")
+    def decode(positions_B, memory, images, state):  # type: ignore[no-untyped-def]
+        views_BHWC, failed_B = memory
+        modes, heights, widths, starts, sizes, page_bits, windows_B5 = images
+        for i in span(len(positions_B)):
+            image = positions_B[i]
+            height, width = heights[image], widths[image]
+            data = content(state, starts[image], sizes[image], page_bits)
+            failed_B[i] = 0
+            if not windows:
+                if modes[image] == _JPEG:
+                    failed_B[i] = _imdecode(
+                        data, views_BHWC[i], height, width, height, width, 0, 0, 1, 1, False, False
+                    )
+                else:
+                    _memcpy(data, views_BHWC[i])
+                continue
+            if modes[image] == _JPEG:
+                pixels_HWC = np.empty((height, width, 3), np.uint8)
+                failed_B[i] = _imdecode(data, pixels_HWC, height, width, height, width, 0, 0, 1, 1, False, False)
+            else:
+                pixels_HWC = data.reshape((height, width, 3))
+            top, left, rows, columns, flip = windows_B5[i]
+            _resize_crop(pixels_HWC, top, top + rows, left, left + columns, views_BHWC[i])
+            if flip:
+                views_BHWC[i] = views_BHWC[i, :, ::-1].copy()
+        return views_BHWC, failed_B
+
+    return decode

@@ -1,0 +1,137 @@
+"""Every pipeline over every kind of images that it takes, to be tested alike."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.pipelines import beton, beton_writer, ffcv
+from engine.pipelines.base import Batch, Pipeline
+from engine.pipelines.beton_writer import Format
+from engine.pipelines.dali import DALIPipeline
+from engine.pipelines.dali import check_installed as check_dali
+from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.splits import Request, Split
+from engine.pipelines.tensor import TensorPipeline
+from tests.pipelines.photographs import CLASSES, encode, in_memory, smooth
+
+COUNT = 43
+LABELS = torch.arange(COUNT) % 5
+SIZES = [(20 + 7 * number % 31, 20 + 11 * number % 37) for number in range(COUNT)]
+FILES = [encode(smooth(number, *size)) for number, size in enumerate(SIZES)]
+SMALL = [smooth(number, 8, 8) for number in range(COUNT)]
+ARRAYS = Split(torch.from_numpy(np.stack(SMALL)), LABELS, CLASSES)
+Data = Split | EncodedImages
+
+
+def in_beton(
+    path: Path, images: Split | Listing, form: Format = beton_writer.RAW, size: int | None = None
+) -> Data:
+    """The images in a .beton file: windows of that size of them, or whole."""
+    beton_writer.write(path, [images], form)
+    listing = beton.read(path).listings()[""]
+    return encoded_splits(listing, listing, Request(image_size=size))[0]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A pipeline over images. make_data: these, once, in a folder."""
+
+    name: str
+    kind: Callable[..., Pipeline]
+    make_data: Callable[[Path], Data]
+    order: str = "random"
+
+    def __call__(self, data: Data, batch_size: int = 8, **options: Any) -> Pipeline:
+        """That pipeline with seed 3, cropping and flipping on a CPU with one worker, unless told otherwise."""
+        keys = {key: options.pop(key) for key in ("seed", "order", "last", "shard") if key in options}
+        sampling = Sampling(len(data), batch_size, **{"seed": 3, "order": self.order, **keys})
+        given = {"augment": True, "flip": True, "device": "cpu", **options}
+        if self.kind is not TensorPipeline:
+            given.setdefault("workers", 1)
+        return self.kind(data, sampling, **given)
+
+    @property
+    def whole(self) -> bool:
+        """Whether views are of whole images of 8 x 8 pixels, without loss: those of `ARRAYS`."""
+        return not ("windows" in self.name or "jpeg" in self.name)
+
+
+def small_files(kind: str) -> EncodedImages:
+    return in_memory(*(encode(picture, kind) for picture in SMALL), size=8, windows=False)
+
+
+LOADERS = (
+    Loader("tensor", TensorPipeline, lambda folder: ARRAYS),
+    Loader("dali-arrays", DALIPipeline, lambda folder: ARRAYS),
+    Loader("dali-png", DALIPipeline, lambda folder: small_files("PNG")),
+    Loader("dali-windows", DALIPipeline, lambda folder: in_memory(*FILES)),
+    Loader("dali-beton", DALIPipeline, lambda folder: in_beton(folder / "d.beton", ARRAYS)),
+    Loader("ffcv-raw", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "r.beton", ARRAYS)),
+    Loader(
+        "ffcv-raw-pages", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "p.beton", ARRAYS), "quasi-random"
+    ),
+    Loader("ffcv-jpeg", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "j.beton", ARRAYS, Format("jpeg"))),
+    Loader(
+        "ffcv-windows",
+        ffcv.FFCVPipeline,
+        lambda folder: in_beton(folder / "w.beton", in_memory(*FILES), Format("jpeg"), 16),
+    ),
+    Loader(
+        "ffcv-raw-windows",
+        ffcv.FFCVPipeline,
+        lambda folder: in_beton(folder / "v.beton", in_memory(*FILES), Format("raw"), 16),
+    ),
+)
+
+
+def require(loader: Loader) -> None:
+    """Skip, visibly, where the library of a pipeline is not installed."""
+    for kind, check in (("ffcv", ffcv.check_installed), ("dali", check_dali)):
+        if loader.name.startswith(kind):
+            try:
+                check()
+            except ValueError as error:
+                pytest.skip(str(error))
+
+
+def equal(got: Batch, expected: Batch) -> bool:
+    pairs = ((got.x_nat, expected.x_nat), (got.labels, expected.labels), (got.sample, expected.sample))
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def order(batches: list[Batch]) -> Tensor:
+    return torch.cat([batch.sample for batch in batches])
+
+
+def threads() -> list[str]:
+    """The names of this process's threads, those of C++ included, without those of pools that live for ever."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            names.append((task / "comm").read_text().strip())
+        except OSError:  # it has just ended
+            continue
+    return names
+
+
+def threads_end(before: int) -> bool:
+    """Whether no more threads are left than there were."""
+    patience = time.monotonic() + 5
+    while (left := len(threads())) > before and time.monotonic() < patience:
+        time.sleep(0.01)  # a joined thread vanishes from /proc a little later
+    return left <= before
+
+
+def python_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
