@@ -120,9 +120,6 @@ def evaluate(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"model: evaluation runs in float32 or float64, and its parameters are {dtype}")
 
-    def batch(sample_B: Tensor) -> tuple[Tensor, Tensor]:
-        return _batch(images_N, labels_N, sample_B, where, dtype)
-
     def craft(name: str) -> tuple[str, Craft]:
         if name == "natural":
             return "no attack", lambda x_nat, labels_B, sample_B: x_nat
@@ -136,7 +133,7 @@ def evaluate(
 
     results = {}
     with _undisturbed(model, where):
-        num_classes = model(batch(sample_N[:1])[0]).shape[1]
+        num_classes = model(batch_of(images_N, labels_N, sample_N[:1], where, dtype)[0]).shape[1]
         if int(labels_N.max()) >= num_classes:
             raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {num_classes} classes")
         for name, (description, attack) in {name: craft(name) for name in names}.items():
@@ -145,7 +142,7 @@ def evaluate(
             correct = torch.zeros((), dtype=torch.float64, device=where)
             excess = torch.zeros((), dtype=torch.float64, device=where)
             for sample_B in torch.split(sample_N, batch_size):
-                x_nat, labels_B = batch(sample_B)
+                x_nat, labels_B = batch_of(images_N, labels_N, sample_B, where, dtype)
                 x_adv = attack(x_nat, labels_B, sample_B.to(where))
                 correct += (model(x_adv.to(dtype)).argmax(dim=1) == labels_B).sum()
                 excess = torch.maximum(excess, _excess(x_adv, x_nat, epsilon, threat_model))
@@ -159,16 +156,10 @@ def evaluate(
     return results
 
 
-def evaluation_batch(
-    data: LabelledImages, sample_B: Tensor, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Images as evaluation sees them, BCHW in [0, 1] and channels-last, and their labels, on the device."""
-    return _batch(data.images, data.labels, sample_B, device, dtype)
-
-
-def _batch(
+def batch_of(
     images_N: Tensor | Indexable, labels_N: Tensor, sample_B: Tensor, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Images as evaluation sees them, BCHW in [0, 1] and channels-last, and their labels, on the device."""
     x_B = images_N[sample_B.to(images_N.device) if isinstance(images_N, Tensor) else sample_B].to(device)
     if x_B.dtype == torch.uint8:
         x_B = x_B.permute(0, 3, 1, 2).to(dtype) / 255

@@ -31,7 +31,7 @@ from engine import (
 from engine.attack import preset
 from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
-from engine.evaluate import check_names, evaluate, evaluation_batch
+from engine.evaluate import batch_of, check_names, evaluate
 from engine.journal import Journal
 from engine.kernels import dispatch
 from engine.pipelines import choice, datasets
@@ -347,7 +347,13 @@ class Trainer:
     def _probe_images(self, training: datasets.AnySplit) -> tuple[Tensor, Tensor]:
         """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
         probe = balanced(training, max(self.config.eval.probe_size, len(self.dataset.class_names)))
-        return evaluation_batch(probe, torch.arange(len(probe)), self.precision.device, self.precision.dtype)
+        return batch_of(
+            probe.images,
+            probe.labels,
+            torch.arange(len(probe)),
+            self.precision.device,
+            self.precision.dtype,
+        )
 
     def _attack_entries(self) -> int:
         """Entries of the input gradients that crafting one image computes."""

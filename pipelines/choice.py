@@ -39,7 +39,8 @@ def choose(kind: str, data: AnySplit, device: torch.device) -> Choice:
         return Choice(kind, "as asked for")
     faults: list[str] = []
     for each in KINDS:
-        if not (fault := _FAULTS[each](data, device)):
+        fault = _FAULTS[each](data, device) or (_crowding(data, device) if each == "tensor" else "")
+        if not fault:
             return Choice(each, "; ".join(faults) or "the images fit into the device's memory")
         faults.append(fault)
     raise ValueError(f"pipeline: none can serve: {'; '.join(faults)}")
@@ -75,7 +76,16 @@ def _tensor_fault(data: AnySplit, device: torch.device) -> str:
         if data.windows:
             return "tensor holds images of one size, and image_size takes them of any size"
         return "tensor holds images in memory, and these would take more than half of what is free"
-    if device.type == "cuda" and data.images.nbytes > free_memory(device) // _GPU_SHARE:
+    return ""
+
+
+def _crowding(data: AnySplit, device: torch.device) -> str:
+    """Why images had better not be held on the device, though they can be."""
+    if (
+        device.type == "cuda"
+        and isinstance(data, Split)
+        and data.images.nbytes > free_memory(device) // _GPU_SHARE
+    ):
         size = data.images.nbytes / 1e9
         return f"tensor holds images in the GPU's memory, and {size:.1f} GB exceed a quarter of what is free"
     return ""

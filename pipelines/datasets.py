@@ -170,11 +170,22 @@ def _beton(name: str, path: Path, request: Request) -> Found:
 
 def _in_memory_or_not(train: Listing, test: Listing, request: Request) -> tuple[AnySplit, AnySplit]:
     if request.image_size is None and request.resident != "never":
-        height, width = train.read(0)[1:]
+        height, width = _first_size(train, request)
         needed = (len(train) + len(test)) * height * width * 3
         if request.resident == "always" or needed <= free_memory("cpu") // 2:
             return read_splits(train, test, request)
     return encoded_splits(train, test, request)
+
+
+def _first_size(images: Listing, request: Request) -> tuple[int, int]:
+    """Height and width of the first image that counts."""
+    for sample in range(len(images)):
+        try:
+            return images.read(sample)[1:]
+        except ValueError:
+            if request.on_bad_image == "fail":
+                raise
+    return 0, 0  # where none can be read, reading them says so
 
 
 def _search(

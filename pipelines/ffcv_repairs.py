@@ -92,8 +92,8 @@ def _set_num_threads(number: int) -> None:
 def _compile_reader(manager: Any) -> Any:
     """A function that gives the bytes at an address of a mapped file.
 
-    FFCV compiles it at once, for types of numba's that it alters although all share them: what was compiled for them
-    before is then not found any more. Compiled at its first call, it needs no types.
+    FFCV compiles it at once, for types of numba's that it alters although all share them: what was compiled for
+    them before is then not found any more. Compiled at its first call, it needs no types.
     """
 
     def read(address, state):  # type: ignore[no-untyped-def]

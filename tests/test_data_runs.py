@@ -375,3 +375,16 @@ def test_ffcv_tells_how_to_make_a_beton_of_a_folder(
     keys = photograph_keys(photographs, "ffcv", method="at")
     outcome = cli(*tiny.flags(**keys, out=str(tmp_path / "run")))
     assert_user_error(outcome, "pipeline: ffcv reads .beton files", str(photographs), "`engine data write`")
+
+
+def test_the_first_image_may_be_the_one_to_skip(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny.folder, folder)
+    first = folder / "train" / "circle" / "0000.png"
+    first.write_bytes(b"nothing")
+    for resident in ("always", "if it fits", "never"):
+        found = datasets.find("folder", str(folder), Request(on_bad_image="skip", resident=resident))
+        assert found.train.skipped == (str(first),)
+        assert (len(found.train), len(found.test)) == (41, 18)
+        with pytest.raises(ValueError, match=f"^data: {re.escape(str(first))} is not a readable image"):
+            datasets.find("folder", str(folder), Request(resident=resident))

@@ -8,6 +8,7 @@ import torch
 from engine.pipelines import beton_writer, ffcv
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import find
+from engine.pipelines.encoded import EncodedImages
 from engine.pipelines.ffcv import FFCVPipeline
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
@@ -38,6 +39,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_ffcv(path: str) -> Pipeline:
     data = find("folder", path, Request(resident="never")).train
+    assert isinstance(data, EncodedImages)
     return FFCVPipeline(
         data, Sampling(COUNT, BATCH, 3), augment=True, flip=True, device="cuda", batches_ahead=AHEAD
     )
