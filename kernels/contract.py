@@ -99,6 +99,18 @@ def check_labels(inputs: LossInputs) -> None:
             raise ValueError(f"labels: expected 0 <= label < {classes}, got {low}..{high}")
 
 
+def check_places(sample_B: Tensor, index_B: Tensor | None, count: int) -> None:
+    """Raises IndexError on a CPU where there is no image among `count` at a sample's index, or at its number.
+
+    On an accelerator the kernel asserts that on the device.
+    """
+    name, place_B = ("sample_B", sample_B) if index_B is None else ("index_B", index_B)
+    if place_B.device.type == "cpu":
+        wrong_X = place_B[(place_B < 0) | (place_B >= count)]
+        if len(wrong_X):
+            raise IndexError(f"{name}: there is no image {int(wrong_X[0])} among {count}")
+
+
 def check_device(**given: Tensor | None) -> None:
     """Raises ValueError for tensors on several devices: a kernel would follow addresses of another one."""
     devices = {name: tensor.device for name, tensor in given.items() if tensor is not None}

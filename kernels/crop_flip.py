@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, native, reference
-from engine.kernels.contract import check_device
+from engine.kernels.contract import check_device, check_places
 
 
 def crop_flip(
@@ -31,11 +31,12 @@ def crop_flip(
     `Stream.AUGMENT`. The top bit of word 2 is the flip. So a view depends on (seed, epoch, sample) alone.
 
     images_NHWC: uint8; labels_N, sample_B: int64; all on one device. out: an earlier result to write into.
-    index_B: where each sample's image and label stand in images_NHWC and labels_N, by default at its own number.
+    index_B: int64, where each sample's image and label stand in images_NHWC and labels_N, by default at its own
+    number. With it a sample may be any number: its low 32 bits draw the view.
     Returns x_BCHW in [0,1] with channels_last strides, and labels_B.
-    Raises ValueError for tensors that do not fit, and on a CPU IndexError for a sample that is not there.
+    Raises ValueError for tensors that do not fit, and on a CPU IndexError for an image that is not there.
     """
-    _check(images_NHWC, labels_N, sample_B, padding)
+    _check(images_NHWC, labels_N, sample_B, index_B, padding)
     height, width, channels = images_NHWC.shape[1:]
     if out is None:
         out = (
@@ -49,15 +50,17 @@ def crop_flip(
         )
     else:
         _check_out(*out, (len(sample_B), channels, height, width))
-    check_device(images_NHWC=images_NHWC, labels_N=labels_N, sample_B=sample_B, x=out[0], labels=out[1])
-    if index_B is not None:  # the fused kernels have no such argument yet
-        reference.crop_flip(
-            *out, images_NHWC, labels_N, sample_B, seed, epoch, padding, flip, augment, index_B=index_B
-        )
-        return out
+    check_device(
+        images_NHWC=images_NHWC,
+        labels_N=labels_N,
+        sample_B=sample_B,
+        index_B=index_B,
+        x=out[0],
+        labels=out[1],
+    )
     signed_seed = seed - (seed >> 63 << 64)  # an op's integers are signed
     crop = _op if torch.compiler.is_compiling() else _crop_flip
-    crop(*out, images_NHWC, labels_N, sample_B, signed_seed, epoch, padding, flip, augment)
+    crop(*out, images_NHWC, labels_N, sample_B, signed_seed, epoch, padding, flip, augment, index_B)
     return out
 
 
@@ -72,6 +75,7 @@ def _crop_flip(
     padding: int,
     flip: bool,
     augment: bool,
+    index_B: Tensor | None,
 ) -> None:
     """The views by the implementation that serves here. seed: as a signed number of 64 bits."""
     fused = x_BCHW.dtype == torch.float32 and images_NHWC.is_contiguous() and labels_N.is_contiguous()
@@ -85,16 +89,20 @@ def _crop_flip(
         seed & (2**64 - 1),
         epoch,
         padding,
+        flip,
+        augment,
+        None if index_B is None else index_B.contiguous(),
     )
     if implementation == "reference":
-        reference.crop_flip(*arguments, flip, augment)
+        check_places(sample_B, index_B, len(images_NHWC))
+        reference.crop_flip(*arguments)
         return
     if implementation == "native":
-        native.crop_flip(*arguments, flip, augment)
+        native.crop_flip(*arguments)
     else:
         from engine.kernels.triton_ops import crop_flip as triton_crop_flip
 
-        triton_crop_flip.crop_flip(*arguments, flip, augment)
+        triton_crop_flip.crop_flip(*arguments)
     # Autograd does not see what a kernel writes, and must not use the old values.
     increment_version((x_BCHW, labels_B))
 
@@ -111,8 +119,9 @@ def _op(
     padding: int,
     flip: bool,
     augment: bool,
+    index_B: Tensor | None,
 ) -> None:
-    _crop_flip(x_BCHW, labels_B, images_NHWC, labels_N, sample_B, seed, epoch, padding, flip, augment)
+    _crop_flip(x_BCHW, labels_B, images_NHWC, labels_N, sample_B, seed, epoch, padding, flip, augment, index_B)
 
 
 @_op.register_fake
@@ -120,7 +129,7 @@ def _(*_: object) -> None:
     return None
 
 
-def _check(images_NHWC: Tensor, labels_N: Tensor, sample_B: Tensor, padding: int) -> None:
+def _check(images_NHWC: Tensor, labels_N: Tensor, sample_B: Tensor, index_B: Tensor | None, padding: int) -> None:
     if images_NHWC.dtype != torch.uint8 or images_NHWC.dim() != 4:
         raise ValueError(
             f"images_NHWC: expected uint8 (N, H, W, C), got {images_NHWC.dtype} of {tuple(images_NHWC.shape)}"
@@ -131,6 +140,10 @@ def _check(images_NHWC: Tensor, labels_N: Tensor, sample_B: Tensor, padding: int
         )
     if sample_B.dtype != torch.int64 or sample_B.dim() != 1:
         raise ValueError(f"sample_B: expected int64 (B,), got {sample_B.dtype} of {tuple(sample_B.shape)}")
+    if index_B is not None and (index_B.dtype != torch.int64 or index_B.shape != sample_B.shape):
+        raise ValueError(
+            f"index_B: expected int64 ({len(sample_B)},), got {index_B.dtype} of {tuple(index_B.shape)}"
+        )
     if padding < 0:
         raise ValueError(f"padding must be 0 or more, got {padding}")
 

@@ -25,7 +25,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 CHOICES = ("auto", "native", "triton", "reference")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
     """The implementation that serves an op on a device: "native", "triton" or "reference".
 
@@ -41,6 +40,10 @@ def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
             raise ValueError(f"ENGINE_KERNELS={wanted}: {reason}")
         return wanted
     return next(name for name in known if not missing(name, device.type))
+
+
+# What torch.compiler.assume_constant_result does. Calling that imports torch's compiler: a second, and 150 MiB.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def preference() -> str:

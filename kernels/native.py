@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_labels
+from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_labels, check_places
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 2  # of csrc/library.cpp
+_INTERFACE = 3  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 
@@ -26,7 +26,7 @@ _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 _LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + "12d" + "4dq" + "6P")
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
-_CROP: list[Any] = [*[c_void_p] * 5, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
+_CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
 _START: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_float, c_uint64, c_uint32]
 
 
@@ -162,14 +162,13 @@ def crop_flip(
     padding: int,
     flip: bool,
     augment: bool,
+    index_B: Tensor | None = None,
 ) -> None:
     """`reference.crop_flip` of contiguous images into float32."""
-    tensors = (x_BCHW, labels_B, images_NHWC, labels_N, sample_B)
+    tensors = (x_BCHW, labels_B, images_NHWC, labels_N, sample_B, index_B)
     numbers = (len(sample_B), *images_NHWC.shape, seed, epoch, padding, flip, augment)
-    if _call("crop_flip", x_BCHW.device, *(given.data_ptr() for given in tensors), *numbers) == _OUT_OF_RANGE:
-        count = len(images_NHWC)
-        wrong = int(sample_B[(sample_B < 0) | (sample_B >= count)][0])
-        raise IndexError(f"sample_B: there is no sample {wrong} among {count}")
+    if _call("crop_flip", x_BCHW.device, *map(_pointer, tensors), *numbers) == _OUT_OF_RANGE:
+        check_places(sample_B, index_B, len(images_NHWC))
 
 
 def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:

@@ -32,13 +32,13 @@ def random_words(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count:
 
     The counter of word 4 j + w of a sample is (j, sample, epoch, stream), and its key the seed.
 
-    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32. sample_B: int64, 0 <= sample < 2**32.
+    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32. sample_B: int64, of which the low 32 bits count.
     Returns int64 of shape (B, count) with values in [0, 2**32), on the device of sample_B.
     """
     device = sample_B.device
     block_J = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
     c0 = block_J.expand(sample_B.shape[0], -1)
-    c1 = sample_B[:, None].expand_as(c0)
+    c1 = (sample_B & _MASK)[:, None].expand_as(c0)
     c2 = torch.full_like(c0, epoch)
     c3 = torch.full_like(c0, int(stream))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

@@ -48,6 +48,7 @@ struct CropArguments {
     const uint8_t* images;  // (N, H, W, C)
     const int64_t* labels;  // (N,)
     const int64_t* sample;  // (B,)
+    const int64_t* index;   // (B,), of each sample's image and label
     int64_t batch, height, width, channels;
     uint64_t seed;
     uint32_t epoch;

@@ -1,4 +1,4 @@
-// Random crop and flip of resident uint8 images: kernels/crop_flip.py says what it computes.
+// Random crop and flip of uint8 images: kernels/crop_flip.py says what it computes.
 #include "cpu.h"
 
 #include <stdlib.h>
@@ -91,9 +91,9 @@ void crop_range(int64_t begin, int64_t end, void* context) {
         return;
     }
     for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = given.sample[i];
-        cut(given, given.images + sample * size, view_of(sample, given), line, given.x + i * size);
-        given.labels_out[i] = given.labels[sample];
+        const int64_t index = given.index[i];
+        cut(given, given.images + index * size, view_of(given.sample[i], given), line, given.x + i * size);
+        given.labels_out[i] = given.labels[index];
     }
     free(line);
 }

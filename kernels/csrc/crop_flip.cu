@@ -1,5 +1,5 @@
-// Random crop and flip of resident uint8 images, in one launch: kernels/crop_flip.py says what it computes.
-#undef NDEBUG  // the device refuses a sample that is not there in every build
+// Random crop and flip of uint8 images, in one launch: kernels/crop_flip.py says what it computes.
+#undef NDEBUG  // the device refuses an image that is not there in every build
 #include <algorithm>
 #include <cassert>
 #include <cstdint>
@@ -53,19 +53,19 @@ __device__ float unit(float value) {
 template <bool WIDE>
 __global__ void __launch_bounds__(THREADS) crop_flip(
     float* __restrict__ x, int64_t* __restrict__ labels_out, const uint8_t* __restrict__ images,
-    const int64_t* __restrict__ labels, const int64_t* __restrict__ samples, int64_t num_images, Shape shape,
-    Augmentation augmentation) {
+    const int64_t* __restrict__ labels, const int64_t* __restrict__ samples, const int64_t* __restrict__ indices,
+    int64_t num_images, Shape shape, Augmentation augmentation) {
     constexpr int WIDTH = WIDE ? ACCESS_BYTES / sizeof(float) : 1;
-    const int64_t sample = samples[blockIdx.x];
-    const bool is_known = 0 <= sample && sample < num_images;
+    const int64_t sample = samples[blockIdx.x], index = indices ? indices[blockIdx.x] : sample;
+    const bool is_known = 0 <= index && index < num_images;
     assert(is_known);
     if (!is_known) return;  // an assertion that has failed may not stop the thread at once
 
-    if (blockIdx.y == 0 && threadIdx.x == 0) labels_out[blockIdx.x] = labels[sample];
+    if (blockIdx.y == 0 && threadIdx.x == 0) labels_out[blockIdx.x] = labels[index];
     const auto [height, width, channels] = shape;
     const int pixels = height * width * channels;
     x += int64_t{blockIdx.x} * pixels;
-    images += sample * pixels;
+    images += index * pixels;
     const View view = view_of(sample, augmentation);
     for (int pack = blockIdx.y * THREADS + threadIdx.x; pack < pixels / WIDTH; pack += gridDim.y * THREADS) {
         int channel = pack * WIDTH % channels;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(THREADS) crop_flip(
 // Returns 0 or a cudaError_t.
 ENGINE_API int engine_cuda_crop_flip(
     float* x, int64_t* labels_out, const uint8_t* images, const int64_t* labels, const int64_t* sample,
-    int64_t batch, int64_t num_images, int height, int width, int channels, uint64_t seed, uint32_t epoch,
-    int padding, int flip, int augment, void* stream) {
+    const int64_t* index, int64_t batch, int64_t num_images, int height, int width, int channels, uint64_t seed,
+    uint32_t epoch, int padding, int flip, int augment, void* stream) {
     constexpr int WIDTH = engine::ACCESS_BYTES / sizeof(float);
     constexpr int PER_BLOCK = engine::THREADS * engine::PACKS_PER_THREAD * WIDTH;
     if (batch == 0) return cudaSuccess;
@@ -104,7 +104,7 @@ ENGINE_API int engine_cuda_crop_flip(
     return engine::with_flag(engine::is_aligned(x) && pixels % WIDTH == 0, [&](auto wide) {
         return engine::launch(
             engine::crop_flip<decltype(wide)::value>, grid, engine::THREADS, stream, x, labels_out, images, labels,
-            sample, num_images, engine::Shape{height, width, channels},
+            sample, index, num_images, engine::Shape{height, width, channels},
             engine::Augmentation{seed, epoch, padding, flip != 0, augment != 0});
     });
 }

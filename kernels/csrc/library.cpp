@@ -72,7 +72,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 2; }
+int engine_interface() { return 3; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -101,12 +101,13 @@ int engine_cpu_pgd_update(
 
 int engine_cpu_crop_flip(
     float* x, int64_t* labels_out, const uint8_t* images, const int64_t* labels, const int64_t* sample,
-    int64_t batch, int64_t num_images, int height, int width, int channels, uint64_t seed, uint32_t epoch,
-    int padding, int flip, int augment) {
-    if (!in_range(sample, 1, batch, num_images)) return OUT_OF_RANGE;
+    const int64_t* index, int64_t batch, int64_t num_images, int height, int width, int channels, uint64_t seed,
+    uint32_t epoch, int padding, int flip, int augment) {
+    if (!index) index = sample;
+    if (!in_range(index, 1, batch, num_images)) return OUT_OF_RANGE;
     return chosen->crop_flip(
-        {x, labels_out, images, labels, sample, batch, height, width, channels, seed, epoch, padding, flip != 0,
-         augment != 0});
+        {x, labels_out, images, labels, sample, index, batch, height, width, channels, seed, epoch, padding,
+         flip != 0, augment != 0});
 }
 
 int engine_cpu_uniform_start(

@@ -26,6 +26,7 @@ def crop_flip(
     padding: int,
     flip: bool,
     augment: bool,
+    index_B: Tensor | None = None,
 ) -> None:
     """`reference.crop_flip` of contiguous images into float32."""
     count, height, width, channels = images_NHWC.shape
@@ -39,6 +40,7 @@ def crop_flip(
             images_NHWC,
             labels_N,
             sample_B,
+            index_B,
             count,
             seed,
             epoch,
@@ -61,6 +63,7 @@ def _crop_flip(
     images_ptr,
     labels_N_ptr,
     sample_ptr,
+    index_ptr,
     count: tl.int64,
     seed: tl.uint64,
     epoch: tl.uint32,
@@ -75,8 +78,9 @@ def _crop_flip(
     SIZE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     view = tl.program_id(0).to(tl.int64)
     sample = tl.load(sample_ptr + view)
-    known = (sample >= 0) & (sample < count)
-    tl.device_assert(known, "crop_flip: a sample is out of range")
+    index = sample if index_ptr is None else tl.load(index_ptr + view)
+    known = (index >= 0) & (index < count)
+    tl.device_assert(known, "crop_flip: an image is out of range")
 
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row, column, channel = value // (WIDTH * CHANNELS), value // CHANNELS % WIDTH, value % CHANNELS
@@ -87,9 +91,9 @@ def _crop_flip(
         row += tl.umulhi(words[0], 2 * PADDING + 1).to(tl.int32) - PADDING
         column += tl.umulhi(words[1], 2 * PADDING + 1).to(tl.int32) - PADDING
     inside = known & (value < SIZE) & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-    source = images_ptr + sample * SIZE + ((row * WIDTH + column) * CHANNELS + channel)
+    source = images_ptr + index * SIZE + ((row * WIDTH + column) * CHANNELS + channel)
     pixel = tl.load(source, mask=inside, other=0).to(tl.float32)
     quotient = tl.fma(pixel, _PER_255[0], pixel * _PER_255[1])  # of all 256 values what a division gives
     tl.store(x_ptr + view * SIZE + value, quotient, mask=value < SIZE)
     if tl.program_id(1) == 0:
-        tl.store(labels_B_ptr + view, tl.load(labels_N_ptr + sample, mask=known, other=-1))
+        tl.store(labels_B_ptr + view, tl.load(labels_N_ptr + index, mask=known, other=-1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +24,11 @@ from tests.kernels.cases import CROP_CASES, CropCase, check_crop_flip
 pytestmark = by_implementation("crop_flip")
 
 CASE = CropCase((32, 32), 3, 33, padding=4, flip=True, augment=True, seed=2**64 - 1, epoch=2**32 - 1, reuse=False)
+INDEXED = replace(CASE, indexed=True)
 
 
-def views(device: str) -> tuple[Tensor, Tensor]:
-    return crop_flip(**CASE.arguments(device))
+def views(device: str, case: CropCase = CASE) -> tuple[Tensor, Tensor]:
+    return crop_flip(**case.arguments(device))
 
 
 @pytest.mark.parametrize("case", CROP_CASES, ids=str)
@@ -34,17 +37,19 @@ def test_table(implementation: str, device: str, case: CropCase) -> None:
 
 
 @pytest.mark.usefixtures("implementation")
-def test_a_view_is_the_same_as_on_the_host(device: str) -> None:
-    x_BCHW, labels_B = views(device)
-    expected, expected_labels = views("cpu")
+@pytest.mark.parametrize("case", [CASE, INDEXED], ids=str)
+def test_a_view_is_the_same_as_on_the_host(device: str, case: CropCase) -> None:
+    x_BCHW, labels_B = views(device, case)
+    expected, expected_labels = views("cpu", case)
     assert torch.equal(x_BCHW.cpu(), expected)
     assert torch.equal(labels_B.cpu(), expected_labels)
 
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("augment", [True, False])
-def test_the_host_does_not_wait(device: str, augment: bool) -> None:
-    arguments = CASE.arguments(device) | {"augment": augment}
+@pytest.mark.parametrize("case", [CASE, INDEXED], ids=str)
+def test_the_host_does_not_wait(device: str, case: CropCase, augment: bool) -> None:
+    arguments = case.arguments(device) | {"augment": augment}
     expected = crop_flip(**arguments)
     with no_wait():
         got = crop_flip(**arguments)
@@ -53,11 +58,12 @@ def test_the_host_does_not_wait(device: str, augment: bool) -> None:
 
 
 @pytest.mark.usefixtures("implementation")
-def test_a_captured_graph_gives_the_views_of_new_samples(device: str) -> None:
-    arguments = CASE.arguments(device)
+@pytest.mark.parametrize(("case", "name"), [(CASE, "sample_B"), (INDEXED, "sample_B"), (INDEXED, "index_B")])
+def test_a_captured_graph_gives_the_views_of_new_samples(device: str, case: CropCase, name: str) -> None:
+    arguments = case.arguments(device)
     graph, outputs = captured(lambda: crop_flip(**arguments))
     for _ in range(2):
-        arguments["sample_B"].add_(11).remainder_(40)
+        arguments[name].add_(11).remainder_(40)
         graph.replay()
         assert all(map(torch.equal, outputs, crop_flip(**arguments)))
 
@@ -82,15 +88,17 @@ def test_it_runs_where_its_tensors_are(implementation: str) -> None:
     check_crop_flip(CASE, implementation, "cuda:1")
 
 
-@pytest.mark.parametrize("sample", [4, -1, 2**32])
-def test_a_sample_that_is_not_there_is_refused_on_the_device(implementation: str, sample: int) -> None:
+@pytest.mark.parametrize("wrong", [4, -1, 2**32])
+@pytest.mark.parametrize("name", ["sample_B", "index_B"])
+def test_an_image_that_is_not_there_is_refused_on_the_device(implementation: str, name: str, wrong: int) -> None:
     assert_the_device_refuses(
         f"""
 import torch
 from engine.kernels import crop_flip
 images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8, device="cuda")
 labels = torch.arange(4, device="cuda")
-crop_flip(images, labels, torch.tensor([1, {sample}], device="cuda"), seed=0, epoch=0)
+samples = {{"sample_B": labels[:2]}} | {{"{name}": torch.tensor([1, {wrong}], device="cuda")}}
+crop_flip(images, labels, **samples, seed=0, epoch=0)
 """,
         implementation,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -187,21 +188,22 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         distill_loss(s_adv, torch.tensor([0, label, 9]), weights=ONE[1])
 
 
-@pytest.mark.parametrize("sample", [-1, 6, 2**40, -(2**40)])
+@pytest.mark.parametrize("wrong", [-1, 6, 2**40, -(2**40)])
+@pytest.mark.parametrize("name", ["sample_B", "index_B"])
 @pytest.mark.parametrize("asserting", [True, False])
-def test_a_sample_out_of_range_is_refused_and_never_read(
-    sample: int, asserting: bool, monkeypatch: pytest.MonkeyPatch
+def test_an_image_out_of_range_is_refused_and_never_read(
+    name: str, wrong: int, asserting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2**40 images on, this process owns no memory."""
     imitate(monkeypatch, asserting=asserting)
     images = torch.full((6, 4, 4, 3), 255, dtype=torch.uint8)
 
     def crop() -> tuple[Tensor, Tensor]:
-        samples = torch.tensor([5, sample])
-        return crop_flip(images, torch.arange(6), samples, seed=0, epoch=0, augment=False)
+        samples: dict[str, Any] = {"sample_B": torch.tensor([0, 1])} | {name: torch.tensor([5, wrong])}
+        return crop_flip(images, torch.arange(6), **samples, seed=0, epoch=0, augment=False)
 
     if asserting:
-        with pytest.raises(InterpreterError, match="a sample is out of range"):
+        with pytest.raises(InterpreterError, match="an image is out of range"):
             crop()
     else:
         x, labels = crop()

@@ -419,25 +419,30 @@ class CropCase:
     seed: int
     epoch: int
     reuse: bool  # whether out is given
+    indexed: bool = False  # whether index_B is given; samples are then any numbers
     dtype: torch.dtype = SINGLE
 
     def __str__(self) -> str:
         height, width = self.size
         return (
             f"{self.batch}x{height}x{width}x{self.channels} by {self.padding} seed {self.seed} epoch {self.epoch}"
+            f"{' indexed' if self.indexed else ''}"
         )
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """What `crop_flip` is called with; samples repeat, and the first and the last image occur."""
+        """What `crop_flip` is called with; images repeat, and the first and the last one occur."""
         generator = torch.Generator().manual_seed(self.batch)
         shape = (40, *self.size, self.channels)
-        sample_B = torch.randint(40, (self.batch,), generator=generator)
-        sample_B[:1], sample_B[1:2] = 39, 0
+        index_B = torch.randint(40, (self.batch,), generator=generator)
+        index_B[:1], index_B[1:2] = 39, 0
         result = {
             "images_NHWC": torch.randint(256, shape, dtype=torch.uint8, generator=generator),
             "labels_N": torch.randint(-(2**62), 2**62, (40,), generator=generator),
-            "sample_B": sample_B,
+            "sample_B": index_B,
         }
+        if self.indexed:
+            sample_B = torch.randint(2**63 - 1, (self.batch,), generator=generator)
+            result |= {"sample_B": sample_B, "index_B": index_B}
         numbers = ("seed", "epoch", "padding", "flip", "augment", "dtype")
         return {name: value.to(device) for name, value in result.items()} | {
             name: getattr(self, name) for name in numbers
@@ -456,6 +461,7 @@ CROP_CASES = [
         seed=(0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
         epoch=(0, 7, 2**31, 2**32 - 1),
         reuse=(False, True),
+        indexed=(False, True),
     )
 ]
 CROP_CASES += [replace(CROP_CASES[0], batch=0), replace(CROP_CASES[0], dtype=DOUBLE)]
@@ -481,12 +487,13 @@ def check_crop_flip(case: CropCase, implementation: str, device: str = "cpu") ->
         with threads(2):
             assert_same_bits(got, call_crop_flip(case, device))
     arguments = case.arguments()
-    images, samples = arguments["images_NHWC"].numpy(), arguments["sample_B"].tolist()
+    images, index_B = arguments["images_NHWC"].numpy(), arguments.get("index_B", arguments["sample_B"])
     keys: dict[str, Any] = {name: getattr(case, name) for name in ("seed", "epoch", "padding", "flip")}
     views = [
-        exact.crop_flip(images[sample], sample, **keys) if case.augment else images[sample] for sample in samples
+        exact.crop_flip(images[index], sample, **keys) if case.augment else images[index]
+        for sample, index in zip(arguments["sample_B"].tolist(), index_B.tolist(), strict=True)
     ]
     pixels: exact.Array = np.array(views, np.float64 if case.dtype == DOUBLE else np.float32)
     pixels = pixels.reshape(case.batch, *case.size, case.channels) / pixels.dtype.type(255)
     np.testing.assert_array_equal(got["x_BCHW"].cpu().numpy(), pixels)
-    assert torch.equal(got["labels_B"].cpu(), arguments["labels_N"][arguments["sample_B"]])
+    assert torch.equal(got["labels_B"].cpu(), arguments["labels_N"][index_B])

@@ -202,9 +202,9 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 
 
 def crop_flip(image_HWC: Array, sample: int, *, seed: int, epoch: int, padding: int, flip: bool) -> Array:
-    """The view of one image: padded with zeros, cut out, and mirrored."""
+    """The view of one image: padded with zeros, cut out, and mirrored. Of a sample 32 bits count."""
     height, width, _ = image_HWC.shape
-    row_word, column_word, flip_word, _ = philox4x32((0, sample, epoch, 0), (seed % 2**32, seed >> 32))
+    row_word, column_word, flip_word, _ = philox4x32((0, sample % 2**32, epoch, 0), (seed % 2**32, seed >> 32))
     row, column = (word * (2 * padding + 1) // 2**32 for word in (row_word, column_word))
     padded = np.pad(image_HWC, ((padding, padding), (padding, padding), (0, 0)))
     view = padded[row : row + height, column : column + width]

@@ -131,12 +131,29 @@ def test_offsets_are_uniform_and_flips_are_fair() -> None:
 
 
 @pytest.mark.usefixtures("implementation")
+def test_an_index_finds_the_image_and_the_sample_draws_its_view() -> None:
+    images, labels = random_images(64, 16, 16), torch.arange(64) * 10
+    sample_B, index_B = torch.tensor([63, 2, 2, 40]), torch.tensor([0, 1, 3, 2])
+    expected = crop_flip(images, labels, sample_B, seed=5, epoch=7)
+    moved = images.new_zeros(4, 16, 16, 3).index_copy_(0, index_B, images[sample_B])
+    moved_labels = labels.new_zeros(4).index_copy_(0, index_B, labels[sample_B])
+    for indexed in (
+        crop_flip(moved, moved_labels, sample_B, seed=5, epoch=7, index_B=index_B),
+        crop_flip(moved, moved_labels, sample_B + 2**40, seed=5, epoch=7, index_B=index_B),
+        crop_flip(images, labels, sample_B, seed=5, epoch=7, index_B=sample_B),
+    ):
+        assert all(map(torch.equal, indexed, expected))
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("augment", [True, False])
-@pytest.mark.parametrize("sample", [-1, 5, 2**40, -(2**40)])
-def test_a_sample_that_is_not_there_is_refused(sample: int, augment: bool) -> None:
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**40)])
+@pytest.mark.parametrize("name", ["sample_B", "index_B"])
+def test_an_image_that_is_not_there_is_refused(name: str, wrong: int, augment: bool) -> None:
     images, labels = random_images(5, 8, 8), torch.arange(5)
-    with pytest.raises(IndexError):
-        crop_flip(images, labels, torch.tensor([0, sample, 4]), seed=0, epoch=0, augment=augment)
+    samples: dict[str, Any] = {"sample_B": torch.tensor([0, 1, 2])} | {name: torch.tensor([0, wrong, 4])}
+    with pytest.raises(IndexError, match=rf"\A{name}: there is no image {wrong} among 5\Z"):
+        crop_flip(images, labels, **samples, seed=0, epoch=0, augment=augment)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +165,10 @@ def test_a_sample_that_is_not_there_is_refused(sample: int, augment: bool) -> No
         ({"labels_N": torch.arange(5.0)}, ["labels_N", "int64", "float32"]),
         ({"sample_B": torch.arange(2, dtype=torch.int32)}, ["sample_B", "int64", "int32"]),
         ({"sample_B": torch.arange(2)[:, None]}, ["sample_B", "(B,)", "(2, 1)"]),
+        ({"index_B": torch.arange(2, dtype=torch.int32)}, ["index_B", "int64 (2,)", "int32"]),
+        ({"index_B": torch.arange(3)}, ["index_B", "(2,)", "(3,)"]),
+        ({"index_B": torch.arange(2)[:, None]}, ["index_B", "(2,)", "(2, 1)"]),
+        ({"index_B": torch.arange(2, device="meta")}, ["index_B", "meta", "images_NHWC", "cpu"]),
         ({"padding": -1}, ["padding", "0 or more", "-1"]),
         ({"out": (torch.zeros(2, 3, 8, 6), torch.zeros(2, dtype=torch.int64))}, ["out[0]", "channels_last"]),
         ({"out": (torch.zeros(2, 8, 6, 3).permute(0, 3, 1, 2), torch.zeros(2))}, ["out[1]", "int64", "float32"]),

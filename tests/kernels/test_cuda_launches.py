@@ -23,12 +23,20 @@ SHARED = {
     "start": ["_uniform_start"],
 }
 KERNELS: dict[str, dict[str, list[str]]] = {
-    "triton": {"linf": ["_linf"], "l2": ["_l2"], "crop": ["_crop_flip"], "crop into": ["_crop_flip"], **SHARED},
+    "triton": {
+        "linf": ["_linf"],
+        "l2": ["_l2"],
+        "crop": ["_crop_flip"],
+        "crop into": ["_crop_flip"],
+        "crop by index": ["_crop_flip"],
+        **SHARED,
+    },
     "native": {
         "linf": ["pgd_update_linf<float, true, true>"],
         "l2": ["pgd_update_l2<__nv_bfloat16, true, false>"],
         "crop": ["crop_flip<true>"],
         "crop into": ["crop_flip<true>"],
+        "crop by index": ["crop_flip<true>"],
         **SHARED,
     },
 }
@@ -45,6 +53,7 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     images = torch.zeros(50, 32, 32, 3, dtype=torch.uint8, device=device)
     labels, sample = torch.zeros(50, dtype=torch.int64, device=device), torch.arange(8, device=device)
+    far_sample = sample + 2**40
     out = crop_flip(images, labels, sample, seed=0, epoch=0)
     logits = [torch.randn(8, 10, device=device, dtype=torch.bfloat16) for _ in range(5)]
     scale = torch.tensor(1024.0, device=device)  # as of a gradient scaler
@@ -89,6 +98,9 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
             images, labels, sample, seed=int(number * 2**60), epoch=int(number * 100)
         ),
         "crop into": lambda number: crop_flip(images, labels, sample, seed=int(number), epoch=1, out=out),
+        "crop by index": lambda number: crop_flip(
+            images, labels, far_sample, seed=int(number), epoch=1, index_B=sample
+        ),
         "start": start,
         "loss": forward,
         "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),

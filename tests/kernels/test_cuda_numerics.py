@@ -204,12 +204,15 @@ def test_views_of_several_blocks_at_any_address(device: Device, offset: int) -> 
     assert torch.equal(got_labels, expected_labels)
 
 
-@pytest.mark.parametrize("sample", [-1, 4, 2**40])
-def test_a_sample_that_is_not_there_is_asserted_and_never_read(device: Device, sample: int) -> None:
+@pytest.mark.parametrize("wrong", [-1, 4, 2**40])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_an_image_that_is_not_there_is_asserted_and_never_read(device: Device, wrong: int, indexed: bool) -> None:
     images, labels = torch.ones(8, 4, 4, 3, dtype=torch.uint8), torch.arange(8) * 10
     x, labels_B = torch.full((3, 3, 4, 4), torch.nan), torch.full((3,), -1)
     x = x.contiguous(memory_format=torch.channels_last)
-    native.crop_flip(x, labels_B, images[:4], labels[:4], torch.tensor([1, sample, 3]), 0, 0, 1, True, True)
+    place_B = torch.tensor([1, wrong, 3])
+    samples = (torch.zeros_like(place_B), place_B) if indexed else (place_B, None)
+    native.crop_flip(x, labels_B, images[:4], labels[:4], samples[0], 0, 0, 1, True, True, samples[1])
     assert device.codes == [ASSERTION]
     assert x.isnan().flatten(1).all(1).tolist() == [False, True, False]
     assert labels_B.tolist() == [10, -1, 30]

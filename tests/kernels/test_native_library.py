@@ -199,7 +199,7 @@ def test_a_label_out_of_range_is_refused_before_it_is_used(wrong: int) -> None:
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**40)])
 def test_a_sample_that_is_not_there_is_refused_before_it_is_read(wrong: int) -> None:
     images, labels = torch.zeros(5, 8, 8, 3, dtype=torch.uint8), torch.arange(5)
-    with pytest.raises(IndexError, match=f"sample_B: there is no sample {wrong} among 5"):
+    with pytest.raises(IndexError, match=f"sample_B: there is no image {wrong} among 5"):
         crop_flip(images, labels, torch.tensor([0, wrong, 2]), seed=0, epoch=0)
 
 

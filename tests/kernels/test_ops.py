@@ -234,12 +234,14 @@ def test_opcheck_of_pgd_update(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck_of_crop_flip(implementation: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("indexed", [False, True])
+def test_opcheck_of_crop_flip(implementation: str, device: str, dtype: torch.dtype, indexed: bool) -> None:
     x_BCHW = torch.zeros((2, 3, 8, 8), dtype=dtype).to(memory_format=torch.channels_last)
     images = torch.randint(256, (4, 8, 8, 3), dtype=torch.uint8)
     tensors = (x_BCHW, torch.zeros(2, dtype=torch.int64), images, torch.arange(4), torch.tensor([3, 1]))
     operands = tuple(tensor.to(device) for tensor in tensors)
-    opcheck(torch.ops.engine.crop_flip.default, (*operands, -1, 2**32 - 1, 4, True, True))
+    index_B = torch.tensor([0, 2], device=device) if indexed else None
+    opcheck(torch.ops.engine.crop_flip.default, (*operands, -1, 2**32 - 1, 4, True, True, index_B))
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -319,12 +321,13 @@ def test_a_compiled_crop_flip_equals_the_eager_one(implementation: str, device: 
     images = torch.randint(256, (9, 8, 8, 3), dtype=torch.uint8, device=device)
     labels, sample_B = torch.arange(9, device=device), torch.tensor([8, 0, 3], device=device)
 
-    def view(sample_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_BCHW, labels_B = crop_flip(images, labels, sample_B, seed=2**64 - 1, epoch=2**32 - 1)
+    def view(sample_B: Tensor, index_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_BCHW, labels_B = crop_flip(images, labels, sample_B, seed=2**64 - 1, epoch=2**32 - 1, index_B=index_B)
         return x_BCHW * 2, labels_B
 
     compiled = torch.compile(view, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, compiled(sample_B), view(sample_B)))
+    for given in ((sample_B, None), (sample_B + 2**40, sample_B.flip(0))):
+        assert all(map(torch.equal, compiled(*given), view(*given)))
 
 
 # ---------------------------------------------------------------- numbers and modes
@@ -398,6 +401,8 @@ def test_integers_that_are_read_may_have_gaps_and_those_that_are_written_not(
     samples = torch.tensor([3, 9, 1], device=device)[::2]
     x_BCHW, labels_B = crop_flip(images, labels, samples, seed=0, epoch=0)
     assert labels_B.tolist() == [6, 2]
+    _, labels_B = crop_flip(images, labels.contiguous(), samples, seed=0, epoch=0, index_B=room[:, 0])
+    assert labels_B.tolist() == [0, 6]
     with pytest.raises(ValueError, match=r"out\[1\]: .*contiguous"):
         crop_flip(images, labels, samples, seed=0, epoch=0, out=(x_BCHW, room[:, 1]))
     assert room.tolist() == [[0, 1, 2], [3, 4, 5]]

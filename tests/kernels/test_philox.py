@@ -63,6 +63,13 @@ def test_words_are_philox_of_block_sample_epoch_stream(
         assert row == [word for block in blocks for word in block][:count]
 
 
+def test_of_a_sample_the_low_32_bits_count() -> None:
+    words = random_words(3, Stream.ATTACK_START, 5, torch.tensor([2**32 - 2, -2, 7, 2**63 - 2**32 + 7]), 6)
+    assert torch.equal(words[0], words[1])
+    assert torch.equal(words[2], words[3])
+    assert not torch.equal(words[0], words[2])
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     whole = normal(7, Stream.ATTACK_START, 3, SAMPLES, 6)
     chosen = SAMPLES[torch.tensor([19_999, 4, 4, 123])]

@@ -144,6 +144,7 @@ def test_pgd_update_of_any_case(implementation: str, case: PgdCase) -> None:
         seed=st.integers(0, 2**64 - 1),
         epoch=st.integers(0, 2**32 - 1),
         reuse=st.booleans(),
+        indexed=st.booleans(),
     )
 )
 def test_crop_flip_of_any_case(implementation: str, case: CropCase) -> None:

@@ -137,19 +137,22 @@ class Crop:
     epoch: int = 0
     batch: int = 4
     count: int = 5
+    indexed: bool = False
 
     kernels = ("_crop_flip",)
     registers = 64
 
     def __str__(self) -> str:
-        return f"crop {self.size}"
+        return f"crop {self.size}{' indexed' if self.indexed else ''}"
 
     def launch(self) -> None:
         x_BCHW = torch.zeros(self.batch, 3, self.size, self.size).contiguous(memory_format=torch.channels_last)
         images = torch.zeros(self.count, self.size, self.size, 3, dtype=torch.uint8)
         labels_N, labels_B = (torch.zeros(n, dtype=torch.int64) for n in (self.count, self.batch))
         sample_B = torch.zeros_like(labels_B)
-        crop_flip.crop_flip(x_BCHW, labels_B, images, labels_N, sample_B, self.seed, self.epoch, 4, True, True)
+        index_B = sample_B.clone() if self.indexed else None
+        numbers = (self.seed, self.epoch, 4, True, True)
+        crop_flip.crop_flip(x_BCHW, labels_B, images, labels_N, sample_B, *numbers, index_B)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -168,9 +171,10 @@ STEPS = [
     *(Pgd(False, dtype, 3072, counting) for dtype in (SINGLE, BRAIN) for counting in (False, True)),
     *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
 ]
-LAUNCHES: list[Launch] = [*LOSSES, *STRIDED, *STEPS, Crop(32), Crop(64)]
+CROPS = [Crop(32), Crop(64), Crop(32, indexed=True)]
+LAUNCHES: list[Launch] = [*LOSSES, *STRIDED, *STEPS, *CROPS]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
-NEAREST: list[Launch] = [LOSSES[0], LOSSES[1], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], Crop(32)]
+NEAREST: list[Launch] = [*LOSSES[:2], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], *CROPS[::2]]
 QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2]}
 PLAN = [
@@ -354,7 +358,10 @@ def test_the_device_refuses_unknown_labels_and_samples(compiled: Compiled) -> No
         assert refuses == (binary.kernel in ("_loss", "_crop_flip")), binary.kernel
 
 
-def test_what_is_not_counted_costs_nothing(compiled: Compiled) -> None:
+def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
+    if isinstance(compiled.launch, Crop):  # which reads a sample, a pixel and a label
+        (binary,) = compiled.binaries
+        assert binary.intermediate.count("tt.load") == 3 + compiled.launch.indexed
     if isinstance(compiled.launch, Pgd):
         (binary,) = compiled.binaries
         assert (binary.count(r"(RED|REDG|ATOM|ATOMG)\b.*|global_atomic_\w+") > 0) == compiled.launch.counting
