@@ -160,7 +160,7 @@ def crop_flip(batch: int, pixels: int) -> Case:
             return kernels.crop_flip(images_NHWC, labels_N, sample_B, seed=0, epoch=0, out=out)
 
         def by(crop: Callable[..., object]) -> Callable[[Tensor], object]:
-            return lambda sample_B: crop(*out, images_NHWC, labels_N, sample_B, 0, 0, 4, True, True)
+            return lambda sample_B: crop(*out, images_NHWC, labels_N, sample_B, 0, 0, 4, True, True, None)
 
         def in_turn(crop: Callable[[Tensor], object]) -> Call:
             turns = itertools.cycle(batches)

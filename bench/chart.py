@@ -1,4 +1,4 @@
-"""A picture of the rows: how many times faster than eager each implementation is."""
+"""Pictures of the rows: how many times faster than the baseline each implementation is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.results import EAGER, Row
+from bench.results import EAGER, PipelineRow, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
+PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple"}
 TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
 
 
@@ -30,6 +31,35 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     first = rows[0]
     hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
     figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def draw_pipelines(path: Path, rows: Sequence[PipelineRow]) -> None:
+    """For each data set a panel of speed-ups over the baseline, and one of processors' time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.data for row in rows))
+    figure = Figure(figsize=(9, 2.6 * len(names)), layout="constrained")
+    for name, (speeds, costs) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+        shown = [row for row in rows if row.data == name]
+        labels = [f"{row.pipeline}\n{row.images_per_s:,.0f} images/s" for row in shown]
+        for axes, values, heading, form in (
+            (speeds, [row.speedup for row in shown], "times the images/s of a DataLoader", "%.1f"),
+            (costs, [row.cpu_s_per_10k_images for row in shown], "CPU seconds for 10,000 images", "%.2f"),
+        ):
+            bars = axes.barh(
+                labels, values, color=[PIPELINE_COLOURS.get(row.pipeline, "tab:gray") for row in shown]
+            )
+            axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+            axes.set_title(f"{name}: {heading}", fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+    first = rows[0]
+    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
+    versions = f"torch {first.torch}, ffcv {first.ffcv or 'absent'}, DALI {first.dali or 'absent'}"
+    figure.suptitle(f"{hardware}, {versions}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 

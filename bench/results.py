@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 
 from bench.cases import Case, beyond
@@ -52,6 +53,34 @@ class Row:
         return self.setting if self.dtype == "float32" else f"{self.setting}, {self.dtype}"
 
 
+@dataclass(frozen=True)
+class PipelineRow:
+    """One line of pipelines.csv; README.md describes the columns."""
+
+    date: str
+    commit: str
+    device: str
+    processor: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    triton: str
+    ffcv: str
+    dali: str
+    data: str
+    pipeline: str
+    size: int
+    batch_size: int
+    images: int
+    rounds: int
+    images_per_s: float
+    q10_images_per_s: float
+    q90_images_per_s: float
+    speedup: float
+    cpu_s_per_10k_images: float
+
+
 def rows(
     facts: Facts, case: Case, mode: str, samples: Mapping[str, Sequence[float]], cache_bytes: int
 ) -> list[Row]:
@@ -94,6 +123,50 @@ def rows(
     return result
 
 
+def pipeline_rows(
+    facts: Facts,
+    data: str,
+    size: int,
+    batch_size: int,
+    images: int,
+    samples: Mapping[str, Sequence[tuple[float, float]]],
+) -> list[PipelineRow]:
+    """Rows of one data set. samples: (wall, processor) seconds of each round, the baseline's first."""
+    walls = {name: [wall for wall, _ in taken] for name, taken in samples.items()}
+    baseline = next(iter(walls.values()))
+    result = []
+    for name, taken in samples.items():
+        q10, q90 = quantiles([images / wall for wall in walls[name]])
+        ratio = speedup(baseline, walls[name])
+        assert ratio is not None
+        row = PipelineRow(
+            **facts,
+            ffcv=version("ffcv"),
+            dali=version("nvidia-dali-cuda130") or version("nvidia-dali-cuda120"),
+            data=data,
+            pipeline=name,
+            size=size,
+            batch_size=batch_size,
+            images=images,
+            rounds=len(taken),
+            images_per_s=statistics.median(images / wall for wall in walls[name]),
+            q10_images_per_s=q10,
+            q90_images_per_s=q90,
+            speedup=ratio,
+            cpu_s_per_10k_images=statistics.median(cpu for _, cpu in taken) / images * 1e4,
+        )
+        result.append(row)
+    return result
+
+
+def version(package: str) -> str:
+    """Of a package that is installed, else nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def speedup(baseline: Sequence[float] | None, seconds: Sequence[float]) -> float | None:
     """Median over the rounds of baseline / seconds: a round's disturbance is in both."""
     if baseline is None:
@@ -107,10 +180,10 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
+def write(path: Path, rows: Sequence[Row] | Sequence[PipelineRow]) -> None:
     """Write the rows as CSV, numbers with six digits; an absent one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Row))
+        writer.writerow(field.name for field in fields(rows[0]))
         for row in rows:
             writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in astuple(row))

@@ -1,24 +1,28 @@
-"""The speeds that the native library is built for, and whether a measurement reached them."""
+"""The speeds that the native library and the pipelines are built for, and whether a measurement reached them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from bench.results import Row
+from bench.results import PipelineRow, Row
 
 THREADS = 2
 
 
+AnyRow = TypeVar("AnyRow")
+
+
 @dataclass(frozen=True)
-class Target:
+class Target(Generic[AnyRow]):
     """At least `wanted` in each row that `applies`; the least of them decides."""
 
     text: str
     unit: str
     wanted: float
-    applies: Callable[[Row], bool]
-    value: Callable[[Row], float | None]
+    applies: Callable[[AnyRow], bool]
+    value: Callable[[AnyRow], float | None]
 
 
 def _distill(row: Row) -> bool:
@@ -29,7 +33,7 @@ def _pgd(row: Row) -> bool:
     return row.op == "pgd_update"
 
 
-TARGETS = (
+TARGETS: tuple[Target[Row], ...] = (
     Target(
         "distill_loss over eager at 128x10", "x", 2.0,
         lambda row: _distill(row) and row.shape == "128x10",
@@ -69,7 +73,37 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
     return [verdict(target, judged) for target in TARGETS]
 
 
-def verdict(target: Target, rows: Iterable[Row]) -> str:
+PIPELINES = {  # times the baseline
+    ("cifar10", "tensor"): 30.0,
+    ("cifar10", "ffcv"): 7.0,
+    ("cifar10", "dali"): 3.0,
+    ("jpeg224", "ffcv"): 1.3,
+    ("jpeg224", "dali"): 1.3,
+}
+MOST_MEMORY = 400.0  # MiB
+
+
+def pipeline_verdicts(rows: Iterable[PipelineRow], growth: float | None) -> list[str]:
+    """A line per target. growth: MiB of `bench.memory`, None where that was not measured."""
+    judged = [row for row in rows if (row.device, row.threads) == ("cpu", THREADS)]
+
+    def target(data: str, pipeline: str, wanted: float) -> Target[PipelineRow]:
+        text = f"{pipeline} over the DataLoader on {data}"
+        return Target(text, "x", wanted, lambda row: (row.data, row.pipeline) == (data, pipeline), _speedup)
+
+    lines = [verdict(target(*which, wanted), judged) for which, wanted in PIPELINES.items()]
+    wanted_memory = f"peak memory of the resident pipeline over CIFAR-10: at most {MOST_MEMORY:g} MiB above torch"
+    if growth is None:
+        return [*lines, f"not measured: {wanted_memory}"]
+    word = "reached" if growth <= MOST_MEMORY else "not reached"
+    return [*lines, f"{word}: {wanted_memory}; measured {growth:,.4g} MiB"]
+
+
+def _speedup(row: PipelineRow) -> float:
+    return row.speedup
+
+
+def verdict(target: Target[AnyRow], rows: Iterable[AnyRow]) -> str:
     """What the slowest row says of a target."""
     values = [value for row in rows if target.applies(row) and (value := target.value(row)) is not None]
     wanted = f"{target.text}: at least {target.wanted:,g}{target.unit}"

@@ -150,9 +150,7 @@ def splits(path: Path, request: Request) -> tuple[Listing, Listing]:
     for images in parts:
         if len(images.labels.unique()) != len(class_names) or images.class_names != class_names:
             raise ValueError(f"data: {path} must have the same classes for training and for testing")
-    train, test = (
-        images.take(request.select(part, images.labels)) for part, images in zip(PARTS, parts, strict=True)
-    )
+    train, test = map(request.of, PARTS, parts)
     return train, test
 
 

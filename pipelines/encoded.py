@@ -159,7 +159,7 @@ def listing(files: Files, part: str, request: Request) -> Listing:
     by_label = [files.by_class[class_name] for class_name in files.class_names]
     labels_N = torch.arange(len(by_label)).repeat_interleave(torch.tensor([len(names) for names in by_label]))
     names = tuple(name for names in by_label for name in names)
-    return Listing(files.tree, names, labels_N, files.class_names).take(request.select(part, labels_N))
+    return request.of(part, Listing(files.tree, names, labels_N, files.class_names))
 
 
 def encoded_splits(train: Listing, test: Listing, request: Request) -> tuple[EncodedImages, EncodedImages]:

@@ -187,7 +187,7 @@ def _split(images_NHWC: npt.NDArray[np.uint8], labels_N: npt.NDArray[np.int64], 
 
 
 def _select(request: Request, train: Split, test: Split) -> tuple[Split, Split]:
-    return train.take(request.select("train", train.labels)), test.take(request.select("test", test.labels))
+    return request.of("train", train), request.of("test", test)
 
 
 def _damaged(path: Path) -> ValueError:

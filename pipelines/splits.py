@@ -109,10 +109,12 @@ class Request:
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be 1 or more, got {self.image_size}")
 
-    def select(self, part: str, labels_N: Tensor) -> Tensor:
-        """Indices of the images wanted of "train" or "test"."""
+    def of(self, part: str, images: AnyPart) -> AnyPart:
+        """The images wanted of "train" or "test"; all of them are not copied."""
         limit = self.limit_train if part == "train" else self.limit_test
-        return limited(labels_N, limit, self.seed, f"limit_{part}")
+        if limit is None or limit >= len(images):
+            return images
+        return images.take(limited(images.labels, limit, self.seed, f"limit_{part}"))
 
 
 def split_validation(split: AnyPart, fraction: float, seed: int = 0) -> tuple[AnyPart, AnyPart]:
