@@ -31,11 +31,13 @@ done
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
 kernels=(bench.kernels --device cuda)
 profile=(bench.profile --device cuda --model resnet18 --batch-size 128)
+pipelines=(bench.pipelines --device cuda --data jpeg224)
 if [[ -z $gpu ]]; then
   echo "No GPU: the stages run on the CPU, small, and measure nothing of a GPU."
   gpu=none
   kernels=(bench.kernels --device cpu --quick)
   profile=(bench.profile --device cpu --model resnet8 --batch-size 8)
+  pipelines=(bench.pipelines --device cpu --data jpeg224 --quick)
 fi
 name=$(tr -cs '[:alnum:]' - <<<"${gpu,,}")
 out=${out:-bench/results/gpu-${name%-}-$(date -u +%F)}
@@ -78,6 +80,7 @@ done
 for op in distill_loss pgd_update crop_flip; do
   stage "kernels-$op" "$python" -m "${kernels[@]}" --op "$op" --out "$out/$op"
 done
+stage pipelines "$python" -m "${pipelines[@]}" --out "$out/pipelines"
 stage profile-iad2 "$python" -m "${profile[@]}" --method iad2 --out "$out"
 stage profile-iad2-amp "$python" -m "${profile[@]}" --method iad2 --amp --out "$out"
 stage profile-iad1 "$python" -m "${profile[@]}" --method iad1 --out "$out"

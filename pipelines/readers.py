@@ -32,6 +32,10 @@ _CLASSES = {  # sorted, which is also the order of their labels
     willow_tree wolf woman worm
     """,
 }
+CIFAR_NAMES = {  # of torchvision's folder and archive
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+}
 _DIGIT_NAMES = tuple("0123456789")
 _PARTS = ("train", "test")
 _TINY_IMAGENET = "tiny-imagenet-200"
@@ -57,10 +61,12 @@ def digits(request: Request) -> Found:
 
 def cifar(name: str, place: Path, request: Request) -> Found:
     """CIFAR as torchvision stores it, unpacked or packed, or as an image folder with its class names."""
-    from torchvision.datasets.utils import check_integrity, extract_archive
+    unpacked, packed = (place / stored for stored in CIFAR_NAMES[name])
+    if unpacked.is_dir() or packed.is_file():
+        # Not before: importing torchvision takes a second, and 160 MiB.
+        from torchvision.datasets.utils import check_integrity, extract_archive
 
-    kind = _cifar_class(name)
-    unpacked, packed = place / kind.base_folder, place / kind.filename
+        kind = _cifar_class(name)
     if unpacked.is_dir():
         return *_cifar_splits(kind, place, unpacked, request), str(unpacked)
     if packed.is_file():

@@ -98,7 +98,8 @@ def test_a_run_ends_every_stage_once_within_eight_minutes(machine: Machine) -> N
     assert len(calls) == len(codes) == len({*calls})
     assert (machine.folder / "limits").read_text().splitlines() == ["--kill-after=10 480"] * len(codes)
     for part in (
-        "bench.environment", "make native", "tests/kernels", "-m gpu tests/bench/test_cuda_clock.py",
+        "bench.environment", "make native", "bench.pipelines --device cuda --data jpeg224 --out",
+        "-m gpu tests/gpu/test_pipelines.py", "tests/kernels", "-m gpu tests/bench/test_cuda_clock.py",
         *(f"bench.kernels --device cuda --op {op} " for op in ("distill_loss", "pgd_update", "crop_flip")),
         *(f"--device cuda --model resnet18 --batch-size 128 --method {name} --out" for name in ("iad1", "iad2")),
     ):  # fmt: skip

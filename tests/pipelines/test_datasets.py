@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipelines import datasets
+from engine.pipelines import datasets, readers
 
 Pixels = npt.NDArray[np.uint8]
 REAL = os.environ.get("ENGINE_DATA")
@@ -527,3 +527,11 @@ def test_real_cifar10_images_are_those_pillow_reads(monkeypatch: pytest.MonkeyPa
             assert len(paths) == 1000
             decoded = (np.asarray(Image.open(archive.open(path)).convert("RGB")) for path in paths)
             assert any(np.array_equal(image.numpy(), pixels) for pixels in decoded)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_looked_for_under_torchvision_s_names(name: str) -> None:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    assert readers.CIFAR_NAMES[name] == (kind.base_folder, kind.filename)
