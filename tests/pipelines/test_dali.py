@@ -1,6 +1,6 @@
 """The pipeline of DALI, on a CPU for real: its pixels, bad images, and that nothing is left of it.
 
-Of a GPU the definition is checked, by serialising it; the test marked gpu runs it.
+Of a GPU the definition is checked, by serialising it; tests/gpu/ runs it.
 """
 
 from __future__ import annotations
@@ -280,10 +280,6 @@ def operators(source: Source, on_gpu: bool) -> list[tuple[str, str]]:
     return found
 
 
-def on_a_gpu(test: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
-
-
 @pytest.mark.parametrize(("on_gpu", "decoding", "device"), [(True, "mixed", "gpu"), (False, "cpu", "cpu")])
 def test_a_gpu_decodes_and_resizes_by_the_same_definition(on_gpu: bool, decoding: str, device: str) -> None:
     found = operators(Files(ENCODED, lambda *_: pytest.fail("nothing is read")), on_gpu)
@@ -295,23 +291,3 @@ def test_a_gpu_decodes_and_resizes_by_the_same_definition(on_gpu: bool, decoding
     ]
     assert found.count(("ExternalSource", "cpu")) == 4
     assert operators(Arrays(ARRAYS.images), on_gpu) == [("ExternalSource", "cpu"), ("output", device)]
-
-
-@on_a_gpu
-@both
-def test_a_gpu_gives_what_the_cpu_gives(data: Split | EncodedImages) -> None:
-    for got, expected in zip(pipeline(data, device="cuda").epoch(0), pipeline(data).epoch(0), strict=True):
-        assert got.x_nat.device.type == got.labels.device.type == got.sample.device.type == "cuda"
-        assert got.x_nat.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(got.labels.cpu(), expected.labels)
-        assert torch.equal(got.sample.cpu(), expected.sample)
-        difference = (got.x_nat.cpu() - expected.x_nat).abs()
-        assert difference.max() <= (0 if isinstance(data, Split) else 8 / 255)
-
-
-@on_a_gpu
-@both
-def test_a_batch_that_is_held_on_a_gpu_keeps_its_values(data: Split | EncodedImages) -> None:
-    held = list(pipeline(data, 4, device="cuda").epoch(0))
-    for batch, again in zip(held, pipeline(data, 4, device="cuda").epoch(0), strict=True):
-        assert torch.equal(batch.x_nat, again.x_nat)
