@@ -92,7 +92,7 @@ class Beton:
         if self.fields.get(CLASS_NAME) != "bytes":
             return tuple(map(str, labels.tolist()))
         rows = self.rows[CLASS_NAME][first]
-        return tuple(self._bytes(row["at"], row["size"]).decode() for row in rows)
+        return tuple(self._bytes(row["at"], row["size"]).decode(errors="replace") for row in rows)
 
     def encoded(self, sample: int) -> bytes:
         """The image of a sample as a JPEG or a PPM file."""

@@ -21,6 +21,7 @@ from engine.pipelines.splits import Progress, Split
 
 _QUALITY = 90
 _JPEG = b"\xff\xd8"  # its first bytes
+_MOST_BYTES = (8 << 20) - 4096  # of an image: a page holds the name of its class too
 _AHEAD = 64  # images that are made ready in advance
 
 
@@ -65,7 +66,7 @@ def write(
 
     A sample has the fields image, label, class_name (the name of its class), and where there are two parts split
     (0 or 1). A file that stands there is replaced when the new one is whole. Raises ValueError where FFCV is not
-    installed, an image cannot be read, or its raw pixels exceed a page of 8 MiB; OSError where the disk is full.
+    installed, an image cannot be read, or has more bytes than a page of 8 MiB; OSError where the disk is full.
     """
     check_installed()
     from engine.pipelines import ffcv_repairs as ffcv
@@ -111,6 +112,17 @@ def _ready(images: Split | Listing, form: Format) -> Iterator[Pixels | Encoded]:
 
 
 def _made_ready(images: Split | Listing, form: Format, sample: int) -> Pixels | Encoded:
+    ready = _converted(images, form, sample)
+    size = len(ready.content) if isinstance(ready, Encoded) else ready.nbytes
+    if size > _MOST_BYTES:
+        where = f"image {sample}" if isinstance(images, Split) else images.where(sample)
+        raise ValueError(
+            f"data: {where} has {size:,} bytes and a page holds 8 MiB; give format jpeg or max_resolution"
+        )
+    return ready
+
+
+def _converted(images: Split | Listing, form: Format, sample: int) -> Pixels | Encoded:
     from engine.pipelines.ffcv_repairs import encode_jpeg, resizer
 
     if isinstance(images, Split):

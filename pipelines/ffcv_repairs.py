@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numba
@@ -171,24 +171,20 @@ def write(path: Path, fields: Mapping[str, Any], count: int, samples: Iterable[t
     """Write a .beton file of so many samples, in their order.
 
     FFCV writes by processes of its own: an exception in one of them, a full disk for instance, leaves it waiting
-    for ever, and the order of samples on the disk differs from run to run. Raises ValueError for a sample that is
-    larger than a page, OSError where the disk is full.
+    for ever, and the order of samples on the disk differs from run to run. Raises OSError where the disk is full.
     """
     writer = DatasetWriter(str(path), fields, num_workers=1)
     writer.num_samples = count
     writer.prepare()
-    try:
-        allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
-        rows = np.frombuffer(writer.metadata_sm.buf, writer.metadata_type)[:count]
-        with allocator:
-            for number, sample in enumerate(samples):
-                handle_sample(sample, number, rows.dtype.names, rows, allocator, fields)
-        del rows  # shared memory cannot be closed while an array views it
-        pages = allocator.next_page_allocated.value
-        if path.stat().st_size != allocator.offset + pages * writer.page_size:  # it does not look at short writes
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        writer.finalize([allocator.allocations])
-    finally:
-        with suppress(BufferError):  # an exception's traceback still views it: the process's end closes it
-            writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+    writer.metadata_sm.close()  # memory that processes share: there is one here
+    writer.metadata_sm.unlink()
+    rows = np.zeros(count, writer.metadata_type)
+    allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
+    with allocator:
+        for number, sample in enumerate(samples):
+            handle_sample(sample, number, rows.dtype.names, rows, allocator, fields)
+    pages = allocator.next_page_allocated.value
+    if path.stat().st_size != allocator.offset + pages * writer.page_size:  # it does not look at short writes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    writer.metadata_sm = SimpleNamespace(buf=rows.tobytes())
+    writer.finalize([allocator.allocations])

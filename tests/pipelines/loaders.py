@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,5 +133,6 @@ def threads_end(before: int) -> bool:
     return left <= before
 
 
-def python_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+def python_threads(others: Collection[threading.Thread]) -> list[str]:
+    """The names of those that were not there before."""
+    return [thread.name for thread in threading.enumerate() if thread not in others]

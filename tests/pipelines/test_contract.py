@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise
@@ -51,11 +52,11 @@ that_load = those(lambda loader: loader.name != "tensor")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(data: Data) -> Iterator[None]:
-    """A test ends with no more threads than it begins with."""
-    before = len(threads())
-    yield
-    assert threads_end(before), (threads(), python_threads())
+def others(data: Data) -> Iterator[list[threading.Thread]]:
+    """The threads that a test begins with; it must end with no more."""
+    before, others = len(threads()), threading.enumerate()
+    yield others
+    assert threads_end(before), (threads(), python_threads(others))
 
 
 # ---------------------------------------------------------------- the stream of batches
@@ -205,7 +206,7 @@ def test_a_part_of_the_images_is_a_data_set_of_its_own(loader: Loader, data: Dat
 # ---------------------------------------------------------------- the end
 
 
-def test_close_ends_what_was_left_unfinished(loader: Loader, data: Data) -> None:
+def test_close_ends_what_was_left_unfinished(loader: Loader, data: Data, others: list[threading.Thread]) -> None:
     one = loader(data)
     unfinished = [one.epoch(epoch) for epoch in range(3)]
     for batches in unfinished[:2]:
@@ -213,18 +214,22 @@ def test_close_ends_what_was_left_unfinished(loader: Loader, data: Data) -> None
     one.close()
     if loader.name != "tensor":
         assert [list(batches) for batches in unfinished] == [[], [], []]
-    assert python_threads() == []
+    assert python_threads(others) == []
     one.close()
 
 
-def test_an_epoch_that_is_dropped_ends_by_itself(loader: Loader, data: Data) -> None:
+def test_an_epoch_that_is_dropped_ends_by_itself(
+    loader: Loader, data: Data, others: list[threading.Thread]
+) -> None:
     for batch in loader(data).epoch(0):
         assert len(batch.sample) == 8
         break
-    assert python_threads() == []
+    assert python_threads(others) == []
 
 
-def test_an_exception_of_the_consumer_leaves_nothing(loader: Loader, data: Data) -> None:
+def test_an_exception_of_the_consumer_leaves_nothing(
+    loader: Loader, data: Data, others: list[threading.Thread]
+) -> None:
     def consume() -> None:
         with closing(loader(data)) as one:
             for _ in one.epoch(0):
@@ -232,7 +237,7 @@ def test_an_exception_of_the_consumer_leaves_nothing(loader: Loader, data: Data)
 
     with pytest.raises(KeyboardInterrupt):
         consume()
-    assert python_threads() == []
+    assert python_threads(others) == []
 
 
 @that_load

@@ -23,7 +23,7 @@ from engine.pipelines.encoded import EncodedImages, encoded_splits
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
 from engine.pipelines.windows import Windows, centre_windows, random_windows
-from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, python_threads, threads, threads_end
+from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, threads, threads_end
 from tests.pipelines.photographs import UNREADABLE, encode, image_folder, in_memory, listings, smooth, write
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'iad-engine[dali]'")
@@ -50,7 +50,7 @@ def threads_before() -> Iterator[int]:
     """How many threads a test begins with; it must end with no more."""
     before = len(threads())
     yield before
-    assert threads_end(before), python_threads()
+    assert threads_end(before), threads()
 
 
 both = pytest.mark.parametrize("data", [ARRAYS, ENCODED], ids=["arrays", "encoded"])
