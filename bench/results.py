@@ -16,8 +16,8 @@ COPY, EAGER, COMPILE = "copy", "eager", "compile"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of kernels.csv; README.md describes the columns. None: there is nothing to compare with."""
+class Measured:
+    """The columns that every row begins with: `Facts`."""
 
     date: str
     commit: str
@@ -28,6 +28,12 @@ class Row:
     python: str
     torch: str
     triton: str
+
+
+@dataclass(frozen=True)
+class Row(Measured):
+    """One line of kernels.csv; README.md describes the columns. None: there is nothing to compare with."""
+
     op: str
     implementation: str
     mode: str
@@ -54,18 +60,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class PipelineRow:
+class PipelineRow(Measured):
     """One line of pipelines.csv; README.md describes the columns."""
 
-    date: str
-    commit: str
-    device: str
-    processor: str
-    cores: int
-    threads: int
-    python: str
-    torch: str
-    triton: str
     ffcv: str
     dali: str
     data: str

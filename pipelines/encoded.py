@@ -140,9 +140,6 @@ class Views:
 
     encoded: EncodedImages
 
-    def __len__(self) -> int:
-        return len(self.encoded)
-
     def __getitem__(self, sample_B: Tensor, /) -> Tensor:
         """uint8 BHWC by Pillow: whole images, or their resized `centre_windows`."""
         views_BHWC = np.empty((len(sample_B), *self.encoded.shape, 3), np.uint8)

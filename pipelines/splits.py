@@ -23,14 +23,12 @@ _LIMIT_EPOCH = 2**32 - 2
 class Indexable(Protocol):
     """Images that are got by their indices."""
 
-    def __len__(self) -> int: ...
-
     def __getitem__(self, sample_B: Tensor, /) -> Tensor:
         """uint8 BHWC."""
 
 
-class Labelled(Protocol):
-    """Labelled images, in memory or not."""
+class Part(Protocol):
+    """Labelled images, in memory or not, of which parts can be taken."""
 
     def __len__(self) -> int: ...
 
@@ -41,10 +39,6 @@ class Labelled(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """The name of each label."""
-
-
-class Part(Labelled, Protocol):
-    """Labelled images of which parts can be taken."""
 
     def take(self: AnyPart, index: Tensor) -> AnyPart:
         """The images of those indices, in that order."""
