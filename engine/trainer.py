@@ -154,7 +154,7 @@ class Trainer:
 
         saved = checkpoints.read(run.last) if run.last.exists() else None
         # What "auto" chose holds for the whole run: decoders differ by a grey level here and there.
-        wanted = saved["pipeline"] if saved else complete.pipeline
+        wanted = (saved or {}).get("pipeline", complete.pipeline)
         self.dataset = dataset or load_data(complete, reporter, wanted)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
         self.pipeline_choice = choice.choose(wanted, training, self.precision.device)
