@@ -105,7 +105,7 @@ class Beton:
         names = [f"image {sample}" for sample in range(len(self))]
         tree = Tree(names, f"{self.path}: ", lambda name: self.encoded(position(name)))
         whole = Listing(tree, tuple(names), self.labels, self.class_names, beton=self.path)
-        if SPLIT not in self.fields:
+        if self.fields.get(SPLIT) != "int":
             return {"": whole}
         found = {}
         for number, part in enumerate(PARTS):
@@ -177,21 +177,25 @@ def _read(path: Path, file: BinaryIO, size: int) -> Beton:
             raise ValueError(f"data: {path} is no whole .beton file ({reason})")
 
     def array(dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-        content = file.read(count * dtype.itemsize)
-        check(len(content) == count * dtype.itemsize, f"it ends at byte {size:,}, within its head")
+        length = count * dtype.itemsize
+        content = file.read(length) if length <= size else b""
+        check(len(content) == length, f"it ends at byte {size:,}, within its head")
         return np.frombuffer(content, dtype)
 
-    header = array(_HEADER, 1)[0]
-    version, count, table_at = int(header["version"]), int(header["num_samples"]), int(header["table_at"])
+    version, num_fields, page_size, count, table_at = array(_HEADER, 1)[0].tolist()
     check(version == VERSION, f"it begins with format version {version}, and {VERSION} is known")
     check(table_at > 0, "its writing was never finished")
-    check(table_at <= size and (size - table_at) % _ALLOCATION.itemsize == 0, f"it is cut off at byte {size:,}")
-    check(0 < count <= size, f"it holds {count:,} samples")
+    allocations, rest = divmod(size - table_at, _ALLOCATION.itemsize)
+    check(allocations >= 0 and rest == 0, f"it is cut off at byte {size:,}")
+    check(page_size.bit_count() == 1, f"its pages are of {page_size:,} bytes")
+    check(count > 0, "it holds no samples")
 
     fields: dict[str, str] = {}
     kinds: list[tuple[str, npt.DTypeLike]] = []
-    for field in array(_FIELD, int(header["num_fields"])):
-        name = field["name"].decode("ascii", "replace")
+    for field in array(_FIELD, num_fields):
+        padded = field["name"].decode("ascii", "replace")
+        check(padded.isascii(), f"its field {padded!r} is not of ASCII letters")
+        name = padded.partition("\0")[0]
         check(int(field["type"]) in _TYPES, f"its field {name!r} is of the custom type {field['type']}")
         fields[name], kind = _TYPES[int(field["type"])]
         kinds.append((name, kind))
@@ -199,22 +203,27 @@ def _read(path: Path, file: BinaryIO, size: int) -> Beton:
     if (fields.get(IMAGE), fields.get(LABEL)) != ("rgb image", "int"):
         listed = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
         raise ValueError(f"data: {path} needs the fields image (rgb image) and label (int), and it has {listed}")
+    pointing = sum(kind not in ("float", "int") for kind in fields.values())  # to what is allocated for them
+    check(allocations == count * pointing, f"it holds {count:,} samples and {allocations:,} allocations")
     rows = array(np.dtype(kinds, align=True), count)
     data_from = file.tell()
 
     file.seek(table_at)
-    table = array(_ALLOCATION, (size - table_at) // _ALLOCATION.itemsize)
-    check(len(table) > 0, "nothing is allocated in it")
-    table = table[np.argsort(table["at"])]
+    table = array(_ALLOCATION, allocations)
+    table = table[np.lexsort((table["size"], table["at"]))]  # what has no bytes may be where an image is
+    starts, lengths = table["at"].astype(np.int64), table["size"].astype(np.int64)
+    outside = (starts < data_from) | (lengths < 0) | (lengths > table_at - starts)
+    check(not outside.any(), "it has an allocation outside of it")
     images = rows[IMAGE]
-    place = np.searchsorted(table["at"], images["at"]).clip(max=len(table) - 1)
+    place = np.searchsorted(table["at"], images["at"], "right") - 1
+    at, sizes = starts[place], lengths[place]
     _check_each("is nowhere in the file", table["at"][place] != images["at"], check=check)
-    at, sizes = table["at"][place].astype(np.int64), table["size"][place].astype(np.int64)
-    _check_each("lies outside the file", at < data_from, sizes < 0, sizes > table_at - at, check=check)
+    _check_each("has the place of another sample", table["sample"][place] != np.arange(count), check=check)
     _check_each("is neither JPEG nor raw", (images["mode"] != JPEG) & (images["mode"] != RAW), check=check)
     pixels = images["height"].astype(np.int64) * images["width"] * 3
     _check_each("has another size than its pixels", (images["mode"] == RAW) & (sizes != pixels), check=check)
-    _check_each("has no pixels", pixels == 0, check=check)
+    _check_each("has no pixels", pixels == 0, sizes == 0, check=check)
+    _check_each("is in two pages", at // page_size != (at + sizes - 1) // page_size, check=check)
     if fields.get(SPLIT) == "int":
         _check_each("is in no known split", (rows[SPLIT] < 0) | (rows[SPLIT] >= len(PARTS)), check=check)
     if fields.get(CLASS_NAME) == "bytes":
@@ -222,7 +231,7 @@ def _read(path: Path, file: BinaryIO, size: int) -> Beton:
         _check_each(
             "has a class name outside the file", at < data_from, long < 0, long > table_at - at, check=check
         )
-    return Beton(path, int(header["page_size"]), fields, rows, sizes)
+    return Beton(path, page_size, fields, rows, sizes)
 
 
 def _check_each(fault: str, *wrong: npt.NDArray[np.bool_], check: Callable[[bool, str], None]) -> None:

@@ -282,7 +282,7 @@ DATASETS: dict[str, Entry] = {
         find=_searched("tiny-imagenet", readers.tiny_imagenet, readers.download_tiny_imagenet),
     ),
     "folder": Entry(
-        summary="your images: train/<class>/* and test/<class>/* (or val/), folders or zip archives",
+        summary="your images: train/<class>/* and test/<class>/* (or val/), folders, zips or a .beton file",
         origin="the path in `data` or $ENGINE_DATA",
         num_classes=None,
         image_size=None,

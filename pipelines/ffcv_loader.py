@@ -178,7 +178,9 @@ def _compiled(windows: bool, paged: bool, parallel: bool) -> Any:
             data = content(state, starts[image], sizes[image], page_bits)
             failed_B[i] = 0
             if not windows:
-                if modes[image] == _JPEG:
+                if (height, width) != views_BHWC.shape[1:3]:
+                    failed_B[i] = -1  # it would be written beyond its place
+                elif modes[image] == _JPEG:
                     failed_B[i] = _imdecode(
                         data, views_BHWC[i], height, width, height, width, 0, 0, 1, 1, False, False
                     )

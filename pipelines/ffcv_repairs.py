@@ -6,6 +6,7 @@ imports FFCV.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 from queue import Empty
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numba
 import numpy as np
@@ -120,8 +122,9 @@ class Epoch(EpochIterator):  # type: ignore[misc]
     """One epoch of a loader. Its images are valid until the next ones are asked for.
 
     FFCV's thread dies of an exception, and who waits for its batches waits for ever; here the exception is raised
-    there. FFCV lets the threads of an epoch that was left go on; `close` ends and awaits them. FFCV fills a pinned
-    buffer again though its last copy to a GPU may still be under way; here its thread waits for that.
+    there. FFCV lets the threads of an epoch that was left go on; `close` ends and awaits them, and so does the end
+    of the process, which would abort. FFCV fills a pinned buffer again though its last copy to a GPU may still be
+    under way; here its thread waits for that.
     """
 
     closed: bool
@@ -130,6 +133,7 @@ class Epoch(EpochIterator):  # type: ignore[misc]
         self._failure: BaseException | None = None
         self._copied: dict[int, torch.cuda.Event] = {}
         super().__init__(loader, order)
+        _running.add(self)
 
     def run(self) -> None:
         try:
@@ -165,6 +169,15 @@ class Epoch(EpochIterator):  # type: ignore[misc]
             self.memory_context.__exit__(None, None, None)
             for reader in getattr(getattr(self.memory_context, "executor", None), "threads", ()):
                 reader.join()
+
+
+_running: WeakSet[Epoch] = WeakSet()
+
+
+@atexit.register
+def _close_running() -> None:
+    for epoch in list(_running):
+        epoch.close()
 
 
 def write(path: Path, fields: Mapping[str, Any], count: int, samples: Iterable[tuple[Any, ...]]) -> None:

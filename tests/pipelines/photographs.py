@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from engine.pipelines.encoded import EncodedImages, Listing, listing
 from engine.pipelines.folder import Tree
 from engine.pipelines.folder import image_folder as image_folder_of
 from engine.pipelines.splits import Request
+from engine.pipelines.windows import Windows
 
 CLASSES = tuple("abcde")
 Pixels = npt.NDArray[np.uint8]
@@ -41,6 +43,18 @@ def in_memory(*files: bytes, size: int = 16, windows: bool = True) -> EncodedIma
     tree = Tree(list(names), "X/", lambda name: files[int(name)])
     labels = torch.arange(len(files)) % len(CLASSES)
     return EncodedImages(tree, names, labels, CLASSES, shape=(size, size), windows=windows)
+
+
+def cut_and_resized(files: list[bytes], windows: Windows, size: int) -> Tensor:
+    """What Pillow and torchvision make of the windows."""
+    from torchvision.transforms import functional as TF
+
+    images = []
+    for data, (top, left, height, width, flip) in zip(files, torch.stack(windows, dim=1).tolist(), strict=True):
+        with Image.open(io.BytesIO(data)) as image:
+            view = TF.resized_crop(image.convert("RGB"), top, left, height, width, [size, size], antialias=True)
+        images.append(TF.to_tensor(TF.hflip(view) if flip else view))
+    return torch.stack(images)
 
 
 def listings(root: Path, request: Request) -> tuple[Listing, Listing]:

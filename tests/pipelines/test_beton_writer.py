@@ -112,6 +112,7 @@ def test_the_same_images_give_the_same_file(tmp_path: Path) -> None:
 PLAIN = """
 import sys
 import numpy as np
+from engine.pipelines import ffcv_repairs  # imports FFCV as it must be
 from ffcv.loader import Loader, OrderOption
 from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
 loader = Loader(sys.argv[1], batch_size=16, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,

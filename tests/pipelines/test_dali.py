@@ -16,15 +16,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from engine.pipelines.dali import Arrays, DALIPipeline, Files, Source, define
 from engine.pipelines.encoded import EncodedImages, encoded_splits
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
-from engine.pipelines.windows import Windows, centre_windows, random_windows
+from engine.pipelines.windows import centre_windows, random_windows
 from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, threads, threads_end
-from tests.pipelines.photographs import UNREADABLE, encode, image_folder, in_memory, listings, smooth, write
+from tests.pipelines.photographs import (
+    UNREADABLE,
+    cut_and_resized,
+    encode,
+    image_folder,
+    in_memory,
+    listings,
+    smooth,
+    write,
+)
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'iad-engine[dali]'")
 
@@ -58,18 +66,6 @@ both = pytest.mark.parametrize("data", [ARRAYS, ENCODED], ids=["arrays", "encode
 # ---------------------------------------------------------------- the pixels
 
 TOLERANCE = 3.5 / 255  # Pillow rounds between its two passes, and JPEG decoders differ by a level
-
-
-def cut_and_resized(files: list[bytes], windows: Windows, size: int) -> Tensor:
-    """What Pillow and torchvision make of the windows."""
-    from torchvision.transforms import functional as TF
-
-    images = []
-    for data, (top, left, height, width, flip) in zip(files, torch.stack(windows, dim=1).tolist(), strict=True):
-        with Image.open(io.BytesIO(data)) as image:
-            view = TF.resized_crop(image.convert("RGB"), top, left, height, width, [size, size], antialias=True)
-        images.append(TF.to_tensor(TF.hflip(view) if flip else view))
-    return torch.stack(images)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

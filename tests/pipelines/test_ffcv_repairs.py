@@ -6,9 +6,12 @@ Where one of the first kind fails with "FFCV has mended this", a part of `pipeli
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,173 +20,163 @@ import pytest
 import torch
 
 from engine.pipelines import beton, beton_writer, ffcv
-from tests.pipelines.loaders import ARRAYS, python_threads
+from tests.pipelines.loaders import ARRAYS, COUNT, python_threads
 
 MENDED = "FFCV has mended this: the repair can go"
-
-# FFCV as it comes, in a process of its own: what each fault does, as JSON.
-PLAIN = r"""
-import json, sys, threading, time
-import numba, torch
-torch.set_num_threads(2)
-found = {}
-
-class NoDistutils:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "distutils":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, NoDistutils())
-for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
-    del sys.modules[name]
-try:
-    import ffcv.loader
-    found["needs distutils"] = False
-except ImportError as error:
-    found["needs distutils"] = "distutils" in str(error)
-del sys.meta_path[0]
-for name in [name for name in sys.modules if name.partition(".")[0] == "ffcv"]:
-    del sys.modules[name]
-
-import types
-for name in ("distutils", "distutils.log"):
-    sys.modules[name] = types.ModuleType(name)
-sys.modules["distutils.log"].warn = None
-from ffcv.loader import Loader, OrderOption
-from ffcv.fields.decoders import SimpleRGBImageDecoder
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.operation import Operation
-shared = numba.types.uint8[::1]  # one object for all as long as somebody holds it
-found["sets torch's threads"] = torch.get_num_threads() != 2
-
-try:
-    Compiler.compile(numba.njit(lambda x: x))
-    found["refuses what is compiled"] = False
-except TypeError:
-    found["refuses what is compiled"] = True
-
-class Faulty(Operation):
-    def declare_state_and_memory(self, state):
-        from dataclasses import replace
-        return replace(state, jit_mode=False), None
-    def generate_code(self):
-        def fail(images, _):
-            raise RuntimeError("planted")
-        return fail
-
-def loader(*operations):
-    return Loader(sys.argv[1], batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, batches_ahead=1,
-                  pipelines={"image": [SimpleRGBImageDecoder(), *operations], "label": None, "class_name": None})
-
-threading.excepthook = lambda *_: None
-epoch = iter(loader(Faulty()))
-epoch.join(60)
-found["says nothing of an exception"] = not epoch.is_alive() and epoch.output_queue.empty()
-
-epoch = iter(loader())
-next(epoch)
-epoch.close()
-time.sleep(0.2)
-found["goes on when it is closed"] = epoch.is_alive()
-
-found["alters numba's types"] = not shared.mutable
-print(json.dumps(found))
-"""
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def with_ffcv() -> None:
     try:
         ffcv.check_installed()
     except ValueError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 43 raw images of 8x8 pixels."""
     path = tmp_path_factory.mktemp("betons") / "x.beton"
     beton_writer.write(path, [ARRAYS])
     return path
 
 
+# ---------------------------------------------------------------- FFCV as it is
+
+
 @pytest.fixture(scope="module")
-def plain(path: Path) -> Any:
-    """What FFCV does unmended."""
-    done = subprocess.run([sys.executable, "-c", PLAIN, path], capture_output=True, text=True, timeout=300)
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Which faults FFCV has, unmended, in a process of its own."""
+    command = [sys.executable, "-m", "tests.pipelines.plain_ffcv", str(tmp_path_factory.mktemp("plain"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        "needs distutils",
-        "sets torch's threads",
-        "refuses what is compiled",
-        "says nothing of an exception",
-        "goes on when it is closed",
-        "alters numba's types",
+        "its import needs distutils",
+        "its import sets torch's threads",
+        "a loader sets torch's threads",
+        "a loader alters numba's types",
+        "a function that is compiled is not compiled again",
+        "an exception leaves the consumer waiting",
+        "an epoch that is left goes on",
+        "a last put that blocks never ends",
+        "a writer whose worker fails waits for ever",
+        "a writer's order on the disk is that of its workers",
     ],
 )
 def test_ffcv_still_has_the_fault(fault: str, plain: Any) -> None:
     assert plain[fault], MENDED
 
 
-WRITER = """
-import sys
-import numpy as np
-from ffcv.writer import DatasetWriter
-from ffcv.fields import IntField
-class Samples:
-    def __len__(self): return 4
-    def __getitem__(self, i): raise RuntimeError("planted")
-DatasetWriter(sys.argv[1], {"label": IntField()}, num_workers=1).from_indexed_dataset(Samples())
+LOOP = """
+import os, threading
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numba, numpy as np
+
+@numba.njit(parallel=True)
+def ones(values):
+    for i in numba.prange(len(values)):
+        values[i] = 1
+
+thread = threading.Thread(target=ones, args=(np.zeros(9),))
+thread.start()
+thread.join()
+print(numba.threading_layer(), flush=True)
 """
 
 
-def test_ffcv_s_writer_still_waits_for_ever_after_an_exception(path: Path) -> None:
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, path.with_name("y.beton")], stderr=subprocess.PIPE, text=True
-    )
-    assert writer.stderr is not None
-    for line in writer.stderr:
-        if "planted" in line:
-            break
-    try:
-        writer.wait(3)
-    except subprocess.TimeoutExpired:
-        return
-    finally:
-        writer.kill()
-        writer.stderr.close()
-        writer.wait()
-    pytest.fail(MENDED)
+def test_a_process_with_one_processor_still_hangs_at_its_end_in_tbb() -> None:
+    """Which numba takes first, where the system has it. `test_ffcv` shows that ours ends."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_THREADING_LAYER"}
+    with subprocess.Popen([sys.executable, "-c", LOOP], env=environment, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        layer = process.stdout.readline().strip()
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            assert layer == "tbb"
+        else:
+            assert layer != "tbb", MENDED
+            pytest.skip(f"numba finds no TBB here, and takes {layer or 'nothing'}")
+        finally:
+            process.kill()
 
 
-WITHOUT_DISTUTILS = """
+# ---------------------------------------------------------------- mended: of the process
+
+IMPORT = """
 import sys, torch
-torch.set_num_threads(2)
-class NoDistutils:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "distutils":
-            raise ModuleNotFoundError(name)
-for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
-    del sys.modules[name]
-sys.meta_path.insert(0, NoDistutils())
-from engine.pipelines import ffcv_repairs
-assert "distutils" not in sys.modules
-assert torch.get_num_threads() == 2, torch.get_num_threads()
-ffcv_repairs.Compiler.set_num_threads(1)
-assert torch.get_num_threads() == 2
+from tests.pipelines.plain_ffcv import DISTUTILS, distutils
+torch.set_num_threads(3)
+with distutils(dict.fromkeys(DISTUTILS)):
+    from engine.pipelines import ffcv_repairs
+    print(*(set(DISTUTILS) & set(sys.modules)), torch.get_num_threads())
 """
 
 
-def test_it_is_imported_without_distutils_and_leaves_torch_s_threads(path: Path) -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_DISTUTILS], check=True, timeout=120)
+def test_it_is_imported_without_distutils_and_leaves_torch_s_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["3"]), done.stderr
 
 
-def epoch_of(path: Path, order: str, *, fail_at: int | None = None, count: int = 43) -> Any:
-    """An epoch of four images a batch, which fails at one of its batches."""
+def test_a_loader_and_its_epochs_leave_torch_s_threads(path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        epoch = epoch_of(path, workers=2)
+        next(epoch)
+        epoch.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_was_compiled_before_a_loader_is_found_after_it(path: Path) -> None:
+    import numba
+
+    from engine.pipelines.ffcv_repairs import Compiler, Loader, OrderOption, SimpleRGBImageDecoder
+
+    @numba.njit
+    def first(values):  # type: ignore[no-untyped-def]
+        return values[0]
+
+    @numba.njit
+    def second(values):  # type: ignore[no-untyped-def]
+        return first(values) + 1
+
+    values = np.full(4, 7, np.uint8)
+    assert first(values) == 7
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": None, "class_name": None}
+    own = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    assert second(values) == 8
+    for number, (images,) in enumerate(own):  # FFCV's own decoder reads by what is compiled late
+        np.testing.assert_array_equal(images, ARRAYS.images[4 * number : 4 * number + 4])
+    assert Compiler.compile(first) is first
+
+
+# ---------------------------------------------------------------- mended: epochs
+
+
+@pytest.fixture
+def others() -> list[threading.Thread]:
+    """The threads that a test begins with."""
+    return threading.enumerate()
+
+
+def epoch_of(
+    path: Path, *, paged: bool = False, count: int = COUNT, fail_at: int | None = None, workers: int = 1
+) -> Any:
+    """An epoch of four images a batch, two batches made ahead, which fails at one of them."""
     from engine.pipelines.ffcv_loader import BetonLoader
 
     loader = BetonLoader(
-        beton.read(path), (8, 8), windows=False, paged=order == "quasi-random", batch_size=4, workers=1,
-        batches_ahead=1, device=torch.device("cpu"),
+        beton.read(path), (8, 8), windows=False, paged=paged, batch_size=4, workers=workers, batches_ahead=2,
+        device=torch.device("cpu"),
     )  # fmt: skip
     batches = list(np.split(np.arange(count), range(4, count, 4)))
 
@@ -195,51 +188,104 @@ def epoch_of(path: Path, order: str, *, fail_at: int | None = None, count: int =
     return loader.read(batches, windows, lambda number, i: pytest.fail("nothing is broken"))
 
 
-@pytest.mark.parametrize("order", ["random", "quasi-random"])
-def test_an_exception_is_raised_where_batches_are_awaited(order: str, path: Path) -> None:
-    others = threading.enumerate()
-    epoch = epoch_of(path, order, fail_at=3)
-    for _ in range(3):
-        next(epoch)
+def wait_until_full(epoch: Any) -> None:
+    patience = time.monotonic() + 20
+    while not epoch.output_queue.full():
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+
+
+in_both_orders = pytest.mark.parametrize("paged", [False, True], ids=["mapped", "paged"])
+
+
+@in_both_orders
+def test_an_exception_is_raised_where_batches_are_awaited(
+    paged: bool, path: Path, others: list[threading.Thread]
+) -> None:
+    epoch = epoch_of(path, paged=paged, fail_at=3)
+    for number in range(3):
+        np.testing.assert_array_equal(next(epoch)[0], ARRAYS.images[4 * number : 4 * number + 4])
     with pytest.raises(RuntimeError, match="planted"):
         next(epoch)
     epoch.close()
     assert python_threads(others) == []
 
 
-@pytest.mark.parametrize("order", ["random", "quasi-random"])
-@pytest.mark.parametrize("taken", [0, 1, 11])
-def test_an_epoch_that_is_closed_ends_all_its_threads(order: str, taken: int, path: Path) -> None:
-    others = threading.enumerate()
-    epoch = epoch_of(path, order)
+@in_both_orders
+@pytest.mark.parametrize("taken", [0, 1, 9, 11])
+def test_an_epoch_that_is_closed_ends_all_its_threads(
+    taken: int, paged: bool, path: Path, others: list[threading.Thread]
+) -> None:
+    epoch = epoch_of(path, paged=paged)
     for _ in range(taken):
         next(epoch)
+    if taken < 9:
+        wait_until_full(epoch)  # and so the next one waits for room
+        assert len(python_threads(others)) == (13 if paged else 1)
     epoch.close()
     assert python_threads(others) == []
     epoch.close()
 
 
-def test_the_last_word_of_an_epoch_does_not_wait_for_a_reader(path: Path) -> None:
-    """All batches are made and nobody has taken one: what says that it is over finds no room."""
-    epoch = epoch_of(path, "random", count=4)
-    while not epoch.output_queue.full():
-        pass
+@in_both_orders
+@pytest.mark.parametrize(("count", "fail_at"), [(8, None), (COUNT, 2)], ids=["the end", "an exception"])
+def test_last_words_that_find_no_room_do_not_keep_an_epoch(
+    count: int, fail_at: int | None, paged: bool, path: Path, others: list[threading.Thread]
+) -> None:
+    epoch = epoch_of(path, paged=paged, count=count, fail_at=fail_at)
+    wait_until_full(epoch)
+    time.sleep(0.05)  # until it says that it is over, which nobody hears
     epoch.close()
-    assert not epoch.is_alive()
+    assert python_threads(others) == []
 
 
-def test_code_that_is_compiled_stays_so_when_a_loader_is_made(path: Path) -> None:
-    """FFCV alters types that numba shares, and what was compiled for them would be lost."""
-    for _ in range(3):
-        (images,) = next(epoch := epoch_of(path, "random"))
-        assert torch.equal(images, ARRAYS.images[:4])
-        epoch.close()
-    from ffcv.fields.decoders import SimpleRGBImageDecoder
+class Stream:
+    """A stream of a GPU, of which it is noted when a copy is recorded and when one waits for it."""
 
-    from engine.pipelines.ffcv_repairs import Loader, OrderOption
+    def __init__(self, slot: int, told: list[tuple[str, int]]) -> None:
+        self.slot, self.told = slot, told
 
-    pipelines = {"image": [SimpleRGBImageDecoder()], "label": None, "class_name": None}
-    own = Loader(str(path), batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
-    (images,) = next(batches := iter(own))  # its own decoder reads as before
-    np.testing.assert_array_equal(images, ARRAYS.images[:4])
-    del batches
+    def record_event(self) -> Stream:
+        self.told.append(("copied", self.slot))
+        return self
+
+    def synchronize(self) -> None:
+        self.told.append(("awaited", self.slot))
+
+
+def test_a_buffer_is_filled_again_when_its_copy_to_a_gpu_is_over(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.pipelines.ffcv_repairs import Epoch
+
+    told: list[tuple[str, int]] = []
+
+    def start(epoch: Any) -> None:
+        epoch.cuda_streams = [Stream(slot, told) for slot in range(len(epoch.cuda_streams))]
+        threading.Thread.start(epoch)
+
+    monkeypatch.setattr(Epoch, "start", start)
+    assert len(list(epoch_of(path, count=24))) == 6
+    first_round = [("copied", slot) for slot in range(4)]  # two ahead, one in use, one in work
+    assert told == [*first_round, ("awaited", 0), ("copied", 0), ("awaited", 1), ("copied", 1)]
+
+
+# ---------------------------------------------------------------- mended: writing
+
+
+def test_writing_raises_what_its_samples_raise(tmp_path: Path, others: list[threading.Thread]) -> None:
+    from engine.pipelines import ffcv_repairs
+
+    def samples() -> Any:
+        yield (1,)
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        ffcv_repairs.write(tmp_path / "y.beton", {"label": ffcv_repairs.IntField()}, 9, samples())
+    assert python_threads(others) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_samples_are_written_in_their_order(path: Path) -> None:
+    starts = beton.read(path).images["at"]
+    assert (starts[1:] > starts[:-1]).all()
