@@ -39,6 +39,14 @@ def distutils(stand_ins: dict[str, ModuleType | None]) -> Iterator[None]:
         sys.modules.update(before)
 
 
+def import_plainly() -> None:
+    """Import FFCV where there is no distutils either."""
+    log = ModuleType("distutils.log")
+    vars(log)["warn"] = print
+    with distutils({"distutils": ModuleType("distutils"), "distutils.log": log}):
+        importlib.import_module("ffcv")
+
+
 def faults(folder: Path) -> dict[str, bool]:
     torch.set_num_threads(THREADS)
     found = {}
@@ -49,10 +57,7 @@ def faults(folder: Path) -> dict[str, bool]:
             found["its import needs distutils"] = True
         else:
             found["its import needs distutils"] = False
-    log = ModuleType("distutils.log")
-    vars(log)["warn"] = print
-    with distutils({"distutils": ModuleType("distutils"), "distutils.log": log}):
-        importlib.import_module("ffcv")
+    import_plainly()
     found["its import sets torch's threads"] = torch.get_num_threads() != THREADS
 
     # The writer first: it forks, which a process must not do after it has run compiled loops in threads.
