@@ -137,7 +137,7 @@ def test_ffcv_s_own_loader_and_decoders_read_our_files(tmp_path: Path) -> None:
     raw, jpeg, read = tmp_path / "raw.beton", tmp_path / "jpeg.beton", tmp_path / "read.npz"
     beton_writer.write(raw, [ARRAYS])
     beton_writer.write(jpeg, [in_memory(*FILES)], Format("jpeg"))
-    command = [sys.executable, "-c", PLAIN, raw, jpeg, read]
+    command: list[str | Path] = [sys.executable, "-c", PLAIN, raw, jpeg, read]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     sides = torch.tensor([min(size) * 7 // 8 for size in SIZES])
