@@ -29,9 +29,9 @@ from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, in_beton
 from tests.pipelines.photographs import cut_and_resized, encode, in_memory, listings, smooth
 from tests.pipelines.test_beton import build
 
-# Levels of 255, at most and in the mean, a little above what was measured. FFCV resizes by areas as OpenCV does, to
-# the bit if of one version. Of JPEG files it makes pixels by a faster and coarser transform: 8 levels and 1.6, and in
-# the mean 0.8 darker. Pillow resizes by triangles: 7 levels and 0.4; of JPEG files 10 and 1.2.
+# Levels of 255, at most and in the mean, a little above what was measured. FFCV resizes by areas as OpenCV does.
+# Of JPEG files it makes pixels by a faster and coarser transform: 8 levels and 1.6, and in the mean 0.8 darker.
+# Pillow resizes by triangles: 7 levels and 0.4; of JPEG files 10 and 1.2.
 RAW, JPEG = (1, 0.1), (10, 1.8)
 BY_PILLOW = {"raw": (8, 0.5), "jpeg": (12, 1.4)}
 
