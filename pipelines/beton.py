@@ -194,8 +194,8 @@ def _read(path: Path, file: BinaryIO, size: int) -> Beton:
     kinds: list[tuple[str, npt.DTypeLike]] = []
     for field in array(_FIELD, num_fields):
         padded = field["name"].decode("ascii", "replace")
-        check(padded.isascii(), f"its field {padded!r} is not of ASCII letters")
         name = padded.partition("\0")[0]
+        check(padded.isascii() and name.isprintable(), f"its field {padded!r} is not of ASCII letters")
         check(int(field["type"]) in _TYPES, f"its field {name!r} is of the custom type {field['type']}")
         fields[name], kind = _TYPES[int(field["type"])]
         kinds.append((name, kind))

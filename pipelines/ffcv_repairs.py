@@ -46,6 +46,11 @@ def _importable() -> Iterator[None]:
         torch.set_num_threads(before)  # FFCV sets it to 1
 
 
+if len(os.sched_getaffinity(0)) == 1 and "NUMBA_THREADING_LAYER" not in os.environ:
+    # A process with one processor hangs at its end in TBB where another thread than the main one was first there,
+    # as one that imports FFCV may be; and the last layer is not for several threads.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
 with _importable():
     from ffcv.fields import BytesField, IntField, RGBImageField
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder, encode_jpeg, resizer
@@ -79,10 +84,6 @@ __all__ = [
     "resizer",
     "write",
 ]
-
-if "NUMBA_THREADING_LAYER" not in os.environ:
-    # A process that may use one processor alone hangs at its end in TBB; the last one is not for several threads.
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 def _set_num_threads(number: int) -> None:
@@ -143,6 +144,8 @@ class Epoch(EpochIterator):  # type: ignore[misc]
             self.output_queue.put(None)
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self.terminate_event.is_set():
+            raise StopIteration  # FFCV looks at the event only where it finds no room, and at this always
         if batch_slot in self._copied:
             self._copied[batch_slot].synchronize()
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)

@@ -399,6 +399,7 @@ FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         with_field(2, 3, b"caf\xe9"),
         WHOLE + r"\(its field 'caf.' is not of ASCII letters\)",
     ),
+    "a field of two lines": (with_field(2, 3, b"a\nb"), WHOLE + r"\(its field 'a\\nb' is not of ASCII letters\)"),
     "a label below 0": (with_row(3, label=-1), "has a label out of range: -1, where labels must be 0 to 2 for 3"),
     "a label too many": (
         with_row(3, label=7),

@@ -312,7 +312,7 @@ def test_the_threads_of_torch_are_as_before(tmp_path: Path) -> None:
 
 
 ONE_PROCESSOR = """
-import os, sys
+import os, sys, threading
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from pathlib import Path
 from engine.pipelines import beton
@@ -322,15 +322,22 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request
 listing = beton.read(Path(sys.argv[1])).listings()[""]
 images = encoded_splits(listing, listing, Request(image_size=16))[0]
-pipeline = FFCVPipeline(images, Sampling(len(images), 8), augment=True, flip=True, device="cpu", workers=2)
-print(sum(len(batch.sample) for batch in pipeline.epoch(0)))
-left = pipeline.epoch(1)
-print(len(next(left).sample))
+left = []
+
+def load():
+    pipeline = FFCVPipeline(images, Sampling(len(images), 8), augment=True, flip=True, device="cpu", workers=2)
+    print(sum(len(batch.sample) for batch in pipeline.epoch(0)))
+    left.append(pipeline.epoch(1))
+    print(len(next(left[0]).sample))
+
+thread = threading.Thread(target=load)
+thread.start()
+thread.join()
 """
 
 
 def test_a_process_with_one_processor_loads_and_ends(tmp_path: Path) -> None:
-    """By itself, though it has two threads for loops and an epoch that was left."""
+    """By itself, though it has two threads for loops, an epoch that was left, and imported FFCV in a thread."""
     images = photographs(tmp_path, FILES)
     done = subprocess.run(
         [sys.executable, "-c", ONE_PROCESSOR, str(images.beton)],

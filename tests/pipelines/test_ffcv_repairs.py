@@ -169,23 +169,39 @@ def others() -> list[threading.Thread]:
 
 
 def epoch_of(
-    path: Path, *, paged: bool = False, count: int = COUNT, fail_at: int | None = None, workers: int = 1
+    path: Path,
+    *,
+    paged: bool = False,
+    count: int = COUNT,
+    fail_at: int | None = None,
+    workers: int = 1,
+    made: list[int] | None = None,
 ) -> Any:
-    """An epoch of four images a batch, two batches made ahead, which fails at one of them."""
+    """An epoch of four images a batch, two batches made ahead, which fails at one of them. made: their numbers."""
     from engine.pipelines.ffcv_loader import BetonLoader
 
     loader = BetonLoader(
         beton.read(path), (8, 8), windows=False, paged=paged, batch_size=4, workers=workers, batches_ahead=2,
         device=torch.device("cpu"),
     )  # fmt: skip
-    batches = list(np.split(np.arange(count), range(4, count, 4)))
+    batches = list(np.split(np.arange(count) % COUNT, range(4, count, 4)))
 
     def windows(number: int) -> Any:
         if number == fail_at:
             raise RuntimeError("planted")
+        if made is not None:
+            made.append(number)
         return np.zeros((len(batches[number]), 5), np.int64)
 
     return loader.read(batches, windows, lambda number, i: pytest.fail("nothing is broken"))
+
+
+def close(epoch: Any) -> None:
+    """Close it, in seconds or never."""
+    closing = threading.Thread(target=epoch.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 def wait_until_full(epoch: Any) -> None:
@@ -205,9 +221,11 @@ def test_an_exception_is_raised_where_batches_are_awaited(
     epoch = epoch_of(path, paged=paged, fail_at=3)
     for number in range(3):
         np.testing.assert_array_equal(next(epoch)[0], ARRAYS.images[4 * number : 4 * number + 4])
+    epoch.join(20)
+    assert not epoch.output_queue.empty()
     with pytest.raises(RuntimeError, match="planted"):
         next(epoch)
-    epoch.close()
+    close(epoch)
     assert python_threads(others) == []
 
 
@@ -222,9 +240,18 @@ def test_an_epoch_that_is_closed_ends_all_its_threads(
     if taken < 9:
         wait_until_full(epoch)  # and so the next one waits for room
         assert len(python_threads(others)) == (13 if paged else 1)
-    epoch.close()
+    close(epoch)
     assert python_threads(others) == []
-    epoch.close()
+    close(epoch)
+
+
+@in_both_orders
+def test_an_epoch_that_is_closed_makes_no_more_batches(paged: bool, path: Path) -> None:
+    made: list[int] = []
+    epoch = epoch_of(path, paged=paged, count=4000, made=made)
+    next(epoch)
+    close(epoch)
+    assert len(made) <= 5  # one was taken, two were ahead, one was waiting for room, and one was begun
 
 
 @in_both_orders
@@ -235,7 +262,7 @@ def test_last_words_that_find_no_room_do_not_keep_an_epoch(
     epoch = epoch_of(path, paged=paged, count=count, fail_at=fail_at)
     wait_until_full(epoch)
     time.sleep(0.05)  # until it says that it is over, which nobody hears
-    epoch.close()
+    close(epoch)
     assert python_threads(others) == []
 
 
