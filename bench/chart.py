@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.results import EAGER, PipelineRow, Row
+from bench.results import EAGER, PipelineRow, Row, StepRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +60,33 @@ def draw_pipelines(path: Path, rows: Sequence[PipelineRow]) -> None:
     hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
     versions = f"torch {first.torch}, ffcv {first.ffcv or 'absent'}, DALI {first.dali or 'absent'}"
     figure.suptitle(f"{hardware}, {versions}, {first.date[:10]}", fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def draw_steps(path: Path, rows: Sequence[StepRow]) -> None:
+    """For each method a panel of speed-ups over the textbook, and one of peak memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.method for row in rows))
+    figure = Figure(figsize=(9, 2.8 * len(names)), layout="constrained")
+    for name, (speeds, peaks) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+        shown = [row for row in rows if row.method == name]
+        labels = [f"{row.variant}\n{row.images_per_s:,.1f} images/s" for row in shown]
+        for axes, values, heading, form in (
+            (speeds, [row.speedup for row in shown], "times the speed of the textbook's step", "%.2f"),
+            (peaks, [row.peak_mib or 0 for row in shown], "peak memory, MiB", "%.0f"),
+        ):
+            colours = ["tab:gray" if row.variant.startswith("textbook") else "tab:blue" for row in shown]
+            bars = axes.barh(labels, values, color=colours)
+            axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+            axes.set_title(f"{name}, {shown[0].model}, batch {shown[0].batch_size}: {heading}", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+    first = rows[0]
+    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
+    figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 

@@ -25,20 +25,20 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
 
 from bench import machine
-from engine import attack, config, methods, models, precision, step
+from engine import adversary, attack, config, methods, models, networks, precision, step
 from engine.config import RunConfig
 from engine.kernels import dispatch
 from engine.pipelines import tensor
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.precision import Precision
-from engine.step import Teachers
+from engine.streams import Lanes
 
 NETWORK, STEP = "network", "rest of the step"
 # Functions that are wrapped where they are called from; within the attack, the innermost range counts.
 FUNCTIONS = (
     (tensor, "crop_flip", "crop_flip"),
-    (step, "pgd", "rest of the attack"),
+    (adversary.Adversary, "__call__", "rest of the attack"),
     (attack, "random_start", "random_start"),
     (attack, "pgd_update", "pgd_update"),
     (step, "distill_loss", "distill_loss"),
@@ -123,16 +123,15 @@ def prepare(run: RunConfig, chosen: Precision) -> Callable[[], None]:
         return Labelled(chosen.place(models.build(run.model, CLASSES)))
 
     student = network()
-    teacher, teacher_st = (network().eval().requires_grad_(False) for _ in range(2))
-    teachers = Teachers(teacher if method.needs_teacher else None, teacher_st if method.needs_teacher_st else None)
+    needed = {"teacher": method.needs_teacher, "teacher_st": method.needs_teacher_st}
+    teachers = {section: network().eval().requires_grad_(False) for section, wanted in needed.items() if wanted}
     counts = torch.zeros(2, dtype=torch.int64, device=chosen.device)
+    built = networks.build(student, teachers, method, run, chosen, counts)
+    lanes = Lanes(chosen.device)
 
     def training_step() -> None:
         student.zero_grad()
-        output = step.training_loss(
-            student, teachers, next(batches), method, run.attack, run.forwards, chosen,
-            seed=0, epoch=0, attack_counts=counts,
-        )  # fmt: skip
+        output = step.training_loss(built, next(batches), method, run.forwards, chosen, lanes, epoch=0)
         output.loss.loss.backward()
 
     return training_step

@@ -8,9 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.cases import Case, beyond
 from bench.machine import Facts
+
+if TYPE_CHECKING:
+    from bench.steps import Workload
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 
@@ -76,6 +80,28 @@ class PipelineRow(Measured):
     q90_images_per_s: float
     speedup: float
     cpu_s_per_10k_images: float
+
+
+@dataclass(frozen=True)
+class StepRow(Measured):
+    """One line of step.csv; README.md describes the columns."""
+
+    method: str
+    model: str
+    batch_size: int
+    variant: str
+    rounds: int
+    median_s: float
+    q10_s: float
+    q90_s: float
+    images_per_s: float
+    speedup: float
+    gflop: float | None
+    gflop_per_s: float | None
+    convolutions_s: float
+    share_of_convolutions: float
+    peak_mib: float | None
+    share_of_textbook_memory: float | None
 
 
 def rows(
@@ -156,6 +182,47 @@ def pipeline_rows(
     return result
 
 
+def step_row(
+    facts: Facts,
+    workload: Workload,
+    variant: str,
+    samples: Mapping[str, Sequence[float]],
+    convolutions: Sequence[float],
+    flops: int | None,
+    peak: float | None,
+    textbook_peak: float | None,
+) -> StepRow:
+    """One variant of a method. samples: seconds of a step in each round, by variant.
+
+    convolutions: seconds of the step's convolutions alone in each round. flops: executed. peaks in MiB.
+    """
+    seconds = samples[variant]
+    median, (q10, q90) = statistics.median(seconds), quantiles(seconds)
+    ratio = speedup(samples["textbook"], seconds)
+    assert ratio is not None
+    return StepRow(
+        **facts,
+        method=workload.method,
+        model=workload.model,
+        batch_size=workload.batch_size,
+        variant=variant,
+        rounds=len(seconds),
+        median_s=median,
+        q10_s=q10,
+        q90_s=q90,
+        images_per_s=workload.batch_size / median,
+        speedup=ratio,
+        gflop=None if flops is None else flops / 1e9,
+        gflop_per_s=None if flops is None else flops / 1e9 / median,
+        convolutions_s=statistics.median(convolutions),
+        share_of_convolutions=statistics.median(
+            alone / whole for alone, whole in zip(convolutions, seconds, strict=True)
+        ),
+        peak_mib=peak,
+        share_of_textbook_memory=None if peak is None or textbook_peak is None else peak / textbook_peak,
+    )
+
+
 def version(package: str) -> str:
     """Of a package that is installed, else nothing."""
     try:
@@ -177,7 +244,7 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def write(path: Path, rows: Sequence[Row] | Sequence[PipelineRow]) -> None:
+def write(path: Path, rows: Sequence[Measured]) -> None:
     """Write the rows as CSV, numbers with six digits; an absent one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

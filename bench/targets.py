@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from bench.results import PipelineRow, Row
+from bench.results import PipelineRow, Row, StepRow
 
 THREADS = 2
 
@@ -97,6 +97,50 @@ def pipeline_verdicts(rows: Iterable[PipelineRow], growth: float | None) -> list
         return [*lines, f"not measured: {wanted_memory}"]
     word = "reached" if growth <= MOST_MEMORY else "not reached"
     return [*lines, f"{word}: {wanted_memory}; measured {growth:,.4g} MiB"]
+
+
+def _of(method: str, variant: str) -> Callable[[StepRow], bool]:
+    return lambda row: (row.method, row.variant) == (method, variant)
+
+
+STEPS: tuple[Target[StepRow], ...] = (
+    Target("iad1 with AMP over the textbook", "x", 2.5, _of("iad1", "amp"), lambda row: row.speedup),
+    Target("iad2 with AMP over the textbook", "x", 2.3, _of("iad2", "amp"), lambda row: row.speedup),
+    Target("iad1 in float32 over the textbook", "x", 1.3, _of("iad1", "fp32"), lambda row: row.speedup),
+    Target("iad2 in float32 over the textbook", "x", 1.3, _of("iad2", "fp32"), lambda row: row.speedup),
+    Target(
+        "AMP of the speed of the convolutions alone", "", 0.8,
+        lambda row: row.variant == "amp", lambda row: row.share_of_convolutions,
+    ),
+)  # fmt: skip
+MOST_OF_TEXTBOOK_MEMORY = 0.6
+EVAL_SPEEDUP = 1.1
+
+
+def step_verdicts(rows: Sequence[StepRow]) -> list[str]:
+    """A line per target. They are for ResNet-18, batch 128, on two CPU threads with bfloat16."""
+    judged = [
+        row
+        for row in rows
+        if (row.device, row.threads, row.model, row.batch_size) == ("cpu", THREADS, "resnet18", 128)
+    ]
+    lines = [verdict(target, judged) for target in STEPS]
+    seconds = {(row.method, row.variant): row.median_s for row in judged}
+    for method in dict.fromkeys(row.method for row in judged):
+        if (method, "amp-eval") in seconds:
+            gained = seconds[method, "amp"] / seconds[method, "amp-eval"]
+            word = "reached" if gained >= EVAL_SPEEDUP else "not reached"
+            lines.append(
+                f"{word}: {method} with --attack-bn eval: a further {EVAL_SPEEDUP:g}x; measured {gained:.3g}x"
+            )
+    for row in judged:
+        if row.variant == "amp" and row.share_of_textbook_memory is not None:
+            word = "reached" if row.share_of_textbook_memory <= MOST_OF_TEXTBOOK_MEMORY else "not reached"
+            wanted = (
+                f"peak memory of {row.method} with AMP: at most {MOST_OF_TEXTBOOK_MEMORY:.0%} of the textbook's"
+            )
+            lines.append(f"{word}: {wanted}; measured {row.share_of_textbook_memory:.0%}")
+    return lines
 
 
 def _speedup(row: PipelineRow) -> float:

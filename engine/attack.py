@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.config import AttackSpec, nearest, validated
 from engine.kernels import pgd_update, random_start
+from engine.models.layers import running_statistics_stay
 
 
 def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, AttackSpec]:
@@ -92,6 +92,28 @@ def pgd(
     precision gradient that would vanish does.
     counts: (2,) int64, to which the zero and the non-finite entries of all gradients are added.
     """
+    x_adv = started(x_nat, spec, seed=seed, counter=counter, sample=sample, start=start)
+
+    def logits(images: Tensor) -> Tensor:
+        with autocast():
+            out: Tensor = model(images)
+        return out if out.dtype == torch.float64 else out.float()
+
+    with batch_norm_mode(model, spec.bn), frozen(model):
+        climb(logits, x_adv, x_nat, labels, spec, loss_scale=loss_scale, counts=counts)
+    return x_adv
+
+
+def started(
+    x_nat: Tensor,
+    spec: AttackSpec,
+    *,
+    seed: int = 0,
+    counter: int = 0,
+    sample: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Where the attack begins: new images at x_nat plus a random start. Arguments as of `pgd`."""
     if sample is None:
         sample = torch.arange(x_nat.shape[0], device=x_nat.device)
     if start is None:
@@ -106,40 +128,41 @@ def pgd(
             counter=counter,
         )
     x_adv = x_nat + start
-    if spec.clamp_start:
-        x_adv = x_adv.clamp(0, 1)
-    with torch.enable_grad(), batch_norm_mode(model, spec.bn), frozen(model):
-        objective = _objective(model, x_nat, labels, spec, autocast)
-        for _ in range(spec.num_steps):
-            x_adv = x_adv.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(loss_scale * objective(x_adv), x_adv)
-            with torch.no_grad():
-                pgd_update(
-                    x_adv,
-                    grad,
-                    x_nat,
-                    threat_model=spec.threat_model,
-                    epsilon=spec.epsilon,
-                    step_size=spec.step_size,
-                    counts=counts,
-                )
-    return x_adv.detach()
+    return x_adv.clamp_(0, 1) if spec.clamp_start else x_adv
 
 
-def _objective(
-    model: nn.Module,
+def climb(
+    logits: Callable[[Tensor], Tensor],
+    x_adv: Tensor,
     x_nat: Tensor,
     labels: Tensor,
     spec: AttackSpec,
-    autocast: Callable[[], AbstractContextManager[object]],
+    *,
+    loss_scale: float = 1.0,
+    counts: Tensor | None = None,
+) -> None:
+    """The steps of the attack, in place in x_adv. logits: the network, frozen and in the mode of the attack."""
+    objective = _objective(logits, x_nat, labels, spec)
+    for _ in range(spec.num_steps):
+        with torch.enable_grad():
+            images = x_adv.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(loss_scale * objective(images), images)
+        with torch.no_grad():
+            pgd_update(
+                x_adv,
+                grad,
+                x_nat,
+                threat_model=spec.threat_model,
+                epsilon=spec.epsilon,
+                step_size=spec.step_size,
+                counts=counts,
+            )
+
+
+def _objective(
+    logits: Callable[[Tensor], Tensor], x_nat: Tensor, labels: Tensor, spec: AttackSpec
 ) -> Callable[[Tensor], Tensor]:
     """What the attack maximises, summed over the batch: a sample's gradient must not depend on the batch size."""
-
-    def logits(images: Tensor) -> Tensor:
-        with autocast():
-            out: Tensor = model(images)
-        return out if out.dtype == torch.float64 else out.float()
-
     if spec.loss == "ce":
         return lambda x_adv: F.cross_entropy(logits(x_adv), labels, reduction="sum")
     if spec.loss == "cw":
@@ -179,15 +202,10 @@ def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
     "batch": batch statistics, and running statistics stay.
     """
     modes = [(module, module.training) for module in model.modules()]
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     model.train(mode != "eval")
-    if mode == "batch":
-        for norm in norms:
-            norm.track_running_stats = False
     try:
-        yield
+        with running_statistics_stay(model) if mode == "batch" else nullcontext():
+            yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
         for module, training in modes:
             module.training = training

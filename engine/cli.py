@@ -67,6 +67,7 @@ _KEYS = {
     "teacher": "teacher.checkpoint",
     "teacher_st": "teacher_st.checkpoint",
     "attack_bn": "attack.bn",
+    "optimizer": "optim.implementation",
 }
 
 
@@ -82,6 +83,12 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--batch-size", type=int, help="Images per step. [128]"),
         click.option("--lr", help="Initial learning rate. [0.1]"),
         click.option("--amp/--no-amp", default=None, help="Mixed precision. [no]"),
+        click.option("--compile", help="torch.compile for the network passes: auto, on or off. [auto]"),
+        click.option("--lanes", help="Teachers and next batch on CUDA streams of their own: on or off. [on]"),
+        click.option("--graphs", help="The attack as a CUDA graph: on or off. [on]"),
+        click.option("--optimizer", help="torch, or apex for NVIDIA apex's FusedSGD. [torch]"),
+        click.option("--checkpoint-activations", is_flag=True, default=None, help="Less memory, more time."),
+        click.option("--masking-guard", help="If AMP hides gradients: warn, stop or off. [warn]"),
         click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
         click.option("--gpus", type=int, help="Number of GPUs. [one if there is any]"),
         click.option("--seed", type=int, help="Seed of weights, order, augmentation and attacks. [0]"),

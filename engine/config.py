@@ -43,11 +43,18 @@ def _part_of_run(value: float) -> float:
     return value
 
 
+def _switch(value: object) -> object:
+    """YAML reads a bare on or off as a truth value."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 # Bounded, since what is no float32 fails deep inside torch.
 Number = Annotated[float, BeforeValidator(_fraction), BeforeValidator(_no_truth_value), Field(ge=-1e30, le=1e30)]
 Count = Annotated[int, BeforeValidator(_no_truth_value)]
 # A point in training: below 1 a fraction of the epochs (so that it scales with them), else a number of epochs.
 PartOfRun = Annotated[Number, Field(ge=0), AfterValidator(_part_of_run)]
+Auto = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
 """The six terms of the loss, in the order of the paper's Table 1."""
 
@@ -105,8 +112,12 @@ class ForwardsConfig(Section):
 
 
 class OptimConfig(Section):
-    """SGD; the learning rate is lr before the first milestone and lr * lr_factors[i] from milestone i on."""
+    """SGD; the learning rate is lr before the first milestone and lr * lr_factors[i] from milestone i on.
 
+    implementation: torch's fused SGD, or FusedSGD of NVIDIA's apex.
+    """
+
+    implementation: Literal["torch", "apex"] = "torch"
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[Number, Field(ge=0)] = 2e-4
@@ -165,6 +176,11 @@ class RunConfig(Section):
     lr: Annotated[Number, Field(gt=0)] = 0.1
     dtype: Literal["float32", "float64"] = "float32"
     amp: bool = False
+    compile: Auto = "auto"
+    lanes: Switch = "on"
+    graphs: Switch = "on"
+    checkpoint_activations: bool = False
+    masking_guard: Annotated[Literal["warn", "stop", "off"], BeforeValidator(_switch)] = "warn"
     device: str = "auto"
     gpus: Annotated[Count, Field(ge=1)] | None = None
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 0
@@ -362,3 +378,5 @@ def _check_across(config: RunConfig) -> None:
     check_reading(config.semantics, config.loss)
     if config.dtype == "float64" and config.amp:
         raise ValueError("amp: mixed precision and dtype=float64 exclude each other")
+    if config.compile == "on" and config.checkpoint_activations:
+        raise ValueError("compile: 'on' and checkpoint_activations exclude each other")

@@ -30,11 +30,14 @@ class Precision:
         """Whether the fused kernels know the dtype of images and losses."""
         return self.dtype == torch.float32
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for the network passes inside, if the run uses it."""
+    def autocast(self, *, cached: bool = True) -> AbstractContextManager[object]:
+        """Mixed precision for the network passes inside, if the run uses it.
+
+        cached: a weight that needs a gradient is converted once for all passes inside. Not within a CUDA graph.
+        """
         if self.amp_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, cache_enabled=cached)
 
     @property
     def attack_loss_scale(self) -> float:

@@ -5,24 +5,20 @@ Shape suffixes: B batch, C classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.attack import pgd
-from engine.config import AttackSpec, ForwardsConfig
+from engine.config import ForwardsConfig
 from engine.kernels import DistillLoss, distill_loss
 from engine.methods import Method
+from engine.networks import Networks
 from engine.pipelines.base import Batch
 from engine.precision import Precision
+from engine.streams import Lanes
 
-
-class Teachers(NamedTuple):
-    """The frozen networks that a student learns from, None where the method has none."""
-
-    at: nn.Module | None = None
-    st: nn.Module | None = None
+Network = TypeVar("Network")
 
 
 class StepOutput(NamedTuple):
@@ -36,53 +32,47 @@ class StepOutput(NamedTuple):
 
 
 def training_loss(
-    student: nn.Module,
-    teachers: Teachers,
+    networks: Networks,
     batch: Batch,
     method: Method,
-    attack: AttackSpec,
     forwards: ForwardsConfig,
     precision: Precision,
+    lanes: Lanes,
     *,
-    seed: int,
     epoch: int,
     in_warmup: bool = False,
-    attack_counts: Tensor | None = None,
 ) -> StepOutput:
     """Loss of one batch, ready for `backward`; the body of Algorithm 1's inner loop.
 
     method: the row to train with, which plans the forwards: what no term reads is not run.
-    seed, epoch: of the attack's random start. in_warmup: the idle forwards wait until the warm-up is over.
-    attack_counts: (2,) int64, to which the zero and the non-finite entries of the attack's gradients are added.
+    epoch: counts the random starts. in_warmup: the idle forwards wait until the warm-up is over.
     """
+    student, adversary, teacher_at, teacher_st = networks
     x_nat, labels = batch.x_nat, batch.labels
-    s_adv = s_nat = t_at_nat = t_at_adv = t_st_adv = None
+    x_adv = s_adv = s_nat = t_at_nat = t_at_adv = t_st_adv = None
 
+    with lanes.beside():  # the attack
+        if method.needs_t_at_nat:
+            t_at_nat = _given(teacher_at)(x_nat)
     if method.needs_x_adv:  # x~ = argmax of the attack's loss on the student, Eq. 2
-        x_adv = pgd(
-            student, x_nat, labels, attack, seed=seed, counter=epoch, sample=batch.sample,
-            autocast=precision.autocast, loss_scale=precision.attack_loss_scale, counts=attack_counts,
-        )  # fmt: skip
-    with precision.autocast():
-        with torch.no_grad():
-            if method.needs_t_at_nat:
-                t_at_nat = _call(teachers.at, x_nat)
+        x_adv = _given(adversary)(batch, epoch)
+        with lanes.beside():  # the student's passes
             if method.needs_t_at_adv:
-                t_at_adv = _call(teachers.at, x_adv)
+                t_at_adv = _given(teacher_at)(x_adv)
             if method.needs_t_st_adv:
-                t_st_adv = _call(teachers.st, x_adv)
-        if method.needs_x_adv:
-            s_adv = _call(student, x_adv)
+                t_st_adv = _given(teacher_st)(x_adv)
+    with precision.autocast():
+        if x_adv is not None:
+            s_adv = student(x_adv)
             if forwards.idle and not in_warmup:
                 with torch.no_grad():
                     student(x_adv)
                     student(x_nat)
         # The order S(x~), S(x) is the published one; BatchNorm's running statistics depend on it.
-        if method.needs_s_nat or forwards.clean == "grad":
-            s_nat = _call(student, x_nat)
-        elif forwards.clean == "no_grad":
-            with torch.no_grad():
-                s_nat = _call(student, x_nat)
+        if method.needs_s_nat or forwards.clean != "skip":
+            with torch.set_grad_enabled(method.needs_s_nat or forwards.clean == "grad"):
+                s_nat = student(x_nat)
+    lanes.join()
     loss = distill_loss(
         s_adv, labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
         weights=method.weights, tau=method.loss.tau, tau_self=method.loss.tau_self, beta=method.loss.beta,
@@ -93,7 +83,6 @@ def training_loss(
     return StepOutput(loss, s_adv, s_nat, t_at_nat, t_at_adv)
 
 
-def _call(network: nn.Module | None, images: Tensor) -> Tensor:
-    assert network is not None, "the method's row needs a teacher that was not given"
-    logits_BC: Tensor = network(images)
-    return logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+def _given(network: Network | None) -> Network:
+    assert network is not None, "the method's row needs a network that was not given"
+    return network

@@ -22,13 +22,14 @@ from engine.weights import load_model
 _SHARED = (
     "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
     "flip", "image_size", "on_bad_image", "pipeline", "order", "workers", "batches_ahead", "epochs", "batch_size",
-    "lr", "dtype", "amp", "device", "gpus", "optim", "log_every", "checkpoint_every",
+    "lr", "dtype", "amp", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "device",
+    "gpus", "optim", "log_every", "checkpoint_every",
 )  # fmt: skip
 _SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
 # What changes where or how visibly a teacher is trained, but not the teacher.
 _NOT_IN_KEY = (
-    "data", "device", "gpus", "out", "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every",
-    "teacher", "teacher_st", "eval",
+    "data", "device", "gpus", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "out",
+    "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval",
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from engine import (
     config,
     methods,
     models,
+    networks,
+    optimizer,
     plots,
     precision,
     provenance,
@@ -40,8 +42,9 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, balanced
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
-from engine.step import Teachers, training_loss
+from engine.step import training_loss
 from engine.stopping import Interrupted, RunFailed, Stop, graceful_stop
+from engine.streams import Lanes
 
 
 @dataclass(frozen=True)
@@ -174,13 +177,7 @@ class Trainer:
         self.probe_images = self._probe_images(training)
 
         self.student = build_student(complete, self.dataset, self.precision)
-        self.optimizer = torch.optim.SGD(
-            self.student.parameters(),
-            lr=complete.lr,
-            momentum=complete.optim.momentum,
-            nesterov=complete.optim.nesterov,
-            weight_decay=complete.optim.weight_decay,
-        )
+        self.optimizer = optimizer.sgd(self.student.parameters(), complete)
         self.scaler = self.precision.scaler()
         self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries())
         self.progress = Progress()
@@ -188,6 +185,10 @@ class Trainer:
         if saved:
             self._restore(saved)
         self.teachers = self._obtain_teachers()
+        self.networks = networks.build(
+            self.student, self.teachers, self.method, complete, self.precision, self.telemetry.attack_counts
+        )
+        self.lanes = Lanes(self.precision.device, wanted=complete.lanes == "on")
         self.journal = Journal(run, self.progress.rows_size, self.progress.step)
 
     def fit(self) -> dict[str, Any]:
@@ -207,19 +208,16 @@ class Trainer:
             group["lr"] = self._learning_rate(epoch)
         self.student.train()
         self.telemetry.start_clock()
-        for batch in self.pipeline.epoch(epoch, progress.step_in_epoch):
+        for batch in self.lanes.ahead(self.pipeline.epoch(epoch, progress.step_in_epoch)):
             output = training_loss(
-                self.student,
-                self.teachers,
+                self.networks,
                 batch,
                 method,
-                self.config.attack,
                 self.config.forwards,
                 self.precision,
-                seed=self.config.seed,
+                self.lanes,
                 epoch=epoch,
                 in_warmup=method is not self.method,
-                attack_counts=self.telemetry.attack_counts,
             )
             self.optimizer.zero_grad()
             self.scaler.scale(output.loss.loss).backward()
@@ -264,7 +262,7 @@ class Trainer:
         }
         row |= telemetry.probe(
             self.student,
-            self.teachers.at,
+            self.teachers.get("teacher"),
             *self.probe_images,
             preset(attack, self.config.attack.epsilon, self.config.attack.threat_model),
             beta=self.config.loss.beta,
@@ -388,8 +386,8 @@ class Trainer:
                 factor = lr_factor
         return self.config.lr * factor
 
-    def _obtain_teachers(self) -> Teachers:
-        """Find or train the teachers, show their cards, and write provenance.json."""
+    def _obtain_teachers(self) -> dict[str, nn.Module]:
+        """Find or train the teachers, show their cards, and write provenance.json; by section."""
         found: dict[str, teachers.Teacher] = {}
         needed = {"teacher": self.method.needs_teacher, "teacher_st": self.method.needs_teacher_st}
         # Those from files first: a file that cannot serve is told of before hours of training the other.
@@ -420,8 +418,7 @@ class Trainer:
             self.progress.step,
             self.pipeline_choice.kind,
         )
-        networks = {section: teacher.model for section, teacher in found.items()}
-        return Teachers(networks.get("teacher"), networks.get("teacher_st"))
+        return {section: teacher.model for section, teacher in found.items()}
 
     def _train_teacher(self, wanted: RunConfig, path: Path) -> Path:
         complete = wanted.model_copy(update={"out": str(path)})

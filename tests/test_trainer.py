@@ -16,15 +16,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 import engine
-from engine import attack, config, methods, models, precision, step, teachers, trainer
+from engine import attack, config, methods, models, networks, precision, step, teachers, trainer
 from engine.evaluate import Result
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split, limited
 from engine.pipelines.tensor import TensorPipeline
 from engine.reporter import Reporter
-from engine.step import Teachers, training_loss
+from engine.step import training_loss
 from engine.stopping import RunFailed
+from engine.streams import Lanes
+from engine.twin import Twin
 
 
 def rows_of(path: Path, event: str) -> list[dict[str, Any]]:
@@ -223,26 +225,41 @@ class Recorder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         kind = "nat" if torch.equal(images, self.x_nat) else "adv"
-        self.calls.append(kind + ("" if torch.is_grad_enabled() else "_no_grad"))
         out: Tensor = self.net(images)
+        self.calls.append(kind + ("" if out.requires_grad else "_no_grad"))
         return out
 
 
-def run_step(name: str, semantics: str, in_warmup: bool) -> tuple[list[str], list[str], list[str], Recorder]:
-    """Forwards of student, robust and standard teacher in one step after its attack's ten, and the student."""
+def run_step(name: str, semantics: str, in_warmup: bool) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Forwards of student, robust and standard teacher in one step, and those of its attack."""
     torch.manual_seed(0)
     batch = Batch(torch.rand(6, 3, 6, 6), torch.arange(6) % 5, torch.arange(6))
     student, at, st = (Recorder(batch.x_nat) for _ in range(3))
     complete = config.load({"method": name, "semantics": semantics})
     method = methods.get(name, semantics=semantics, loss=complete.loss)
     row = method.warmup if in_warmup and method.warmup else method
+    at_precision = precision.Precision(torch.device("cpu"), torch.float32)
+    built = networks.build(student, {"teacher": at, "teacher_st": st}, row, complete, at_precision)
     output = training_loss(
-        student, Teachers(at.eval(), st.eval()), batch, row, complete.attack, complete.forwards,
-        precision.Precision(torch.device("cpu"), torch.float32), seed=0, epoch=0, in_warmup=in_warmup,
-    )  # fmt: skip
+        built,
+        batch,
+        row,
+        complete.forwards,
+        at_precision,
+        Lanes(at_precision.device),
+        epoch=0,
+        in_warmup=in_warmup,
+    )
     output.loss.loss.backward()
-    attacked = complete.attack.num_steps + (complete.attack.loss == "kl") if row.needs_x_adv else 0
-    return student.calls[attacked:], at.calls, st.calls, student
+    attacked = [] if built.adversary is None else calls(built.adversary.twin)
+    assert len(attacked) == (complete.attack.num_steps + (complete.attack.loss == "kl") if row.needs_x_adv else 0)
+    return student.calls, calls(built.teacher_at), calls(built.teacher_st), attacked
+
+
+def calls(twin: Twin | None) -> list[str]:
+    assert twin is not None
+    assert isinstance(twin.module, Recorder)
+    return twin.module.calls
 
 
 @pytest.mark.parametrize(
@@ -280,11 +297,11 @@ def test_a_step_runs_what_its_row_needs_in_the_published_order(
 def test_share_of_clean_batches_in_the_published_running_statistics(
     name: str, in_warmup: bool, share: float
 ) -> None:
-    calls = run_step(name, "official", in_warmup)[3].calls
+    trained, _, _, attacked = run_step(name, "official", in_warmup)
     # A forward in train mode moves a running mean m to 0.9 m + 0.1 (its batch's mean); repeat until it settles.
     clean = 0.0
     for _ in range(100):
-        for call in calls:
+        for call in (*attacked, *trained):
             clean = 0.9 * clean + 0.1 * call.startswith("nat")
     assert clean == pytest.approx(share, abs=5e-4)
 
@@ -300,12 +317,13 @@ def test_a_step_equals_its_transcription(name: str, semantics: str) -> None:
     twin = models.build("resnet8", 4).double()
     twin.load_state_dict(student.state_dict())
 
-    complete = config.load({"method": name, "semantics": semantics, "attack": {"num_steps": 3}})
+    complete = config.load({"method": name, "semantics": semantics, "attack": {"num_steps": 3}, "seed": 7})
     method = methods.get(name, semantics=semantics, loss=complete.loss)
     batch = Batch(x_nat, labels, torch.arange(5))
     at_precision = precision.Precision(torch.device("cpu"), torch.float64)
+    built = networks.build(student, {"teacher": at, "teacher_st": st}, method, complete, at_precision)
     output = training_loss(
-        student, Teachers(at, st), batch, method, complete.attack, complete.forwards, at_precision, seed=7, epoch=2
+        built, batch, method, complete.forwards, at_precision, Lanes(at_precision.device), epoch=2
     )
     output.loss.loss.backward()
 
@@ -503,5 +521,5 @@ def test_official_standard_teachers_are_resnet18(tiny: Any) -> None:
 def test_step_module_is_short() -> None:
     """The step reads like Algorithm 1: a reader sees all of it at once."""
     source = Path(step.__file__).read_text()
-    body = source[source.index("    x_nat, labels = batch") : source.index("def _call")]
+    body = source[source.index("    x_nat, labels = batch") : source.index("def _given")]
     assert len(body.splitlines()) <= 60

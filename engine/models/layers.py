@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 Block = Callable[[int, int, int], nn.Module]
 """Makes a residual block from (in_channels, channels, stride)."""
@@ -16,7 +21,85 @@ def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, gro
     return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
-def stage(block: Block, in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+def image_conv(channels: int, kernel_size: int, stride: int = 1) -> ImageConv2d:
+    """The first convolution of a network, as `conv`."""
+    return ImageConv2d(3, channels, kernel_size, stride, kernel_size // 2, bias=False)
+
+
+class ImageConv2d(nn.Conv2d):
+    """The first convolution, in full precision under autocast too, which would round the image itself.
+
+    bfloat16 moves a pixel by up to half a grey level, a quarter of the attack's step. What leaves is in autocast's
+    format, as it would be anyway.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = images.device.type
+        if not _autocasts(device):
+            return super().forward(images)
+        with torch.autocast(device, enabled=False):
+            out = super().forward(images)
+        return out.to(torch.get_autocast_dtype(device))
+
+
+class Classifier(nn.Linear):
+    """The last layer, in full precision under autocast too: softmax and alpha would see rounded logits."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        device = features.device.type
+        if not _autocasts(device):
+            return super().forward(features)
+        with torch.autocast(device, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+class Stage(nn.Sequential):
+    """Blocks in a row. recompute: keep a block's input alone, and run it again when its backward needs more."""
+
+    recompute = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            out: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+            return out
+        for block in self:
+            again = functools.partial(_recomputed, block)
+            input = checkpoint(block, input, use_reentrant=False, preserve_rng_state=False, context_fn=again)
+        return input
+
+
+def _recomputed(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's forward and of its second one, in which the running statistics have moved already."""
+    return nullcontext(), running_statistics_stay(block)
+
+
+@contextmanager
+def running_statistics_stay(network: nn.Module) -> Iterator[None]:
+    """In training mode too, BatchNorm's running statistics do not move inside."""
+    norms = [
+        module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def recompute(network: nn.Module) -> None:
+    """Trade time for memory: every stage of the network keeps the inputs of its blocks alone."""
+    for module in network.modules():
+        if isinstance(module, Stage):
+            module.recompute = True
+
+
+def stage(block: Block, in_channels: int, channels: int, num_blocks: int, stride: int) -> Stage:
     """Residual blocks in a row, of which the first changes channels and resolution."""
     rest = (block(channels, channels, 1) for _ in range(num_blocks - 1))
-    return nn.Sequential(block(in_channels, channels, stride), *rest)
+    return Stage(block(in_channels, channels, stride), *rest)

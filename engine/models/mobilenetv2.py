@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import conv
+from engine.models.layers import Classifier, conv, image_conv
 
 # Expansion, channels, blocks and first stride, as in the paper's Table 2 but for the second row's stride,
 # which is 1 here: the stem and this row keep the resolution of a 32x32 image.
@@ -55,7 +55,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
-        self.conv1 = conv(3, 32, 3)
+        self.conv1 = image_conv(32, 3)
         self.bn1 = nn.BatchNorm2d(32)
         blocks: list[nn.Module] = []
         in_channels = 32
@@ -67,7 +67,7 @@ class MobileNetV2(nn.Module):
         self.layers = nn.Sequential(*blocks)
         self.conv2 = conv(in_channels, 1280, 1)
         self.bn2 = nn.BatchNorm2d(1280)
-        self.linear = nn.Linear(1280, num_classes)
+        self.linear = Classifier(1280, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

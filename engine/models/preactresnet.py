@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import conv, stage
+from engine.models.layers import Classifier, conv, image_conv, stage
 
 
 class _Block(nn.Module):
@@ -39,13 +39,13 @@ class PreActResNet(nn.Module):
     def __init__(self, widths: tuple[int, int, int, int], num_blocks: int, num_classes: int) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
-        self.conv1 = conv(3, widths[0], 3)
+        self.conv1 = image_conv(widths[0], 3)
         self.layer1 = stage(_Block, widths[0], widths[0], num_blocks, stride=1)
         self.layer2 = stage(_Block, widths[0], widths[1], num_blocks, stride=2)
         self.layer3 = stage(_Block, widths[1], widths[2], num_blocks, stride=2)
         self.layer4 = stage(_Block, widths[2], widths[3], num_blocks, stride=2)
         self.bn = nn.BatchNorm2d(widths[3])
-        self.linear = nn.Linear(widths[3], num_classes)
+        self.linear = Classifier(widths[3], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import conv, stage
+from engine.models.layers import Classifier, conv, image_conv, stage
 
 
 class _Block(nn.Module):
@@ -40,13 +40,13 @@ class ResNet(nn.Module):
     def __init__(self, widths: tuple[int, ...], num_blocks: int, num_classes: int) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
-        self.conv1 = conv(3, widths[0], 3)
+        self.conv1 = image_conv(widths[0], 3)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1 = stage(_Block, widths[0], widths[0], num_blocks, stride=1)
         self.num_stages = len(widths)
         for index, (in_channels, channels) in enumerate(pairwise(widths), start=2):
             self.add_module(f"layer{index}", stage(_Block, in_channels, channels, num_blocks, stride=2))
-        self.linear = nn.Linear(widths[-1], num_classes)
+        self.linear = Classifier(widths[-1], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

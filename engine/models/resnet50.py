@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import conv, stage
+from engine.models.layers import Classifier, conv, image_conv, stage
 
 _EXPANSION = 4
 
@@ -46,13 +46,13 @@ class BottleneckResNet(nn.Module):
     def __init__(self, num_blocks: tuple[int, int, int, int], num_classes: int) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
-        self.conv1 = conv(3, 64, 7, stride=2)
+        self.conv1 = image_conv(64, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = stage(_Bottleneck, 64, 256, num_blocks[0], stride=1)
         self.layer2 = stage(_Bottleneck, 256, 512, num_blocks[1], stride=2)
         self.layer3 = stage(_Bottleneck, 512, 1024, num_blocks[2], stride=2)
         self.layer4 = stage(_Bottleneck, 1024, 2048, num_blocks[3], stride=2)
-        self.fc = nn.Linear(2048, num_classes)
+        self.fc = Classifier(2048, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

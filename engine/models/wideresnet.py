@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import conv, stage
+from engine.models.layers import Classifier, conv, image_conv, stage
 
 
 class _Block(nn.Module):
@@ -44,12 +44,12 @@ class WideResNet(nn.Module):
         num_blocks, remainder = divmod(depth - 4, 6)
         assert remainder == 0, "a Wide ResNet has 6 n + 4 layers"
         self.normalize: nn.Module = nn.Identity()
-        self.conv1 = conv(3, 16, 3)
+        self.conv1 = image_conv(16, 3)
         self.block1 = _group(16, 16 * width, num_blocks, stride=1)
         self.block2 = _group(16 * width, 32 * width, num_blocks, stride=2)
         self.block3 = _group(32 * width, 64 * width, num_blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
-        self.fc = nn.Linear(64 * width, num_classes)
+        self.fc = Classifier(64 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

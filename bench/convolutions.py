@@ -1,0 +1,114 @@
+"""A network's own convolutions, run alone: the speed that a training step is measured by."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Call
+from engine.config import RunConfig
+from engine.methods import Method
+from engine.models.layers import ImageConv2d
+
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = KINDS = ("forward", "input gradient", "weight gradient")
+
+
+class Layer(NamedTuple):
+    """A convolution at one size. images: it sees the image itself, and runs in float32."""
+
+    input_BCHW: tuple[int, ...]
+    weight_OIHW: tuple[int, ...]
+    stride: int
+    padding: int
+    groups: int
+    images: bool
+
+
+class Work(NamedTuple):
+    """One of the three computations of a convolution."""
+
+    layer: Layer
+    kind: str
+
+
+def layers(network: nn.Module, images_BCHW: tuple[int, ...]) -> Counter[Layer]:
+    """The convolutions of a forward pass, and how many there are of each."""
+    found: Counter[Layer] = Counter()
+
+    def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        stride, padding = module.stride[0], module.padding[0]
+        assert isinstance(padding, int)
+        shape = tuple(inputs[0].shape)
+        is_first = isinstance(module, ImageConv2d)
+        found[Layer(shape, tuple(module.weight.shape), stride, padding, module.groups, is_first)] += 1
+
+    meta = copy.deepcopy(network).to("meta")
+    for module in meta.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    meta(torch.empty(images_BCHW, device="meta"))
+    return found
+
+
+def of_step(found: Mapping[Layer, int], method: Method, run: RunConfig) -> Counter[Work]:
+    """How often a step of the engine runs each; student and teachers have the same layers."""
+    attack = run.attack
+    steps = attack.num_steps if method.needs_x_adv else 0
+    trained = method.needs_x_adv + (method.needs_s_nat or run.forwards.clean == "grad")
+    untrained = method.needs_t_at_nat + method.needs_t_at_adv + method.needs_t_st_adv
+    untrained += run.forwards.clean == "no_grad" and not method.needs_s_nat
+    untrained += 2 * run.forwards.idle + (attack.loss == "kl" and method.needs_x_adv)
+    work: Counter[Work] = Counter()
+    for layer, count in found.items():
+        work[Work(layer, FORWARD)] += count * (steps + trained + untrained)
+        work[Work(layer, INPUT_GRADIENT)] += count * (steps + trained * (not layer.images))
+        work[Work(layer, WEIGHT_GRADIENT)] += count * trained
+    return work
+
+
+def flops(work: Work) -> int:
+    """2 B C_out H_out W_out (C_in / groups) k^2 in each of the three."""
+    batch, _, height, width = work.layer.input_BCHW
+    out, per_group, kernel, _ = work.layer.weight_OIHW
+    stride, padding = work.layer.stride, work.layer.padding
+    size = ((height + 2 * padding - kernel) // stride + 1) * ((width + 2 * padding - kernel) // stride + 1)
+    return 2 * batch * out * size * per_group * kernel**2
+
+
+def call(work: Work, dtype: torch.dtype, device: torch.device) -> Call:
+    """Run it on random values, channels-last; the first layer in float32 whatever the dtype."""
+    layer, dtype = work.layer, torch.float32 if work.layer.images else dtype
+    tensor = functools.partial(_random, dtype=dtype, device=device)
+    x, weight = tensor(layer.input_BCHW), tensor(layer.weight_OIHW)
+    stride, padding = [layer.stride] * 2, [layer.padding] * 2
+    forward = functools.partial(
+        torch.ops.aten.convolution, x, weight, None, stride, padding, [1, 1], False, [0, 0], layer.groups
+    )
+    if work.kind == FORWARD:
+        return forward
+    mask = [work.kind == INPUT_GRADIENT, work.kind == WEIGHT_GRADIENT, False]
+    return functools.partial(
+        torch.ops.aten.convolution_backward,
+        torch.ones_like(forward()), x, weight, None, stride, padding, [1, 1], False, [0, 0], layer.groups, mask,
+    )  # fmt: skip
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def seconds(work: Mapping[Work, int], one: Mapping[Work, float]) -> float:
+    """Of a step's convolutions alone. one: seconds of each."""
+    return sum(count * one[kind] for kind, count in work.items())
+
+
+def calls(found: Iterable[Layer], dtype: torch.dtype, device: torch.device) -> dict[Work, Call]:
+    """Every computation of the layers."""
+    return {work: call(work, dtype, device) for layer in found for work in (Work(layer, kind) for kind in KINDS)}

@@ -1,0 +1,79 @@
+"""The networks of a step, each in the form in which it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.adversary import Adversary
+from engine.config import RunConfig
+from engine.methods import Method
+from engine.models.layers import recompute
+from engine.precision import Precision
+from engine.twin import Pass, Twin
+
+
+class Networks(NamedTuple):
+    """What a step runs. student: the training pass, in train mode. None: what the method does not need."""
+
+    student: Pass
+    adversary: Adversary | None = None
+    teacher_at: Twin | None = None
+    teacher_st: Twin | None = None
+
+
+def build(
+    student: nn.Module,
+    teachers: Mapping[str, nn.Module],
+    method: Method,
+    config: RunConfig,
+    precision: Precision,
+    counts: Tensor | None = None,
+) -> Networks:
+    """The student's training pass, its adversary and its teachers' twins, as the configuration wants them run.
+
+    teachers: by section of the configuration, "teacher" and "teacher_st". counts: see `Adversary`.
+    """
+    run = passes(config, precision.device)
+    adversary = None
+    if method.needs_x_adv:
+        adversary = Adversary(
+            student,
+            config.attack,
+            precision,
+            seed=config.seed,
+            counts=counts,
+            run=run,
+            capture=config.graphs == "on" and precision.device.type == "cuda",
+        )
+    twins = {section: Twin(teacher, "eval", precision, run) for section, teacher in teachers.items()}
+    if config.checkpoint_activations:
+        recompute(student)
+    return Networks(run(student), adversary, twins.get("teacher"), twins.get("teacher_st"))
+
+
+def passes(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Pass]:
+    """How a module becomes a pass: as it is, or compiled for whole batches.
+
+    "auto" compiles on a GPU. On a CPU it costs a minute and wins nothing: docs/performance.md has the figures.
+    """
+    automatic = device.type == "cuda" and not config.checkpoint_activations
+    if config.compile == "on" or (config.compile == "auto" and automatic):
+        return lambda module: _Compiled(module, config.batch_size)
+    return lambda module: module
+
+
+class _Compiled:
+    """A pass that is compiled for one batch size; a smaller batch is not worth a compilation of its own."""
+
+    def __init__(self, module: nn.Module, batch_size: int) -> None:
+        self._module, self._batch_size = module, batch_size
+        self._compiled = torch.compile(module, dynamic=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        whole = images.shape[0] == self._batch_size
+        logits: Tensor = self._compiled(images) if whole else self._module(images)
+        return logits

@@ -1,0 +1,64 @@
+"""Lanes: the CUDA streams of a step. On a CPU there is one lane, and the same code runs in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from engine.pipelines.base import Batch
+
+
+class Lanes:
+    """The main lane is the current stream; the teachers and the next batch have lanes of their own beside it.
+
+    device: of the run. wanted: False for one lane, which gives the same bits.
+
+    A lane that begins waits for all that the main lane was given before, and so for all use of the memory that it
+    will use again; what the main lane gives to a lane has to be held until the lane is joined.
+    """
+
+    def __init__(self, device: torch.device, *, wanted: bool = True) -> None:
+        several = wanted and device.type == "cuda"
+        self._teachers = torch.cuda.Stream(device) if several else None
+        self._data = torch.cuda.Stream(device) if several else None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work inside goes to the teachers' lane."""
+        with _on(self._teachers):
+            yield
+
+    def join(self) -> None:
+        """The main lane waits for the teachers' lane."""
+        _wait(self._teachers)
+
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, each copied and augmented on the data's lane while the one before is trained on."""
+        if self._data is None:
+            yield from batches
+            return
+        with _on(self._data):
+            following = next(batches, None)
+        while following is not None:
+            batch = following
+            _wait(self._data)
+            with _on(self._data):
+                following = next(batches, None)
+            yield batch
+
+
+@contextmanager
+def _on(lane: torch.cuda.Stream | None) -> Iterator[None]:
+    if lane is None:
+        yield
+        return
+    lane.wait_stream(torch.cuda.current_stream(lane.device))
+    with torch.cuda.stream(lane):
+        yield
+
+
+def _wait(lane: torch.cuda.Stream | None) -> None:
+    if lane is not None:
+        torch.cuda.current_stream(lane.device).wait_stream(lane)
