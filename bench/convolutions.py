@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.timing import Call
+from engine import plan
 from engine.config import RunConfig
 from engine.methods import Method
 from engine.models.layers import ImageConv2d
@@ -59,16 +60,11 @@ def layers(network: nn.Module, images_BCHW: tuple[int, ...]) -> Counter[Layer]:
 
 def of_step(found: Mapping[Layer, int], method: Method, run: RunConfig) -> Counter[Work]:
     """How often a step of the engine runs each; student and teachers have the same layers."""
-    attack = run.attack
-    steps = attack.num_steps if method.needs_x_adv else 0
-    trained = method.needs_x_adv + (method.needs_s_nat or run.forwards.clean == "grad")
-    untrained = method.needs_t_at_nat + method.needs_t_at_adv + method.needs_t_st_adv
-    untrained += run.forwards.clean == "no_grad" and not method.needs_s_nat
-    untrained += 2 * run.forwards.idle + (attack.loss == "kl" and method.needs_x_adv)
+    attacked, trained, forward = plan.passes(method, run.attack, run.forwards)
     work: Counter[Work] = Counter()
     for layer, count in found.items():
-        work[Work(layer, FORWARD)] += count * (steps + trained + untrained)
-        work[Work(layer, INPUT_GRADIENT)] += count * (steps + trained * (not layer.images))
+        work[Work(layer, FORWARD)] += count * (attacked + trained + forward)
+        work[Work(layer, INPUT_GRADIENT)] += count * (attacked + trained * (not layer.images))
         work[Work(layer, WEIGHT_GRADIENT)] += count * trained
     return work
 

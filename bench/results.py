@@ -104,6 +104,25 @@ class StepRow(Measured):
     share_of_textbook_memory: float | None
 
 
+@dataclass(frozen=True)
+class EpochRow(Measured):
+    """One line of epoch.csv; README.md describes the columns."""
+
+    method: str
+    model: str
+    batch_size: int
+    variant: str
+    steps: int
+    epoch_s: float
+    q10_epoch_s: float
+    q90_epoch_s: float
+    relative_to_ard: float
+    peak_mib: float
+    table14_epoch_s: float
+    table14_relative_to_ard: float
+    table14_mib: int
+
+
 def rows(
     facts: Facts, case: Case, mode: str, samples: Mapping[str, Sequence[float]], cache_bytes: int
 ) -> list[Row]:

@@ -18,7 +18,7 @@ from bench.convolutions import Work
 from bench.results import StepRow
 from bench.steps import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Workload
 from bench.timing import Call, HostClock, no_garbage_collection, rotated
-from engine import config, methods, models, precision
+from engine import config, hostmemory, methods, models, precision
 
 TESTS = gate.ROOT / "tests" / "bench" / "test_reference.py"
 
@@ -87,27 +87,34 @@ def measure(
     device = workload.device
     peaks = {name: peak_of_a_process(workload, name) for name in variants} if with_memory else {}
     calls = {name: workload.step(VARIANTS[name]) for name in variants}
-    flops = {name: executed(call) for name, call in calls.items() if name != "amp-compile"}
+    flops: dict[str, int] = {}
+    for name, step in calls.items():  # the first call of each, which pays for what is compiled and allocated
+        VARIANTS[name].settle()
+        if workload.config(VARIANTS[name]).compile == "on":
+            step()
+        else:
+            flops[name] = executed(step)
     amp = precision.choose(config.load({"amp": True, "device": str(device)})).amp_dtype or torch.float32
     own = convolutions.layers(models.build(workload.model, 10), (workload.batch_size, *_size(workload)))
     alone = {dtype: convolutions.calls(own, dtype, device) for dtype in {amp, torch.float32}}
-    clock = _Clock(device)
+    clock = SynchronisedClock(device)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     singles: dict[torch.dtype, list[dict[Work, float]]] = {dtype: [] for dtype in alone}
     with no_garbage_collection():
-        for turn in range(-1, rounds):  # the first round pays for compilation
-            for name, step in rotated(list(calls.items()), turn % len(calls)):
+        for turn in range(rounds):
+            for name, step in rotated(list(calls.items()), turn):
+                VARIANTS[name].settle()
                 samples[name].append(clock.seconds(step, 1))
+            hostmemory.keep_freed()
             for dtype, group in alone.items():
                 singles[dtype].append({work: clock.seconds(call, 2) for work, call in group.items()})
-    samples = {name: taken[1:] for name, taken in samples.items()}
     rows = []
     for name in variants:
         run = workload.config(VARIANTS[name])
         row_dtype = amp if run.amp else torch.float32
         method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
         work = convolutions.of_step(own, method, run)
-        by_round = [convolutions.seconds(work, one) for one in singles[row_dtype][1:]]
+        by_round = [convolutions.seconds(work, one) for one in singles[row_dtype]]
         rows.append(
             results.step_row(
                 facts, workload, name, samples, by_round, flops.get(name), peaks.get(name), peaks.get(TEXTBOOK)
@@ -129,7 +136,7 @@ def executed(call: Call) -> int:
     return total
 
 
-class _Clock(HostClock):
+class SynchronisedClock(HostClock):
     """Waits for the device, if it is one."""
 
     def __init__(self, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from engine.attack import climb, started
 from engine.config import AttackSpec
@@ -43,6 +44,10 @@ class Adversary:
 
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
         """x_adv (B, C, H, W), detached. A captured one is overwritten by the next call."""
+        with record_function("attack"):
+            return self._craft(batch, epoch)
+
+    def _craft(self, batch: Batch, epoch: int) -> Tensor:
         x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
         if not self._capture:
             self._climb(x_adv, batch.x_nat, batch.labels)

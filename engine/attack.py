@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from engine.config import AttackSpec, nearest, validated
 from engine.kernels import pgd_update, random_start
@@ -146,8 +147,11 @@ def climb(
     for _ in range(spec.num_steps):
         with torch.enable_grad():
             images = x_adv.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(loss_scale * objective(images), images)
-        with torch.no_grad():
+            with record_function("attack: forward"):
+                loss = loss_scale * objective(images)
+            with record_function("attack: backward"):
+                (grad,) = torch.autograd.grad(loss, images)
+        with torch.no_grad(), record_function("attack: update"):
             pgd_update(
                 x_adv,
                 grad,

@@ -112,7 +112,10 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of keys, or recipe:NAME.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key, e.g. attack.num_steps=7.")
 @click.option("--resume", metavar="DIR", help="Continue that run as it was configured.")
-def train(config_file: str | None, assignments: tuple[str, ...], resume: str | None, **flags: Any) -> None:
+@click.option("--profile", type=click.IntRange(min=0), default=0, metavar="N", help="Trace N steps. [none]")
+def train(
+    config_file: str | None, assignments: tuple[str, ...], resume: str | None, profile: int, **flags: Any
+) -> None:
     """Train a student, and its teachers where none are given.
 
     \b
@@ -121,8 +124,9 @@ def train(config_file: str | None, assignments: tuple[str, ...], resume: str | N
     engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
     """  # noqa: D301  # click knows the backspace as a mark, and only as a character
     given = {key: value for key, value in flags.items() if value is not None}
-    if resume is not None and (given or config_file or assignments):
-        first = f"--{next(iter(given)).replace('_', '-')}" if given else "--config" if config_file else "--set"
+    if resume is not None and (given or config_file or assignments or profile):
+        others = {"--config": config_file, "--set": assignments, "--profile": profile}
+        first = next((f"--{key.replace('_', '-')}" for key in given), None) or next(filter(others.get, others))
         raise ValueError(f"--resume continues a run as it was configured; drop {first}")
 
     from engine import config
@@ -132,13 +136,17 @@ def train(config_file: str | None, assignments: tuple[str, ...], resume: str | N
         trees += [config.parse_assignment(text) for text in assignments]
         complete = config.load(_read_config(config_file), *trees)
 
-    from engine import trainer
+    from engine import hostmemory, trainer
     from engine.reporter import ConsoleReporter
 
+    hostmemory.keep_freed()
     reporter = ConsoleReporter()
     if resume is None and config_file is None and complete.limit_train is None:
         _name_recipe(complete, reporter)
-    result = trainer.train(complete, reporter) if resume is None else trainer.resume(Path(resume), reporter)
+    if resume is None:
+        result = trainer.train(complete, reporter, profile=profile)
+    else:
+        result = trainer.resume(Path(resume), reporter)
     _print_summary(reporter, result)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine import layout
 from engine.adversary import Adversary
 from engine.config import RunConfig
 from engine.methods import Method
@@ -52,6 +53,10 @@ def build(
     twins = {section: Twin(teacher, "eval", precision, run) for section, teacher in teachers.items()}
     if config.checkpoint_activations:
         recompute(student)
+    if layout.debugging():
+        frozen = [*twins.values(), *([adversary.twin] if adversary is not None else [])]
+        for network in (student, *(twin.module for twin in frozen)):
+            layout.watch(network)
     return Networks(run(student), adversary, twins.get("teacher"), twins.get("teacher_st"))
 
 

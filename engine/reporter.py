@@ -101,7 +101,9 @@ class ConsoleReporter(Reporter):
         self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        status = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{self._accuracies}"
+        status = (
+            f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{_of_peak(row)}{self._accuracies}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         else:
@@ -124,10 +126,14 @@ class ConsoleReporter(Reporter):
         self._accuracies = f"  natural {row['natural_accuracy']:.2%}  robust {row['robust_accuracy']:.2%}"
         self.message(
             f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{alpha}{self._accuracies}"
-            f"  ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s)"
+            f"  ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s{_of_peak(row)})"
         )
 
     def end(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _of_peak(row: Mapping[str, Any]) -> str:
+    return f", {row['share_of_peak']:.0%} of peak"

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from engine.config import ForwardsConfig
 from engine.kernels import DistillLoss, distill_loss
@@ -61,7 +62,7 @@ def training_loss(
                 t_at_adv = _given(teacher_at)(x_adv)
             if method.needs_t_st_adv:
                 t_st_adv = _given(teacher_st)(x_adv)
-    with precision.autocast():
+    with record_function("student"), precision.autocast():
         if x_adv is not None:
             s_adv = student(x_adv)
             if forwards.idle and not in_warmup:
@@ -73,11 +74,12 @@ def training_loss(
             with torch.set_grad_enabled(method.needs_s_nat or forwards.clean == "grad"):
                 s_nat = student(x_nat)
     lanes.join()
-    loss = distill_loss(
-        s_adv, labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
-        weights=method.weights, tau=method.loss.tau, tau_self=method.loss.tau_self, beta=method.loss.beta,
-        detach_self=method.loss.detach_self, label_smoothing=method.loss.label_smoothing,
-    )  # fmt: skip
+    with record_function("loss"):
+        loss = distill_loss(
+            s_adv, labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
+            weights=method.weights, tau=method.loss.tau, tau_self=method.loss.tau_self, beta=method.loss.beta,
+            detach_self=method.loss.detach_self, label_smoothing=method.loss.label_smoothing,
+        )  # fmt: skip
     if s_nat is not None and s_nat.requires_grad and not method.needs_s_nat:
         loss = loss._replace(loss=loss.loss + 0 * s_nat.sum())  # forward and backward of a term of weight zero
     return StepOutput(loss, s_adv, s_nat, t_at_nat, t_at_adv)

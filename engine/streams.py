@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 from engine.pipelines.base import Batch
 
@@ -27,7 +28,7 @@ class Lanes:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Work inside goes to the teachers' lane."""
-        with _on(self._teachers):
+        with record_function("teachers"), _on(self._teachers):
             yield
 
     def join(self) -> None:
@@ -36,17 +37,15 @@ class Lanes:
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each copied and augmented on the data's lane while the one before is trained on."""
-        if self._data is None:
-            yield from batches
-            return
-        with _on(self._data):
-            following = next(batches, None)
-        while following is not None:
-            batch = following
+        following = None if self._data is None else self._next(batches)
+        while batch := following or self._next(batches):
             _wait(self._data)
-            with _on(self._data):
-                following = next(batches, None)
+            following = None if self._data is None else self._next(batches)
             yield batch
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        with record_function("data"), _on(self._data):
+            return next(batches, None)
 
 
 @contextmanager

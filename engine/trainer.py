@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from engine import (
     checkpoints,
     config,
+    masking,
     methods,
     models,
     networks,
     optimizer,
+    plan,
     plots,
     precision,
     provenance,
@@ -40,8 +43,10 @@ from engine.pipelines import choice, datasets
 from engine.pipelines.beton import is_beton
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, balanced
+from engine.profiling import Profiler
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
+from engine.speed import Speedometer
 from engine.step import training_loss
 from engine.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.streams import Lanes
@@ -55,10 +60,13 @@ class RunResult:
     summary: dict[str, Any]
 
 
-def train(run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None = None) -> RunResult:
+def train(
+    run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None = None, *, profile: int = 0
+) -> RunResult:
     """Train a configuration in a new run directory.
 
     run_config: a RunConfig, or nested keys of one. reporter: who tells the user; None says nothing.
+    profile: that many steps are traced, see `engine.profiling`.
     Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
     signal, when everything is saved for `resume`.
     """
@@ -67,7 +75,7 @@ def train(run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None =
     _check(complete)
     run = RunDir.create(complete)
     try:
-        return _until_stopped(run, complete, reporter or Reporter())
+        return _until_stopped(run, complete, reporter or Reporter(), profile)
     except ValueError:
         if not run.provenance.exists():
             run.discard()
@@ -98,13 +106,15 @@ def _check(complete: RunConfig) -> None:
             raise ValueError(f"{section}.method: {name!r} trains no teacher; {config.nearest(name, known)}")
     preset(complete.eval.attack, complete.attack.epsilon)
     check_names(complete.eval.final)
+    if complete.optim.implementation == "apex":
+        optimizer.check_apex()
     precision.choose(complete)
 
 
-def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter) -> RunResult:
+def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter, profile: int = 0) -> RunResult:
     with graceful_stop(reporter.message) as stop:
         try:
-            return _run(run, complete, reporter, stop)
+            return _run(run, complete, reporter, stop, profile=profile)
         except Interrupted:
             raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
 
@@ -115,11 +125,15 @@ def _run(
     reporter: Reporter,
     stop: Stop,
     dataset: datasets.AnyDataset | None = None,
+    *,
+    profile: int = 0,
 ) -> RunResult:
     trainer = None
     try:
         with precision.deterministic(), run.locked():
             trainer = Trainer(run, complete, reporter, stop, dataset)
+            if profile:
+                trainer.profiler = Profiler(profile, run.path, trainer.precision.device, reporter)
             return RunResult(run.path, trainer.fit())
     except FloatingPointError as error:
         good = f"the last good checkpoint is {run.last}" if run.last.exists() else "there is no checkpoint yet"
@@ -132,6 +146,8 @@ def _run(
         reporter.end()
         if trainer is not None:
             trainer.pipeline.close()
+            if trainer.profiler is not None:
+                trainer.profiler.close()
             trainer.journal.close()
 
 
@@ -185,10 +201,12 @@ class Trainer:
         if saved:
             self._restore(saved)
         self.teachers = self._obtain_teachers()
+        self.speedometer = Speedometer(self.student, self.probe_images[0].shape[1:], self.precision)
         self.networks = networks.build(
             self.student, self.teachers, self.method, complete, self.precision, self.telemetry.attack_counts
         )
         self.lanes = Lanes(self.precision.device, wanted=complete.lanes == "on")
+        self.profiler: Profiler | None = None
         self.journal = Journal(run, self.progress.rows_size, self.progress.step)
 
     def fit(self) -> dict[str, Any]:
@@ -219,15 +237,19 @@ class Trainer:
                 epoch=epoch,
                 in_warmup=method is not self.method,
             )
-            self.optimizer.zero_grad()
-            self.scaler.scale(output.loss.loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            with record_function("backward"):
+                self.optimizer.zero_grad()
+                self.scaler.scale(output.loss.loss).backward()
+            with record_function("optimizer"):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
 
             progress.step_in_epoch += 1
             progress.step += 1
             self.telemetry.update(output, batch.labels, progress.step)
             self.reporter.advance(progress.step)
+            if self.profiler is not None:
+                self.profiler.step()
             self._after_step()
 
     def _after_step(self) -> None:
@@ -268,6 +290,10 @@ class Trainer:
             beta=self.config.loss.beta,
             seed=self.config.seed,
         )
+        if self.precision.amp_dtype is not None and self.method.needs_x_adv:
+            row |= masking.probe(
+                self.student, *self.probe_images, self.config.attack, self.precision, seed=self.config.seed
+            )
         self.journal.write(row)
         self.reporter.epoch(row, self.config.epochs)
         progress.last = row
@@ -276,6 +302,17 @@ class Trainer:
             progress.best = row
             checkpoints.save(self.run.best, self._student_part(), progress)
         self._save()
+        self._guard(row)
+
+    def _guard(self, row: dict[str, Any]) -> None:
+        """Warn or stop where the attack of the training is weaker than it seems."""
+        complaint = masking.complaint(row)
+        if not complaint or self.config.masking_guard == "off":
+            return
+        complaint = f"the attack of epoch {row['epoch']} may be masked: {complaint}"
+        if self.config.masking_guard == "stop":
+            raise RunFailed(f"{complaint}; everything is saved, and masking_guard=warn goes on")
+        self.reporter.message(f"Warning: {complaint}")
 
     def _finish_run(self) -> dict[str, Any]:
         """Evaluate the last and the best student on the test images, draw the pictures, write summary.json."""
@@ -372,7 +409,9 @@ class Trainer:
             "phase": method.name,
             "lr": self._learning_rate(epoch),
         }
-        return row | telemetry.summarise(totals, terms)
+        row |= telemetry.summarise(totals, terms)
+        passes = plan.passes(method, self.config.attack, self.config.forwards, in_warmup=method is not self.method)
+        return row | {"share_of_peak": self.speedometer.share(totals["samples"] / totals["seconds"], passes)}
 
     def _method_of(self, epoch: int) -> methods.Method:
         """The row to train with: the base method's until the warm-up ends."""

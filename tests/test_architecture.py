@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up. A module may import those of its own layer and of the layers above it in this list.
 LAYERS = (
-    ("semantics", "stopping", "files"),
+    ("semantics", "stopping", "files", "hostmemory"),
     ("config",),
     ("methods", "recipes", "kernels"),
+    ("plan",),
     ("pipelines", "models"),
-    ("precision", "attack", "weights", "rundir", "reporter", "optimizer"),
-    ("twin", "streams"),
+    ("precision", "attack", "weights", "rundir", "reporter", "optimizer", "layout"),
+    ("twin", "streams", "speed", "masking", "profiling"),
     ("adversary",),
     ("networks",),
     ("step", "evaluate", "journal"),

@@ -73,8 +73,22 @@ class Stage(nn.Sequential):
 
 
 def _recomputed(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a block's forward and of its second one, in which the running statistics have moved already."""
-    return nullcontext(), running_statistics_stay(block)
+    """Contexts of a block's forward, and of its second one, which must not move the running statistics again."""
+    return nullcontext(), _without_momentum(block)
+
+
+@contextmanager
+def _without_momentum(block: nn.Module) -> Iterator[None]:
+    # Not as below: autograd saves the running statistics, and a second forward has to save what the first one did.
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @contextmanager

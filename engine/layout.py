@@ -1,0 +1,39 @@
+"""Channels-last end to end. With ENGINE_DEBUG=1 a network says where that is broken."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def debugging() -> bool:
+    """Whether ENGINE_DEBUG asks for checks that cost time."""
+    return os.environ.get("ENGINE_DEBUG", "") not in ("", "0")
+
+
+def watch(network: nn.Module) -> None:
+    """Raise AssertionError where a convolution or a BatchNorm meets another layout, forwards or backwards."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | _BatchNorm):
+            module.register_forward_hook(_Check(name))
+
+
+class _Check:
+    """A forward hook."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        self._look("input", inputs[0])
+        self._look("output", out)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: self._look("gradient", gradient))
+
+    def _look(self, what: str, tensor: Tensor) -> None:
+        assert tensor.is_contiguous(memory_format=torch.channels_last), (
+            f"{self._name}: its {what} of shape {tuple(tensor.shape)} is not channels-last: {tensor.stride()}"
+        )

@@ -1,0 +1,70 @@
+"""How fast a training is, in units of what the device can do."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.layers import ImageConv2d
+from engine.plan import Passes
+from engine.precision import Precision
+
+_SIDE = {"cpu": 1024, "cuda": 8192}
+
+
+def forward_flops(network: nn.Module, image_CHW: tuple[int, ...]) -> tuple[float, float]:
+    """Floating-point operations of a forward pass over one image, and of its first layer.
+
+    A convolution has 2 C_out H_out W_out (C_in / groups) k^2 of them, a linear layer 2 C_out C_in; the rest, some
+    hundredths of a residual network, is not counted.
+    """
+    total, first = 0.0, 0.0
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal total, first
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        flops = 2.0 * module.weight.numel() * out[0].numel() / module.weight.shape[0]
+        total += flops
+        first += flops * isinstance(module, ImageConv2d)
+
+    on_meta = copy.deepcopy(network).to("meta").eval()
+    for module in on_meta.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        on_meta(torch.empty(1, *image_CHW, device="meta", dtype=next(on_meta.parameters()).dtype))
+    return total, first
+
+
+def peak_flops_per_second(precision: Precision) -> float:
+    """What a large matrix product reaches on the device in the format of the passes: the best of five."""
+    device = precision.device
+    side = _SIDE[device.type]
+    left, right = (
+        torch.ones(side, side, device=device, dtype=precision.amp_dtype or precision.dtype) for _ in range(2)
+    )
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * side**3 / best
+
+
+class Speedometer:
+    """The share of the device's peak that so many images a second are."""
+
+    def __init__(self, network: nn.Module, image_CHW: tuple[int, ...], precision: Precision) -> None:
+        self._forward, self._first = forward_flops(network, image_CHW)
+        self._peak = peak_flops_per_second(precision)
+
+    def share(self, images_per_second: float, passes: Passes) -> float:
+        """In [0, 1], give or take what the clock does; convolutions and matrix products count."""
+        return images_per_second * passes.flops(self._forward, self._first) / self._peak
