@@ -106,10 +106,10 @@ class Workload:
 
         def step() -> None:
             output = training_loss(built, next(batches), method, run.forwards, chosen, lanes, epoch=0)
-            sgd.zero_grad()
             scaler.scale(output.loss.loss).backward()
             scaler.step(sgd)
             scaler.update()
+            sgd.zero_grad()
 
         return step
 

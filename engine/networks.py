@@ -50,7 +50,9 @@ def build(
             run=run,
             capture=config.graphs == "on" and precision.device.type == "cuda",
         )
-    twins = {section: Twin(teacher, "eval", precision, run) for section, teacher in teachers.items()}
+    twins = {
+        section: Twin(teacher, "eval", precision, run, follows=False) for section, teacher in teachers.items()
+    }
     if config.checkpoint_activations:
         recompute(student)
     if layout.debugging():

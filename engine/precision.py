@@ -110,6 +110,16 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
+def visiting(network: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """A network that is seldom used is on the device inside, and in the host's memory afterwards."""
+    if network is not None:
+        network.to(device)
+    yield
+    if network is not None:
+        network.to("cpu")
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32 inside: float32 means float32 on every device."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]

@@ -205,6 +205,8 @@ class Trainer:
         self.networks = networks.build(
             self.student, self.teachers, self.method, complete, self.precision, self.telemetry.attack_counts
         )
+        for teacher in self.teachers.values():
+            teacher.to("cpu")  # its twin runs; the original is asked once an epoch, in full precision
         self.lanes = Lanes(self.precision.device, wanted=complete.lanes == "on")
         self.profiler: Profiler | None = None
         self.journal = Journal(run, self.progress.rows_size, self.progress.step)
@@ -238,11 +240,11 @@ class Trainer:
                 in_warmup=method is not self.method,
             )
             with record_function("backward"):
-                self.optimizer.zero_grad()
                 self.scaler.scale(output.loss.loss).backward()
             with record_function("optimizer"):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
+                self.optimizer.zero_grad()  # now, so that no gradient is kept through the next attack
 
             progress.step_in_epoch += 1
             progress.step += 1
@@ -282,14 +284,16 @@ class Trainer:
             "robust_accuracy": accuracies[attack]["accuracy"],
             "measured_on": self.selected_on,
         }
-        row |= telemetry.probe(
-            self.student,
-            self.teachers.get("teacher"),
-            *self.probe_images,
-            preset(attack, self.config.attack.epsilon, self.config.attack.threat_model),
-            beta=self.config.loss.beta,
-            seed=self.config.seed,
-        )
+        teacher = self.teachers.get("teacher")
+        with precision.visiting(teacher, self.precision.device):
+            row |= telemetry.probe(
+                self.student,
+                teacher,
+                *self.probe_images,
+                preset(attack, self.config.attack.epsilon, self.config.attack.threat_model),
+                beta=self.config.loss.beta,
+                seed=self.config.seed,
+            )
         if self.precision.amp_dtype is not None and self.method.needs_x_adv:
             row |= masking.probe(
                 self.student, *self.probe_images, self.config.attack, self.precision, seed=self.config.seed

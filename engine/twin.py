@@ -37,6 +37,7 @@ class Twin:
     statistics, folded into the convolution before it where there is one; "train": by those of the batch, and the
     original's running statistics move; "batch": by those of the batch, and the running ones stay.
     run: makes the pass of the module, e.g. a compiled one.
+    follows: False lets go of the original, of which nothing that is converted or folded is kept in memory.
 
     What is neither converted nor folded is shared with the original; the rest is as it was at the last `refresh`.
     """
@@ -47,6 +48,8 @@ class Twin:
         bn: str,
         precision: Precision,
         run: Callable[[nn.Module], Pass] = lambda module: module,
+        *,
+        follows: bool = True,
     ) -> None:
         self.module = copy.deepcopy(network).requires_grad_(False).train(bn != "eval")
         self._precision = precision
@@ -57,6 +60,8 @@ class Twin:
         for conv, norm in conv_bn_pairs(self.module) if bn == "eval" else []:
             self._fold(network, conv, norm)
         self.refresh()
+        if not follows:
+            self._converted, self._folded = [], []
         self._pass = run(self.module)
 
     def __call__(self, images: Tensor) -> Tensor:
