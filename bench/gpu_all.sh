@@ -32,12 +32,16 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cu
 kernels=(bench.kernels --device cuda)
 profile=(bench.profile --device cuda --model resnet18 --batch-size 128)
 pipelines=(bench.pipelines --device cuda --data jpeg224)
+step=(bench.step --device cuda --dataset random --rounds 15)
+epoch=(bench.epoch --table14 --device cuda --dataset random --steps 20)
 if [[ -z $gpu ]]; then
   echo "No GPU: the stages run on the CPU, small, and measure nothing of a GPU."
   gpu=none
   kernels=(bench.kernels --device cpu --quick)
   profile=(bench.profile --device cpu --model resnet8 --batch-size 8)
   pipelines=(bench.pipelines --device cpu --data jpeg224 --quick)
+  step=(bench.step --device cpu --dataset random --model resnet8 --batch-size 4 --rounds 2)
+  epoch=(bench.epoch --table14 --device cpu --dataset random --model resnet8 --batch-size 4 --steps 2)
 fi
 name=$(tr -cs '[:alnum:]' - <<<"${gpu,,}")
 out=${out:-bench/results/gpu-${name%-}-$(date -u +%F)}
@@ -81,6 +85,9 @@ for op in distill_loss pgd_update crop_flip; do
   stage "kernels-$op" "$python" -m "${kernels[@]}" --op "$op" --out "$out/$op"
 done
 stage pipelines "$python" -m "${pipelines[@]}" --out "$out/pipelines"
+stage step-iad1 "$python" -m "${step[@]}" --method iad1 --out "$out/iad1"
+stage step-iad2 "$python" -m "${step[@]}" --method iad2 --out "$out/iad2"
+stage epoch "$python" -m "${epoch[@]}" --out "$out/epoch"
 stage profile-iad2 "$python" -m "${profile[@]}" --method iad2 --out "$out"
 stage profile-iad2-amp "$python" -m "${profile[@]}" --method iad2 --amp --out "$out"
 stage profile-iad1 "$python" -m "${profile[@]}" --method iad1 --out "$out"

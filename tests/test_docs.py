@@ -138,7 +138,7 @@ def test_yaml_examples_are_configurations(page: Path) -> None:
 def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the computation is done: flags, files, keys, values, and names of all kinds."""
 
-    def train(complete: config.RunConfig, reporter: object) -> RunResult:
+    def train(complete: config.RunConfig, reporter: object, *, profile: int) -> RunResult:
         methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
         models.check(complete.model)
         datasets.check(complete.dataset)
@@ -221,7 +221,7 @@ def test_the_configuration_table_lists_every_key_with_its_default() -> None:
 def test_the_configuration_table_lists_every_flag() -> None:
     documented = {key: code(row[0])[0] for key, row in documented_keys().items() if row[0]}
     parameters = commands.commands["train"].params
-    keys = [p for p in parameters if p.name not in ("config_file", "assignments", "resume")]
+    keys = [p for p in parameters if p.name not in ("config_file", "assignments", "resume", "profile")]
     assert documented == {_KEYS.get(str(p.name), str(p.name)): p.opts[0] for p in keys}
 
 
@@ -273,19 +273,19 @@ def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli:
 # ---------------------------------------------------------------- run-directory.md
 
 
-def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path) -> None:
+def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16: None) -> None:
     def listed(heading: str) -> set[str]:
         return {name for row in rows("run-directory.md", heading) for name in code(row[0])}
 
     found: set[str] = set()
     for method in ("trades", "iad1", "iad2"):
         run = tmp_path / method
-        engine.train(tiny.config(method=method, loss={"warmup": 0}, out=str(run)))
+        engine.train(tiny.config(method=method, amp=True, loss={"warmup": 0}, out=str(run)), profile=2)
         written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found |= {key for row in written for key in row}
     assert found == listed("metrics.jsonl")
     assert listed("Reliability of the teacher") == {*written[-1]["probe_cases"]} | {
-        key for key in found if key.startswith("probe_")
+        key for key in found if key.startswith("probe_") and not key.startswith("probe_amp_")
     } - {"probe_alpha"}
 
     intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
