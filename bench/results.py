@@ -123,6 +123,26 @@ class EpochRow(Measured):
     table14_mib: int
 
 
+@dataclass(frozen=True)
+class PredictedRow:
+    """One line of predicted.csv, of which nothing was measured; README.md describes the columns."""
+
+    date: str
+    commit: str
+    torch: str
+    gpu: str
+    method: str
+    model: str
+    batch_size: int
+    amp: bool
+    eager_epoch_s: float
+    device_epoch_s: float
+    lanes_epoch_s: float
+    peak_mib: float
+    launches: int
+    share_of_convolutions: float
+
+
 def rows(
     facts: Facts, case: Case, mode: str, samples: Mapping[str, Sequence[float]], cache_bytes: int
 ) -> list[Row]:
@@ -263,7 +283,7 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def write(path: Path, rows: Sequence[Measured]) -> None:
+def write(path: Path, rows: Sequence[Measured] | Sequence[PredictedRow]) -> None:
     """Write the rows as CSV, numbers with six digits; an absent one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

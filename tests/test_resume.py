@@ -20,7 +20,7 @@ from engine.evaluate import evaluate
 from engine.reporter import Reporter
 from engine.stopping import Interrupted
 
-_CLOCKS = ("seconds", "images_per_second")
+_CLOCKS = ("seconds", "images_per_second", "share_of_peak")
 
 
 class StopAt(Reporter):

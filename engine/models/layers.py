@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,11 @@ def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, gro
     """Convolution that keeps H and W at stride 1, without the bias that a BatchNorm would cancel or repeat."""
     padding = kernel_size // 2
     return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False)
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0) in the memory of x: for what nothing else reads, as the output of a BatchNorm or of a sum."""
+    return F.relu(x, inplace=True)
 
 
 def image_conv(channels: int, kernel_size: int, stride: int = 1) -> ImageConv2d:

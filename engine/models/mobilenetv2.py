@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv
+from engine.models.layers import Classifier, conv, image_conv, relu
 
 # Expansion, channels, blocks and first stride, as in the paper's Table 2 but for the second row's stride,
 # which is 1 here: the stem and this row keep the resolution of a 32x32 image.
@@ -38,8 +37,8 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(in_channels, channels, 1), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)))
-        h = F.relu(self.bn2(self.conv2(h)))
+        h = relu(self.bn1(self.conv1(x)))
+        h = relu(self.bn2(self.conv2(h)))
         out: Tensor = self.bn3(self.conv3(h))
         if self.stride == 1:
             out = out + self.shortcut(x)
@@ -71,7 +70,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
-        x = F.relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
-        x = F.relu(self.bn2(self.conv2(self.layers(x))))
+        x = relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
+        x = relu(self.bn2(self.conv2(self.layers(x))))
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, stage
+from engine.models.layers import Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -22,9 +21,9 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
+        h = relu(self.bn1(x))
         skip: Tensor = x if self.shortcut is None else self.shortcut(h)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(h))))
+        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
         return out + skip
 
 
@@ -51,6 +50,6 @@ class PreActResNet(nn.Module):
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = F.relu(self.bn(x))
+        x = relu(self.bn(x))
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, stage
+from engine.models.layers import Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -24,9 +23,9 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        return relu(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -51,7 +50,7 @@ class ResNet(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
-        x = F.relu(self.bn1(x))
+        x = relu(self.bn1(x))
         for index in range(1, self.num_stages + 1):
             x = self.get_submodule(f"layer{index}")(x)
         logits_BC: Tensor = self.linear(x.mean((2, 3)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, stage
+from engine.models.layers import Classifier, conv, image_conv, relu, stage
 
 _EXPANSION = 4
 
@@ -30,10 +30,10 @@ class _Bottleneck(nn.Module):
             self.downsample = nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = relu(self.bn1(self.conv1(x)))
+        out = relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class BottleneckResNet(nn.Module):
@@ -59,7 +59,7 @@ class BottleneckResNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
-        x = F.relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
+        x = relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits_BC: Tensor = self.fc(x.mean((2, 3)))

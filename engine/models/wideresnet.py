@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, stage
+from engine.models.layers import Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -22,9 +21,9 @@ class _Block(nn.Module):
         self.convShortcut = conv(in_channels, channels, 1, stride) if in_channels != channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
+        h = relu(self.bn1(x))
         skip: Tensor = x if self.convShortcut is None else self.convShortcut(h)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(h))))
+        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
         return out + skip
 
 
@@ -59,6 +58,6 @@ class WideResNet(nn.Module):
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
         x = self.block3(self.block2(self.block1(x)))
-        x = F.relu(self.bn1(x))
+        x = relu(self.bn1(x))
         logits_BC: Tensor = self.fc(x.mean((2, 3)))
         return logits_BC

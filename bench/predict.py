@@ -1,0 +1,236 @@
+"""Predict training steps on GPUs that are not here: `python -m bench.predict --gpu h100`. README.md says how."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine, results, roofline
+from bench.epoch import EPOCH_IMAGES, TABLE_14
+from bench.results import PredictedRow
+from bench.roofline import GPUS, Hardware, Op, Passes
+from engine import config, methods, models, plan
+from engine.config import RunConfig
+from engine.methods import Method
+from engine.precision import Precision
+from engine.twin import Twin
+
+CPU = torch.device("cpu")
+ASSUMPTIONS = (
+    "convolutions reach 60 % of the data sheet's dense peak, and everything else 85 % of its bandwidth",
+    "an op reads its inputs and writes its outputs once, as eager torch does, and nothing stays in a cache",
+    "eager: each op takes at least 5 us to launch; captured: launches cost nothing",
+    "lanes: the teachers hide entirely behind the longer of the two lanes, the best that is possible",
+    "memory: activations, weights, gradients, momentum, twins; no workspace, no fragmentation, no context",
+)
+
+
+class Prediction(NamedTuple):
+    """Of one step. Seconds of an eager host, of one lane that waits for no launch, and of lanes; MiB; launches."""
+
+    eager_s: float
+    device_s: float
+    lanes_s: float
+    peak_mib: float
+    launches: int
+    share_of_convolutions: float
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="Which one.")
+@click.option("--method", "names", multiple=True, help="Repeatable. [ard, iad1, akd2, iad2]")
+@click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--amp/--no-amp", default=True, show_default=True, help="Passes in bfloat16, else in TF32.")
+@click.option("--validate", is_flag=True, help="Predict this processor from its own peaks, and measure it.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for predicted.csv. [none is written]")
+def main(
+    gpu: str | None, names: Sequence[str], model: str, batch_size: int, amp: bool, validate: bool, out: Path | None
+) -> None:
+    """Predict seconds and memory of a step by a roofline: nothing is run on a GPU."""
+    if (gpu is None) != validate:
+        raise click.UsageError(f"give either --gpu (known: {', '.join(GPUS)}) or --validate")
+    names = names or tuple(TABLE_14)
+    try:
+        models.check(model)
+        runs = [config.load({"method": name, "model": model, "batch_size": batch_size}) for name in names]
+        rows_of_weights = [methods.get(run.method, semantics=run.semantics, loss=run.loss) for run in runs]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    precision = Precision(CPU, torch.float32, torch.bfloat16 if amp else None)
+    if gpu is None:
+        console.print(validation(model, batch_size, precision))
+        return
+    hardware = GPUS[gpu]
+    rows = []
+    facts = machine.facts(CPU)
+    for run, method in zip(runs, rows_of_weights, strict=True):
+        passes = roofline.passes(model, batch_size, precision, bn=run.attack.bn)
+        step = predict(run, method, passes, hardware, precision)
+        steps = math.ceil(EPOCH_IMAGES / batch_size)
+        rows.append(
+            PredictedRow(
+                date=facts["date"],
+                commit=facts["commit"],
+                torch=facts["torch"],
+                gpu=hardware.name,
+                method=run.method,
+                model=model,
+                batch_size=batch_size,
+                amp=amp,
+                eager_epoch_s=steps * step.eager_s,
+                device_epoch_s=steps * step.device_s,
+                lanes_epoch_s=steps * step.lanes_s,
+                peak_mib=step.peak_mib,
+                launches=step.launches,
+                share_of_convolutions=step.share_of_convolutions,
+            )
+        )
+    console.print(f"PREDICTED for one {hardware.name}, not measured: {model}, batch of {batch_size}")
+    console.print(table(rows))
+    for assumption in ASSUMPTIONS:
+        console.print(f"assumed: {assumption}")
+    console.print("The paper does not name its GPU: compare the ratios between methods alone.")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        results.write(out / "predicted.csv", rows)
+        console.print(f"written: {out / 'predicted.csv'}")
+
+
+def predict(
+    run: RunConfig, method: Method, passes: Passes, hardware: Hardware, precision: Precision
+) -> Prediction:
+    """A step of the method after its warm-up."""
+    count = plan.passes(method, run.attack, run.forwards)
+    beside_attack = int(method.needs_t_at_nat)
+    beside_student = method.needs_t_at_adv + method.needs_t_st_adv
+    other = count.forward - beside_attack - beside_student  # of the student
+    update = optimizer(passes.parameters)
+
+    def of_passes(seconds: Callable[[Sequence[Op]], float], *, lanes: bool = False) -> float:
+        attack = count.attacked * seconds(passes.attacked)
+        student = count.trained * seconds(passes.trained) + other * seconds(passes.forward)
+        first, second = beside_attack * seconds(passes.forward), beside_student * seconds(passes.forward)
+        whole = max(attack, first) + max(student, second) if lanes else attack + first + student + second
+        return whole + seconds(update)
+
+    def eager(ops: Sequence[Op]) -> float:
+        return roofline.seconds(ops, hardware, launched=True)
+
+    def captured(ops: Sequence[Op]) -> float:
+        return roofline.seconds(ops, hardware, launched=False)
+
+    every = [
+        *passes.attacked * count.attacked,
+        *passes.trained * count.trained,
+        *passes.forward * count.forward,
+        *update,
+    ]
+    return Prediction(
+        eager_s=of_passes(eager),
+        device_s=of_passes(captured),
+        lanes_s=of_passes(captured, lanes=True),
+        peak_mib=peak_bytes(method, count, passes, precision) / 2**20,
+        launches=len(every),
+        share_of_convolutions=roofline.share_of_convolutions(every, hardware),
+    )
+
+
+def optimizer(parameters: int) -> list[Op]:
+    """SGD with momentum reads weight, gradient and momentum, and writes weight and momentum."""
+    return [Op("sgd", 0.0, 5 * 4.0 * parameters, torch.float32)]
+
+
+def peak_bytes(method: Method, count: plan.Passes, passes: Passes, precision: Precision) -> float:
+    """The larger of the two peaks: before the backward, all trained passes are kept; in the attack one is.
+
+    Weights and momentum in float32, the student's twin and the teachers in the format of the passes; gradients and
+    autocast's copies where the student is trained.
+    """
+    parameters = passes.parameters
+    itemsize = (precision.amp_dtype or precision.dtype).itemsize
+    teachers = method.needs_teacher + method.needs_teacher_st
+    twin = itemsize if precision.amp_dtype is not None else 0  # else it shares the student's weights
+    always = parameters * (2 * 4 + twin * method.needs_x_adv + itemsize * teachers)
+    training = count.trained * passes.kept_trained + parameters * (4 + twin)
+    return always + max(training, passes.kept_attacked if count.attacked else 0)
+
+
+def table(rows: Sequence[PredictedRow]) -> Table:
+    """Predictions, and the paper's Table 14 beside them."""
+    result = Table(box=box.SIMPLE)
+    result.add_column("method", no_wrap=True)
+    for heading in (
+        "eager s/epoch", "captured", "and lanes", "x first", "launches", "convolutions", "MiB",
+        "Table 14: s/epoch", "x first", "MiB",
+    ):  # fmt: skip
+        result.add_column(heading, justify="right")
+    paper_first = TABLE_14.get(rows[0].method)
+    for row in rows:
+        paper = TABLE_14.get(row.method)
+        beside = ("", "", "")
+        if paper is not None:
+            ratio = f"{paper[0] / paper_first[0]:.3f}" if paper_first is not None else ""
+            beside = (f"{paper[0]:.2f}", ratio, f"{paper[1]:,}")
+        result.add_row(
+            row.method, f"{row.eager_epoch_s:,.1f}", f"{row.device_epoch_s:,.1f}", f"{row.lanes_epoch_s:,.1f}",
+            f"{row.device_epoch_s / rows[0].device_epoch_s:.3f}", f"{row.launches:,}",
+            f"{row.share_of_convolutions:.0%}", f"{row.peak_mib:,.0f}", *beside,
+        )  # fmt: skip
+    return result
+
+
+def validation(model: str, batch_size: int, precision: Precision) -> Table:
+    """Each kind of pass on this processor, predicted from its measured peaks, and measured."""
+    hardware = roofline.measured_cpu(precision)
+    predicted = roofline.passes(model, batch_size, precision, bn="train")
+    student = precision.place(models.build(model, 10))
+    attacked, teacher = Twin(student, "train", precision), Twin(student, "eval", precision)
+    images = torch.rand(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+
+    def attack() -> None:
+        torch.autograd.grad(attacked(images.requires_grad_()).sum(), images)
+
+    def train() -> None:
+        with precision.autocast():
+            logits = student(images.detach())
+        logits.sum().backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            teacher(images)
+
+    result = Table(title=f"{model}, batch of {batch_size}, this processor", title_justify="left", box=box.SIMPLE)
+    result.add_column("pass", no_wrap=True)
+    for heading in ("predicted ms", "measured ms", "measured / predicted"):
+        result.add_column(heading, justify="right")
+    for name, ops, call in (
+        ("attack", predicted.attacked, attack),
+        ("training", predicted.trained, train),
+        ("forward, folded", predicted.forward, forward),
+    ):
+        expected = roofline.seconds(ops, hardware, launched=True)
+        call()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        taken = sorted(times)[2]
+        result.add_row(name, f"{expected * 1e3:.1f}", f"{taken * 1e3:.1f}", f"{taken / expected:.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
