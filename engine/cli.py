@@ -276,6 +276,18 @@ def describe_data(path: Path) -> None:
     reporter.table(table)
 
 
+@commands.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_BENCH...")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path), metavar="FILE")
+def report(paths: tuple[Path, ...], out: Path) -> None:
+    """Put run directories and folders of benchmark results into one HTML file, with tables and pictures."""
+    from engine import report
+    from engine.reporter import ConsoleReporter
+
+    report.write(paths, out)
+    ConsoleReporter().message(f"Written: {out}")
+
+
 @commands.command("methods")
 def list_methods() -> None:
     """List the methods."""

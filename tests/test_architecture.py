@@ -25,7 +25,7 @@ LAYERS = (
     ("telemetry", "checkpoints"),
     ("plots", "teachers"),
     ("provenance",),
-    ("trainer", "evaluation", "data"),
+    ("trainer", "evaluation", "data", "report"),
     ("cli",),
     ("__main__",),
 )
