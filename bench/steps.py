@@ -174,6 +174,7 @@ class Flops(TorchDispatchMode):
 
 def peak_mebibytes(workload: Workload, variant: Variant) -> float:
     """Peak memory of two steps and the networks: what the process grows by, or what a GPU's allocator held."""
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # imports torch's compiler: 150 MiB, which are no variant's
     variant.settle()
     memory.forget_peak()
     before = memory.mebibytes("VmRSS")
