@@ -48,14 +48,9 @@ def draw_pipelines(path: Path, rows: Sequence[PipelineRow]) -> None:
             (speeds, [row.speedup for row in shown], "times the images/s of a DataLoader", "%.1f"),
             (costs, [row.cpu_s_per_10k_images for row in shown], "CPU seconds for 10,000 images", "%.2f"),
         ):
-            bars = axes.barh(
-                labels, values, color=[PIPELINE_COLOURS.get(row.pipeline, "tab:gray") for row in shown]
-            )
-            axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+            colours = [PIPELINE_COLOURS.get(row.pipeline, "tab:gray") for row in shown]
+            _bars(axes, labels, values, colours, form)
             axes.set_title(f"{name}: {heading}", fontsize=9)
-            axes.tick_params(labelsize=8)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
     first = rows[0]
     hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
     versions = f"torch {first.torch}, ffcv {first.ffcv or 'absent'}, DALI {first.dali or 'absent'}"
@@ -78,16 +73,21 @@ def draw_steps(path: Path, rows: Sequence[StepRow]) -> None:
             (peaks, [row.peak_mib or 0 for row in shown], "peak memory, MiB", "%.0f"),
         ):
             colours = ["tab:gray" if row.variant.startswith("textbook") else "tab:blue" for row in shown]
-            bars = axes.barh(labels, values, color=colours)
-            axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+            _bars(axes, labels, values, colours, form)
             axes.set_title(f"{name}, {shown[0].model}, batch {shown[0].batch_size}: {heading}", fontsize=8)
-            axes.tick_params(labelsize=7)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
     first = rows[0]
     hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
     figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], form: str) -> None:
+    """Horizontal bars with their numbers, the first one on top."""
+    bars = axes.barh(labels, values, color=colours)
+    axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from bench import machine, results, roofline
 from bench.epoch import EPOCH_IMAGES, TABLE_14
 from bench.results import PredictedRow
 from bench.roofline import GPUS, Hardware, Op, Passes
+from bench.timing import repeated
 from engine import config, methods, models, plan
 from engine.config import RunConfig
 from engine.methods import Method
@@ -221,13 +222,7 @@ def validation(model: str, batch_size: int, precision: Precision) -> Table:
         ("forward, folded", predicted.forward, forward),
     ):
         expected = roofline.seconds(ops, hardware, launched=True)
-        call()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        taken = sorted(times)[2]
+        taken = statistics.median(repeated(call))
         result.add_row(name, f"{expected * 1e3:.1f}", f"{taken * 1e3:.1f}", f"{taken / expected:.2f}")
     return result
 

@@ -6,7 +6,6 @@ Nothing is computed: the passes run on fake tensors, through the engine's own tw
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bench.timing import Call, repeated
 from engine import models
 from engine.precision import Precision
 from engine.twin import Twin
@@ -165,14 +165,8 @@ def share_of_convolutions(ops: Sequence[Op], hardware: Hardware) -> float:
 def measured_cpu(precision: Precision) -> Hardware:
     """Of the processor: its best convolution in each format, and its copy. What is measured is reached."""
 
-    def best(call: Callable[[], object]) -> float:
-        call()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return min(times)
+    def best(call: Call) -> float:
+        return min(repeated(call))
 
     flops = {}
     for dtype in {torch.float32, precision.amp_dtype or torch.float32}:

@@ -85,6 +85,13 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
+def repeated(call: Call, count: int = 5) -> list[float]:
+    """Seconds on the host of each of so many calls, after one that does not count."""
+    call()
+    clock = HostClock()
+    return [clock.seconds(call, 1) for _ in range(count)]
+
+
 def warm_up(candidate: Candidate, clock: Clock, seconds: float) -> int:
     """Pay for compilation; how many calls then last about that many seconds, the clock's own work included."""
     with preferring(candidate.preference):
