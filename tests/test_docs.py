@@ -158,6 +158,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         datasets.check(dataset)
 
     monkeypatch.setattr("engine.data.write", write)
+    monkeypatch.setattr("engine.report.write", lambda paths, out: None)
     monkeypatch.setattr("engine.data.info", lambda path: Info((), (), ()))
     monkeypatch.setattr("engine.trainer.train", train)
     monkeypatch.setattr("engine.trainer.resume", resume)
