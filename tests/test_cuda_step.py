@@ -246,6 +246,16 @@ def test_whole_batches_are_replayed_and_others_are_not(method: str, fake_cuda: F
     assert seen["replayed"]["kernels"] <= (150 if method == "trades" else 3)
 
 
+def test_compiled_passes_are_captured_too(hot: Hot) -> None:
+    """By the real compiler, for that GPU: no wait, and fewer launches than op by op."""
+    for graphs in ("off", "on"):
+        compiled, eager = (hot("iad1", graphs=graphs, compile=wanted)["calls"] for wanted in ("on", "off"))
+        assert len(of("graph_launch", compiled)) == (graphs == "on")
+        assert not [call for call in compiled if call["call"] in ("synchronize", "copy_and_wait")]
+        assert len(of("kernel", compiled)) < 0.9 * len(of("kernel", eager))
+    assert any("triton" in call["name"] for call in of("kernel", compiled))
+
+
 # ---------------------------------------------------------------- races
 
 FAULTS = ("", "no join", "teachers do not wait", "batch is not awaited", "buffer is refilled early")
