@@ -23,7 +23,7 @@ def stepping(method: str, device: str, **keys: Any) -> Callable[[], object]:
 
 def tensors() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # some are dead proxies
 
 
 @pytest.mark.parametrize("method", ["iad1", "iad2"])
