@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.results import EAGER, PipelineRow, Row, StepRow
+from bench.results import EAGER, Measured, PipelineRow, Row, StepRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             _panel(axes, [row for row in rows if (row.mode, row.op) == (mode, op)])
             axes.set(title=TITLES[mode].format(op), xlabel="times faster than eager")
     first = rows[0]
-    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
-    figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -52,9 +51,8 @@ def draw_pipelines(path: Path, rows: Sequence[PipelineRow]) -> None:
             _bars(axes, labels, values, colours, form)
             axes.set_title(f"{name}: {heading}", fontsize=9)
     first = rows[0]
-    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
     versions = f"torch {first.torch}, ffcv {first.ffcv or 'absent'}, DALI {first.dali or 'absent'}"
-    figure.suptitle(f"{hardware}, {versions}, {first.date[:10]}", fontsize=9)
+    figure.suptitle(f"{_hardware(first)}, {versions}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -76,9 +74,12 @@ def draw_steps(path: Path, rows: Sequence[StepRow]) -> None:
             _bars(axes, labels, values, colours, form)
             axes.set_title(f"{name}, {shown[0].model}, batch {shown[0].batch_size}: {heading}", fontsize=8)
     first = rows[0]
-    hardware = f"{first.processor}, {first.threads} threads" if first.device == "cpu" else first.device
-    figure.suptitle(f"{hardware}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _hardware(row: Measured) -> str:
+    return f"{row.processor}, {row.threads} threads" if row.device == "cpu" else row.device
 
 
 def _bars(axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], form: str) -> None:

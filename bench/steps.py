@@ -25,7 +25,7 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
 from engine.precision import Precision
-from engine.step import training_loss
+from engine.step import training_loss, update
 from engine.streams import Lanes
 
 TEXTBOOK = "textbook"
@@ -106,10 +106,7 @@ class Workload:
 
         def step() -> None:
             output = training_loss(built, next(batches), method, run.forwards, chosen, lanes, epoch=0)
-            scaler.scale(output.loss.loss).backward()
-            scaler.step(sgd)
-            scaler.update()
-            sgd.zero_grad()
+            update(output.loss.loss, sgd, scaler)
 
         return step
 

@@ -65,7 +65,7 @@ def build(
 def passes(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Pass]:
     """How a module becomes a pass: as it is, or compiled for whole batches.
 
-    "auto" compiles on a GPU. On a CPU it costs a minute and wins nothing: docs/performance.md has the figures.
+    "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
     """
     automatic = device.type == "cuda" and not config.checkpoint_activations
     if config.compile == "on" or (config.compile == "auto" and automatic):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity
 
+from engine.files import replacing
 from engine.reporter import Reporter
 from engine.rundir import write_atomically
 
@@ -69,7 +70,8 @@ class Profiler:
 
     def _write(self) -> None:
         trace = self._folder / "trace.json"
-        self._profile.export_chrome_trace(str(trace))
+        with replacing(trace) as beside:
+            self._profile.export_chrome_trace(str(beside))
         lines = summed(self._profile.key_averages(), self._steps)
         text = io.StringIO()
         writer = csv.writer(text)

@@ -43,12 +43,13 @@ def write(paths: Sequence[Path], out: Path) -> None:
     """
     runs = [path for path in paths if (path / "config.yaml").is_file()]
     sections = [_run(path) if path in runs else _bench(path) for path in paths]
-    titles = [title for title, _ in sections]
     body = "".join(
         f'<section id="s{number}"><h2>{escape(title)}</h2>{content}</section>'
         for number, (title, content) in enumerate(sections)
     )
-    contents = "".join(f'<li><a href="#s{number}">{escape(title)}</a></li>' for number, title in enumerate(titles))
+    contents = "".join(
+        f'<li><a href="#s{number}">{escape(title)}</a></li>' for number, (title, _) in enumerate(sections)
+    )
     compared = _comparison(runs) if len(runs) > 1 else ""
     page = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>engine report</title>'

@@ -88,3 +88,13 @@ def training_loss(
 def _given(network: Network | None) -> Network:
     assert network is not None, "the method's row needs a network that was not given"
     return network
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Backward and one step of the optimizer."""
+    with record_function("backward"):
+        scaler.scale(loss).backward()
+    with record_function("optimizer"):
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()  # now, so that no gradient is kept through the next attack

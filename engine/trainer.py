@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from engine import (
     checkpoints,
@@ -47,7 +46,7 @@ from engine.profiling import Profiler
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
 from engine.speed import Speedometer
-from engine.step import training_loss
+from engine.step import training_loss, update
 from engine.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.streams import Lanes
 
@@ -239,12 +238,7 @@ class Trainer:
                 epoch=epoch,
                 in_warmup=method is not self.method,
             )
-            with record_function("backward"):
-                self.scaler.scale(output.loss.loss).backward()
-            with record_function("optimizer"):
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                self.optimizer.zero_grad()  # now, so that no gradient is kept through the next attack
+            update(output.loss.loss, self.optimizer, self.scaler)
 
             progress.step_in_epoch += 1
             progress.step += 1

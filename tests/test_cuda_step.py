@@ -18,7 +18,7 @@ from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
-from engine.step import training_loss
+from engine.step import training_loss, update
 from engine.streams import Lanes
 from engine.telemetry import Telemetry
 from tests.fake_cuda import FakeCuda
@@ -67,10 +67,7 @@ class Training:
         output = training_loss(
             self.networks, batch, self.method, self.run.forwards, self.precision, self.lanes, epoch=0
         )
-        self.scaler.scale(output.loss.loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        update(output.loss.loss, self.optimizer, self.scaler)
         self.telemetry.update(output, batch.labels, 1)
 
 
