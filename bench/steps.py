@@ -16,17 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import memory, reference
-from engine import config, hostmemory, methods, models, networks, optimizer, precision
+from engine import config, hostmemory, methods, models, precision
 from engine.attack import started
 from engine.config import RunConfig
+from engine.learner import Learner
 from engine.pipelines import datasets
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
 from engine.precision import Precision
-from engine.step import training_loss, update
-from engine.streams import Lanes
 
 TEXTBOOK = "textbook"
 RANDOM = "random"
@@ -98,15 +97,13 @@ class Workload:
         given = {"teacher": teacher, "teacher_st": standard}
         teachers = {name: chosen.place(given[name]) for name, wanted in needed.items() if wanted}
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)
-        built = networks.build(student, teachers, method, run, chosen, counts)
-        sgd = optimizer.sgd(student.parameters(), run)
-        lanes = Lanes(self.device, wanted=run.lanes == "on")
-        scaler = chosen.scaler()
-        batches = lanes.ahead(self._batches(chosen))
+        learner = Learner(student, teachers, method, run, chosen, counts=counts)
+        batches = learner.batches(self._batches(chosen))
 
         def step() -> None:
-            output = training_loss(built, next(batches), method, run.forwards, chosen, lanes, epoch=0)
-            update(output.loss.loss, sgd, scaler)
+            batch = next(batches)
+            whole = len(batch.labels)
+            learner.learn(batch, method, run.lr, epoch=0, whole=whole, seen=lambda output, labels: None)
 
         return step
 

@@ -6,12 +6,13 @@ progress is all there is to remember of them.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.rundir import write_tensors
@@ -50,9 +51,61 @@ def student_part(student: nn.Module, config: RunConfig, class_names: tuple[str, 
     }
 
 
-def save(path: Path, content: dict[str, Any], progress: Progress, **parts: object) -> None:
-    """Write a checkpoint atomically. parts: further state, such as optimizer and scaler."""
-    write_tensors(path, content | {"progress": asdict(progress), "metrics": progress.last} | parts)
+def content(part: dict[str, Any], progress: Progress, **parts: object) -> dict[str, Any]:
+    """What a file holds. part: see `student_part`; parts: further state, such as optimizer and scaler."""
+    return part | {"progress": asdict(progress), "metrics": progress.last} | parts
+
+
+class Saver:
+    """Writes checkpoints beside the training, one after the other, each atomically.
+
+    A context: at its end everything is written. What goes wrong in writing is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+
+    def save(self, *files: tuple[Path, dict[str, Any]]) -> None:
+        """Copy the contents to the host's memory, and have them written in that order; returns before they are.
+
+        Waits only for what the call before gave.
+        """
+        self.wait()
+        copies = [(path, _copy(content)) for path, content in files]
+
+        def write() -> None:
+            for path, content in copies:
+                write_tensors(path, content)
+
+        self._writing = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Return when everything is written. Raises OSError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:  # else what happened before is told
+                raise
+        finally:
+            self._thread.shutdown()
+
+
+def _copy(value: Any) -> Any:
+    """Nested values with their tensors copied to the host's memory."""
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(inner) for inner in value)
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def read(path: Path) -> dict[str, Any]:

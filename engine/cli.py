@@ -12,14 +12,12 @@ from rich import box
 from rich.table import Table
 
 from engine import __version__
-from engine.stopping import Interrupted, RunFailed
+from engine.stopping import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, RunFailed
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
     from engine.reporter import ConsoleReporter
     from engine.trainer import RunResult
-
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> NoReturn:
@@ -39,7 +37,7 @@ def main() -> NoReturn:
     except RunFailed as error:
         _leave(str(error), EXIT_FAILED)
     except Interrupted as error:
-        _leave(str(error) or "interrupted", EXIT_INTERRUPTED)
+        _leave(str(error), EXIT_INTERRUPTED)
     except (KeyboardInterrupt, click.Abort):
         _leave("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -49,7 +47,8 @@ def main() -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    click.echo(f"engine: {' '.join(message.split())}", err=True)
+    if message:  # else another process of the run has said it
+        click.echo(f"engine: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
@@ -68,6 +67,8 @@ _KEYS = {
     "teacher_st": "teacher_st.checkpoint",
     "attack_bn": "attack.bn",
     "optimizer": "optim.implementation",
+    "ema": "averaging.decay",
+    "awp": "awp.gamma",
 }
 
 
@@ -80,8 +81,11 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--teacher", metavar="FILE", help="Robust teacher's checkpoint. [cached, else trained]"),
         click.option("--teacher-st", metavar="FILE", help="Standard teacher's checkpoint. [cached, else trained]"),
         click.option("--epochs", type=int, help="Length; warm-up and milestones scale with it. [200]"),
-        click.option("--batch-size", type=int, help="Images per step. [128]"),
+        click.option("--batch-size", type=int, help="Images per step, of all processes together. [128]"),
+        click.option("--micro-batch", metavar="N", help="Images at a time in each process, or auto. [all]"),
         click.option("--lr", help="Initial learning rate. [0.1]"),
+        click.option("--lr-scale", help="none, or linear: lr times batch size / 128. [none]"),
+        click.option("--sync-bn", help="BatchNorm over all processes' images: on or off. [off]"),
         click.option("--amp/--no-amp", default=None, help="Mixed precision. [no]"),
         click.option("--compile", help="torch.compile for the network passes: auto, on or off. [auto]"),
         click.option("--lanes", help="Teachers and next batch on CUDA streams of their own: on or off. [on]"),
@@ -90,7 +94,6 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--checkpoint-activations", is_flag=True, default=None, help="Less memory, more time."),
         click.option("--masking-guard", help="If AMP hides gradients: warn, stop or off. [warn]"),
         click.option("--device", help="auto, cpu, cuda or cuda:N. [auto]"),
-        click.option("--gpus", type=int, help="Number of GPUs. [one if there is any]"),
         click.option("--seed", type=int, help="Seed of weights, order, augmentation and attacks. [0]"),
         click.option("--out", metavar="DIR", help="Run directory. [runs/METHOD-DATASET-MODEL-TIME]"),
         click.option("--semantics", help="paper, or official: as the published code. [paper]"),
@@ -107,14 +110,39 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _process_flags(command: Callable[..., None]) -> Callable[..., None]:
+    flags = [
+        click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Use N GPUs. [one if there is any]"),
+        click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Use N processes on the CPU."),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=1),
+            default=600,
+            show_default=True,
+            help="Seconds after which a process that does not answer the others is lost.",
+        ),
+    ]
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
 @commands.command()
 @_config_flags
+@_process_flags
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of keys, or recipe:NAME.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key, e.g. attack.num_steps=7.")
-@click.option("--resume", metavar="DIR", help="Continue that run as it was configured.")
+@click.option("--resume", metavar="DIR", help="Continue that run; auto: the one of these settings, if it began.")
 @click.option("--profile", type=click.IntRange(min=0), default=0, metavar="N", help="Trace N steps. [none]")
 def train(
-    config_file: str | None, assignments: tuple[str, ...], resume: str | None, profile: int, **flags: Any
+    config_file: str | None,
+    assignments: tuple[str, ...],
+    resume: str | None,
+    profile: int,
+    gpus: int | None,
+    procs: int | None,
+    timeout: float,
+    **flags: Any,
 ) -> None:
     """Train a student, and its teachers where none are given.
 
@@ -122,32 +150,47 @@ def train(
     engine train --method iad1 --amp                 CIFAR-10, ResNet-18, the paper's hyper-parameters
     engine train --config recipe:table2-cifar10-at-iad1
     engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
+    engine train --method iad1 --amp --gpus 8        on the GPUs of this machine
     """  # noqa: D301  # click knows the backspace as a mark, and only as a character
     given = {key: value for key, value in flags.items() if value is not None}
-    if resume is not None and (given or config_file or assignments or profile):
-        others = {"--config": config_file, "--set": assignments, "--profile": profile}
+    begins = resume in (None, "auto")
+    if not begins and (given or config_file or assignments):
+        others = {"--config": config_file, "--set": assignments}
         first = next((f"--{key.replace('_', '-')}" for key in given), None) or next(filter(others.get, others))
         raise ValueError(f"--resume continues a run as it was configured; drop {first}")
 
-    from engine import config
+    from engine import config, distributed, hostmemory, launcher, rundir, trainer
+    from engine.reporter import ConsoleReporter, Reporter
 
-    if resume is None:
+    launched = distributed.is_launched()
+    if begins:
         trees = [config.nested(_KEYS.get(key, key), value) for key, value in given.items()]
         trees += [config.parse_assignment(text) for text in assignments]
         complete = config.load(_read_config(config_file), *trees)
+        if config_file is None and complete.limit_train is None and not launched:
+            _name_recipe(complete, ConsoleReporter())
+    else:
+        _, complete = rundir.RunDir.existing(Path(str(resume)))
+    again = resume == "auto" or distributed.is_restarted()
 
-    from engine import hostmemory, trainer
-    from engine.reporter import ConsoleReporter
+    processes = 0 if launched else launcher.count(gpus, procs, complete.device)
+    if processes:
+        path = trainer.begin(complete, again=again) if begins else Path(str(resume))
+        further = ["--timeout", str(timeout), "--profile", str(profile)]
+        code = launcher.launch(processes, ["train", "--resume", str(path), *further], path / "logs")
+        if code == EXIT_USER_ERROR:
+            trainer.discard_unbegun(path)
+        sys.exit(code)
 
     hostmemory.keep_freed()
-    reporter = ConsoleReporter()
-    if resume is None and config_file is None and complete.limit_train is None:
-        _name_recipe(complete, reporter)
-    if resume is None:
-        result = trainer.train(complete, reporter, profile=profile)
-    else:
-        result = trainer.resume(Path(resume), reporter)
-    _print_summary(reporter, result)
+    with distributed.joined(complete, timeout) as world:
+        reporter = ConsoleReporter() if world.is_main else Reporter()
+        if begins:
+            result = trainer.train(complete, reporter, profile=profile, world=world, again=again)
+        else:
+            result = trainer.resume(Path(str(resume)), reporter, profile=profile, world=world)
+    if isinstance(reporter, ConsoleReporter):
+        _print_summary(reporter, result)
 
 
 def _name_recipe(complete: RunConfig, reporter: ConsoleReporter) -> None:
@@ -195,28 +238,44 @@ def _read_config(name: str | None) -> dict[str, Any]:
 @click.option("--image-size", type=int, help="Cut views of that size from images of any size. [as in training]")
 @click.option("--on-bad-image", help="fail, or skip images that cannot be read. [as in training]")
 @click.option("--out", metavar="DIR", help="Where the JSON of the results goes. [beside each checkpoint]")
-def evaluate_command(checkpoints: tuple[str, ...], attacks: str, out: str | None, **flags: Any) -> None:
+@_process_flags
+def evaluate_command(
+    checkpoints: tuple[str, ...],
+    attacks: str,
+    out: str | None,
+    gpus: int | None,
+    procs: int | None,
+    timeout: float,
+    **flags: Any,
+) -> None:
     """Attack checkpoints (files, or run directories for their best) on the test images.
 
-    Any teacher or student counts, of this project or from elsewhere.
+    Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
+    goes on where it was.
     """
-    from engine import evaluation
-    from engine.reporter import ConsoleReporter
+    from engine import config, distributed, evaluation, launcher
+    from engine.reporter import ConsoleReporter, Reporter
 
-    reporter = ConsoleReporter()
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
+    if not distributed.is_launched() and (processes := launcher.count(gpus, procs, flags["device"])):
+        sys.exit(launcher.launch(processes, sys.argv[1:], None))
+
     results, written = {}, []
-    for name in checkpoints:
-        path = Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
-        report = evaluation.run(path, names, reporter, **flags)
-        report.write(_report_path(path, out))
-        written.append(_report_path(path, out))
-        results[f"{report.title}  {path}"] = report.results
-    _print_accuracies(reporter, results)
-    for path in written:
-        reporter.message(f"Written: {path}")
+    with distributed.joined(config.load({"device": flags["device"]}), timeout) as world:
+        reporter = ConsoleReporter() if world.is_main else Reporter()
+        for name in checkpoints:
+            path = Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
+            report = evaluation.run(path, names, reporter, out=_report_path(path, out), world=world, **flags)
+            if world.is_main:
+                report.write(_report_path(path, out))
+            written.append(_report_path(path, out))
+            results[f"{report.title}  {path}"] = report.results
+    if isinstance(reporter, ConsoleReporter):
+        _print_accuracies(reporter, results)
+        for path in written:
+            reporter.message(f"Written: {path}")
 
 
 def _report_path(checkpoint: Path, out: str | None) -> Path:

@@ -112,17 +112,40 @@ class ForwardsConfig(Section):
 
 
 class OptimConfig(Section):
-    """SGD; the learning rate is lr before the first milestone and lr * lr_factors[i] from milestone i on.
+    """SGD; with milestones, the learning rate is lr before the first and lr * lr_factors[i] from milestone i on.
 
-    implementation: torch's fused SGD, or FusedSGD of NVIDIA's apex.
+    implementation: torch's fused SGD, or FusedSGD of NVIDIA's apex. lr_warmup: the rate rises linearly that long.
+    clip_norm: largest norm of the gradient of all weights together.
     """
 
     implementation: Literal["torch", "apex"] = "torch"
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[Number, Field(ge=0)] = 2e-4
+    schedule: Literal["milestones", "cosine", "one-cycle"] = "milestones"
     milestones: tuple[PartOfRun, ...] = (0.5, 0.75)
     lr_factors: tuple[Annotated[Number, Field(ge=0)], ...] = (0.1, 0.01)
+    lr_warmup: PartOfRun = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+
+
+class AveragingConfig(Section):
+    """Averages of the weights, which are evaluated and kept as the best in place of the weights themselves.
+
+    ema: exponential, w <- decay * w + (1 - decay) * student after every step, running statistics alike.
+    swa: the mean of the students at the end of each epoch from start on, with statistics measured for it.
+    """
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    start: PartOfRun = 0.0
+
+
+class AwpConfig(Section):
+    """Adversarial weight perturbation (Wu et al., 2020): gamma is its size relative to the weights, 0 for none."""
+
+    gamma: Annotated[Number, Field(ge=0)] = 0.0
+    start: PartOfRun = 0.0
 
 
 class TeacherConfig(Section):
@@ -173,7 +196,10 @@ class RunConfig(Section):
     batches_ahead: Annotated[Count, Field(ge=1)] = 2
     epochs: Annotated[Count, Field(ge=1)] = 200
     batch_size: Annotated[Count, Field(ge=1)] = 128
+    micro_batch: Annotated[Count, Field(ge=1)] | Literal["auto"] | None = None  # None: whole batches
+    sync_bn: Switch = "off"
     lr: Annotated[Number, Field(gt=0)] = 0.1
+    lr_scale: Literal["none", "linear"] = "none"
     dtype: Literal["float32", "float64"] = "float32"
     amp: bool = False
     compile: Auto = "auto"
@@ -182,7 +208,6 @@ class RunConfig(Section):
     checkpoint_activations: bool = False
     masking_guard: Annotated[Literal["warn", "stop", "off"], BeforeValidator(_switch)] = "warn"
     device: str = "auto"
-    gpus: Annotated[Count, Field(ge=1)] | None = None
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 0
     out: str | None = None
     checkpoint_every: Annotated[Count, Field(ge=0)] = 0
@@ -191,6 +216,8 @@ class RunConfig(Section):
     attack: AttackSpec = AttackSpec()
     forwards: ForwardsConfig = ForwardsConfig()
     optim: OptimConfig = OptimConfig()
+    averaging: AveragingConfig = AveragingConfig()
+    awp: AwpConfig = AwpConfig()
     teacher: TeacherConfig = TeacherConfig()
     teacher_st: TeacherConfig = TeacherConfig(method="st")
     eval: EvalConfig = EvalConfig()

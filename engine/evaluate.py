@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from types import ModuleType
 from typing import Protocol
@@ -21,8 +22,11 @@ from torch import Tensor, nn
 
 from engine.attack import batch_norm_mode, describe, frozen, in_255, pgd, presets
 from engine.config import nearest
+from engine.distributed import World
+from engine.ledger import Ledger, Measured
 from engine.pipelines.splits import Indexable, limited
 from engine.precision import full_precision
+from engine.stopping import Stop
 
 COLUMNS = {
     "natural": "Natural",
@@ -49,7 +53,10 @@ Craft = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """Samples classified correctly under one attack; description holds the numbers of the attack."""
+    """Samples classified correctly under one attack; description holds the numbers of the attack.
+
+    seconds: of all processes together.
+    """
 
     attack: str
     correct: int
@@ -91,6 +98,9 @@ def evaluate(
     seed: int = 0,
     device: torch.device | str | None = None,
     on_batch: Callable[[str, int, int], object] | None = None,
+    stop: Stop | None = None,
+    world: World | None = None,
+    ledger: Ledger | None = None,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -99,14 +109,19 @@ def evaluate(
     limit: that many samples, of every class as equally many as there are, whatever the order of the data; which
     ones depends on the labels alone. None: all.
     on_batch: called with (attack, samples done, samples in all) after each batch; what it raises ends everything.
+    stop: whether the user asked to stop, looked at after each batch.
+    world: processes that share the batches; each calls this with the same arguments, and all get the results of
+    all. The batches are those of one process, so the numbers are.
+    ledger: where the result of each batch is kept; what is there already is not measured again.
 
     Runs in eval mode and in the dtype of the parameters, float32 or float64, without autocast and TF32. Every mode
     and flag and the global random state come back. A random start depends on the seed, the attack and the sample's
     index in data alone, so neither on the batch nor on the limit. AutoAttack draws its numbers batch by batch.
 
     Raises ValueError for bad data, unknown attacks, and AutoAttack where it is not installed or the model has
-    fewer than 4 classes; RuntimeError where an attack leaves its ball.
+    fewer than 4 classes; RuntimeError where an attack leaves its ball; Interrupted after a stop.
     """
+    world, stop = world or World(), stop or Stop()
     images_N, labels_N = _checked(data)
     specs = presets(epsilon, threat_model)
     names = check_names(attacks)
@@ -124,7 +139,7 @@ def evaluate(
         if name == "natural":
             return "no attack", lambda x_nat, labels_B, sample_B: x_nat
         if name == "aa":
-            given, attack = _auto_attack(model, num_classes, epsilon, threat_model, seed)
+            given, attack = _auto_attack(model, num_classes, epsilon, threat_model, seed, world.beat)
             return f"{given}, {total} images, batch {batch_size}, seed {seed}", attack
         spec, counter = specs[name], zlib.crc32(name.encode())
         return describe(spec), lambda x_nat, labels_B, sample_B: pgd(
@@ -137,22 +152,38 @@ def evaluate(
         if int(labels_N.max()) >= num_classes:
             raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {num_classes} classes")
         for name, (description, attack) in {name: craft(name) for name in names}.items():
-            begin, done = time.perf_counter(), 0
-            # Both stay on the device until the end: to read them after each batch would wait for it.
-            correct = torch.zeros((), dtype=torch.float64, device=where)
-            excess = torch.zeros((), dtype=torch.float64, device=where)
-            for sample_B in torch.split(sample_N, batch_size):
+            batches = torch.split(sample_N, batch_size)
+            known = {} if ledger is None else world.from_main(partial(ledger.known, name))
+            left = [number for number in range(len(batches)) if number not in known]
+            done = sum(len(batches[number]) for number in known)
+            # By batch: how often it was measured, and what was measured. The main process brings what is known.
+            table = torch.zeros(len(batches), 1 + len(Measured._fields), dtype=torch.float64)
+            for number, measured in known.items() if world.is_main else ():
+                table[number] = torch.tensor((1, *measured))
+            for number in left[world.rank :: world.size]:
+                begin, sample_B = time.perf_counter(), batches[number]
                 x_nat, labels_B = batch_of(images_N, labels_N, sample_B, where, dtype)
                 x_adv = attack(x_nat, labels_B, sample_B.to(where))
-                correct += (model(x_adv.to(dtype)).argmax(dim=1) == labels_B).sum()
-                excess = torch.maximum(excess, _excess(x_adv, x_nat, epsilon, threat_model))
-                done += len(sample_B)
+                correct = (model(x_adv.to(dtype)).argmax(dim=1) == labels_B).sum()
+                excess = _excess(x_adv, x_nat, epsilon, threat_model)
+                count, farthest = torch.stack((correct.to(excess.dtype), excess)).tolist()
+                measured = Measured(int(count), farthest, time.perf_counter() - begin)
+                table[number] = torch.tensor((1, *measured))
+                if ledger is not None:
+                    ledger.add(name, number, measured)
+                done += len(sample_B) * world.size
                 if on_batch is not None:
-                    on_batch(name, done, total)
-            count, farthest = torch.stack((correct, excess)).tolist()
-            if not farthest <= _SLACK:
-                raise RuntimeError(f"{name}: an image lies {farthest:g} outside the ball or [0, 1]; no result")
-            results[name] = Result(name, int(count), total, description, time.perf_counter() - begin)
+                    on_batch(name, min(done, total), total)
+                world.check(stop)
+            world.meet(stop)
+            times_B, correct_B, excess_B, seconds_B = world.gather(table).sum(0).unbind(1)
+            if not (times_B == 1).all():
+                raise RuntimeError(f"{name}: a batch was measured {times_B.tolist()} times; no result")
+            if not (excess_B <= _SLACK).all():
+                raise RuntimeError(
+                    f"{name}: an image lies {excess_B.max():g} outside the ball or [0, 1]; no result"
+                )
+            results[name] = Result(name, int(correct_B.sum()), total, description, float(seconds_B.sum()))
     return results
 
 
@@ -225,11 +256,12 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _auto_attack(
-    model: nn.Module, num_classes: int, epsilon: float, threat_model: str, seed: int
+    model: nn.Module, num_classes: int, epsilon: float, threat_model: str, seed: int, beat: Callable[[], None]
 ) -> tuple[str, Craft]:
     """Standard AutoAttack (Croce and Hein, 2020), with as many target classes as there are, at most 9.
 
-    Batches are attacked one after the other. Raises ValueError where no package has it, and below 4 classes.
+    beat: called in every pass, since a batch may take hours. Batches are attacked one after the other.
+    Raises ValueError where no package has it, and below 4 classes.
     """
     if num_classes < 4:
         raise ValueError(f"aa: the targeted loss of AutoAttack needs 4 classes, and the model has {num_classes}")
@@ -239,6 +271,7 @@ def _auto_attack(
     dtype = next(model.parameters(), torch.empty(0)).dtype
 
     def logits(images: Tensor) -> Tensor:
+        beat()
         out: Tensor = model(images.to(dtype))
         return out.float()  # AutoAttack computes in float32
 

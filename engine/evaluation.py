@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine import config, precision, provenance
+from engine.distributed import World
 from engine.evaluate import COLUMNS, check_names, evaluate
+from engine.ledger import Ledger
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request
 from engine.reporter import Reporter
@@ -36,6 +40,11 @@ class Report:
             write_json(path, self.record | {"results": self.results})
         except OSError as error:
             raise ValueError(f"--out: cannot write {path}: {error.strerror}") from None
+        shutil.rmtree(_partial(path), ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
 
 
 def run(
@@ -55,12 +64,18 @@ def run(
     device: str = "auto",
     image_size: int | None = None,
     on_bad_image: str | None = None,
+    out: Path | None = None,
+    world: World | None = None,
 ) -> Report:
     """Evaluate a checkpoint; what is not given is as in its training.
 
+    out: where the report will be written. Beside it lies what is measured so far; a call that asks for the same
+    as one that was stopped goes on there.
+    world: processes that share the work; all call this with the same arguments.
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
     Raises ValueError for whatever cannot be evaluated, in one line.
     """
+    world = world or World()
     names = check_names(attacks)
     loaded = load_model(checkpoint, model=model)
     trained = config.explicit(loaded.config) if loaded.config else {}
@@ -75,7 +90,7 @@ def run(
         "attack": {"epsilon": epsilon, "threat_model": threat_model},
     }
     wanted = config.load({key: trained[key] for key in _AS_IN_TRAINING if key in trained}, _said(given))
-    at = precision.choose(wanted)
+    at = precision.choose(wanted, world.local_rank)
     request = Request(
         limit_test=limit, on_bad_image=wanted.on_bad_image, image_size=wanted.image_size, resident="if it fits"
     )
@@ -90,16 +105,24 @@ def run(
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
     at = dataclasses.replace(at, dtype=next(network.parameters()).dtype)
+    record = provenance.session(at) | {
+        "checkpoint": {"path": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
+        "model": loaded.name,
+        "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
+        "skipped_images": len(images.test.skipped),
+        "seed": seed,
+        "processes": world.size,
+    }
+    decides = {key: record[key] for key in ("checkpoint", "data", "seed", "versions")}
+    decides |= {"batch_size": batch_size, "limit": limit, "limit_aa": limit_aa, "device": at.device.type}
+    decides |= {"epsilon": wanted.attack.epsilon, "threat_model": wanted.attack.threat_model}
+    identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    ledger = None if out is None else Ledger(_partial(out), identity, world.rank)
     results: dict[str, dict[str, Any]] = {}
-    with graceful_stop(reporter.message) as stop, precision.deterministic():
+    with graceful_stop(reporter.message) as stop, world.watching(stop), precision.deterministic():
         for name in names:
             most = limit_aa if name == "aa" else None
             reporter.begin(f"{COLUMNS[name]}, {checkpoint}", min(len(images.test), most or len(images.test)))
-
-            def on_batch(name: str, done: int, total: int) -> None:
-                reporter.advance(done)
-                stop.check()
-
             measured = evaluate(
                 network,
                 images.test,
@@ -110,17 +133,13 @@ def run(
                 limit=most,
                 seed=seed,
                 device=at.device,
-                on_batch=on_batch,
+                on_batch=lambda name, done, total: reporter.advance(done),
+                stop=stop,
+                world=world,
+                ledger=ledger,
             )
             results[name] = measured[name].as_dict()
     reporter.end()
-    record = provenance.session(at) | {
-        "checkpoint": {"path": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
-        "model": loaded.name,
-        "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
-        "skipped_images": len(images.test.skipped),
-        "seed": seed,
-    }
     method = f"{loaded.config['method']} " if loaded.config else ""
     return Report(f"{method}{loaded.name}", results, record)
 

@@ -13,6 +13,7 @@ from engine.adversary import Adversary
 from engine.config import RunConfig
 from engine.methods import Method
 from engine.models.layers import recompute
+from engine.models.sync_batch_norm import is_synchronised
 from engine.precision import Precision
 from engine.twin import Pass, Twin
 
@@ -33,13 +34,17 @@ def build(
     config: RunConfig,
     precision: Precision,
     counts: Tensor | None = None,
+    trained: nn.Module | None = None,
 ) -> Networks:
     """The student's training pass, its adversary and its teachers' twins, as the configuration wants them run.
 
     teachers: by section of the configuration, "teacher" and "teacher_st". counts: see `Adversary`.
+    trained: the student as its training pass has to be called, see `World.replicate`.
     """
     run = passes(config, precision.device)
     adversary = None
+    # What processes tell each other within the attack is not captured.
+    talks = config.attack.bn != "eval" and is_synchronised(student)
     if method.needs_x_adv:
         adversary = Adversary(
             student,
@@ -48,7 +53,7 @@ def build(
             seed=config.seed,
             counts=counts,
             run=run,
-            capture=config.graphs == "on" and precision.device.type == "cuda",
+            capture=config.graphs == "on" and precision.device.type == "cuda" and not talks,
         )
     twins = {
         section: Twin(teacher, "eval", precision, run, follows=False) for section, teacher in teachers.items()
@@ -59,7 +64,7 @@ def build(
         frozen = [*twins.values(), *([adversary.twin] if adversary is not None else [])]
         for network in (student, *(twin.module for twin in frozen)):
             layout.watch(network)
-    return Networks(run(student), adversary, twins.get("teacher"), twins.get("teacher_st"))
+    return Networks(run(trained or student), adversary, twins.get("teacher"), twins.get("teacher_st"))
 
 
 def passes(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Pass]:

@@ -66,12 +66,12 @@ class Precision:
         )
 
 
-def choose(config: RunConfig) -> Precision:
+def choose(config: RunConfig, local_rank: int = 0) -> Precision:
     """Device and precision that the configuration asks for and this machine has.
 
-    Raises ValueError for a device or a number of GPUs that is not there.
+    local_rank: "cuda" is the GPU of that number. Raises ValueError for a device that is not there.
     """
-    device = _device(config)
+    device = _device(config.device, local_rank)
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.dtype]
     if not config.amp:
         return Precision(device, dtype)
@@ -83,25 +83,23 @@ def choose(config: RunConfig) -> Precision:
     return Precision(device, dtype, note="this processor has no bfloat16 arithmetic: training stays in float32")
 
 
-def _device(config: RunConfig) -> torch.device:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.gpus is not None and config.gpus > gpus:
-        raise ValueError(f"--gpus {config.gpus}: this machine has {gpus} CUDA GPU{'s' * (gpus != 1)}")
-    if config.gpus is not None and config.gpus > 1:
-        raise ValueError(f"--gpus {config.gpus}: this version trains on one GPU")
-    name = config.device
+def count_gpus() -> int:
+    """CUDA GPUs that this machine has."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    gpus = count_gpus()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {name!r} is not known; known: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ValueError(f"--device {name}: this machine has {gpus} CUDA GPU{'s' * (gpus != 1)}")
-    if config.gpus is not None and device.type == "cpu":
-        raise ValueError(f"--gpus {config.gpus} and --device cpu exclude each other")
     return device
 
 

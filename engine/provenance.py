@@ -37,11 +37,13 @@ def write(
     teachers: Mapping[str, Teacher],
     step: int,
     pipeline: str,
+    processes: int,
 ) -> None:
     """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
     current = session(precision) | {
         "from_step": step,
         "pipeline": pipeline,
+        "processes": processes,
         "seeds": {"run": config.seed},
         "data": {"name": config.dataset, "source": dataset.source, "sha256": dataset.sha256},
         "teachers": {

@@ -85,6 +85,32 @@ class RunDir:
             self.path.rmdir()
 
     @classmethod
+    def find(cls, config: RunConfig) -> RunDir | None:
+        """The run of that configuration to go on with: in its place, else the latest unfinished one below runs/.
+
+        Raises ValueError where the place holds the run of another configuration.
+        """
+        wanted = config.model_copy(update={"out": None})
+        if config.out is not None:
+            run = cls(Path(config.out))
+            if not run.config.exists():
+                return None
+            if (begun := cls.existing(run.path)[1]) != wanted:
+                theirs, ours = begun.tree(), wanted.tree()
+                keys = ", ".join(key for key in ours if theirs[key] != ours[key])
+                raise ValueError(
+                    f"--out {config.out} holds a run of another configuration, which differs in {keys}"
+                )
+            return run
+        for path in sorted(
+            Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True
+        ):
+            run = cls(path.parent)
+            if not run.summary.exists() and cls.existing(run.path)[1] == wanted:
+                return run
+        return None
+
+    @classmethod
     def existing(cls, path: Path) -> tuple[RunDir, RunConfig]:
         """A run directory to continue, and its configuration. Raises ValueError where there is none."""
         run = cls(path)

@@ -32,6 +32,15 @@ class StepOutput(NamedTuple):
     t_at_adv: Tensor | None
 
 
+class Given(NamedTuple):
+    """What the student's passes are given: x~, and the teachers' logits that they are compared with."""
+
+    x_adv: Tensor | None
+    t_at_nat: Tensor | None
+    t_at_adv: Tensor | None
+    t_st_adv: Tensor | None
+
+
 def training_loss(
     networks: Networks,
     batch: Batch,
@@ -48,20 +57,42 @@ def training_loss(
     method: the row to train with, which plans the forwards: what no term reads is not run.
     epoch: counts the random starts. in_warmup: the idle forwards wait until the warm-up is over.
     """
-    student, adversary, teacher_at, teacher_st = networks
-    x_nat, labels = batch.x_nat, batch.labels
-    x_adv = s_adv = s_nat = t_at_nat = t_at_adv = t_st_adv = None
+    given = attack_and_teach(networks, batch, method, lanes, epoch=epoch)
+    return student_loss(networks, batch, given, method, forwards, precision, lanes, in_warmup=in_warmup)
 
+
+def attack_and_teach(networks: Networks, batch: Batch, method: Method, lanes: Lanes, *, epoch: int) -> Given:
+    """The first half of a step: x~, and the teachers' passes, of which some may still run on their lane."""
+    x_nat = batch.x_nat
+    x_adv = t_at_nat = t_at_adv = t_st_adv = None
     with lanes.beside():  # the attack
         if method.needs_t_at_nat:
-            t_at_nat = _given(teacher_at)(x_nat)
+            t_at_nat = _given(networks.teacher_at)(x_nat)
     if method.needs_x_adv:  # x~ = argmax of the attack's loss on the student, Eq. 2
-        x_adv = _given(adversary)(batch, epoch)
+        x_adv = _given(networks.adversary)(batch, epoch)
         with lanes.beside():  # the student's passes
             if method.needs_t_at_adv:
-                t_at_adv = _given(teacher_at)(x_adv)
+                t_at_adv = _given(networks.teacher_at)(x_adv)
             if method.needs_t_st_adv:
-                t_st_adv = _given(teacher_st)(x_adv)
+                t_st_adv = _given(networks.teacher_st)(x_adv)
+    return Given(x_adv, t_at_nat, t_at_adv, t_st_adv)
+
+
+def student_loss(
+    networks: Networks,
+    batch: Batch,
+    given: Given,
+    method: Method,
+    forwards: ForwardsConfig,
+    precision: Precision,
+    lanes: Lanes,
+    *,
+    in_warmup: bool = False,
+) -> StepOutput:
+    """The second half: the student's passes, and the weighted sum of the terms."""
+    student, x_nat = networks.student, batch.x_nat
+    x_adv, t_at_nat, t_at_adv, t_st_adv = given
+    s_adv = s_nat = None
     with record_function("student"), precision.autocast():
         if x_adv is not None:
             s_adv = student(x_adv)
@@ -76,7 +107,7 @@ def training_loss(
     lanes.join()
     with record_function("loss"):
         loss = distill_loss(
-            s_adv, labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
+            s_adv, batch.labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
             weights=method.weights, tau=method.loss.tau, tau_self=method.loss.tau_self, beta=method.loss.beta,
             detach_self=method.loss.detach_self, label_smoothing=method.loss.label_smoothing,
         )  # fmt: skip
@@ -90,11 +121,13 @@ def _given(network: Network | None) -> Network:
     return network
 
 
-def update(loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Backward and one step of the optimizer."""
-    with record_function("backward"):
-        scaler.scale(loss).backward()
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float | None = None) -> None:
+    """One step of the optimizer, along gradients whose common norm is clipped where that is wanted."""
     with record_function("optimizer"):
+        if clip_norm is not None:
+            scaler.unscale_(optimizer)
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(weights, clip_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()  # now, so that no gradient is kept through the next attack

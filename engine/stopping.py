@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+"""Exit codes of the command line: a run cannot go on; the user can mend it; all is saved, go on with --resume."""
+
 
 class Interrupted(Exception):  # like KeyboardInterrupt, no error
     """The run was asked to stop; its state is saved."""
@@ -15,6 +18,10 @@ class Interrupted(Exception):  # like KeyboardInterrupt, no error
 
 class RunFailed(RuntimeError):
     """A run cannot go on: its loss is not finite, or the disk is full. What it had saved is whole."""
+
+
+class ProcessLost(RunFailed):
+    """Another process of the run hangs or is gone. Started again, the run goes on from its last checkpoint."""
 
 
 class Stop:

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from engine.config import RunConfig, TeacherConfig, explicit, load, merge
+from engine.distributed import World
 from engine.evaluate import evaluate
 from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
 from engine.precision import Precision
@@ -22,13 +23,13 @@ from engine.weights import load_model
 _SHARED = (
     "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
     "flip", "image_size", "on_bad_image", "pipeline", "order", "workers", "batches_ahead", "epochs", "batch_size",
-    "lr", "dtype", "amp", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "device",
-    "gpus", "optim", "log_every", "checkpoint_every",
+    "micro_batch", "sync_bn", "lr", "lr_scale", "dtype", "amp", "compile", "lanes", "graphs",
+    "checkpoint_activations", "masking_guard", "device", "optim", "log_every", "checkpoint_every",
 )  # fmt: skip
 _SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
 # What changes where or how visibly a teacher is trained, but not the teacher.
 _NOT_IN_KEY = (
-    "data", "device", "gpus", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "out",
+    "data", "device", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "out",
     "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval",
 )  # fmt: skip
 
@@ -56,6 +57,7 @@ def obtain(
     run_dir: Path,
     train_run: TrainRun,
     say: Callable[[str], None],
+    world: World,
 ) -> Teacher:
     """The teacher of that section ("teacher" or "teacher_st") of the configuration.
 
@@ -69,14 +71,20 @@ def obtain(
     teacher_config = run_config(config, section)
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
-    if not cached.exists():
+    if not world.from_main(cached.exists):
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cached, best.read_bytes())
-        except OSError as error:
-            say(f"The teacher cannot be kept for later runs: {cached}: {error.strerror}")
+
+        def keep() -> str:
+            try:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(cached, best.read_bytes())
+            except OSError as error:
+                return error.strerror or str(error)
+            return ""
+
+        if fault := world.from_main(keep):
+            say(f"The teacher cannot be kept for later runs: {cached}: {fault}")
             return _open(best, None, dataset, precision, f"trained for this run, {best}")
         return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
     return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
@@ -115,7 +123,13 @@ def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
 
 
 def card(
-    role: str, teacher: Teacher, held_out: AnySplit, config: RunConfig, precision: Precision, stop: Stop
+    role: str,
+    teacher: Teacher,
+    held_out: AnySplit,
+    config: RunConfig,
+    precision: Precision,
+    stop: Stop,
+    world: World,
 ) -> list[str]:
     """The teacher card: what the student is about to learn from, measured on held-out images."""
     attack = "pgd10"
@@ -128,7 +142,8 @@ def card(
         batch_size=config.eval.batch_size,
         limit=max(config.eval.probe_size, len(held_out.class_names)),
         device=precision.device,
-        on_batch=lambda *_: stop.check(),
+        stop=stop,
+        world=world,
     )
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     natural, robust = results["natural"], results[attack]

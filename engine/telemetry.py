@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.attack import batch_norm_mode, pgd
 from engine.config import TERMS, AttackSpec
+from engine.distributed import World
 from engine.kernels import trust
 from engine.precision import full_precision
 from engine.step import StepOutput
@@ -39,12 +40,14 @@ Totals = dict[str, float]
 class Telemetry:
     """Sums over steps, kept on the device in float64: `update` never waits for it, `read` does.
 
-    A non-finite loss is noted on the device too, with its step and its terms.
+    A non-finite loss is noted on the device too, with its step and its terms. Each process sums its own images:
+    `read`, `check` and `state_dict` bring the sums together, and so all processes call them.
     """
 
-    def __init__(self, device: torch.device, attack_entries: int = 0) -> None:
+    def __init__(self, device: torch.device, attack_entries: int = 0, world: World | None = None) -> None:
         """attack_entries: entries of the input gradients that the attack on one image computes."""
         self.attack_entries = attack_entries
+        self._world = world or World()
         self.attack_counts = torch.zeros(len(_GRADIENTS), dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.alpha_histogram = torch.zeros(ALPHA_BINS, dtype=torch.float64, device=device)
@@ -91,16 +94,22 @@ class Telemetry:
         self.non_finite = torch.where(is_first, record, self.non_finite)
 
     def check(self) -> None:
-        """Raise FloatingPointError, naming step and terms, if a loss was not finite."""
-        step, *flags = self.non_finite.tolist()
-        if step >= 0:
-            bad = [term for term, flag in zip(TERMS, flags, strict=True) if flag] or ["the weighted sum"]
-            raise FloatingPointError(f"the loss of step {int(step)} is not finite: {', '.join(bad)}")
+        """Raise FloatingPointError, naming step and terms, if a loss was not finite in any process."""
+        self._gathered()
+
+    def _gathered(self) -> Tensor:
+        """The sums of all processes, (processes, sums). Raises as `check` does."""
+        mine = torch.cat((self.non_finite, self.sums, self.alpha_histogram, self.attack_counts))
+        everybodys = self._world.gather(mine)
+        for step, *flags in everybodys[:, : len(self.non_finite)].tolist():
+            if step >= 0:
+                bad = [term for term, flag in zip(TERMS, flags, strict=True) if flag] or ["the weighted sum"]
+                raise FloatingPointError(f"the loss of step {int(step)} is not finite: {', '.join(bad)}")
+        return everybodys[:, len(self.non_finite) :]
 
     def read(self) -> Totals:
         """Move the sums to the host and start again from zero. Raises as `check` does."""
-        self.check()
-        values = torch.cat((self.sums, self.alpha_histogram, self.attack_counts)).tolist()
+        values = self._gathered().sum(0).tolist()
         names = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
         totals = dict(zip(names, (*values, self.seconds), strict=True))
         self.sums.zero_()
@@ -111,19 +120,18 @@ class Telemetry:
         return totals
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, for a checkpoint."""
-        return {
-            "sums": self.sums.cpu().clone(),
-            "alpha_histogram": self.alpha_histogram.cpu().clone(),
-            "attack_counts": self.attack_counts.cpu().clone(),
-            "seconds": self.seconds,
-        }
+        """The sums so far of every process, for a checkpoint. Raises as `check` does."""
+        return {"sums": self._gathered(), "seconds": self.seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.sums.copy_(state["sums"])
-        self.alpha_histogram.copy_(state["alpha_histogram"])
-        self.attack_counts.copy_(state["attack_counts"])
+        """Continue from `state_dict`; with another number of processes the first one takes all sums."""
+        rows = state["sums"]
+        if len(rows) != self._world.size:
+            rows = torch.zeros(self._world.size, rows.shape[1], dtype=rows.dtype)
+            rows[0] = state["sums"].sum(0)
+        own = (self.sums, self.alpha_histogram, self.attack_counts)
+        for tensor, values in zip(own, rows[self._world.rank].split([len(tensor) for tensor in own]), strict=True):
+            tensor.copy_(values)
         self._earlier_seconds = state["seconds"]
 
 

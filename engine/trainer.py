@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from engine import (
     masking,
     methods,
     models,
-    networks,
     optimizer,
     plan,
     plots,
     precision,
     provenance,
+    schedule,
     semantics,
     teachers,
     telemetry,
@@ -35,9 +36,12 @@ from engine import (
 from engine.attack import preset
 from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
+from engine.distributed import World
 from engine.evaluate import batch_of, check_names, evaluate
 from engine.journal import Journal
 from engine.kernels import dispatch
+from engine.learner import Learner
+from engine.models.sync_batch_norm import synchronise
 from engine.pipelines import choice, datasets
 from engine.pipelines.beton import is_beton
 from engine.pipelines.sampling import Sampling
@@ -46,9 +50,8 @@ from engine.profiling import Profiler
 from engine.reporter import Reporter
 from engine.rundir import RunDir, write_json
 from engine.speed import Speedometer
-from engine.step import training_loss, update
+from engine.step import StepOutput
 from engine.stopping import Interrupted, RunFailed, Stop, graceful_stop
-from engine.streams import Lanes
 
 
 @dataclass(frozen=True)
@@ -60,38 +63,65 @@ class RunResult:
 
 
 def train(
-    run_config: RunConfig | Mapping[str, Any], reporter: Reporter | None = None, *, profile: int = 0
+    run_config: RunConfig | Mapping[str, Any],
+    reporter: Reporter | None = None,
+    *,
+    profile: int = 0,
+    world: World | None = None,
+    again: bool = False,
 ) -> RunResult:
     """Train a configuration in a new run directory.
 
     run_config: a RunConfig, or nested keys of one. reporter: who tells the user; None says nothing.
-    profile: that many steps are traced, see `engine.profiling`.
+    profile: that many steps are traced, see `engine.profiling`. world: processes that train together; all call
+    this with the same arguments. again: see `begin`.
     Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
     signal, when everything is saved for `resume`.
     """
+    world = world or World()
     complete = run_config if isinstance(run_config, RunConfig) else config.load(run_config)
-    complete = config.with_absolute_paths(complete)
-    _check(complete)
-    run = RunDir.create(complete)
+    path = world.from_main(lambda: begin(complete, again=again))
     try:
-        return _until_stopped(run, complete, reporter or Reporter(), profile)
+        return resume(path, reporter, profile=profile, world=world)
     except ValueError:
-        if not run.provenance.exists():
-            run.discard()
+        if world.is_main:
+            discard_unbegun(path)
         raise
 
 
-def resume(path: Path, reporter: Reporter | None = None) -> RunResult:
+def begin(complete: RunConfig, *, again: bool = False) -> Path:
+    """The directory of a new run of a configuration, with nothing but that in it: `resume` does the rest.
+
+    again: go on where such a run was stopped: the one in `out`, or without `out` the latest unfinished one below
+    runs/; where there is none a new one begins.
+    Raises ValueError for a configuration that cannot be run, and for an `out` that is taken.
+    """
+    complete = config.with_absolute_paths(complete)
+    _check(complete)
+    found = RunDir.find(complete) if again else None
+    return (found or RunDir.create(complete)).path
+
+
+def discard_unbegun(path: Path) -> None:
+    """Remove a run that never began, so that the user can mend what was wrong and start it again."""
+    run = RunDir(path)
+    if not run.provenance.exists():
+        run.discard()
+
+
+def resume(
+    path: Path, reporter: Reporter | None = None, *, profile: int = 0, world: World | None = None
+) -> RunResult:
     """Continue the run in that directory from its last checkpoint; a finished run is returned as it is.
 
-    Raises as `train` does.
+    The number of processes may be another than before. Raises as `train` does.
     """
     run, complete = RunDir.existing(path)
     reporter = reporter or Reporter()
     if run.summary.exists():
         reporter.message(f"{path} is finished: nothing to resume")
         return RunResult(path, json.loads(run.summary.read_text(encoding="utf-8")))
-    return _until_stopped(run, complete, reporter)
+    return _until_stopped(run, complete, reporter, profile, world or World())
 
 
 def _check(complete: RunConfig) -> None:
@@ -110,10 +140,11 @@ def _check(complete: RunConfig) -> None:
     precision.choose(complete)
 
 
-def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter, profile: int = 0) -> RunResult:
+def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter, profile: int, world: World) -> RunResult:
     with graceful_stop(reporter.message) as stop:
         try:
-            return _run(run, complete, reporter, stop, profile=profile)
+            with world.watching(stop):
+                return _run(run, complete, reporter, stop, world, profile=profile)
         except Interrupted:
             raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
 
@@ -123,15 +154,16 @@ def _run(
     complete: RunConfig,
     reporter: Reporter,
     stop: Stop,
+    world: World,
     dataset: datasets.AnyDataset | None = None,
     *,
     profile: int = 0,
 ) -> RunResult:
     trainer = None
     try:
-        with precision.deterministic(), run.locked():
-            trainer = Trainer(run, complete, reporter, stop, dataset)
-            if profile:
+        with precision.deterministic(), run.locked() if world.is_main else nullcontext():
+            trainer = Trainer(run, complete, reporter, stop, world, dataset)
+            if profile and world.is_main:
                 trainer.profiler = Profiler(profile, run.path, trainer.precision.device, reporter)
             return RunResult(run.path, trainer.fit())
     except FloatingPointError as error:
@@ -147,7 +179,8 @@ def _run(
             trainer.pipeline.close()
             if trainer.profiler is not None:
                 trainer.profiler.close()
-            trainer.journal.close()
+            if trainer.journal is not None:
+                trainer.journal.close()
 
 
 class Trainer:
@@ -159,28 +192,33 @@ class Trainer:
         complete: RunConfig,
         reporter: Reporter,
         stop: Stop,
+        world: World,
         dataset: datasets.AnyDataset | None = None,
     ) -> None:
-        self.run, self.config, self.reporter, self.stop = run, complete, reporter, stop
+        self.run, self.config, self.reporter, self.stop, self.world = run, complete, reporter, stop, world
         self.method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
         # Standard training has no robustness to choose by: what little there is falls as the network learns.
         self.criterion = "robust_accuracy" if self.method.needs_x_adv else "natural_accuracy"
-        self.precision = precision.choose(complete)
+        self.precision = precision.choose(complete, world.local_rank)
         if self.precision.note:
             reporter.message(self.precision.note)
         reporter.message(dispatch.describe(self.precision.device, fused=self.precision.fused))
 
-        saved = checkpoints.read(run.last) if run.last.exists() else None
+        saved = checkpoints.read(run.last) if world.from_main(run.last.exists) else None
         # What "auto" chose holds for the whole run: decoders differ by a grey level here and there.
         wanted = (saved or {}).get("pipeline", complete.pipeline)
         self.dataset = dataset or load_data(complete, reporter, wanted)
+        world.check_same("the data set", self.dataset.sha256)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
         self.pipeline_choice = choice.choose(wanted, training, self.precision.device)
         reporter.message(f"Pipeline: {self.pipeline_choice.kind} ({self.pipeline_choice.reason})")
+        self.sampling = Sampling(
+            len(training), complete.batch_size, complete.seed, complete.order, shard=world.shard
+        )
         self.pipeline = choice.build(
             self.pipeline_choice.kind,
             training,
-            Sampling(len(training), complete.batch_size, complete.seed, complete.order),
+            self.sampling,
             augment=complete.augment,
             flip=self.dataset.flip if complete.flip is None else complete.flip,
             device=self.precision.device,
@@ -191,62 +229,65 @@ class Trainer:
         )
         self.probe_images = self._probe_images(training)
 
-        self.student = build_student(complete, self.dataset, self.precision)
-        self.optimizer = optimizer.sgd(self.student.parameters(), complete)
-        self.scaler = self.precision.scaler()
-        self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries())
         self.progress = Progress()
         self.teachers_sha256: dict[str, str] = {}
         if saved:
-            self._restore(saved)
+            if saved["data_sha256"] != self.dataset.sha256:
+                raise ValueError(f"--resume: {self.dataset.source} changed since {run.last} was written")
+            self.progress = Progress(**saved["progress"])
+            self.teachers_sha256 = saved["teachers_sha256"]
         self.teachers = self._obtain_teachers()
-        self.speedometer = Speedometer(self.student, self.probe_images[0].shape[1:], self.precision)
-        self.networks = networks.build(
-            self.student, self.teachers, self.method, complete, self.precision, self.telemetry.attack_counts
+        student = build_student(complete, self.dataset, self.precision)
+        if complete.sync_bn == "on" and world.size > 1:
+            student = synchronise(student, self.precision.device)
+        self.speedometer = Speedometer(student, self.probe_images[0].shape[1:], self.precision)
+        self.telemetry = telemetry.Telemetry(self.precision.device, self._attack_entries(), world)
+        self.learner = Learner(
+            student, self.teachers, self.method, complete, self.precision, world, self.telemetry.attack_counts
         )
         for teacher in self.teachers.values():
             teacher.to("cpu")  # its twin runs; the original is asked once an epoch, in full precision
-        self.lanes = Lanes(self.precision.device, wanted=complete.lanes == "on")
+        if saved:
+            student.load_state_dict(saved["student"])
+            self.learner.load_state_dict(saved)
+            self.telemetry.load_state_dict(saved["telemetry"])
+        self.saver = checkpoints.Saver()
         self.profiler: Profiler | None = None
-        self.journal = Journal(run, self.progress.rows_size, self.progress.step)
+        self.journal = Journal(run, self.progress.rows_size, self.progress.step) if world.is_main else None
 
     def fit(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, and return summary.json."""
         progress, steps = self.progress, self.pipeline.steps_per_epoch
         self.reporter.begin(f"{self.method.name} {self.config.model}", self.config.epochs * steps, progress.step)
-        while progress.epoch < self.config.epochs:
-            self._train_epoch()
-            self._finish_epoch()
+        try:
+            with self.saver:
+                while progress.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+        except Interrupted:
+            self.world.meet()  # nobody leaves while the main process still writes: the launcher would end it
+            raise
         return self._finish_run()
 
     def _train_epoch(self) -> None:
         progress = self.progress
-        epoch = progress.epoch
+        epoch, steps = progress.epoch, self.pipeline.steps_per_epoch
         method = self._method_of(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(epoch)
-        self.student.train()
+        self.learner.student.train()
         self.telemetry.start_clock()
-        for batch in self.lanes.ahead(self.pipeline.epoch(epoch, progress.step_in_epoch)):
-            output = training_loss(
-                self.networks,
-                batch,
-                method,
-                self.config.forwards,
-                self.precision,
-                self.lanes,
-                epoch=epoch,
-                in_warmup=method is not self.method,
-            )
-            update(output.loss.loss, self.optimizer, self.scaler)
-
+        for batch in self.learner.batches(self.pipeline.epoch(epoch, progress.step_in_epoch)):
+            lr = schedule.learning_rate(self.config, progress.step, steps)
+            whole = self.sampling.size_of(progress.step_in_epoch)
             progress.step_in_epoch += 1
             progress.step += 1
-            self.telemetry.update(output, batch.labels, progress.step)
+            self.learner.learn(batch, method, lr, epoch=epoch, whole=whole, seen=self._note)
             self.reporter.advance(progress.step)
             if self.profiler is not None:
                 self.profiler.step()
             self._after_step()
+
+    def _note(self, output: StepOutput, labels: Tensor) -> None:
+        self.telemetry.update(output, labels, self.progress.step)
 
     def _after_step(self) -> None:
         """Log, save and stop where it is time to."""
@@ -256,9 +297,9 @@ class Trainer:
             totals = self.telemetry.read()
             progress.totals = telemetry.add(progress.totals, totals)
             row = self._row("step", totals)
-            self.journal.write(row)
+            self._write(row)
             self.reporter.step(row)
-        every, asked_to_stop = self.config.checkpoint_every, self.stop.requested
+        every, asked_to_stop = self.config.checkpoint_every, self.world.any_of_last_time(self.stop.requested)
         if (every and progress.step % every == 0) or asked_to_stop:
             self._save()
         if asked_to_stop:
@@ -268,6 +309,10 @@ class Trainer:
         """Evaluate, write the epoch's row, and save; a run that is interrupted here evaluates again."""
         progress, attack = self.progress, self.config.eval.attack
         row = self._row("epoch", progress.totals)
+        learner = self.learner
+        if learner.average is not None:
+            clean = self.pipeline.epoch(progress.epoch)
+            learner.average.after_epoch(progress.epoch, clean, self.sampling.num_samples, self.world)
         try:
             accuracies = self._evaluate(self.held_out, ("natural", attack))
         except Interrupted:
@@ -278,29 +323,37 @@ class Trainer:
             "robust_accuracy": accuracies[attack]["accuracy"],
             "measured_on": self.selected_on,
         }
-        teacher = self.teachers.get("teacher")
+        row |= self.world.from_main(self._probe)
+        self._write(row)
+        self.reporter.epoch(row, self.config.epochs)
+        progress.last = row
+        progress.epoch, progress.step_in_epoch, progress.totals = progress.epoch + 1, 0, {}
+        best = []
+        if not progress.best or row[self.criterion] > progress.best[self.criterion]:
+            progress.best = row
+            best = [(self.run.best, checkpoints.content(self._student_part(learner.evaluated), progress))]
+        self._save(*best)
+        self._guard(row)
+
+    def _probe(self) -> dict[str, Any]:
+        """What is measured on the same training images in every epoch."""
+        teacher, attack, student = self.teachers.get("teacher"), self.config.attack, self.learner.evaluated
         with precision.visiting(teacher, self.precision.device):
-            row |= telemetry.probe(
-                self.student,
+            found = telemetry.probe(
+                student,
                 teacher,
                 *self.probe_images,
-                preset(attack, self.config.attack.epsilon, self.config.attack.threat_model),
+                preset(self.config.eval.attack, attack.epsilon, attack.threat_model),
                 beta=self.config.loss.beta,
                 seed=self.config.seed,
             )
         if self.precision.amp_dtype is not None and self.method.needs_x_adv:
-            row |= masking.probe(
-                self.student, *self.probe_images, self.config.attack, self.precision, seed=self.config.seed
-            )
-        self.journal.write(row)
-        self.reporter.epoch(row, self.config.epochs)
-        progress.last = row
-        progress.epoch, progress.step_in_epoch, progress.totals = progress.epoch + 1, 0, {}
-        if not progress.best or row[self.criterion] > progress.best[self.criterion]:
-            progress.best = row
-            checkpoints.save(self.run.best, self._student_part(), progress)
-        self._save()
-        self._guard(row)
+            found |= masking.probe(student, *self.probe_images, attack, self.precision, seed=self.config.seed)
+        return found
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.journal is not None:
+            self.journal.write(row)
 
     def _guard(self, row: dict[str, Any]) -> None:
         """Warn or stop where the attack of the training is weaker than it seems."""
@@ -330,15 +383,16 @@ class Trainer:
         if final:
             summary["test_of_last"] = summary["test_of_best"] = self._evaluate(self.dataset.test, final)
             if progress.best["epoch"] != progress.last["epoch"]:
-                self.student.load_state_dict(checkpoints.read(self.run.best)["student"])
+                self.learner.evaluated.load_state_dict(checkpoints.read(self.run.best)["student"])
                 summary["test_of_best"] = self._evaluate(self.dataset.test, final)
-        plots.draw(self.run)
-        write_json(self.run.summary, summary)
+        if self.world.is_main:
+            plots.draw(self.run)
+            write_json(self.run.summary, summary)
         return summary
 
     def _evaluate(self, images: datasets.AnySplit, attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
         results = evaluate(
-            self.student,
+            self.learner.evaluated,
             images,
             attacks,
             epsilon=self.config.attack.epsilon,
@@ -346,36 +400,30 @@ class Trainer:
             batch_size=self.config.eval.batch_size,
             seed=self.config.seed,
             device=self.precision.device,
-            on_batch=lambda *_: self.stop.check(),
+            stop=self.stop,
+            world=self.world,
         )
         return {name: result.as_dict() for name, result in results.items()}
 
-    def _save(self) -> None:
-        self.telemetry.check()
-        if not torch.stack([value.isfinite().all() for value in self.student.parameters()]).all():
+    def _save(self, *before: tuple[Path, dict[str, Any]]) -> None:
+        """Write last.pt, which is the same on all processes. before: files to be written first."""
+        sums = self.telemetry.state_dict()
+        student = self.learner.student
+        if not torch.stack([value.isfinite().all() for value in student.parameters()]).all():
             raise FloatingPointError(f"the weights after step {self.progress.step} are not finite")
+        if not self.world.is_main:
+            return
         self.progress.rows_size = self.run.rows_size()
-        checkpoints.save(
-            self.run.last,
-            self._student_part(),
+        last = checkpoints.content(
+            self._student_part(student),
             self.progress,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            telemetry=self.telemetry.state_dict(),
+            telemetry=sums,
             data_sha256=self.dataset.sha256,
             pipeline=self.pipeline_choice.kind,
             teachers_sha256=self.teachers_sha256,
+            **self.learner.state_dict(),
         )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["data_sha256"] != self.dataset.sha256:
-            raise ValueError(f"--resume: {self.dataset.source} changed since {self.run.last} was written")
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.telemetry.load_state_dict(state["telemetry"])
-        self.progress = Progress(**state["progress"])
-        self.teachers_sha256 = state["teachers_sha256"]
+        self.saver.save(*before, (self.run.last, last))
 
     def _probe_images(self, training: datasets.AnySplit) -> tuple[Tensor, Tensor]:
         """Training images as they are, the same ones in every epoch: (B, C, H, W) in [0, 1], and labels."""
@@ -392,8 +440,8 @@ class Trainer:
         """Entries of the input gradients that crafting one image computes."""
         return self.config.attack.num_steps * self.probe_images[0][0].numel() if self.method.needs_x_adv else 0
 
-    def _student_part(self) -> dict[str, Any]:
-        return checkpoints.student_part(self.student, self.config, self.dataset.class_names)
+    def _student_part(self, student: nn.Module) -> dict[str, Any]:
+        return checkpoints.student_part(student, self.config, self.dataset.class_names)
 
     def _row(self, event: str, totals: telemetry.Totals) -> dict[str, Any]:
         """A row of metrics.jsonl; epochs are counted from 1."""
@@ -405,23 +453,17 @@ class Trainer:
             "epoch": epoch + 1,
             "step": self.progress.step,
             "phase": method.name,
-            "lr": self._learning_rate(epoch),
+            "lr": schedule.learning_rate(self.config, self.progress.step - 1, self.pipeline.steps_per_epoch),
         }
         row |= telemetry.summarise(totals, terms)
         passes = plan.passes(method, self.config.attack, self.config.forwards, in_warmup=method is not self.method)
-        return row | {"share_of_peak": self.speedometer.share(totals["samples"] / totals["seconds"], passes)}
+        of_one_process = totals["samples"] / totals["seconds"] / self.world.size
+        return row | {"share_of_peak": self.speedometer.share(of_one_process, passes)}
 
     def _method_of(self, epoch: int) -> methods.Method:
         """The row to train with: the base method's until the warm-up ends."""
         warmup = config.epochs_of(self.config.loss.warmup, self.config.epochs)
         return self.method.warmup if self.method.warmup is not None and epoch < warmup else self.method
-
-    def _learning_rate(self, epoch: int) -> float:
-        factor, optim = 1.0, self.config.optim
-        for milestone, lr_factor in zip(optim.milestones, optim.lr_factors, strict=True):
-            if epoch >= config.epochs_of(milestone, self.config.epochs):
-                factor = lr_factor
-        return self.config.lr * factor
 
     def _obtain_teachers(self) -> dict[str, nn.Module]:
         """Find or train the teachers, show their cards, and write provenance.json; by section."""
@@ -438,38 +480,43 @@ class Trainer:
                     self.run.path,
                     self._train_teacher,
                     self.reporter.message,
+                    self.world,
                 )
                 digest = found[section].sha256
                 if self.teachers_sha256.setdefault(section, digest) != digest:
                     raise ValueError(f"--resume: {section} is another than before, from {found[section].source}")
                 for line in teachers.card(
-                    section, found[section], self.held_out, self.config, self.precision, self.stop
+                    section, found[section], self.held_out, self.config, self.precision, self.stop, self.world
                 ):
                     self.reporter.message(line)
-        provenance.write(
-            self.run,
-            self.config,
-            self.precision,
-            self.dataset,
-            found,
-            self.progress.step,
-            self.pipeline_choice.kind,
-        )
+        if self.world.is_main:
+            provenance.write(
+                self.run,
+                self.config,
+                self.precision,
+                self.dataset,
+                found,
+                self.progress.step,
+                self.pipeline_choice.kind,
+                self.world.size,
+            )
         return {section: teacher.model for section, teacher in found.items()}
 
     def _train_teacher(self, wanted: RunConfig, path: Path) -> Path:
         complete = wanted.model_copy(update={"out": str(path)})
-        if (path / "config.yaml").exists():
-            run, begun = RunDir.existing(path)
-            if begun != wanted:
+
+        def begun() -> bool:
+            if not (path / "config.yaml").exists():
+                RunDir.create(complete)
+            elif RunDir.existing(path)[1] != wanted:
                 raise ValueError(
                     f"--out: {path} holds the run of another teacher; remove it, or choose another --out"
                 )
-        else:
-            run = RunDir.create(complete)
-        if not run.summary.exists():
-            _run(run, complete, self.reporter, self.stop, self.dataset)
-        return run.best
+            return RunDir(path).summary.exists()
+
+        if not self.world.from_main(begun):
+            _run(RunDir(path), complete, self.reporter, self.stop, self.world, self.dataset)
+        return RunDir(path).best
 
 
 def load_data(complete: RunConfig, reporter: Reporter, pipeline: str = "auto") -> datasets.AnyDataset:

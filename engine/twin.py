@@ -121,7 +121,9 @@ class _Tracer(fx.Tracer):
     """Follows a network down to its layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def conv_bn_pairs(network: nn.Module) -> list[tuple[str, str]]:

@@ -70,6 +70,11 @@ class Sampling:
             return self.num_samples // self.batch_size
         return -(-self.num_samples // self.batch_size)
 
+    def size_of(self, step: int) -> int:
+        """Images in that batch of an epoch, of all ranks together; one that is padded counts whole."""
+        left = self.num_samples - step * self.batch_size
+        return self.batch_size if self.last == "pad" else min(self.batch_size, left)
+
     def samples(self, epoch: int) -> Tensor:
         """The epoch's samples in the order of all ranks together: int64 N."""
         sample_N = torch.arange(self.num_samples)

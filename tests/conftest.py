@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from engine import checkpoints, config, models, precision
+from engine.rundir import write_tensors
 from tests.fake_cuda import cuda_library as cuda_library
 from tests.fake_cuda import fake_cuda as fake_cuda
 
@@ -51,7 +52,7 @@ def write_checkpoint(path: Path, seed: int, num_classes: int = len(CLASSES)) -> 
         config.load({"model": "resnet8", "dataset": "folder", "method": "at"}),
         tuple(f"class {index}" for index in range(num_classes)),
     )
-    checkpoints.save(path, part, checkpoints.Progress())
+    write_tensors(path, checkpoints.content(part, checkpoints.Progress()))
     return path
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from bench import steps
-from engine import config, methods, models, networks, optimizer, precision, streams
+from engine import config, methods, models, precision, streams
+from engine.learner import Learner
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
-from engine.step import training_loss, update
+from engine.step import StepOutput
 from engine.streams import Lanes
 from engine.telemetry import Telemetry
 from tests.fake_cuda import FakeCuda
@@ -46,13 +47,9 @@ class Training:
         teachers = {name: given_teachers[name].requires_grad_(False) for name, wanted in needed.items() if wanted}
         device = self.precision.device
         self.telemetry = Telemetry(device)
-        self.networks = networks.build(
-            self.student, teachers, self.method, self.run, self.precision, self.telemetry.attack_counts
-        )
-        self.optimizer = optimizer.sgd(self.student.parameters(), self.run)
-        self.scaler = self.precision.scaler()
-        self.lanes = Lanes(device, wanted=self.run.lanes == "on")
-        self.batches = self.lanes.ahead(self.epochs())
+        counts = self.telemetry.attack_counts
+        self.learner = Learner(self.student, teachers, self.method, self.run, self.precision, counts=counts)
+        self.batches = self.learner.batches(self.epochs())
 
     def epochs(self) -> Iterator[Batch]:
         size = self.run.batch_size
@@ -64,11 +61,11 @@ class Training:
 
     def step(self) -> None:
         batch = next(self.batches)
-        output = training_loss(
-            self.networks, batch, self.method, self.run.forwards, self.precision, self.lanes, epoch=0
-        )
-        update(output.loss.loss, self.optimizer, self.scaler)
-        self.telemetry.update(output, batch.labels, 1)
+        whole = len(batch.labels)
+        self.learner.learn(batch, self.method, self.run.lr, epoch=0, whole=whole, seen=self.note)
+
+    def note(self, output: StepOutput, labels: torch.Tensor) -> None:
+        self.telemetry.update(output, labels, 1)
 
 
 def hot_step(method: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def hot_step(method: str, keys: dict[str, Any]) -> dict[str, Any]:
     with recorded() as calls:
         training.step()
     torch.cuda.set_sync_debug_mode("default")
-    lanes = training.lanes
+    lanes = training.learner.lanes
     return {
         "calls": calls,
         "main": str(torch.cuda.current_stream().cuda_stream),
@@ -206,7 +203,7 @@ def test_without_lanes_everything_is_on_one_stream(method: str, hot: Hot) -> Non
 def odd_batches(method: str) -> dict[str, Any]:
     """Graphs launched and kernels run for whole batches and for a smaller one, after the capture."""
     training = Training(method, graphs="on")
-    adversary = training.networks.adversary
+    adversary = training.learner.networks.adversary
     assert adversary is not None
     seen = {}
     whole = next(training.batches)
@@ -283,7 +280,7 @@ def sanitized(method: str, fault: str) -> str:
         if fault in ("teachers do not wait", "buffer is refilled early"):
             planted.enter_context(mock.patch.object(streams, "_on", hasty))
         if fault == "batch is not awaited":
-            wait, data = streams._wait, training.lanes._data
+            wait, data = streams._wait, training.learner.lanes._data
             of_others = lambda lane: None if lane is data else wait(lane)  # noqa: E731
             planted.enter_context(mock.patch.object(streams, "_wait", of_others))
         found = planted.enter_context(races())

@@ -1,0 +1,129 @@
+"""What turns a batch into new weights: passes, backward, update; in parts where the memory asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from engine import awp, networks, optimizer
+from engine.averaging import Average
+from engine.config import ForwardsConfig, RunConfig, epochs_of
+from engine.distributed import Statistics, World, without_reduction
+from engine.methods import Method
+from engine.models.layers import running_statistics_stay
+from engine.pipelines.base import Batch
+from engine.precision import Precision
+from engine.step import Given, StepOutput, attack_and_teach, student_loss, update
+from engine.streams import Lanes
+
+Seen = Callable[[StepOutput, Tensor], None]
+"""Is told the output of each part of a batch, and its labels."""
+
+
+class Learner:
+    """A student with its teachers, its optimizer, and its likes in the other processes.
+
+    teachers: by section of the configuration. method: the row that is trained after the warm-up.
+    counts: see `Adversary`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Mapping[str, nn.Module],
+        method: Method,
+        config: RunConfig,
+        precision: Precision,
+        world: World | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        self.student, self.config, self.precision = student, config, precision
+        self.world = world or World()
+        self.method = method
+        self.optimizer = optimizer.sgd(student.parameters(), config)
+        self.scaler = precision.scaler()
+        self.average = Average(student, config) if config.averaging.kind != "none" else None
+        self.lanes = Lanes(precision.device, wanted=config.lanes == "on")
+        self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
+        self._replica = self.world.replicate(student, precision.device)
+        self._statistics = Statistics(student, self.world)
+        self.networks = networks.build(student, teachers, method, config, precision, counts, self._replica)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is measured and kept as the best: the average, once there is one."""
+        return self.average.module if self.average is not None and self.average.has_begun else self.student
+
+    def learn(self, batch: Batch, method: Method, lr: float, *, epoch: int, whole: int, seen: Seen) -> None:
+        """One update. batch: this process's part of one of `whole` images. method: the row to train with now."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        parts = self._parts(batch, whole)
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with nullcontext() if last else without_reduction(self._replica):
+                given = attack_and_teach(self.networks, part, method, self.lanes, epoch=epoch)
+                # Gradients are averaged over processes: a part counts by its images, and not as a process.
+                weight = len(part.labels) * self.world.size / whole
+                with self._perturbed(part, given, method, weight, epoch):
+                    output = self._loss(part, given, method, self.config.forwards)
+                    with self._statistics.averaged(len(batch.labels) / whole) if last else nullcontext():
+                        self._backward(output.loss.loss, weight)
+            seen(output, part.labels)
+        update(self.optimizer, self.scaler, self.config.optim.clip_norm)
+        if self.average is not None:
+            self.average.after_step(epoch)
+
+    def _parts(self, batch: Batch, whole: int) -> list[Batch]:
+        """As many on every process, since some of the work in a part may be common."""
+        if self.micro_batch is None:
+            return [batch]
+        largest = -(-whole // self.world.size)
+        count = max(1, -(-largest // self.micro_batch))
+        split = (tensor.tensor_split(count) for tensor in (batch.x_nat, batch.labels, batch.sample))
+        return [Batch(*tensors) for tensors in zip(*split, strict=True)]
+
+    def _loss(self, batch: Batch, given: Given, method: Method, forwards: ForwardsConfig) -> StepOutput:
+        return student_loss(
+            self.networks, batch, given, method, forwards, self.precision, self.lanes,
+            in_warmup=method is not self.method,
+        )  # fmt: skip
+
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        with record_function("backward"):
+            self.scaler.scale(loss if weight == 1 else loss * weight).backward()
+
+    def _perturbed(
+        self, batch: Batch, given: Given, method: Method, weight: float, epoch: int
+    ) -> AbstractContextManager[None]:
+        """The weights' own attack, where it is on; it leaves no trace on the running statistics."""
+        gamma = self.config.awp.gamma
+        if not gamma or epoch < epochs_of(self.config.awp.start, self.config.epochs):
+            return nullcontext()
+        stay = running_statistics_stay(self.student)
+        with record_function("weight attack"), without_reduction(self._replica), stay:
+            output = self._loss(batch, given, method, ForwardsConfig())
+            loss = self.scaler.scale(output.loss.loss * weight)
+            return awp.perturbed(self.student, loss, gamma, self.world)
+
+    def batches(self, epoch: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of an epoch, the next one under way."""
+        return self.lanes.ahead(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the training changed but the student itself, for a checkpoint."""
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        if self.average is not None:
+            state["averaged"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["averaged"])
