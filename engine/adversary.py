@@ -47,6 +47,10 @@ class Adversary:
         with record_function("attack"):
             return self._craft(batch, epoch)
 
+    def release(self) -> None:
+        """Let go of the captured graph and its memory; another may be captured later."""
+        self._graph = self._seen = None
+
     def _craft(self, batch: Batch, epoch: int) -> Tensor:
         x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
         if not self._capture:

@@ -403,6 +403,10 @@ def _check_across(config: RunConfig) -> None:
         if term not in TERMS:
             raise ValueError(f"unknown key 'loss.weights.{term}'; {nearest(term, TERMS)}")
     check_reading(config.semantics, config.loss)
+    if config.micro_batch == "auto" and config.sync_bn == "on":
+        raise ValueError("micro_batch: 'auto' and sync_bn exclude each other; give micro_batch a number")
+    if config.optim.schedule == "one-cycle" and config.optim.lr_warmup:
+        raise ValueError("optim.lr_warmup: the one-cycle schedule has a warm-up of its own")
     if config.dtype == "float64" and config.amp:
         raise ValueError("amp: mixed precision and dtype=float64 exclude each other")
     if config.compile == "on" and config.checkpoint_activations:

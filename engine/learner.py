@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -18,6 +19,7 @@ from engine.models.layers import running_statistics_stay
 from engine.pipelines.base import Batch
 from engine.precision import Precision
 from engine.step import Given, StepOutput, attack_and_teach, student_loss, update
+from engine.stopping import RunFailed
 from engine.streams import Lanes
 
 Seen = Callable[[StepOutput, Tensor], None]
@@ -49,6 +51,7 @@ class Learner:
         self.average = Average(student, config) if config.averaging.kind != "none" else None
         self.lanes = Lanes(precision.device, wanted=config.lanes == "on")
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
+        self._counts = counts
         self._replica = self.world.replicate(student, precision.device)
         self._statistics = Statistics(student, self.world)
         self.networks = networks.build(student, teachers, method, config, precision, counts, self._replica)
@@ -77,6 +80,49 @@ class Learner:
         update(self.optimizer, self.scaler, self.config.optim.clip_norm)
         if self.average is not None:
             self.average.after_step(epoch)
+
+    @property
+    def seeks_micro_batch(self) -> bool:
+        """Whether the size of micro-batches is still to be found."""
+        return self.config.micro_batch == "auto" and self.micro_batch is None
+
+    def find_micro_batch(self, batch: Batch, method: Method, *, epoch: int, whole: int) -> int:
+        """Halve the micro-batch until a step fits into the memory of every process; the step leaves no trace.
+
+        Raises RunFailed where not even one image fits.
+        """
+        size = -(-whole // self.world.size)
+        while not self.world.gather(torch.tensor(self._fits(batch, size, method, epoch))).all():
+            if size == 1:
+                raise RunFailed("the memory does not hold the networks and one image")
+            size = -(-size // 2)
+        self.micro_batch = size
+        return size
+
+    def _fits(self, batch: Batch, size: int, method: Method, epoch: int) -> bool:
+        kept = [*self.student.buffers(), *([] if self._counts is None else [self._counts])]
+        before = [value.clone() for value in kept]
+        part = Batch(batch.x_nat[:size], batch.labels[:size], batch.sample[:size])
+        # What a first update will need beside: the optimizer's momentum.
+        momentum = [] if self.optimizer.state else [torch.empty_like(value) for value in self.student.parameters()]
+        on_gpu = self.precision.device.type == "cuda"
+        try:
+            with without_reduction(self._replica):
+                for _ in range(2 if on_gpu else 1):  # the second captures a graph, which has memory of its own
+                    given = attack_and_teach(self.networks, part, method, self.lanes, epoch=epoch)
+                    self._backward(self._loss(part, given, method, self.config.forwards).loss.loss, 1.0)
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+            if self.networks.adversary is not None:
+                self.networks.adversary.release()
+        del momentum
+        self.optimizer.zero_grad()
+        for value, was in zip(kept, before, strict=True):
+            value.copy_(was)
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return fits
 
     def _parts(self, batch: Batch, whole: int) -> list[Batch]:
         """As many on every process, since some of the work in a part may be common."""
@@ -116,7 +162,11 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the training changed but the student itself, for a checkpoint."""
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "micro_batch": self.micro_batch,
+        }
         if self.average is not None:
             state["averaged"] = self.average.state_dict()
         return state
@@ -125,5 +175,6 @@ class Learner:
         """Go on from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.micro_batch = state["micro_batch"]  # what "auto" found holds for the whole run
         if self.average is not None:
             self.average.load_state_dict(state["averaged"])

@@ -278,6 +278,9 @@ class Trainer:
         for batch in self.learner.batches(self.pipeline.epoch(epoch, progress.step_in_epoch)):
             lr = schedule.learning_rate(self.config, progress.step, steps)
             whole = self.sampling.size_of(progress.step_in_epoch)
+            if self.learner.seeks_micro_batch:
+                size = self.learner.find_micro_batch(batch, method, epoch=epoch, whole=whole)
+                self.reporter.message(f"Micro-batches of {size} images fit into the memory")
             progress.step_in_epoch += 1
             progress.step += 1
             self.learner.learn(batch, method, lr, epoch=epoch, whole=whole, seen=self._note)
