@@ -33,6 +33,7 @@ Value = TypeVar("Value")
 
 SECONDS_TO_ANSWER = 600.0
 _SECONDS_TO_REPORT = 10.0  # how long those who waited in vain wait for each other's reports
+_WORDS_OF_A_COLLECTIVE = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
 _VERDICT = "engine/verdict"
 # `Statistics` takes care of the buffers. torch 2.14 gives the argument a new name.
 _NEW_NAME, _OLD_NAME = "forward_sync_buffers", "broadcast_buffers"
@@ -221,13 +222,15 @@ class World:
             if self.size == 1 or isinstance(error, RunFailed) or not _is_of_a_collective(error):
                 raise
             silent = self._silent(stop)
+            if stop.requested:  # the launcher ends all of them, since one is gone: it has said so
+                raise ProcessLost("") from error
             if not silent:
                 raise
             raise ProcessLost(_lost(silent, self.size, self.timeout)) from error
 
     def _silent(self, stop: Stop) -> list[int]:
         """Those who report no failed collective of their own: it is they who were waited for."""
-        ranks = set(range(self.size))
+        ranks = set(range(self.size)) - {self.rank}
         try:
             self._store.set(f"waited/{self.rank}", "")
             until = time.monotonic() + _SECONDS_TO_REPORT
@@ -293,10 +296,9 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
     uses_gpu = device.type == "cuda"
     if uses_gpu:
         torch.cuda.set_device(device)
-    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    root = store
-    while isinstance(root, PrefixStore):
-        root = root.underlying_store
+    root, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # The launcher's store outlives a failure: nobody must find addresses of processes that are gone.
+    store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", root)
     if is_restarted() and root.check([_VERDICT]):
         raise RunFailed("")  # the same would happen again
     if rank != 0:
@@ -325,7 +327,8 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+    text = str(error).lower()  # gloo has no errors of its own
+    return isinstance(error, dist.DistError) or any(word in text for word in _WORDS_OF_A_COLLECTIVE)
 
 
 def _lost(ranks: list[int], size: int, timeout: float) -> str:

@@ -1,0 +1,186 @@
+"""Runs of several processes that are killed, stopped, or left without an answer: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import trainer
+from engine.stopping import EXIT_INTERRUPTED
+from tests.test_distributed import assert_same_trajectory
+from tests.test_resume import assert_same_run
+
+PATIENCE = 240.0
+
+
+def wait_until(ready: Callable[[], bool], what: str, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not ready():
+        assert process.poll() is None, f"ended before {what}: {process.communicate()}"
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
+
+
+@dataclass
+class Launched:
+    """`engine train --procs N` at work."""
+
+    process: subprocess.Popen[str]
+    out: Path
+
+    def workers(self) -> list[int]:
+        """Process numbers by rank, of those that are there."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found: dict[int, int] = {}
+        for child in map(int, children):
+            try:
+                told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ranks = [int(text.removeprefix(b"RANK=")) for text in told if text.startswith(b"RANK=")]
+            found |= dict.fromkeys(ranks, child)
+        return [found[rank] for rank in sorted(found)]
+
+    def steps(self) -> int:
+        """Steps up to the last row of metrics.jsonl."""
+        rows = (
+            (self.out / "metrics.jsonl").read_text().splitlines() if (self.out / "metrics.jsonl").exists() else []
+        )
+        return int(json.loads(rows[-1])["step"]) if rows else 0
+
+    def reaches(self, step: int) -> None:
+        wait_until(lambda: self.steps() >= step and (self.out / "last.pt").exists(), f"step {step}", self.process)
+
+    def ends(self) -> tuple[int, str]:
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, out + err
+
+
+@contextmanager
+def launched(arguments: list[str], out: Path, processes: int = 2, *further: str) -> Iterator[Launched]:
+    command = [sys.executable, "-m", "engine", *arguments, "--procs", str(processes), *further]
+    process = subprocess.Popen(  # the tests' own command
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    running = Launched(process, out)
+    try:
+        yield running
+    finally:
+        if process.poll() is None:
+            for worker in running.workers():
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+
+
+def slow_run(tiny: Any, out: Path, **keys: Any) -> list[str]:
+    """Arguments of a run of 18 steps that take a tenth of a second each, saved at every second."""
+    base = {"epochs": 3, "checkpoint_every": 2, "log_every": 1, "attack": {"num_steps": 20}, "out": str(out)}
+    arguments: list[str] = tiny.flags(method="iad1", **(base | keys))
+    return arguments
+
+
+def undisturbed(arguments: list[str], out: Path) -> None:
+    with launched(arguments, out) as running:
+        code, printed = running.ends()
+        assert code == 0, printed
+
+
+def test_a_killed_process_is_replaced_and_the_result_is_the_same(tiny: Any, tmp_path: Path) -> None:
+    """To the bit with two processes, wherever the kill falls."""
+    undisturbed(slow_run(tiny, tmp_path / "whole"), tmp_path / "whole")
+    with launched(slow_run(tiny, tmp_path / "killed"), tmp_path / "killed") as running:
+        running.reaches(5)
+        os.kill(running.workers()[1], signal.SIGKILL)
+        code, printed = running.ends()
+    assert code == 0, printed
+    assert "exitcode: -9) local_rank: 1" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    sessions = json.loads((tmp_path / "killed" / "provenance.json").read_text())
+    assert sessions["processes"] == 2
+    assert len(sessions["earlier_sessions"]) == 1
+    assert sessions["from_step"] >= 4
+
+
+@pytest.mark.slow
+def test_processes_are_killed_at_twenty_one_random_points(tiny: Any, tmp_path: Path) -> None:
+    undisturbed(slow_run(tiny, tmp_path / "whole"), tmp_path / "whole")
+    chance = random.Random(0)
+    for number in range(7):
+        out = tmp_path / f"killed-{number}"
+        with launched(slow_run(tiny, out), out) as running:
+            for _ in range(3):  # as often as the launcher starts again
+                wait_until(lambda: len(running.workers()) == 2, "two processes", running.process)
+                time.sleep(chance.uniform(0, 20))
+                victims = running.workers()
+                if len(victims) == 2:
+                    os.kill(chance.choice(victims), signal.SIGKILL)
+                    time.sleep(1)
+            code, printed = running.ends()
+        assert code == 0, printed
+        assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_process_that_hangs_is_named_and_replaced(tiny: Any, tmp_path: Path) -> None:
+    with launched(slow_run(tiny, tmp_path / "run"), tmp_path / "run", 2, "--timeout", "5") as running:
+        running.reaches(5)
+        os.kill(running.workers()[1], signal.SIGSTOP)
+        code, printed = running.ends()
+    assert code == 0, printed
+    assert "process 1 of 0..1 did not answer: it hangs (limit 5 s) or is gone" in printed, printed
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("later", [1, 4])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(later: int, tiny: Any, tmp_path: Path) -> None:
+    """SIGTERM to the launcher saves and exits with 130; no sample is seen twice or missed afterwards."""
+    keys: dict[str, Any] = {"dtype": "float64", "sync_bn": "on"}
+    whole = trainer.train(
+        tiny.config(
+            method="iad1",
+            epochs=3,
+            checkpoint_every=2,
+            log_every=1,
+            **keys,
+            attack={"num_steps": 20},
+            out=str(tmp_path / "whole"),
+        )
+    )
+    arguments = slow_run(tiny, tmp_path / "run", **keys)
+    with launched(arguments, tmp_path / "run", 2, "--resume", "auto") as running:
+        running.reaches(4)
+        running.process.terminate()
+        code, printed = running.ends()
+    assert code == EXIT_INTERRUPTED, printed
+    assert "interrupted, all saved; to continue: engine train --resume" in printed
+    stopped = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["step"]
+    assert 4 <= stopped < 18
+    with launched(arguments, tmp_path / "run", later, "--resume", "auto") as running:
+        code, printed = running.ends()
+    assert code == 0, printed
+    assert_same_trajectory(whole.path, tmp_path / "run")
+
+
+def test_what_would_fail_again_is_not_started_again(tiny: Any, tmp_path: Path) -> None:
+    arguments = slow_run(tiny, tmp_path / "run", lr=1e30)
+    with launched(arguments, tmp_path / "run") as running:
+        code, printed = running.ends()
+    assert code == 1
+    assert printed.count("is not finite") == 1, printed
