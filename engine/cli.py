@@ -347,6 +347,19 @@ def report(paths: tuple[Path, ...], out: Path) -> None:
     ConsoleReporter().message(f"Written: {out}")
 
 
+@commands.command()
+def doctor() -> None:
+    """Tell what this machine offers, what is missing, and how to get it."""
+    from engine import doctor
+    from engine.reporter import ConsoleReporter
+
+    reporter = ConsoleReporter()
+    for one in doctor.examine():
+        reporter.message(f"{'yes' if one.is_there else 'no':4} {one.name:20} {one.detail}")
+        if one.how:
+            reporter.message(f"{'':25} to get it: {one.how}")
+
+
 @commands.command("methods")
 def list_methods() -> None:
     """List the methods."""
