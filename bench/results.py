@@ -143,6 +143,44 @@ class PredictedRow:
     share_of_convolutions: float
 
 
+@dataclass(frozen=True)
+class ScalingRow(Measured):
+    """One line of scaling.csv; README.md describes the columns."""
+
+    method: str
+    model: str
+    batch_size: int
+    processes: int
+    sync_bn: bool
+    rounds: int
+    median_s: float
+    q10_s: float
+    q90_s: float
+    speedup: float
+    sent_bytes: float | None
+    ring_bytes: int
+    save_stall_s: float
+    save_write_s: float
+
+
+@dataclass(frozen=True)
+class PredictedScalingRow:
+    """One line of scaling-predicted.csv, of which nothing was measured; README.md describes the columns."""
+
+    date: str
+    commit: str
+    torch: str
+    gpu: str
+    method: str
+    model: str
+    gpus: int
+    batch_size: int
+    sync_bn: bool
+    step_s: float
+    exposed_s: float
+    efficiency: float
+
+
 def rows(
     facts: Facts, case: Case, mode: str, samples: Mapping[str, Sequence[float]], cache_bytes: int
 ) -> list[Row]:
@@ -283,7 +321,7 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def write(path: Path, rows: Sequence[Measured] | Sequence[PredictedRow]) -> None:
+def write(path: Path, rows: Sequence[Measured] | Sequence[PredictedRow] | Sequence[PredictedScalingRow]) -> None:
     """Write the rows as CSV, numbers with six digits; an absent one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -21,7 +21,10 @@ class Average:
 
     def __init__(self, student: nn.Module, config: RunConfig) -> None:
         self._student, self._config = student, config.averaging
-        self._start = epochs_of(config.averaging.start, config.epochs)
+        start = config.averaging.start
+        if start is None:
+            start = 0.75 if config.averaging.kind == "swa" else 0.0
+        self._start = epochs_of(start, config.epochs)
         if config.averaging.kind == "ema":
             average = get_ema_multi_avg_fn(config.averaging.decay)
             self._model = AveragedModel(student, multi_avg_fn=average, use_buffers=True)

@@ -67,8 +67,6 @@ _KEYS = {
     "teacher_st": "teacher_st.checkpoint",
     "attack_bn": "attack.bn",
     "optimizer": "optim.implementation",
-    "ema": "averaging.decay",
-    "awp": "awp.gamma",
 }
 
 

@@ -134,11 +134,12 @@ class AveragingConfig(Section):
 
     ema: exponential, w <- decay * w + (1 - decay) * student after every step, running statistics alike.
     swa: the mean of the students at the end of each epoch from start on, with statistics measured for it.
+    start: None is the first epoch for ema, and three quarters of the run for swa.
     """
 
     kind: Literal["none", "ema", "swa"] = "none"
     decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
-    start: PartOfRun = 0.0
+    start: PartOfRun | None = None
 
 
 class AwpConfig(Section):

@@ -43,7 +43,10 @@ class Launched:
 
     def workers(self) -> list[int]:
         """Process numbers by rank, of those that are there."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        try:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        except OSError:  # it has ended
+            return []
         found: dict[int, int] = {}
         for child in map(int, children):
             try:
@@ -121,18 +124,22 @@ def test_a_killed_process_is_replaced_and_the_result_is_the_same(tiny: Any, tmp_
 
 @pytest.mark.slow
 def test_processes_are_killed_at_twenty_one_random_points(tiny: Any, tmp_path: Path) -> None:
+    """Within steps, between them, in evaluations, while a run starts; up to three kills to a run."""
     undisturbed(slow_run(tiny, tmp_path / "whole"), tmp_path / "whole")
-    chance = random.Random(0)
-    for number in range(7):
-        out = tmp_path / f"killed-{number}"
+    chance, kills, runs = random.Random(0), 0, 0
+    while kills < 21:
+        out, runs = tmp_path / f"killed-{runs}", runs + 1
         with launched(slow_run(tiny, out), out) as running:
             for _ in range(3):  # as often as the launcher starts again
-                wait_until(lambda: len(running.workers()) == 2, "two processes", running.process)
-                time.sleep(chance.uniform(0, 20))
-                victims = running.workers()
-                if len(victims) == 2:
+                target = chance.randint(running.steps(), 18)
+                while running.process.poll() is None and (running.steps() < target or len(running.workers()) < 2):
+                    time.sleep(0.01)
+                time.sleep(chance.uniform(0, 5) if chance.random() < 0.3 else chance.uniform(0, 0.2))
+                if running.process.poll() is None and len(victims := running.workers()) == 2:
                     os.kill(chance.choice(victims), signal.SIGKILL)
-                    time.sleep(1)
+                    kills += 1
+                    while running.process.poll() is None and set(victims) & set(running.workers()):
+                        time.sleep(0.01)
             code, printed = running.ends()
         assert code == 0, printed
         assert_same_run(tmp_path / "whole", out)
