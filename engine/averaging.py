@@ -51,11 +51,13 @@ class Average:
     def after_epoch(self, epoch: int, batches: Iterable[Batch], num_samples: int, world: World) -> None:
         """Take in the weights of an epoch; the mean of weights has statistics of its own, measured on x_nat.
 
-        batches: this process's, of all num_samples images.
+        batches: this process's, of all num_samples images. Called again for an epoch, as after a resume, it takes
+        in nothing.
         """
         if self._config.kind != "swa" or epoch < self._start:
             return
-        self._model.update_parameters(self._student)
+        if self._model.n_averaged <= epoch - self._start:
+            self._model.update_parameters(self._student)
         own = 0
 
         def images() -> Iterable[torch.Tensor]:

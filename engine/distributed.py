@@ -198,10 +198,11 @@ class World:
             self.beat()
             time.sleep(0.05)
 
-    def replicate(self, student: nn.Module, device: torch.device) -> nn.Module:
+    def replicate(self, student: nn.Module, device: torch.device, *, every_backward: bool) -> nn.Module:
         """The student whose backward averages gradients over all processes, while it is still computing others.
 
         Its forward is for passes that are trained; attacks and evaluations run the student itself.
+        every_backward: none is run `without_reduction`, which torch cannot arrange in advance.
         """
         if self.size == 1:
             return student
@@ -209,7 +210,7 @@ class World:
             student,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            static_graph=True,
+            static_graph=every_backward,
             **_BUFFERS_STAY,
         )
 
@@ -323,6 +324,7 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
             raise type(error)("") from None
         raise
     world.meet()
+    world.gather(torch.zeros(1))  # without the store, which may live in the main process: it leaves last
     dist.destroy_process_group()
 
 

@@ -52,7 +52,8 @@ class Learner:
         self.lanes = Lanes(precision.device, wanted=config.lanes == "on")
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
         self._counts = counts
-        self._replica = self.world.replicate(student, precision.device)
+        in_parts = config.micro_batch is not None or config.awp.gamma > 0
+        self._replica = self.world.replicate(student, precision.device, every_backward=not in_parts)
         self._statistics = Statistics(student, self.world)
         self.networks = networks.build(student, teachers, method, config, precision, counts, self._replica)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import config, methods, trainer
+from engine import config, distributed, methods, models, trainer
 from engine.distributed import World
+from engine.learner import Learner
+from engine.models.sync_batch_norm import SyncBatchNorm, synchronise
+from engine.pipelines.base import Batch
 from engine.precision import Precision
 from engine.reporter import Reporter
+from engine.stopping import Interrupted, ProcessLost, Stop
 from tests.conftest import write_checkpoint
 from tests.processes import together
 
@@ -102,3 +107,258 @@ def test_processes_train_as_one_on_photographs_by_every_method(
 ) -> None:
     data = {"dataset": "cifar10", "data": str(real_images)}
     trajectories(data, ten_classes, tmp_path, tuple(methods.TABLE))
+
+
+HARDENED: dict[str, dict[str, Any]] = {
+    # Five steps: a direction that is normalised multiplies what rounding does to it.
+    "weights' attack": {"awp": {"gamma": 0.01}, "epochs": 1, "loss": {"warmup": 0}, "averaging": {"kind": "ema"}},
+    "ema": {
+        "averaging": {"kind": "ema", "decay": 0.5}, "loss": {"label_smoothing": 0.1},
+        "optim": {"clip_norm": 0.5, "schedule": "cosine", "lr_warmup": 1},
+    },
+    "swa": {"averaging": {"kind": "swa", "start": 0}, "optim": {"schedule": "one-cycle"}, "lr_scale": "linear"},
+}  # fmt: skip
+
+
+def test_what_people_add_is_the_same_by_any_number_of_processes(ten_classes: Path, tmp_path: Path) -> None:
+    data = {"dataset": "digits"}
+    runs = {name: run_of("iad1", data, ten_classes, **keys) for name, keys in HARDENED.items()}
+    for size in (1, 2):
+        together(size, train_each, {str(tmp_path / f"{name}-{size}"): keys for name, keys in runs.items()})
+    for name in runs:
+        one, two = (torch.load(tmp_path / f"{name}-{size}" / "last.pt", weights_only=True) for size in (1, 2))
+        assert_near(one["averaged"], two["averaged"])
+        assert_near(state(tmp_path / f"{name}-1"), state(tmp_path / f"{name}-2"))
+
+
+# ---------------------------------------------------------------- one step
+
+
+def student_of(seed: int = 0, model: str = "resnet8") -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return F64.place(models.build(model, 4)).train()
+
+
+def images(count: int = 8) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x_nat = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return Batch(x_nat.to(memory_format=torch.channels_last), torch.arange(count) % 4, torch.arange(count))
+
+
+def part_of(whole: Batch, rank: int, size: int) -> Batch:
+    return Batch(*(tensor.tensor_split(size)[rank] for tensor in (whole.x_nat, whole.labels, whole.sample)))
+
+
+def learner_of(world: World, method: str = "at", **keys: Any) -> Learner:
+    base = {"method": method, "model": "resnet8", "dtype": "float64", "device": "cpu", "attack": {"num_steps": 2}}
+    complete = config.load(base, keys)
+    student = student_of()
+    if complete.sync_bn == "on" and world.size > 1:
+        student = synchronise(student, F64.device)
+    teachers = {"teacher": student_of(1).eval(), "teacher_st": student_of(2).eval()}
+    row = methods.get(method, semantics=complete.semantics, loss=complete.loss)
+    return Learner(student, teachers, row, complete, F64, world)
+
+
+def learn(learner: Learner, batch: Batch, whole: int) -> None:
+    learner.learn(batch, learner.method, 0.1, epoch=5, whole=whole, seen=lambda output, labels: None)
+
+
+def step_of_two(world: World, out: str) -> None:
+    """A batch of 7: 4 images for one process, 3 for the other."""
+    learner = learner_of(world)
+    learn(learner, part_of(images(7), world.rank, world.size), 7)
+    torch.save(learner.student.state_dict(), f"{out}-{world.rank}.pt")
+
+
+def test_without_synchronisation_each_process_normalises_its_part(tmp_path: Path) -> None:
+    """The gradient is the parts' mean by images, so are the running statistics; all processes hold the same."""
+    together(2, step_of_two, str(tmp_path / "after"))
+    found = [torch.load(tmp_path / f"after-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    alone = []
+    for rank in range(2):
+        learner, part = learner_of(World()), part_of(images(7), rank, 2)
+        learn(learner, part, len(part.labels))
+        alone.append(learner.student.state_dict())
+    for name, value in found[0].items():
+        if "num_batches" not in name:
+            assert torch.allclose(value, (4 * alone[0][name] + 3 * alone[1][name]) / 7, rtol=1e-12), name
+
+
+def micro_batches_of_two(world: World, out: str) -> None:
+    learner = learner_of(world, "iad1", micro_batch=1, attack={"bn": "eval"})
+    learner.student.eval()
+    for _ in range(3):
+        learn(learner, part_of(images(7), world.rank, world.size), 7)
+    torch.save(learner.student.state_dict(), f"{out}-{world.rank}.pt")
+
+
+def test_micro_batches_of_processes_give_the_update_of_the_whole(tmp_path: Path) -> None:
+    """BatchNorm in evaluation mode; 4 and 3 images in 4 parts each, of which one is empty."""
+    together(2, micro_batches_of_two, str(tmp_path / "after"))
+    whole = learner_of(World(), "iad1", attack={"bn": "eval"})
+    whole.student.eval()
+    for _ in range(3):
+        learn(whole, images(7), 7)
+    for rank in range(2):
+        assert_near(whole.student.state_dict(), torch.load(tmp_path / f"after-{rank}.pt", weights_only=True))
+
+
+def calls_of_steps(world: World, out: str, keys: dict[str, Any], steps: int) -> None:
+    """Names of all collectives of so many steps, and of those within the attack."""
+    learner = learner_of(world, "iad1", **keys)
+    batch = part_of(images(), world.rank, world.size)
+    for _ in range(4):  # buckets are arranged in the first ones
+        learn(learner, batch, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            learn(learner, batch, 8)
+            world.any_of_last_time(False)
+    events = profile.events()
+    attacks = [event.time_range for event in events if event.name == "attack"]
+    calls = [event for event in events if event.name.startswith("gloo:")]
+    inside = [call for call in calls if any(a.start <= call.time_range.start <= a.end for a in attacks)]
+    if world.is_main:
+        counted = {"steps": [call.name for call in calls], "attack": [call.name for call in inside]}
+        Path(out).write_text(json.dumps(counted))
+
+
+@pytest.mark.parametrize("sync_bn", ["off", "on"])
+def test_a_step_has_one_reduction_of_gradients_and_the_attack_has_none(sync_bn: str, tmp_path: Path) -> None:
+    steps, out = 3, tmp_path / "calls.json"
+    together(2, calls_of_steps, str(out), {"sync_bn": sync_bn}, steps)
+    calls = json.loads(out.read_text())
+    if sync_bn == "off":
+        # Gradients (one bucket), running statistics, and whether to stop.
+        assert calls == {"steps": ["gloo:all_reduce"] * 3 * steps, "attack": []}
+    else:
+        layers = sum(
+            isinstance(module, SyncBatchNorm) for module in synchronise(student_of(), F64.device).modules()
+        )
+        # Two steps of the attack, S(x~) and S(x): each layer tells its statistics, and in the backward its sums.
+        assert calls["steps"].count("gloo:all_gather") == 4 * layers * steps
+        assert calls["steps"].count("gloo:all_reduce") == (4 * layers + 2) * steps
+        assert calls["attack"].count("gloo:all_gather") == 2 * layers * steps
+
+
+@pytest.mark.parametrize("model", list(models.TABLE))
+def test_every_parameter_gets_a_gradient(model: str) -> None:
+    """So a replica need not look for unused ones."""
+    size = models.TABLE[model].input_sizes[0]
+    student = models.build(model, 4)
+    student(torch.rand(2, 3, size, size)).sum().backward()
+    assert [name for name, weight in student.named_parameters() if weight.grad is None] == []
+
+
+# ---------------------------------------------------------------- BatchNorm
+
+
+def normalised(world: World, out: str, counts: list[int], dtype: str) -> None:
+    """Output, gradients and statistics of a layer over the images that this process has."""
+    torch.manual_seed(0)
+    network = synchronise(torch.nn.Sequential(torch.nn.BatchNorm2d(5)), F64.device).to(torch.float64)
+    norm = network.get_submodule("0")
+    values = torch.randn(sum(counts), 5, 3, 3, dtype=torch.float64).to(getattr(torch, dtype))
+    upstream = torch.randn(values.shape, dtype=torch.float64)
+    first = sum(counts[: world.rank])
+    mine = slice(first, first + counts[world.rank])
+    x = values[mine].clone().requires_grad_()
+    result = network(x)
+    (result.double() * upstream[mine]).sum().backward()
+    found = {"out": result.detach(), "grad": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    torch.save(found | network.state_dict(), f"{out}-{world.rank}.pt")
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float64", 1e-12), ("bfloat16", 2e-2)])
+def test_batch_norm_of_processes_equals_batch_norm_of_all_images(
+    dtype: str, within: float, tmp_path: Path
+) -> None:
+    """Forward, both gradients and statistics, one process having no image at all."""
+    counts = [4, 0, 3]
+    together(3, normalised, str(tmp_path / "found"), counts, dtype)
+    found = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(3)]
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(5).double()
+    x = torch.randn(7, 5, 3, 3, dtype=torch.float64).to(getattr(torch, dtype)).double().requires_grad_()
+    upstream = torch.randn(x.shape, dtype=torch.float64)
+    expected = norm(x)
+    (expected * upstream).sum().backward()
+    for name, value in (("out", expected.detach()), ("grad", x.grad)):
+        assert value is not None
+        joined = torch.cat([one[name] for one in found]).double()
+        assert torch.allclose(joined, value, rtol=within, atol=within), name
+    for name, weight in (("weight", norm.weight), ("bias", norm.bias)):
+        assert weight.grad is not None
+        assert torch.allclose(sum(one[name] for one in found), weight.grad, rtol=within, atol=within), name
+    for one in found:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.allclose(one[f"0.{name}"].double(), norm.state_dict()[name].double(), rtol=within), name
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def one_hangs(world: World, out: str) -> None:
+    if world.rank == 1:
+        time.sleep(8)
+    try:
+        world.timeout = 2.0
+        world.meet()
+    except ProcessLost as error:
+        Path(f"{out}-{world.rank}").write_text(str(error))
+    world.timeout = 60.0
+
+
+def test_who_does_not_come_to_a_meeting_is_named(tmp_path: Path) -> None:
+    together(2, one_hangs, str(tmp_path / "said"))
+    assert (tmp_path / "said-0").read_text().startswith("process 1 of 0..1 did not answer")
+    assert not (tmp_path / "said-1").exists()
+
+
+def one_is_asked_to_stop(world: World, out: str) -> None:
+    """In steps all stop at the same one, and in work that is not common all stop."""
+    stopped = next(step for step in range(100) if world.any_of_last_time(world.rank == 1 and step == 7))
+    stop = Stop()
+    stop.requested = world.rank == 1
+    try:
+        for _ in range(1000):
+            world.check(stop)
+        world.meet(stop)
+        interrupted = False
+    except Interrupted:
+        interrupted = True
+    Path(f"{out}-{world.rank}").write_text(json.dumps([stopped, interrupted]))
+
+
+def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
+    together(2, one_is_asked_to_stop, str(tmp_path / "stopped"))
+    for rank in range(2):
+        assert json.loads((tmp_path / f"stopped-{rank}").read_text()) == [8, True]
+
+
+def main_refuses(world: World, out: str) -> None:
+    def refuse() -> None:
+        raise ValueError("not this")
+
+    with pytest.raises(ValueError, match="not this"):
+        world.from_main(refuse)
+    with pytest.raises(ValueError, match="the data set of process 1 differs from that of process 0"):
+        world.check_same("the data set", f"hash {world.rank // 1}")
+    Path(f"{out}-{world.rank}").touch()
+
+
+def test_what_the_main_process_refuses_all_refuse(tmp_path: Path) -> None:
+    together(2, main_refuses, str(tmp_path / "refused"))
+    assert (tmp_path / "refused-1").exists()
+
+
+def test_a_process_by_itself_asks_nobody() -> None:
+    world = World()
+    assert world.is_main
+    assert world.any_of_last_time(True)
+    assert world.gather(torch.tensor([1.0, 2.0])).tolist() == [[1.0, 2.0]]
+    world.meet()
+    student = student_of()
+    assert world.replicate(student, F64.device, every_backward=True) is student
+    assert not distributed.is_launched()

@@ -223,7 +223,8 @@ def test_the_mean_of_weights_has_statistics_of_its_own() -> None:
         for given in every:
             learn(one, given, epoch=epoch)
         assert one.average is not None
-        one.average.after_epoch(epoch, iter(every), 3 * SIZE, World())
+        for _ in range(2):  # as where the evaluation of an epoch is interrupted, and done again
+            one.average.after_epoch(epoch, iter(every), 3 * SIZE, World())
         assert one.average.has_begun == (epoch >= 1)
         kept.append(weights(one))
     averaged = one.evaluated

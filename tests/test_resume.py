@@ -68,6 +68,23 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert_same_bits(*summaries)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"averaging": {"kind": "ema"}, "optim": {"schedule": "cosine", "lr_warmup": 1, "clip_norm": 1.0}},
+        {"averaging": {"kind": "swa", "start": 0}, "optim": {"schedule": "one-cycle"}, "micro_batch": 3},
+        {"averaging": {"kind": "ema", "start": 1}, "awp": {"gamma": 0.005}, "micro_batch": "auto"},
+    ],
+    ids=["ema", "swa", "weights attacked"],
+)
+@pytest.mark.parametrize("step", [4, 6, 9])
+def test_what_people_add_resumes_too(step: int, keys: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    whole = trainer.train(tiny.config(method="iad1", out=str(tmp_path / "whole"), **keys))
+    with pytest.raises(Interrupted):
+        trainer.train(tiny.config(method="iad1", out=str(tmp_path / "parts"), **keys), StopAt(step))
+    assert_same_run(whole.path, trainer.resume(tmp_path / "parts").path)
+
+
 @pytest.mark.parametrize("method", list(methods.TABLE))
 def test_stopped_in_the_middle_of_an_epoch(method: str, tiny: Any, tmp_path: Path) -> None:
     whole = trainer.train(tiny.config(method=method, out=str(tmp_path / "whole")))
