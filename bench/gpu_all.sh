@@ -34,6 +34,7 @@ profile=(bench.profile --device cuda --model resnet18 --batch-size 128)
 pipelines=(bench.pipelines --device cuda --data jpeg224)
 step=(bench.step --device cuda --dataset random --rounds 15)
 epoch=(bench.epoch --table14 --device cuda --dataset random --steps 20)
+scaling=(bench.scaling --device cuda --batch-size 128 --steps 20 --procs 1)
 if [[ -z $gpu ]]; then
   echo "No GPU: the stages run on the CPU, small, and measure nothing of a GPU."
   gpu=none
@@ -42,6 +43,7 @@ if [[ -z $gpu ]]; then
   pipelines=(bench.pipelines --device cpu --data jpeg224 --quick)
   step=(bench.step --device cpu --dataset random --model resnet8 --batch-size 4 --rounds 2)
   epoch=(bench.epoch --table14 --device cpu --dataset random --model resnet8 --batch-size 4 --steps 2)
+  scaling=(bench.scaling --device cpu --model resnet8 --batch-size 4 --rounds 2 --steps 1 --procs 1)
 fi
 name=$(tr -cs '[:alnum:]' - <<<"${gpu,,}")
 out=${out:-bench/results/gpu-${name%-}-$(date -u +%F)}
@@ -88,6 +90,7 @@ stage pipelines "$python" -m "${pipelines[@]}" --out "$out/pipelines"
 stage step-iad1 "$python" -m "${step[@]}" --method iad1 --out "$out/iad1"
 stage step-iad2 "$python" -m "${step[@]}" --method iad2 --out "$out/iad2"
 stage epoch "$python" -m "${epoch[@]}" --out "$out/epoch"
+stage scaling "$python" -m "${scaling[@]}" --out "$out/scaling"
 stage profile-iad2 "$python" -m "${profile[@]}" --method iad2 --out "$out"
 stage profile-iad2-amp "$python" -m "${profile[@]}" --method iad2 --amp --out "$out"
 stage profile-iad1 "$python" -m "${profile[@]}" --method iad1 --out "$out"

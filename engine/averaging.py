@@ -24,7 +24,7 @@ class Average:
         start = config.averaging.start
         if start is None:
             start = 0.75 if config.averaging.kind == "swa" else 0.0
-        self._start = epochs_of(start, config.epochs)
+        self._start = min(epochs_of(start, config.epochs), config.epochs - 1)
         if config.averaging.kind == "ema":
             average = get_ema_multi_avg_fn(config.averaging.decay)
             self._model = AveragedModel(student, multi_avg_fn=average, use_buffers=True)

@@ -173,7 +173,9 @@ def train(
 
     processes = 0 if launched else launcher.count(gpus, procs, complete.device)
     if processes:
-        path = trainer.begin(complete, again=again) if begins else Path(str(resume))
+        path = Path(str(resume))
+        if begins:
+            path = trainer.begin(complete, again=again, processes=processes)
         further = ["--timeout", str(timeout), "--profile", str(profile)]
         code = launcher.launch(processes, ["train", "--resume", str(path), *further], path / "logs")
         if code == EXIT_USER_ERROR:

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class Report:
         except OSError as error:
             raise ValueError(f"--out: cannot write {path}: {error.strerror}") from None
         shutil.rmtree(_partial(path), ignore_errors=True)
+
+
+def _prepare(path: Path) -> None:
+    """What cannot be written is told before hours of attacks."""
+    try:
+        _partial(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {path.parent}: {error.strerror}") from None
 
 
 def _partial(path: Path) -> Path:
@@ -117,7 +126,10 @@ def run(
     decides |= {"batch_size": batch_size, "limit": limit, "limit_aa": limit_aa, "device": at.device.type}
     decides |= {"epsilon": wanted.attack.epsilon, "threat_model": wanted.attack.threat_model}
     identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    ledger = None if out is None else Ledger(_partial(out), identity, world.rank)
+    ledger = None
+    if out is not None:
+        world.from_main(partial(_prepare, out))
+        ledger = Ledger(_partial(out), identity, world.rank)
     results: dict[str, dict[str, Any]] = {}
     with graceful_stop(reporter.message) as stop, world.watching(stop), precision.deterministic():
         for name in names:

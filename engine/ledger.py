@@ -17,7 +17,7 @@ class Measured(NamedTuple):
 
 
 class Ledger:
-    """A folder with one growing file per process, which its owner removes when the evaluation is over.
+    """One growing file per process, in a folder that its owner makes, and removes when the evaluation is over.
 
     identity: what decides the numbers; a ledger of another identity is forgotten.
     """
@@ -42,7 +42,6 @@ class Ledger:
     def add(self, attack: str, batch: int, measured: Measured) -> None:
         """Remember a batch: on the disk when this returns."""
         entry = {"identity": self._identity, "attack": attack, "batch": batch, **measured._asdict()}
-        self._folder.mkdir(parents=True, exist_ok=True)
         with self._file.open("a+b") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
                 file.write(b"\n")  # a killed process left half a line

@@ -80,7 +80,7 @@ def train(
     """
     world = world or World()
     complete = run_config if isinstance(run_config, RunConfig) else config.load(run_config)
-    path = world.from_main(lambda: begin(complete, again=again))
+    path = world.from_main(lambda: begin(complete, again=again, processes=world.size))
     try:
         return resume(path, reporter, profile=profile, world=world)
     except ValueError:
@@ -89,15 +89,17 @@ def train(
         raise
 
 
-def begin(complete: RunConfig, *, again: bool = False) -> Path:
+def begin(complete: RunConfig, *, again: bool = False, processes: int = 1) -> Path:
     """The directory of a new run of a configuration, with nothing but that in it: `resume` does the rest.
 
     again: go on where such a run was stopped: the one in `out`, or without `out` the latest unfinished one below
-    runs/; where there is none a new one begins.
+    runs/; where there is none a new one begins. processes: how many will train.
     Raises ValueError for a configuration that cannot be run, and for an `out` that is taken.
     """
     complete = config.with_absolute_paths(complete)
     _check(complete)
+    if complete.batch_size % processes:
+        raise ValueError(f"batch_size {complete.batch_size} must be a multiple of the {processes} processes")
     found = RunDir.find(complete) if again else None
     return (found or RunDir.create(complete)).path
 
@@ -203,6 +205,10 @@ class Trainer:
         if self.precision.note:
             reporter.message(self.precision.note)
         reporter.message(dispatch.describe(self.precision.device, fused=self.precision.fused))
+        if world.size > 1:
+            share = complete.batch_size // world.size
+            of = f"all {complete.batch_size}" if complete.sync_bn == "on" else f"its own {share}"
+            reporter.message(f"Processes: {world.size}, {share} images each; BatchNorm in each by {of} images")
 
         saved = checkpoints.read(run.last) if world.from_main(run.last.exists) else None
         # What "auto" chose holds for the whole run: decoders differ by a grey level here and there.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from engine.trainer import RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+SCRIPTS = sorted(ROOT.glob("examples/*.sh"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -68,12 +71,19 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 
 
 def engine_commands() -> list[Any]:
-    """Arguments of every `engine ...`."""
-    return [
-        pytest.param(words[1:], id=place)
-        for place, words in command_lines()
-        if words and Path(words[0]).name == "engine"
-    ]
+    """Arguments of every `engine ...`, and of every `torchrun ... -m engine ...`, in pages and in examples."""
+    found = [(place, words[1:]) for place, words in command_lines() if words and Path(words[0]).name == "engine"]
+    for place, words in [*command_lines(), *((script.name, shell_words(script)) for script in SCRIPTS)]:
+        if "torchrun" in words:
+            found.append((place, words[words.index("engine") + 1 :]))
+    return [pytest.param(arguments, id=place) for place, arguments in found]
+
+
+def shell_words(script: Path) -> list[str]:
+    """Of the command of a script that starts torchrun."""
+    lines = script.read_text().replace("\\\n", " ").splitlines()
+    (command,) = [line for line in lines if "torchrun " in line and not line.startswith("#")]
+    return shlex.split(command)
 
 
 def rows(page: str, heading: str = "") -> list[list[str]]:
@@ -138,14 +148,14 @@ def test_yaml_examples_are_configurations(page: Path) -> None:
 def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the computation is done: flags, files, keys, values, and names of all kinds."""
 
-    def train(complete: config.RunConfig, reporter: object, *, profile: int) -> RunResult:
+    def train(complete: config.RunConfig, reporter: object, **keys: Any) -> RunResult:
         methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
         models.check(complete.model)
         datasets.check(complete.dataset)
         evaluate.check_names((complete.eval.attack, *complete.eval.final))
         return RunResult(ROOT / "docs", {})
 
-    def resume(path: Path, reporter: object) -> RunResult:
+    def resume(path: Path, reporter: object, **keys: Any) -> RunResult:
         return RunResult(ROOT / "docs", {})
 
     def run(checkpoint: Path, attacks: list[str], reporter: object, **keys: Any) -> Report:
@@ -160,6 +170,8 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.data.write", write)
     monkeypatch.setattr("engine.report.write", lambda paths, out: None)
     monkeypatch.setattr("engine.data.info", lambda path: Info((), (), ()))
+    monkeypatch.setattr("engine.launcher.count", lambda gpus, processes, device: 0)
+    monkeypatch.setattr("engine.rundir.RunDir.existing", lambda path: (None, config.load({})))
     monkeypatch.setattr("engine.trainer.train", train)
     monkeypatch.setattr("engine.trainer.resume", resume)
     monkeypatch.setattr("engine.evaluation.run", run)
@@ -167,6 +179,12 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_scripts_are_scripts(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    assert os.access(script, os.X_OK)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -222,7 +240,8 @@ def test_the_configuration_table_lists_every_key_with_its_default() -> None:
 def test_the_configuration_table_lists_every_flag() -> None:
     documented = {key: code(row[0])[0] for key, row in documented_keys().items() if row[0]}
     parameters = commands.commands["train"].params
-    keys = [p for p in parameters if p.name not in ("config_file", "assignments", "resume", "profile")]
+    not_keys = ("config_file", "assignments", "resume", "profile", "gpus", "procs", "timeout")
+    keys = [p for p in parameters if p.name not in not_keys]
     assert documented == {_KEYS.get(str(p.name), str(p.name)): p.opts[0] for p in keys}
 
 
@@ -281,7 +300,8 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     found: set[str] = set()
     for method in ("trades", "iad1", "iad2"):
         run = tmp_path / method
-        engine.train(tiny.config(method=method, amp=True, loss={"warmup": 0}, out=str(run)), profile=2)
+        keys: dict[str, Any] = {"loss": {"warmup": 0}, "averaging": {"kind": "ema"}}
+        engine.train(tiny.config(method=method, amp=True, out=str(run), **keys), profile=2)
         written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found |= {key for row in written for key in row}
     assert found == listed("metrics.jsonl")
@@ -292,7 +312,7 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", intro, re.MULTILINE)
     files = {name.rstrip("/") for cell in cells for name in code(cell)}
-    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st"} == files
+    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st", "logs"} == files
 
     for name in ("summary.json", "provenance.json"):
         content = json.loads((run / name).read_text())

@@ -102,6 +102,7 @@ def test_an_evaluation_that_was_killed_goes_on_with_another_number_of_processes(
 
 
 def test_a_ledger_of_other_numbers_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "partial").mkdir()
     ledger = Ledger(tmp_path / "partial", "these")
     ledger.add("pgd20", 3, Measured(5, -0.25, 1.5))
     assert ledger.known("pgd20") == {3: Measured(5, -0.25, 1.5)}
@@ -110,6 +111,7 @@ def test_a_ledger_of_other_numbers_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_what_follows_half_a_line_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "partial").mkdir()
     ledger = Ledger(tmp_path / "partial", "these")
     ledger.add("pgd20", 0, Measured(1, 0.0, 1.0))
     with (tmp_path / "partial" / "process-0.jsonl").open("a") as file:

@@ -20,6 +20,7 @@ import torch
 
 from engine import trainer
 from engine.stopping import EXIT_INTERRUPTED
+from tests.processes import free_port
 from tests.test_distributed import assert_same_trajectory
 from tests.test_resume import assert_same_run
 
@@ -93,10 +94,15 @@ def launched(arguments: list[str], out: Path, processes: int = 2, *further: str)
             process.communicate()
 
 
-def slow_run(tiny: Any, out: Path, **keys: Any) -> list[str]:
-    """Arguments of a run of 18 steps that take a tenth of a second each, saved at every second."""
+def slow_keys(out: Path, **keys: Any) -> dict[str, Any]:
+    """Of a run of 18 steps that take a tenth of a second each, saved at every second."""
     base = {"epochs": 3, "checkpoint_every": 2, "log_every": 1, "attack": {"num_steps": 20}, "out": str(out)}
-    arguments: list[str] = tiny.flags(method="iad1", **(base | keys))
+    return {"method": "iad1", **base, **keys}
+
+
+def slow_run(tiny: Any, out: Path, **keys: Any) -> list[str]:
+    """The same as arguments of the command line."""
+    arguments: list[str] = tiny.flags(**slow_keys(out, **keys))
     return arguments
 
 
@@ -118,6 +124,7 @@ def test_a_killed_process_is_replaced_and_the_result_is_the_same(tiny: Any, tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     sessions = json.loads((tmp_path / "killed" / "provenance.json").read_text())
     assert sessions["processes"] == 2
+    assert "Processes: 2, 4 images each; BatchNorm in each by its own 4 images" in printed
     assert len(sessions["earlier_sessions"]) == 1
     assert sessions["from_step"] >= 4
 
@@ -159,17 +166,7 @@ def test_a_process_that_hangs_is_named_and_replaced(tiny: Any, tmp_path: Path) -
 def test_a_stopped_run_goes_on_with_another_number_of_processes(later: int, tiny: Any, tmp_path: Path) -> None:
     """SIGTERM to the launcher saves and exits with 130; no sample is seen twice or missed afterwards."""
     keys: dict[str, Any] = {"dtype": "float64", "sync_bn": "on"}
-    whole = trainer.train(
-        tiny.config(
-            method="iad1",
-            epochs=3,
-            checkpoint_every=2,
-            log_every=1,
-            **keys,
-            attack={"num_steps": 20},
-            out=str(tmp_path / "whole"),
-        )
-    )
+    whole = trainer.train(tiny.config(**slow_keys(tmp_path / "whole", **keys)))
     arguments = slow_run(tiny, tmp_path / "run", **keys)
     with launched(arguments, tmp_path / "run", 2, "--resume", "auto") as running:
         running.reaches(4)
@@ -191,3 +188,25 @@ def test_what_would_fail_again_is_not_started_again(tiny: Any, tmp_path: Path) -
         code, printed = running.ends()
     assert code == 1
     assert printed.count("is not finite") == 1, printed
+
+
+def test_two_machines_train_as_one(tiny: Any, tmp_path: Path) -> None:
+    """Two launchers that find each other, as torchrun is started on every machine."""
+    keys: dict[str, Any] = {"dtype": "float64", "sync_bn": "on"}
+    out = tmp_path / "run"
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "both"]
+    command += ["-m", "engine", *slow_run(tiny, out, **keys), "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(  # the tests' own command
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    printed = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(printed)
+    assert sum(text.count("epoch 3/3") for text in printed) == 1, "one process speaks for all"
+    run_config = tiny.config(**slow_keys(tmp_path / "alone", **keys))
+    assert_same_trajectory(trainer.train(run_config).path, out)
