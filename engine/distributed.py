@@ -86,7 +86,7 @@ class World:
     @property
     def shard(self) -> Shard:
         """The part of every batch that this process has."""
-        return Shard(self.rank, self.size)
+        return Shard(self.rank, self.size, self.local_size)
 
     @property
     def _store(self) -> Store:
@@ -300,8 +300,8 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
     root, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     # The launcher's store outlives a failure: nobody must find addresses of processes that are gone.
     store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", root)
-    if is_restarted() and root.check([_VERDICT]):
-        raise RunFailed("")  # the same would happen again
+    if is_restarted() and root.check([_VERDICT]):  # the same would happen again
+        raise ValueError("") if root.get(_VERDICT) == b"2" else RunFailed("")
     if rank != 0:
         warnings.simplefilter("ignore")  # one process warns for all
     # The backend's own watch ends a process without a word: it must not be the first to lose patience.
@@ -319,7 +319,7 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
         yield world
     except (ValueError, RunFailed, Interrupted) as error:
         if not isinstance(error, ProcessLost | Interrupted):
-            root.set(_VERDICT, "")
+            root.set(_VERDICT, "2" if isinstance(error, ValueError) else "1")
         if store.add("engine/said", 1) > 1:
             raise type(error)("") from None
         raise

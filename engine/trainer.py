@@ -119,11 +119,11 @@ def resume(
     The number of processes may be another than before. Raises as `train` does.
     """
     run, complete = RunDir.existing(path)
-    reporter = reporter or Reporter()
-    if run.summary.exists():
+    reporter, world = reporter or Reporter(), world or World()
+    if world.from_main(run.summary.exists):
         reporter.message(f"{path} is finished: nothing to resume")
         return RunResult(path, json.loads(run.summary.read_text(encoding="utf-8")))
-    return _until_stopped(run, complete, reporter, profile, world or World())
+    return _until_stopped(run, complete, reporter, profile, world)
 
 
 def _check(complete: RunConfig) -> None:
@@ -216,7 +216,7 @@ class Trainer:
         self.dataset = dataset or load_data(complete, reporter, wanted)
         world.check_same("the data set", self.dataset.sha256)
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
-        self.pipeline_choice = choice.choose(wanted, training, self.precision.device)
+        self.pipeline_choice = world.from_main(lambda: choice.choose(wanted, training, self.precision.device))
         reporter.message(f"Pipeline: {self.pipeline_choice.kind} ({self.pipeline_choice.reason})")
         self.sampling = Sampling(
             len(training), complete.batch_size, complete.seed, complete.order, shard=world.shard

@@ -19,10 +19,11 @@ _BLOCKS_PER_WINDOW = 16
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `world` processes that share each batch."""
+    """One of `world` processes that share each batch. here: how many of them are on this machine, None for all."""
 
     rank: int = 0
     world: int = 1
+    here: int | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class StreamedPipeline(ABC):
         self._augment = augment
         self._flip = flip
         self._dtype = dtype
-        self._workers = workers or max(1, len(os.sched_getaffinity(0)) // sampling.shard.world)
+        sharing = sampling.shard.here or sampling.shard.world
+        self._workers = workers or max(1, len(os.sched_getaffinity(0)) // sharing)
         self._batches_ahead = batches_ahead
         self._running: WeakSet[Generator[Batch]] = WeakSet()
 

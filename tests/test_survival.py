@@ -182,12 +182,19 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(later: int, tiny
     assert_same_trajectory(whole.path, tmp_path / "run")
 
 
-def test_what_would_fail_again_is_not_started_again(tiny: Any, tmp_path: Path) -> None:
-    arguments = slow_run(tiny, tmp_path / "run", lr=1e30)
-    with launched(arguments, tmp_path / "run") as running:
+@pytest.mark.parametrize(
+    ("keys", "expected", "said"),
+    [({"lr": 1e30}, 1, "is not finite"), ({"data": "/nowhere"}, 2, "/nowhere")],
+    ids=["loss", "data"],
+)
+def test_what_would_fail_again_is_not_started_again(
+    keys: dict[str, Any], expected: int, said: str, tiny: Any, tmp_path: Path
+) -> None:
+    with launched(slow_run(tiny, tmp_path / "run", **keys), tmp_path / "run") as running:
         code, printed = running.ends()
-    assert code == 1
-    assert printed.count("is not finite") == 1, printed
+    assert code == expected, printed
+    assert printed.count("engine: ") == printed.count(said) == 1, printed
+    assert (tmp_path / "run" / "config.yaml").exists() == (expected == 1), "a run that never began is removed"
 
 
 def test_two_machines_train_as_one(tiny: Any, tmp_path: Path) -> None:
