@@ -24,6 +24,7 @@ from bench import machine, predict, results, roofline, steps
 from bench.results import PredictedScalingRow, ScalingRow
 from bench.roofline import GPUS
 from bench.steps import Workload
+from bench.timing import rotated
 from engine import checkpoints, config, distributed, methods, models, plan, precision
 from engine.learner import Learner
 from engine.models.sync_batch_norm import synchronise
@@ -65,7 +66,6 @@ class Taken(NamedTuple):
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--procs", "sizes", type=click.IntRange(min=1), multiple=True, help="Repeatable. [1 and 2]")
-@click.option("--sync-bn/--no-sync-bn", default=False, show_default=True, help="BatchNorm over all processes.")
 @click.option("--method", default="iad1", show_default=True)
 @click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Of all processes.")
@@ -76,9 +76,9 @@ class Taken(NamedTuple):
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="To predict for.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
 @click.option("--process", "is_process", is_flag=True, hidden=True, help="This is one of the processes.")
+@click.option("--sync-bn", is_flag=True, hidden=True, help="Its BatchNorm is synchronised.")
 def main(
     sizes: Sequence[int],
-    sync_bn: bool,
     method: str,
     model: str,
     batch_size: int,
@@ -89,6 +89,7 @@ def main(
     gpu: str,
     out: Path | None,
     is_process: bool,
+    sync_bn: bool,
 ) -> None:
     """Time steps of one global batch by 1, 2, ... processes on the same cores, and predict those of many GPUs."""
     try:
@@ -106,22 +107,22 @@ def main(
             if world.is_main:
                 click.echo(json.dumps(taken))
         return
-    sizes = sizes or (1, 2)
+    groups = [(size, sync) for size in sizes or (1, 2) for sync in (False, True)[: 1 if size == 1 else 2]]
     arguments = ["--method", method, "--model", model, "--batch-size", str(batch_size), "--dataset", dataset]
-    arguments += ["--device", device.type, "--steps", str(count), *(["--sync-bn"] if sync_bn else [])]
-    measured: dict[int, list[Taken]] = {size: [] for size in sizes}
+    arguments += ["--device", device.type, "--steps", str(count)]
+    measured: dict[tuple[int, bool], list[Taken]] = {key: [] for key in groups}
     for turn in range(rounds):
-        for size in sizes if turn % 2 == 0 else reversed(sizes):
-            measured[size].append(group(size, arguments))
+        for key in rotated(groups, turn):
+            measured[key].append(group(key[0], [*arguments, *["--sync-bn"][: key[1]]]))
     facts = machine.facts(device)
     folder = out or machine.results_folder(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    first = [statistics.median(taken.steps) for taken in measured[sizes[0]]]
+    first = [statistics.median(taken.steps) for taken in measured[groups[0]]]
     rows = []
-    for size in sizes:
-        seconds = [statistics.median(taken.steps) for taken in measured[size]]
+    for (size, synchronised), found in measured.items():
+        seconds = [statistics.median(taken.steps) for taken in found]
         q10, q90 = results.quantiles(seconds)
-        sent = [taken.sent for taken in measured[size] if taken.sent is not None]
+        sent = [taken.sent for taken in found if taken.sent is not None]
         rows.append(
             ScalingRow(
                 **facts,
@@ -129,7 +130,7 @@ def main(
                 model=model,
                 batch_size=batch_size,
                 processes=size,
-                sync_bn=sync_bn,
+                sync_bn=synchronised,
                 rounds=rounds,
                 median_s=statistics.median(seconds),
                 q10_s=q10,
@@ -137,8 +138,8 @@ def main(
                 speedup=results.speedup(first, seconds) or 0.0,
                 sent_bytes=statistics.median(sent) if sent else None,
                 ring_bytes=2 * (size - 1) * gradient_bytes(model),
-                save_stall_s=statistics.median(taken.stall for taken in measured[size]),
-                save_write_s=statistics.median(taken.writing for taken in measured[size]),
+                save_stall_s=statistics.median(taken.stall for taken in found),
+                save_write_s=statistics.median(taken.writing for taken in found),
             )
         )
     predicted = predictions(complete, gpu, facts)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine import profiling
+from engine import profiling, trainer
+from engine.stopping import Interrupted
+from tests.test_resume import StopAt
 
 
 def test_a_run_is_profiled(tiny: Any, tmp_path: Path, cli: Any) -> None:
@@ -56,7 +58,9 @@ def test_overlap_of_streams(streams: Any, share: float | None) -> None:
     assert profiling.overlap(streams) == (None if share is None else pytest.approx(share))
 
 
-def test_resume_takes_no_profile(tiny: Any, tmp_path: Path, cli: Any) -> None:
-    outcome = cli("train", "--resume", str(tmp_path), "--profile", "3")
-    assert outcome.code == 2
-    assert "drop --profile" in outcome.err
+def test_a_run_that_goes_on_can_be_traced(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        trainer.train(tiny.config(method="at", out=str(run)), StopAt(2))
+    assert cli("train", "--resume", str(run), "--profile", "3").code == 0
+    assert (run / "trace.json").exists()

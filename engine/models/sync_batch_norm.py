@@ -69,9 +69,9 @@ class _Normalise(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         mean_C = x.sum((0, 2, 3)) / max(count, 1)
         squares_C = (x - _by_channel(mean_C)).square().sum((0, 2, 3))
-        mine = torch.cat((mean_C.new_tensor([count]), mean_C, squares_C))[None]
-        theirs = mine.new_empty(dist.get_world_size(), mine.shape[1])
-        dist.all_gather_into_tensor(theirs, mine)
+        mine = torch.cat((mean_C.new_tensor([count]), mean_C, squares_C))
+        theirs = mine.new_empty(dist.get_world_size(), len(mine))
+        dist.all_gather(list(theirs.unbind()), mine)
         # Chan's way to join means and sums of squared deviations of parts.
         count_W1, mean_WC, squares_WC = theirs.split((1, len(mean_C), len(mean_C)), dim=1)
         total = count_W1.sum()

@@ -54,10 +54,12 @@ def test_a_small_run_counts_what_travels(tmp_path: Path) -> None:
     arguments = ["--model", "resnet8", "--batch-size", "4", "--rounds", "2", "--steps", "2", "--device", "cpu"]
     outcome = CliRunner().invoke(scaling.main, [*arguments, "--procs", "2", "--out", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
-    (row,) = csv.DictReader((tmp_path / "scaling.csv").open())
-    ring = float(row["ring_bytes"])
+    plain, synchronised = csv.DictReader((tmp_path / "scaling.csv").open())
+    assert (plain["sync_bn"], synchronised["sync_bn"]) == ("False", "True")
+    ring = float(plain["ring_bytes"])
     assert ring == 2 * scaling.gradient_bytes("resnet8")
     # Headers, statistics, and agreements travel too; small gradients are the smaller part of little.
-    assert ring < float(row["sent_bytes"]) < 5 * ring
+    assert ring < float(plain["sent_bytes"]) < 5 * ring
+    assert float(synchronised["sent_bytes"]) > float(plain["sent_bytes"])
     assert "PREDICTED" in outcome.output
     assert len(list(csv.DictReader((tmp_path / "scaling-predicted.csv").open()))) == 7
