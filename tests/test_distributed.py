@@ -206,7 +206,7 @@ def test_micro_batches_of_processes_give_the_update_of_the_whole(tmp_path: Path)
 
 
 def calls_of_steps(world: World, out: str, keys: dict[str, Any], steps: int) -> None:
-    """Names of all collectives of so many steps, and of those within the attack."""
+    """Names of all collectives that so many steps ask for, and of those that the attack asks for."""
     learner = learner_of(world, "iad1", **keys)
     batch = part_of(images(), world.rank, world.size)
     for _ in range(4):  # buckets are arranged in the first ones
@@ -217,7 +217,7 @@ def calls_of_steps(world: World, out: str, keys: dict[str, Any], steps: int) -> 
             world.any_of_last_time(False)
     events = profile.events()
     attacks = [event.time_range for event in events if event.name == "attack"]
-    calls = [event for event in events if event.name.startswith("gloo:")]
+    calls = [event for event in events if event.name.startswith("c10d::")]
     inside = [call for call in calls if any(a.start <= call.time_range.start <= a.end for a in attacks)]
     if world.is_main:
         counted = {"steps": [call.name for call in calls], "attack": [call.name for call in inside]}
@@ -231,15 +231,16 @@ def test_a_step_has_one_reduction_of_gradients_and_the_attack_has_none(sync_bn: 
     calls = json.loads(out.read_text())
     if sync_bn == "off":
         # Gradients (one bucket), running statistics, and whether to stop.
-        assert calls == {"steps": ["gloo:all_reduce"] * 3 * steps, "attack": []}
+        assert calls == {"steps": ["c10d::allreduce_"] * 3 * steps, "attack": []}
     else:
         layers = sum(
             isinstance(module, SyncBatchNorm) for module in synchronise(student_of(), F64.device).modules()
         )
         # Two steps of the attack, S(x~) and S(x): each layer tells its statistics, and in the backward its sums.
-        assert calls["steps"].count("gloo:all_gather") == 4 * layers * steps
-        assert calls["steps"].count("gloo:all_reduce") == (4 * layers + 2) * steps
-        assert calls["attack"].count("gloo:all_gather") == 2 * layers * steps
+        assert calls["steps"].count("c10d::allgather_") == 4 * layers * steps
+        assert calls["steps"].count("c10d::allreduce_") == (4 * layers + 2) * steps
+        assert calls["attack"].count("c10d::allgather_") == 2 * layers * steps
+        assert calls["attack"].count("c10d::allreduce_") == 2 * layers * steps
 
 
 @pytest.mark.parametrize("model", list(models.TABLE))
