@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,14 +19,18 @@ def perturbed(student: nn.Module, loss: Tensor, gamma: float, world: World) -> I
     Vectors, as biases and the weights of BatchNorm, stay (Eq. 9 and the published code).
     """
     weights: list[Tensor] = [weight for weight in student.parameters() if weight.dim() > 1]
-    gradients = list(torch.autograd.grad(loss, weights))
-    world.sum_in_place(gradients)
-    with torch.no_grad():
-        before = [weight.clone() for weight in weights]
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight += gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
+    before = [weight.detach().clone() for weight in weights]
+    _ascend(weights, loss, gamma, world)
     try:
         yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(weights, before)
+
+
+def _ascend(weights: Sequence[Tensor], loss: Tensor, gamma: float, world: World) -> None:
+    gradients = list(torch.autograd.grad(loss, weights))
+    world.sum_in_place(gradients)
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight += gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient

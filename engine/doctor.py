@@ -61,7 +61,7 @@ def examine() -> list[Finding]:
             ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
             "pip install 'iad-engine[dali]'",
         ),
-        _checked("apex", check_apex, ()),
+        _checked("apex", check_apex, (), "build it from source: https://github.com/NVIDIA/apex"),
         _checked(
             "AutoAttack",
             lambda: check_names(("aa",)),
@@ -107,11 +107,12 @@ def _native(device_type: str, name: str) -> Finding:
 
 
 def _checked(name: str, check: Callable[[], object], packages: tuple[str, ...], how: str = "") -> Finding:
-    """check: raises ValueError where it is missing. packages: whose version is told, the first that is there."""
+    """check: raises ValueError, `WHAT: reason; advice`, where it is missing. packages: whose version is told."""
     try:
         check()
     except ValueError as error:
-        return Finding(name, False, str(error).partition(": ")[2] or str(error), how)
+        reason = str(error).partition(": ")[2] or str(error)
+        return Finding(name, False, reason.partition("; ")[0], how)
     for package in packages:
         try:
             return Finding(name, True, metadata.version(package))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import config, precision, provenance
-from engine.distributed import World
+from engine.distributed import World, is_launched
 from engine.evaluate import COLUMNS, check_names, evaluate
 from engine.ledger import Ledger
 from engine.pipelines import datasets
@@ -131,7 +131,8 @@ def run(
         world.from_main(partial(_prepare, out))
         ledger = Ledger(_partial(out), identity, world.rank)
     results: dict[str, dict[str, Any]] = {}
-    with graceful_stop(reporter.message) as stop, world.watching(stop), precision.deterministic():
+    stopping = graceful_stop(reporter.message, launched=is_launched())
+    with stopping as stop, world.watching(stop), precision.deterministic():
         for name in names:
             most = limit_aa if name == "aa" else None
             reporter.begin(f"{COLUMNS[name]}, {checkpoint}", min(len(images.test), most or len(images.test)))

@@ -104,8 +104,9 @@ class Learner:
         kept = [*self.student.buffers(), *([] if self._counts is None else [self._counts])]
         before = [value.clone() for value in kept]
         part = Batch(batch.x_nat[:size], batch.labels[:size], batch.sample[:size])
-        # What a first update will need beside: the optimizer's momentum.
-        momentum = [] if self.optimizer.state else [torch.empty_like(value) for value in self.student.parameters()]
+        # What an update needs beside: the optimizer's momentum, and the weights as they were before their attack.
+        copies = int(not self.optimizer.state) + int(self.config.awp.gamma > 0)
+        beside = [torch.empty_like(value) for value in self.student.parameters() for _ in range(copies)]
         on_gpu = self.precision.device.type == "cuda"
         try:
             with without_reduction(self._replica):
@@ -117,7 +118,7 @@ class Learner:
             fits = False
             if self.networks.adversary is not None:
                 self.networks.adversary.release()
-        del momentum
+        del beside
         self.optimizer.zero_grad()
         for value, was in zip(kept, before, strict=True):
             value.copy_(was)

@@ -106,8 +106,9 @@ class RunDir:
             Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True
         ):
             run = cls(path.parent)
-            if not run.summary.exists() and cls.existing(run.path)[1] == wanted:
-                return run
+            with contextlib.suppress(ValueError):  # of another version, or damaged: it is not the one
+                if not run.summary.exists() and cls.existing(run.path)[1] == wanted:
+                    return run
         return None
 
     @classmethod

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 """Exit codes of the command line: a run cannot go on; the user can mend it; all is saved, go on with --resume."""
+
+SECONDS_OF_ECHO = 10.0
+"""How long after a signal a launched process takes another for the same one.
+
+A cluster tells all processes, and the launcher among them tells the others again."""
 
 
 class Interrupted(Exception):  # like KeyboardInterrupt, no error
@@ -37,21 +43,25 @@ class Stop:
 
 
 @contextmanager
-def graceful_stop(say: Callable[[str], None]) -> Iterator[Stop]:
+def graceful_stop(say: Callable[[str], None], *, launched: bool = False) -> Iterator[Stop]:
     """SIGINT and SIGTERM set the flag of the `Stop` inside; a second one interrupts at once.
 
-    say: tells the user that the first one was heard. Outside the main thread signals stay as they are.
+    say: tells the user that the first one was heard. launched: as one of several, which hear the first one twice.
+    Outside the main thread signals stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    heard: list[float] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
+        heard.append(time.monotonic())
+        if len(heard) == 1:
+            stop.requested = True
+            say(f"{signal.Signals(number).name}: stopping at the next safe point; once more to stop at once")
+        elif not launched or heard[-1] - heard[0] > SECONDS_OF_ECHO:
             raise KeyboardInterrupt
-        stop.requested = True
-        say(f"{signal.Signals(number).name}: stopping at the next safe point; once more to stop at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -36,7 +36,7 @@ from engine import (
 from engine.attack import preset
 from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
-from engine.distributed import World
+from engine.distributed import World, is_launched
 from engine.evaluate import batch_of, check_names, evaluate
 from engine.journal import Journal
 from engine.kernels import dispatch
@@ -143,7 +143,7 @@ def _check(complete: RunConfig) -> None:
 
 
 def _until_stopped(run: RunDir, complete: RunConfig, reporter: Reporter, profile: int, world: World) -> RunResult:
-    with graceful_stop(reporter.message) as stop:
+    with graceful_stop(reporter.message, launched=is_launched()) as stop:
         try:
             with world.watching(stop):
                 return _run(run, complete, reporter, stop, world, profile=profile)
