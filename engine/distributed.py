@@ -198,6 +198,15 @@ class World:
             self.beat()
             time.sleep(0.05)
 
+    def leave(self) -> None:
+        """End the process groups: the processes have done with each other.
+
+        gloo's threads let go of a collective's tensors a moment after its end, which aborts a process whose
+        interpreter is gone by then. With its last reference a group waits for its threads.
+        """
+        self._asked = self._control = None
+        dist.destroy_process_group()
+
     def replicate(self, student: nn.Module, device: torch.device, *, every_backward: bool) -> nn.Module:
         """The student whose backward averages gradients over all processes, while it is still computing others.
 
@@ -320,12 +329,14 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
     except (ValueError, RunFailed, Interrupted) as error:
         if not isinstance(error, ProcessLost | Interrupted):
             root.set(_VERDICT, "2" if isinstance(error, ValueError) else "1")
+        if isinstance(error, Interrupted):
+            world.leave()
         if store.add("engine/said", 1) > 1:
             raise type(error)("") from None
         raise
     world.meet()
     world.gather(torch.zeros(1))  # without the store, which may live in the main process: it leaves last
-    dist.destroy_process_group()
+    world.leave()
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

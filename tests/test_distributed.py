@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from engine.precision import Precision
 from engine.reporter import Reporter
 from engine.stopping import Interrupted, ProcessLost, Stop
 from tests.conftest import write_checkpoint
-from tests.processes import together
+from tests.processes import start, together
 
 F64 = Precision(torch.device("cpu"), torch.float64)
 
@@ -336,6 +337,36 @@ def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
     together(2, one_is_asked_to_stop, str(tmp_path / "stopped"))
     for rank in range(2):
         assert json.loads((tmp_path / f"stopped-{rank}").read_text()) == [8, True]
+
+
+WITHOUT_GROUPS = """
+import pathlib, sys
+from engine import config, distributed
+from engine.stopping import Interrupted
+
+def of_gloo():
+    names = [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+try:
+    with distributed.joined(config.load({"device": "cpu"})) as world:
+        world.any_of_last_time(False)
+        assert of_gloo()
+        if sys.argv[1] == "stopped":
+            raise Interrupted("as asked")
+except Interrupted:
+    pass
+assert not of_gloo()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by /proc")
+@pytest.mark.parametrize("end", ["finished", "stopped"])
+def test_no_thread_of_a_group_outlives_it(end: str) -> None:
+    """One that does may abort the process at its exit, and the launcher would start a finished run again."""
+    for process in start(2, ["-c", WITHOUT_GROUPS, end]):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, out + err
 
 
 def main_refuses(world: World, out: str) -> None:

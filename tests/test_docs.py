@@ -83,7 +83,7 @@ def shell_words(script: Path) -> list[str]:
     """Of the command of a script that starts torchrun."""
     lines = script.read_text().replace("\\\n", " ").splitlines()
     (command,) = [line for line in lines if "torchrun " in line and not line.startswith("#")]
-    return shlex.split(command)
+    return shlex.split(command.removesuffix(" &"))
 
 
 def rows(page: str, heading: str = "") -> list[list[str]]:
