@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,17 @@ def write_tensors(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder named after this second, and numbered where other runs have begun in it."""
+    stamped = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = parent / (stamped if number == 1 else f"{stamped}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path
+
+
 class RunDir:
     """Paths of a run directory and its append-only log of rows."""
 
@@ -59,18 +71,16 @@ class RunDir:
     @classmethod
     def create(cls, config: RunConfig) -> RunDir:
         """A new run directory with its config.yaml. Raises ValueError where the place is taken."""
-        if config.out is None:
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            path = Path("runs") / f"{config.method}-{config.dataset}-{config.model}-{stamp}"
-        else:
-            path = Path(config.out)
-        run = cls(path)
-        if run.config.exists():
+        path = Path("runs" if config.out is None else config.out)
+        if config.out is not None and cls(path).config.exists():
             raise ValueError(
                 f"--out {path} holds a run already; continue it with --resume {path}, or choose another"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
+            if config.out is None:
+                path = _new_folder(path, f"{config.method}-{config.dataset}-{config.model}")
+            run = cls(path)
             # Without its place: the file can be given to --config as it is.
             text = yaml.safe_dump(config.tree() | {"out": None}, sort_keys=False)
             write_atomically(run.config, text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_without_a_place_it_is_the_latest_unfinished_one_of_the_same_settings() 
     found = RunDir.find(wanted)
     assert found is not None
     assert found.path == Path("runs/latest")
+
+
+def test_runs_that_begin_at_once_have_places_of_their_own() -> None:
+    with ThreadPoolExecutor(8) as pool:  # as the jobs of an array, one for each seed
+        runs = list(pool.map(lambda seed: RunDir.create(config.load(WANTED, {"seed": seed})), range(8)))
+    assert len({run.path for run in runs}) == 8
+    for seed, run in enumerate(runs):
+        assert RunDir.existing(run.path)[1].seed == seed
 
 
 def test_in_its_place_it_must_have_the_same_settings() -> None:
