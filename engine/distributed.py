@@ -329,7 +329,7 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
     except (ValueError, RunFailed, Interrupted) as error:
         if not isinstance(error, ProcessLost | Interrupted):
             root.set(_VERDICT, "2" if isinstance(error, ValueError) else "1")
-        if isinstance(error, Interrupted):
+        if isinstance(error, Interrupted):  # all stop together; after an error, leaving could mean to wait
             world.leave()
         if store.add("engine/said", 1) > 1:
             raise type(error)("") from None

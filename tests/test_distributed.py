@@ -341,27 +341,22 @@ def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"stopped-{rank}").read_text()) == [8, True]
 
 
-WITHOUT_GROUPS = """
-import sys, time
+JOINING = """
+import sys
 from engine import config, distributed
 from engine.stopping import Interrupted
-from tests.pipelines.loaders import threads
+from tests.pipelines.loaders import threads, threads_end
 
-def of_gloo():
-    return any("gloo" in name for name in threads())
-
+before = len(threads())
 try:
     with distributed.joined(config.load({"device": "cpu"})) as world:
         world.any_of_last_time(False)
-        assert of_gloo()
+        assert any("gloo" in name for name in threads())
         if sys.argv[1] == "stopped":
             raise Interrupted("as asked")
 except Interrupted:
     pass
-patience = time.monotonic() + 5
-while of_gloo():  # a joined thread vanishes from /proc a little later
-    assert time.monotonic() < patience
-    time.sleep(0.01)
+assert threads_end(before), threads()
 """
 
 
@@ -369,20 +364,23 @@ while of_gloo():  # a joined thread vanishes from /proc a little later
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_no_thread_of_a_group_outlives_it(end: str) -> None:
     """One that does may abort the process at its exit, and the launcher would start a finished run again."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command = [
-        *launcher,
-        "--rdzv-endpoint",
-        "localhost:0",
-        "--no-python",
+    launcher = [
         sys.executable,
-        "-c",
-        WITHOUT_GROUPS,
-        end,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*launcher, sys.executable, "-c", JOINING, end],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
