@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+TORCH211 ?= .venv-torch211
+# Tests of what depends on torch's and triton's versions.
+COMPUTING := tests/kernels tests/fake_cuda tests/models tests/bench/test_reference.py tests/bench/test_peaks.py \
+  $(addprefix tests/test_,$(addsuffix .py,attack cuda_step distributed evaluate learner networks resume trainer twin))
 
-.PHONY: help install setup-ffcv native demo test test-slow lint clean
+.PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint clean
 
 help:
 	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-torch211  those of what computes, with the oldest torch and triton that are supported"
 	@echo "make install    the virtual environment $(VENV) with the engine in it"
 	@echo "make setup-ffcv FFCV in it, with the system's packages that its build needs"
 	@echo "make native     the native library alone, which make install builds where it can"
@@ -75,5 +80,15 @@ test: $(VENV)/.installed-loaders lint
 test-slow: $(VENV)/.installed-loaders
 	$(BIN)/pytest -m slow
 
+# The oldest torch that is supported, and the triton that came with it.
+$(TORCH211)/.installed: setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(PYTHON) -m venv $(TORCH211)
+	$(TORCH211)/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 --editable '.[test]'
+	@touch $@
+
+test-torch211: $(TORCH211)/.installed
+	$(TORCH211)/bin/pytest -m "not slow and not gpu" $(COMPUTING)
+	TRITON_INTERPRET=1 $(TORCH211)/bin/pytest tests/interpreter
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info kernels/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TORCH211) $(DEMO) build dist *.egg-info kernels/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -55,7 +55,9 @@ class Learner:
         in_parts = config.micro_batch is not None or config.awp.gamma > 0
         self._replica = self.world.replicate(student, precision.device, every_backward=not in_parts)
         self._statistics = Statistics(student, self.world)
-        self.networks = networks.build(student, teachers, method, config, precision, counts, self._replica)
+        self.networks = networks.build(
+            student, teachers, method, config, precision, counts, self._replica, self._is_usual
+        )
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,12 +130,24 @@ class Learner:
 
     def _parts(self, batch: Batch, whole: int) -> list[Batch]:
         """As many on every process, since some of the work in a part may be common."""
-        if self.micro_batch is None:
-            return [batch]
-        largest = -(-whole // self.world.size)
-        count = max(1, -(-largest // self.micro_batch))
+        count = self._count_parts(whole)
         split = (tensor.tensor_split(count) for tensor in (batch.x_nat, batch.labels, batch.sample))
         return [Batch(*tensors) for tensors in zip(*split, strict=True)]
+
+    def _count_parts(self, whole: int) -> int:
+        if self.micro_batch is None:
+            return 1
+        largest = -(-whole // self.world.size)
+        return max(1, -(-largest // self.micro_batch))
+
+    def _is_usual(self, images: int) -> bool:
+        """Whether a part of a full batch has so many images: as many on every process, give or take one."""
+        if self.seeks_micro_batch:
+            return False
+        full = self.config.batch_size
+        count = self._count_parts(full)
+        share = full // self.world.size
+        return images in (share // count, -(-share // count))
 
     def _loss(self, batch: Batch, given: Given, method: Method, forwards: ForwardsConfig) -> StepOutput:
         return student_loss(

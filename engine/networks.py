@@ -35,13 +35,14 @@ def build(
     precision: Precision,
     counts: Tensor | None = None,
     trained: nn.Module | None = None,
+    usual: Callable[[int], bool] = lambda images: True,
 ) -> Networks:
     """The student's training pass, its adversary and its teachers' twins, as the configuration wants them run.
 
     teachers: by section of the configuration, "teacher" and "teacher_st". counts: see `Adversary`.
-    trained: the student as its training pass has to be called, see `World.replicate`.
+    trained: the student as its training pass has to be called, see `World.replicate`. usual: see `passes`.
     """
-    run = passes(config, precision.device)
+    run = passes(config, precision.device, usual)
     adversary = None
     # What processes tell each other within the attack is not captured.
     talks = config.attack.bn != "eval" and is_synchronised(student)
@@ -67,25 +68,26 @@ def build(
     return Networks(run(trained or student), adversary, twins.get("teacher"), twins.get("teacher_st"))
 
 
-def passes(config: RunConfig, device: torch.device) -> Callable[[nn.Module], Pass]:
-    """How a module becomes a pass: as it is, or compiled for whole batches.
+def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]) -> Callable[[nn.Module], Pass]:
+    """How a module becomes a pass: as it is, or compiled.
 
+    usual: whether a pass over so many images comes often, and is worth a compilation.
     "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
     """
     automatic = device.type == "cuda" and not config.checkpoint_activations
     if config.compile == "on" or (config.compile == "auto" and automatic):
-        return lambda module: _Compiled(module, config.batch_size)
+        return lambda module: _Compiled(module, usual)
     return lambda module: module
 
 
 class _Compiled:
-    """A pass that is compiled for one batch size; a smaller batch is not worth a compilation of its own."""
+    """A pass that is compiled for the usual numbers of images, and run op by op for others."""
 
-    def __init__(self, module: nn.Module, batch_size: int) -> None:
-        self._module, self._batch_size = module, batch_size
+    def __init__(self, module: nn.Module, usual: Callable[[int], bool]) -> None:
+        self._module, self._usual = module, usual
         self._compiled = torch.compile(module, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        whole = images.shape[0] == self._batch_size
-        logits: Tensor = self._compiled(images) if whole else self._module(images)
+        run = self._compiled if self._usual(len(images)) else self._module
+        logits: Tensor = run(images)
         return logits

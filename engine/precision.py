@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,27 +118,56 @@ def visiting(network: nn.Module | None, device: torch.device) -> Iterator[None]:
         network.to("cpu")
 
 
+# What computes in float32; `fp32_precision` of each is "ieee", "tf32", "bf16", or "none" where nothing was said.
+_FLOAT32: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+)
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No TF32 inside: float32 means float32 on every device."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
+    """float32 means IEEE float32 inside, on every device: no TF32, no bfloat16.
+
+    The flags' older names (`allow_tf32`, `set_float32_matmul_precision`) say the same: torch refuses to read them
+    where the two disagree.
+    """
+    before = [backend.fp32_precision for backend in _FLOAT32]
+    matmul, allow_tf32 = torch.get_float32_matmul_precision(), _cudnn_allows_tf32()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for backend in _FLOAT32:
         backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+        for backend, precision in zip(_FLOAT32, before, strict=True):
             backend.fp32_precision = precision
 
 
+def _cudnn_allows_tf32() -> bool:
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # somebody has set the new names alone
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Same seed, same machine, same bits: cuDNN may neither time its algorithms nor pick an atomic one."""
+def deterministic(*, amp: bool = False) -> Iterator[None]:
+    """Same seed, same machine, same bits: cuDNN may neither time its algorithms nor pick an atomic one.
+
+    amp: what a training with AMP leaves in float32, the first and the last layer, is IEEE float32 inside.
+    """
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        yield
+        with full_precision() if amp else nullcontext():
+            yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

@@ -66,14 +66,15 @@ class _Console(Console):
 
 
 class ConsoleReporter(Reporter):
-    """Speaks to standard output."""
+    """Speaks to standard output. share_of_peak: tells of the speed in units of the device's, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, share_of_peak: bool = False) -> None:
         # A pipe has no width: nothing may be folded or cut for one.
         self.console = _Console(width=None if sys.stdout.isatty() else 240)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what, self._total, self._said, self._accuracies = "", 0, 0.0, ""
+        self._share_of_peak = share_of_peak
 
     def message(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -101,9 +102,7 @@ class ConsoleReporter(Reporter):
         self._bar.start()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        status = (
-            f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{_of_peak(row)}{self._accuracies}"
-        )
+        status = f"loss {row['loss']:.4f}  {self._speed(row)}{self._accuracies}"
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         else:
@@ -126,7 +125,7 @@ class ConsoleReporter(Reporter):
         self._accuracies = f"  natural {row['natural_accuracy']:.2%}  robust {row['robust_accuracy']:.2%}"
         self.message(
             f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}{alpha}{self._accuracies}"
-            f"  ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s{_of_peak(row)})"
+            f"  ({row['seconds']:.0f} s, {self._speed(row)})"
         )
 
     def end(self) -> None:
@@ -134,6 +133,6 @@ class ConsoleReporter(Reporter):
             self._bar.stop()
             self._bar = None
 
-
-def _of_peak(row: Mapping[str, Any]) -> str:
-    return f", {row['share_of_peak']:.0%} of peak"
+    def _speed(self, row: Mapping[str, Any]) -> str:
+        share = f", {row['share_of_peak']:.0%} of peak" if self._share_of_peak else ""
+        return f"{row['images_per_second']:.0f} images/s{share}"

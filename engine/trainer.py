@@ -163,7 +163,7 @@ def _run(
 ) -> RunResult:
     trainer = None
     try:
-        with precision.deterministic(), run.locked() if world.is_main else nullcontext():
+        with precision.deterministic(amp=complete.amp), run.locked() if world.is_main else nullcontext():
             trainer = Trainer(run, complete, reporter, stop, world, dataset)
             if profile and world.is_main:
                 trainer.profiler = Profiler(profile, run.path, trainer.precision.device, reporter)

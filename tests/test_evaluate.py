@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine.evaluate
+from engine import precision
 from engine.attack import describe, pgd, presets
 from engine.evaluate import COLUMNS, check_names, evaluate
 
@@ -258,8 +259,15 @@ def footprint(model: nn.Module) -> list[Any]:
     ]
 
 
-def precisions() -> list[str]:
-    return [torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision]  # type: ignore[attr-defined]
+def precisions() -> list[object]:
+    """By the new names of the flags and by the old ones, which torch reads only where they agree."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    names: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)  # type: ignore[attr-defined]
+    old = (torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    return [*(backend.fp32_precision for backend in names), *old]
+
+
+FULL = [*["ieee"] * 5, False, False, "highest"]
 
 
 @pytest.mark.parametrize("name", ["natural", "pgd10"])
@@ -274,25 +282,36 @@ def test_an_evaluation_leaves_no_trace(name: str) -> None:
     assert evaluate(model, data, [name])[name].correct == result.correct
 
 
+@pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
 @pytest.mark.parametrize("allowed", [False, True])
-def test_tf32_is_off_inside_and_as_before_outside(allowed: bool) -> None:
+def test_float32_is_full_inside_and_as_before_outside(allowed: bool, matmul: str) -> None:
     """The flags exist without a GPU."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    default = matmul.allow_tf32, cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    default = cudnn.allow_tf32
     model = network()
     data = labelled(model)
-    seen: list[list[str]] = []
+    seen: list[list[object]] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(precisions()))
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(matmul)
         before = precisions()
         evaluate(model, data, ["natural", "fgsm"])
         assert seen
-        assert all(inside == ["ieee", "ieee"] for inside in seen)
+        assert all(inside == FULL for inside in seen)
         assert precisions() == before
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = default
+        cudnn.allow_tf32 = default
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_with_amp_a_training_runs_its_first_and_last_layer_in_full_float32(amp: bool) -> None:
+    outside = precisions()
+    with precision.deterministic(amp=amp):
+        assert precisions() == (FULL if amp else outside)
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
+    assert precisions() == outside
 
 
 def test_a_model_in_eval_mode_with_random_layers_is_not_random() -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from engine import config, methods, models, networks
 from engine.attack import climb
+from engine.distributed import World
+from engine.learner import Learner
 from engine.models.layers import Stage
+from engine.pipelines.base import Batch
 from engine.precision import Precision
-from engine.twin import Twin
+from engine.twin import Pass, Twin
+from tests.processes import together
 
 CPU = torch.device("cpu")
-F32 = Precision(CPU, torch.float32)
+F64, F32 = Precision(CPU, torch.float64), Precision(CPU, torch.float32)
+AMP = Precision(CPU, torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +39,7 @@ F32 = Precision(CPU, torch.float32)
 )
 def test_what_is_compiled(keys: dict[str, Any], device: str, compiled: bool) -> None:
     net = models.build("resnet8", 4)
-    run = networks.passes(config.load(keys), torch.device(device))(net)
+    run = networks.passes(config.load(keys), torch.device(device), bool)(net)
     assert (run is not net) == compiled
 
 
@@ -49,7 +57,7 @@ def test_yaml_s_truth_values_are_switches(value: object, read: str) -> None:
 
 def test_compiled_passes_are_those_that_are_not() -> None:
     """By the real compiler: attack and training are two instances, and a smaller batch runs uncompiled."""
-    run = networks.passes(config.load({"compile": "on", "batch_size": 4}), CPU)
+    run = networks.passes(config.load({"compile": "on"}), CPU, (4).__eq__)
     torch.manual_seed(0)
     net, other = models.build("resnet8", 4), models.build("resnet8", 4)
     other.load_state_dict(net.state_dict())
@@ -70,6 +78,83 @@ def test_compiled_passes_are_those_that_are_not() -> None:
     torch.testing.assert_close(part, expected[2], rtol=1e-4, atol=1e-5)
     for name, value in expected[3].items():
         torch.testing.assert_close(buffers[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", models.TABLE)
+def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
+    """Of the student, and of its twin under attack; with every torch that is supported."""
+    precision = AMP if amp else F32
+    student = precision.place(models.build(name, 4))
+    graphs = CompileCounterWithBackend("eager")
+
+    def run(module: nn.Module) -> Pass:
+        compiled: Pass = torch.compile(module, dynamic=False, backend=graphs)
+        return compiled
+
+    passes: tuple[Pass, ...] = (Twin(student, "train", precision, run), run(student))
+    images = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    for count, a_pass in enumerate(passes, 1):
+        for _ in range(2):
+            with precision.autocast():
+                a_pass(images.requires_grad_())
+        assert graphs.frame_count == count
+
+
+def compiled_sizes(world: World, folder: str, keys: dict[str, Any]) -> None:
+    """How many images each compiled pass of two steps sees, and the student after them, compiled or not."""
+    seen: list[int] = []
+    real = torch.compile
+
+    def noting(module: nn.Module, **how: Any) -> Any:
+        run = real(module, backend="aot_eager", **how)
+
+        def noted(images: Tensor) -> Tensor:
+            seen.append(len(images))
+            logits: Tensor = run(images)
+            return logits
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", noting)
+        students = [trained(world, keys | {"compile": wanted}) for wanted in ("on", "off")]
+    for mine, other in zip(*(student.state_dict().values() for student in students), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+    (Path(folder) / f"{world.rank}.json").write_text(json.dumps(sorted({*seen})))
+
+
+def trained(world: World, keys: dict[str, Any]) -> nn.Module:
+    """The student after two steps of IAD-I on 8 images and one on 6."""
+    run = config.load({"method": "iad1", "dtype": "float64", "batch_size": 8, "attack": {"num_steps": 1}}, keys)
+    torch.manual_seed(0)
+    student, teacher = (models.build("resnet8", 4).double() for _ in range(2))
+    method = methods.get("iad1")
+    learner = Learner(student.train(), {"teacher": teacher.eval()}, method, run, F64, world)
+    for whole in (8, 8, 6):
+        mine = range(world.rank, whole, world.size)
+        x = torch.rand(whole, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(whole))
+        labels = sample = torch.arange(whole)
+        batch = Batch(x[mine], labels[mine] % 4, sample[mine])
+        learner.learn(batch, method, 0.1, epoch=0, whole=whole, seen=lambda output, labels: None)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("processes", "keys", "sizes"),
+    [
+        (1, {}, [8]),
+        (1, {"micro_batch": 3}, [2, 3]),  # 3, 3, 2
+        (2, {}, [4]),
+        (2, {"micro_batch": 2}, [2]),
+    ],
+)
+def test_what_a_process_really_runs_is_compiled(
+    processes: int, keys: dict[str, Any], sizes: list[int], tmp_path: Path
+) -> None:
+    together(processes, compiled_sizes, str(tmp_path), keys)
+    assert [json.loads(path.read_text()) for path in tmp_path.glob("*.json")] == [sizes] * processes
 
 
 def test_only_trained_passes_are_recomputed() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bench.steps import Flops
 from engine import config, methods, models, networks, plan
 from engine.pipelines.base import Batch
-from engine.precision import Precision
+from engine.precision import Precision, full_precision
 from engine.speed import Speedometer, forward_flops
 from engine.step import training_loss
 from engine.streams import Lanes
@@ -89,3 +93,28 @@ def test_the_peak_is_that_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0, 40.0, 45.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     assert speed.peak_flops_per_second(F64) == 2 * 64**3 / 1.0
+
+
+@pytest.mark.parametrize("convolutions", ["ieee", "tf32"])
+def test_the_peak_is_that_of_the_convolutions_format_and_of_random_numbers(
+    convolutions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import speed
+
+    products = torch.backends.cuda.matmul
+    seen: list[tuple[str, int]] = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+                seen.append((products.fp32_precision, len(args[0].unique())))
+            return func(*args, **(kwargs or {}))
+
+    before = products.fp32_precision
+    monkeypatch.setitem(speed._SIDE, "cpu", 16)
+    random_state = torch.get_rng_state()
+    with full_precision() if convolutions == "ieee" else nullcontext(), Noting():
+        speed.peak_flops_per_second(Precision(torch.device("cpu"), torch.float32))
+    assert seen == [(convolutions, 256)] * 5
+    assert products.fp32_precision == before
+    assert torch.equal(torch.get_rng_state(), random_state)

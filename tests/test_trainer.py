@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import engine
 from engine import attack, config, methods, models, networks, precision, step, teachers, trainer
 from engine.evaluate import Result
+from engine.learner import Learner
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split, limited
@@ -32,6 +33,24 @@ from engine.twin import Twin
 def rows_of(path: Path, event: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["event"] == event]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_what_amp_leaves_in_float32_is_trained_without_tf32(
+    amp: bool, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flags exist without a GPU. Without AMP torch's own default holds."""
+    seen = set()
+    learn = Learner.learn
+
+    def noting(*args: Any, **kwargs: Any) -> None:
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        seen.add((matmul.allow_tf32, cudnn.allow_tf32, cudnn.conv.fp32_precision))  # type: ignore[attr-defined]
+        learn(*args, **kwargs)
+
+    monkeypatch.setattr(Learner, "learn", noting)
+    engine.train(tiny.config(method="st", epochs=1, amp=amp, out=str(tmp_path / "run")))
+    assert seen == {(False, False, "ieee") if amp else (False, True, "tf32")}
 
 
 class Listener(Reporter):

@@ -40,9 +40,9 @@ class ImageConv2d(nn.Conv2d):
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        device = images.device.type
-        if not _autocasts(device):
+        if not _autocasts(images):
             return super().forward(images)
+        device = images.device.type
         with torch.autocast(device, enabled=False):
             out = super().forward(images)
         return out.to(torch.get_autocast_dtype(device))
@@ -52,15 +52,38 @@ class Classifier(nn.Linear):
     """The last layer, in full precision under autocast too: softmax and alpha would see rounded logits."""
 
     def forward(self, features: Tensor) -> Tensor:
-        device = features.device.type
-        if not _autocasts(device):
+        if not _autocasts(features):
             return super().forward(features)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.to(self.weight.dtype))
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocasts(x: Tensor) -> bool:
+    # Meta tensors have no autocast. torch.amp.is_autocast_available would say so, and break a graph of torch 2.11.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that does not count its batches unless its momentum is None: nothing else reads the count.
+
+    On a GPU each layer's count is a launch in each pass. A state_dict has it, as published checkpoints do.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.momentum is None:
+            return super().forward(input)
+        uses_batch = self.training or self.running_mean is None
+        keeps = self.track_running_stats or not self.training
+        return F.batch_norm(
+            input,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            self.weight,
+            self.bias,
+            uses_batch,
+            self.momentum,
+            self.eps,
+        )
 
 
 class Stage(nn.Sequential):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, relu
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu
 
 # Expansion, channels, blocks and first stride, as in the paper's Table 2 but for the second row's stride,
 # which is 1 here: the stem and this row keep the resolution of a 32x32 image.
@@ -27,14 +27,14 @@ class _Block(nn.Module):
         hidden = expansion * in_channels
         self.stride = stride
         self.conv1 = conv(in_channels, hidden, 1)
-        self.bn1 = nn.BatchNorm2d(hidden)
+        self.bn1 = BatchNorm2d(hidden)
         self.conv2 = conv(hidden, hidden, 3, stride, groups=hidden)
-        self.bn2 = nn.BatchNorm2d(hidden)
+        self.bn2 = BatchNorm2d(hidden)
         self.conv3 = conv(hidden, channels, 1)
-        self.bn3 = nn.BatchNorm2d(channels)
+        self.bn3 = BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride == 1 and in_channels != channels:
-            self.shortcut = nn.Sequential(conv(in_channels, channels, 1), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(conv(in_channels, channels, 1), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = relu(self.bn1(self.conv1(x)))
@@ -55,7 +55,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(32, 3)
-        self.bn1 = nn.BatchNorm2d(32)
+        self.bn1 = BatchNorm2d(32)
         blocks: list[nn.Module] = []
         in_channels = 32
         for expansion, channels, num_blocks, first_stride in STAGES:
@@ -65,7 +65,7 @@ class MobileNetV2(nn.Module):
                 in_channels = channels
         self.layers = nn.Sequential(*blocks)
         self.conv2 = conv(in_channels, 1280, 1)
-        self.bn2 = nn.BatchNorm2d(1280)
+        self.bn2 = BatchNorm2d(1280)
         self.linear = Classifier(1280, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -12,9 +12,9 @@ class _Block(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, channels, 3, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
         self.shortcut: nn.Module | None = None
         if stride != 1 or in_channels != channels:
@@ -43,7 +43,7 @@ class PreActResNet(nn.Module):
         self.layer2 = stage(_Block, widths[0], widths[1], num_blocks, stride=2)
         self.layer3 = stage(_Block, widths[1], widths[2], num_blocks, stride=2)
         self.layer4 = stage(_Block, widths[2], widths[3], num_blocks, stride=2)
-        self.bn = nn.BatchNorm2d(widths[3])
+        self.bn = BatchNorm2d(widths[3])
         self.linear = Classifier(widths[3], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

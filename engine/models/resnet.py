@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -15,12 +15,12 @@ class _Block(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu(self.bn1(self.conv1(x)))
@@ -40,7 +40,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(widths[0], 3)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.bn1 = BatchNorm2d(widths[0])
         self.layer1 = stage(_Block, widths[0], widths[0], num_blocks, stride=1)
         self.num_stages = len(widths)
         for index, (in_channels, channels) in enumerate(pairwise(widths), start=2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 _EXPANSION = 4
 
@@ -20,14 +20,14 @@ class _Bottleneck(nn.Module):
         super().__init__()
         hidden = channels // _EXPANSION
         self.conv1 = conv(in_channels, hidden, 1)
-        self.bn1 = nn.BatchNorm2d(hidden)
+        self.bn1 = BatchNorm2d(hidden)
         self.conv2 = conv(hidden, hidden, 3, stride)
-        self.bn2 = nn.BatchNorm2d(hidden)
+        self.bn2 = BatchNorm2d(hidden)
         self.conv3 = conv(hidden, channels, 1)
-        self.bn3 = nn.BatchNorm2d(channels)
+        self.bn3 = BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(conv(in_channels, channels, 1, stride), nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(conv(in_channels, channels, 1, stride), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu(self.bn1(self.conv1(x)))
@@ -47,7 +47,7 @@ class BottleneckResNet(nn.Module):
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(64, 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.layer1 = stage(_Bottleneck, 64, 256, num_blocks[0], stride=1)
         self.layer2 = stage(_Bottleneck, 256, 512, num_blocks[1], stride=2)
         self.layer3 = stage(_Bottleneck, 512, 1024, num_blocks[2], stride=2)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.models.layers import BatchNorm2d
+
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with every BatchNorm2d normalising over all processes; parameters and buffers are the same.
@@ -18,7 +20,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return converted
     for name, norm in list(network.named_modules()):
-        if type(norm) is nn.BatchNorm2d:
+        if isinstance(norm, nn.BatchNorm2d) and not isinstance(norm, SyncBatchNorm):
             own = SyncBatchNorm(
                 norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
             ).train(norm.training)
@@ -33,7 +35,7 @@ def is_synchronised(network: nn.Module) -> bool:
     return any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in network.modules())
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(BatchNorm2d):
     """BatchNorm2d whose batch statistics are those of all processes' images together. x: (B, C, H, W), on a CPU.
 
     A process without images takes part with none.
@@ -48,11 +50,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 momentum = self.momentum
-                if self.num_batches_tracked is not None:
+                if momentum is None:
+                    assert self.num_batches_tracked is not None
                     self.num_batches_tracked.add_(1)
-                    if momentum is None:
-                        momentum = 1 / float(self.num_batches_tracked)
-                assert momentum is not None
+                    momentum = 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_(var_C.to(self.running_var.dtype), momentum)
         return out

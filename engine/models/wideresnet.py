@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from engine.models.layers import Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 
 class _Block(nn.Module):
@@ -14,9 +14,9 @@ class _Block(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.bn1 = BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, channels, 3, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
         self.convShortcut = conv(in_channels, channels, 1, stride) if in_channels != channels else None
 
@@ -47,7 +47,7 @@ class WideResNet(nn.Module):
         self.block1 = _group(16, 16 * width, num_blocks, stride=1)
         self.block2 = _group(16 * width, 32 * width, num_blocks, stride=2)
         self.block3 = _group(32 * width, 64 * width, num_blocks, stride=2)
-        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.bn1 = BatchNorm2d(64 * width)
         self.fc = Classifier(64 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

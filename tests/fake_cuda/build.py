@@ -15,8 +15,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "kernels" / "csrc"
 
-# Libraries that torch links against, whose calls come to nothing.
+# Libraries that torch links against, whose calls come to nothing; products of matrices are launches.
 STUBBED = re.compile(r"(cublas|cublasLt|cudnn|cufft|cusolver|cusparse|cusparseLt)[A-Z]\w+")
+PRODUCT = re.compile(r"cublas[A-Z]?[gG]emm\w*")
+DEFINED = ("cublasSetStream_v2",)  # by the mock
 
 
 def emulated_kernels(directory: Path) -> ctypes.CDLL:
@@ -31,10 +33,9 @@ def emulated_kernels(directory: Path) -> ctypes.CDLL:
 def mock_runtime(directory: Path) -> Path:
     """The mock of the CUDA runtime and driver, under the name by which a driver is looked for."""
     headers = _cuda_headers()
-    stubs = directory / "stubs.cpp"
-    stubs.write_text(_stubs())
-    flags = [f"-I{headers}", "-Wl,-soname,libcuda.so.1"]
-    return _compile(directory / "libcuda.so.1", [*sorted((HERE / "mock").glob("*.cpp")), stubs], flags)
+    (directory / "stubs.inc").write_text(_stubs())
+    flags = [f"-I{headers}", f"-I{directory}", "-Wl,-soname,libcuda.so.1"]
+    return _compile(directory / "libcuda.so.1", sorted((HERE / "mock").glob("*.cpp")), flags)
 
 
 def native_library(directory: Path) -> Path:
@@ -79,11 +80,10 @@ def _cuda_headers() -> Path:
 
 
 def _stubs() -> str:
-    """Functions that return 0, success, for what torch calls of those libraries and the mock does not define."""
+    """A line for each function that torch calls of those libraries and the mock does not define."""
     libraries = Path(torch.__file__).parent.glob("lib/libtorch_cuda*.so")
     listing = _run("nm", "-D", "--undefined-only", *libraries)
     names = sorted({name for name in re.findall(r" U (\w+)", listing) if STUBBED.fullmatch(name)})
     # Texts and versions come from the libraries themselves, which are there.
-    names = [name for name in names if not name.endswith(("String", "Version", "Name"))]
-    aliases = "\n".join(f'asm(".globl {name}\\n.set {name}, do_nothing");' for name in names)
-    return f'extern "C" __attribute__((visibility("default"))) long do_nothing(...) {{ return 0; }}\n{aliases}\n'
+    names = [name for name in names if not name.endswith(("String", "Version", "Name")) and name not in DEFINED]
+    return "".join(f"{'PRODUCT' if PRODUCT.fullmatch(name) else 'STUB'}({name});\n" for name in names)

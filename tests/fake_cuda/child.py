@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.fake_cuda import cudnn
+
 
 def main(module_path: str, function: str, arguments: str, answer: str) -> None:
     spec = importlib.util.spec_from_file_location("module_under_test", module_path)
@@ -16,7 +18,9 @@ def main(module_path: str, function: str, arguments: str, answer: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    library = cudnn.install()
     Path(answer).write_text(json.dumps(getattr(module, function)(*json.loads(arguments))))
+    del library
 
 
 if __name__ == "__main__":

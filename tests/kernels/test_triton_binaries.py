@@ -43,6 +43,7 @@ TARGETS = {
 }
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 ALL = ((0.5, 0.5),) * 6
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 IAD2 = ((0.0, 0.0), (0.25, 0.0), (1.0, -1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0))
 
 
@@ -69,8 +70,9 @@ class Loss:
 
     @property
     def registers(self) -> int:
+        few = 64 + 8 * (OLD_TRITON and self.classes == 200)
         # Tensors with strides have addresses of their own.
-        return (64 if self.classes <= 200 else 128) + 16 * (self.layout != "contiguous")
+        return (few if self.classes <= 200 else 128) + 16 * (self.layout != "contiguous")
 
     @property
     def read(self) -> set[str]:
