@@ -18,6 +18,9 @@ from engine.precision import Precision
 from engine.twin import Pass, Twin
 
 
+MOST_COMPILATIONS = 64
+
+
 class Networks(NamedTuple):
     """What a step runs. student: the training pass, in train mode. None: what the method does not need."""
 
@@ -76,6 +79,8 @@ def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]
     """
     automatic = device.type == "cuda" and not config.checkpoint_activations
     if config.compile == "on" or (config.compile == "auto" and automatic):
+        # Passes of one class count together, and one too many would run op by op with nothing but a warning.
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
         return lambda module: _Compiled(module, usual)
     return lambda module: module
 

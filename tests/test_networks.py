@@ -102,6 +102,17 @@ def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
         assert graphs.frame_count == count
 
 
+def test_passes_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up after eight by itself, with nothing but a warning."""
+    graphs, real = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **how: real(module, backend=graphs, **how))
+    torch._dynamo.reset()
+    run = networks.passes(config.load({"compile": "on"}), CPU, bool)(models.build("resnet8", 4))
+    for size in range(1, 13):
+        run(torch.rand(size, 3, 8, 8))
+    assert graphs.frame_count == 12
+
+
 def compiled_sizes(world: World, folder: str, keys: dict[str, Any]) -> None:
     """How many images each compiled pass of two steps sees, and the student after them, compiled or not."""
     seen: list[int] = []
