@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
 PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple"}
+STEP_COLOURS = {"textbook": "tab:gray", "expert": "tab:orange"}
 TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
 
 
@@ -70,7 +71,7 @@ def draw_steps(path: Path, rows: Sequence[StepRow]) -> None:
             (speeds, [row.speedup for row in shown], "times the speed of the textbook's step", "%.2f"),
             (peaks, [row.peak_mib or 0 for row in shown], "peak memory, MiB", "%.0f"),
         ):
-            colours = ["tab:gray" if row.variant.startswith("textbook") else "tab:blue" for row in shown]
+            colours = [STEP_COLOURS.get(row.variant.partition("-")[0], "tab:blue") for row in shown]
             _bars(axes, labels, values, colours, form)
             axes.set_title(f"{name}, {shown[0].model}, batch {shown[0].batch_size}: {heading}", fontsize=8)
     first = rows[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -71,18 +72,28 @@ def of_step(found: Mapping[Layer, int], method: Method, run: RunConfig) -> Count
 
 def flops(work: Work) -> int:
     """2 B C_out H_out W_out (C_in / groups) k^2 in each of the three."""
-    batch, _, height, width = work.layer.input_BCHW
-    out, per_group, kernel, _ = work.layer.weight_OIHW
-    stride, padding = work.layer.stride, work.layer.padding
-    size = ((height + 2 * padding - kernel) // stride + 1) * ((width + 2 * padding - kernel) // stride + 1)
-    return 2 * batch * out * size * per_group * kernel**2
+    _, per_group, kernel, _ = work.layer.weight_OIHW
+    return 2 * math.prod(output(work.layer)) * per_group * kernel**2
 
 
-def call(work: Work, dtype: torch.dtype, device: torch.device) -> Call:
-    """Run it on random values, channels-last; the first layer in float32 whatever the dtype."""
-    layer, dtype = work.layer, torch.float32 if work.layer.images else dtype
-    tensor = functools.partial(_random, dtype=dtype, device=device)
-    x, weight = tensor(layer.input_BCHW), tensor(layer.weight_OIHW)
+def output(layer: Layer) -> tuple[int, ...]:
+    """Shape of what a convolution gives: (B, C, H, W)."""
+    batch, _, *sides = layer.input_BCHW
+    out, _, kernel, _ = layer.weight_OIHW
+    return batch, out, *((side + 2 * layer.padding - kernel) // layer.stride + 1 for side in sides)
+
+
+def numbers(layer: Layer) -> int:
+    """Of input, weight and output together: each of the three kinds reads two of them and makes the third."""
+    return sum(map(math.prod, (layer.input_BCHW, layer.weight_OIHW, output(layer))))
+
+
+def call(
+    work: Work, dtype: torch.dtype, device: torch.device, layout: torch.memory_format = torch.channels_last
+) -> Call:
+    """Run it on random values, the incoming gradient too: on ones a GPU draws less power and is faster."""
+    layer = work.layer
+    x, weight = (random(shape, dtype, device, layout) for shape in (layer.input_BCHW, layer.weight_OIHW))
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
     forward = functools.partial(
         torch.ops.aten.convolution, x, weight, None, stride, padding, [1, 1], False, [0, 0], layer.groups
@@ -92,12 +103,15 @@ def call(work: Work, dtype: torch.dtype, device: torch.device) -> Call:
     mask = [work.kind == INPUT_GRADIENT, work.kind == WEIGHT_GRADIENT, False]
     return functools.partial(
         torch.ops.aten.convolution_backward,
-        torch.ones_like(forward()), x, weight, None, stride, padding, [1, 1], False, [0, 0], layer.groups, mask,
+        torch.randn_like(forward()), x, weight, None, stride, padding, [1, 1], False, [0, 0], layer.groups, mask,
     )  # fmt: skip
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+def random(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+) -> Tensor:
+    """Of a standard normal distribution."""
+    return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
 
 
 def seconds(work: Mapping[Work, int], one: Mapping[Work, float]) -> float:
@@ -106,5 +120,9 @@ def seconds(work: Mapping[Work, int], one: Mapping[Work, float]) -> float:
 
 
 def calls(found: Iterable[Layer], dtype: torch.dtype, device: torch.device) -> dict[Work, Call]:
-    """Every computation of the layers."""
-    return {work: call(work, dtype, device) for layer in found for work in (Work(layer, kind) for kind in KINDS)}
+    """Every computation of the layers, channels-last; the first layer in float32 whatever the dtype."""
+    return {
+        work: call(work, torch.float32 if layer.images else dtype, device)
+        for layer in found
+        for work in (Work(layer, kind) for kind in KINDS)
+    }

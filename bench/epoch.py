@@ -1,109 +1,218 @@
-"""Seconds an epoch, beside the paper's Table 14: `python -m bench.epoch --table14`. README.md says how."""
+"""Seconds an epoch, beside the paper's Table 14: `python -m bench.epoch`. README.md says how."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, results, steps
+from bench import machine, realepoch, results, steps
+from bench.meter import Peaks
 from bench.results import EpochRow
-from bench.step import SynchronisedClock, peak_of_a_process
+from bench.step import STEPS_PER_ROUND, SynchronisedClock, peaks_of_a_process, warmed_up
 from bench.steps import TEXTBOOK, VARIANTS, Workload
 from bench.timing import no_garbage_collection, rotated
 
 EPOCH_IMAGES = 50_000
 # Seconds an epoch and MiB of the paper's Table 14: CIFAR-10, ResNet-18, batch 128, on a GPU that it does not name.
 TABLE_14 = {"ard": (156.12, 3253), "iad1": (182.01, 3977), "akd2": (147.10, 2397), "iad2": (167.23, 3249)}
+REAL = "real"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--table14", "_", is_flag=True, required=True, help="The four methods of the paper's Table 14.")
+@click.option("--table14", "scaled", is_flag=True, help="Some steps of each method, scaled to an epoch.")
+@click.option("--real", is_flag=True, help="Two whole epochs of each by the trainer; the second counts.")
+@click.option("--method", "names", multiple=True, type=click.Choice(list(TABLE_14)), help="Repeatable. [all]")
 @click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Repeatable.")
 @click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
-@click.option("--dataset", default="cifar10", show_default=True, help="Of the images, or random.")
+@click.option("--dataset", default="cifar10", show_default=True, help="Of the images; with --table14 also random.")
 @click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--steps", "count", default=3, show_default=True, type=click.IntRange(min=2), help="Steps of each.")
+@click.option(
+    "--steps", "rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds of each."
+)
+@click.option("--limit-train", type=click.IntRange(min=1), help="Images of an epoch of --real. [all]")
+@click.option(
+    "--budget", type=click.IntRange(min=1), help="Seconds of --real: a method that no longer fits waits."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
 def main(
-    _: bool,
+    scaled: bool,
+    real: bool,
+    names: Sequence[str],
     variants: Sequence[str],
     model: str,
     batch_size: int,
     dataset: str,
     device_name: str,
-    count: int,
+    rounds: int,
+    limit_train: int | None,
+    budget: int | None,
     out: Path | None,
 ) -> None:
-    """Time so many steps of each method, after their warm-up, and scale them to an epoch of 50,000 images."""
+    """Seconds an epoch of the methods of the paper's Table 14, after their warm-up: --table14 or --real."""
+    if scaled == real:
+        raise click.UsageError("one of --table14 and --real is needed")
+    if (real and variants) or (scaled and (limit_train or budget)):
+        raise click.UsageError("--variant belongs to --table14, --limit-train and --budget belong to --real")
+    chosen = [name for name in TABLE_14 if name in (names or TABLE_14)]
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
         device = machine.device(device_name)
-        images = steps.images_of(dataset, batch_size)
+        facts = machine.facts(device)
+        of_run = {"model": model, "batch_size": batch_size, "dataset": dataset, "device": str(device), "amp": True}
+        if real:
+            keys = of_run | {"limit_train": limit_train}
+            realepoch.check(keys)
+        else:
+            images = steps.images_of(dataset, batch_size)
+            workloads = {name: Workload(name, model, batch_size, images, device) for name in chosen}
+            variants = variants or (TEXTBOOK, "all" if device.type == "cuda" else "amp")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    variants = variants or (TEXTBOOK, "all" if device.type == "cuda" else "amp")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    facts = machine.facts(device)
-    folder = out or machine.results_folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    workloads = {name: Workload(name, model, batch_size, images, device) for name in TABLE_14}
-    per_epoch = math.ceil(EPOCH_IMAGES / batch_size)
-    samples = measure(workloads, variants, count)
+    path = (out or machine.results_folder(facts)) / ("epoch-real.csv" if real else "epoch.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    missing: list[str] = []
+    if real:
+        rows = real_rows(facts, chosen, keys, budget, path, missing)
+    else:
+        rows = scaled_rows(facts, workloads, variants, rounds)
+        results.write(path, rows)
+        per_epoch = math.ceil(EPOCH_IMAGES / batch_size)
+        console.print(
+            f"Scaled from rounds of steps of {batch_size} images to {per_epoch} steps, without evaluation."
+        )
+    if rows:
+        console.print(table(rows))
+        console.print(
+            "The paper names no GPU, and its MiB hold context and allocator: across hardware compare ratios."
+        )
+        console.print(f"written: {path}")
+    if missing:
+        raise click.ClickException("; ".join(missing))
+
+
+def scaled_rows(
+    facts: machine.Facts, workloads: Mapping[str, Workload], variants: Sequence[str], rounds: int
+) -> list[EpochRow]:
+    """So many rounds of steps of each method, scaled to an epoch of 50,000 images."""
+    samples = measure(workloads, variants, rounds)
     rows = []
     for (variant, method), seconds in samples.items():
-        q10, q90 = results.quantiles(seconds)
-        rows.append(
-            EpochRow(
-                **facts,
-                method=method,
-                model=model,
-                batch_size=batch_size,
-                variant=variant,
-                steps=len(seconds),
-                epoch_s=per_epoch * statistics.median(seconds),
-                q10_epoch_s=per_epoch * q10,
-                q90_epoch_s=per_epoch * q90,
-                relative_to_ard=1 / (results.speedup(samples[variant, "ard"], seconds) or 1),
-                peak_mib=peak_of_a_process(workloads[method], variant),
-                table14_epoch_s=TABLE_14[method][0],
-                table14_relative_to_ard=TABLE_14[method][0] / TABLE_14["ard"][0],
-                table14_mib=TABLE_14[method][1],
-            )
-        )
-    results.write(folder / "epoch.csv", rows)
-    console.print(table(rows))
-    console.print(f"Scaled from {count} steps of {batch_size} images to {per_epoch}; evaluation is not in it.")
-    console.print(
-        "The paper names no GPU, and its MiB hold context and allocator: across hardware compare the ratios."
+        workload = workloads[method]
+        per_epoch = math.ceil(EPOCH_IMAGES / workload.batch_size)
+        ard = results.speedup(samples.get((variant, "ard")), seconds)
+        row = _row(
+            facts, workload.method, workload.model, workload.batch_size, variant,
+            peaks=peaks_of_a_process(workload, variant),
+            images=EPOCH_IMAGES,
+            steps=per_epoch,
+            epoch_s=per_epoch * statistics.median(seconds),
+            quantiles=[per_epoch * one for one in results.quantiles(seconds)],
+            relative_to_ard=1 / ard if ard else None,
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def real_rows(
+    facts: machine.Facts,
+    names: Sequence[str],
+    keys: Mapping[str, Any],
+    budget: float | None,
+    path: Path,
+    missing: list[str],
+) -> list[EpochRow]:
+    """A row of each method, written to the path as soon as it is there. missing: takes the others, and why."""
+    rows: list[EpochRow] = []
+    began, longest = time.monotonic(), 0.0
+    for name in names:
+        left = None if budget is None else budget - (time.monotonic() - began)
+        if left is not None and left < longest:
+            missing.append(f"{name}: left out, {left:.0f} s of the budget are left, and one took {longest:.0f} s")
+            continue
+        start = time.monotonic()
+        try:
+            epoch = realepoch.timed({"method": name, **keys}, left)
+        except ChildProcessError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        longest = max(longest, time.monotonic() - start)
+        ard = next((row.epoch_s for row in rows if row.method == "ard"), epoch.seconds if name == "ard" else None)
+        row = _row(
+            facts, name, keys["model"], keys["batch_size"], REAL,
+            peaks=epoch.peaks,
+            images=epoch.images,
+            steps=epoch.steps,
+            epoch_s=epoch.seconds,
+            evaluation_s=epoch.evaluation_s,
+            relative_to_ard=epoch.seconds / ard if ard else None,
+        )  # fmt: skip
+        rows.append(row)
+        results.write(path, rows)
+    return rows
+
+
+def _row(
+    facts: machine.Facts,
+    method: str,
+    model: str,
+    batch_size: int,
+    variant: str,
+    *,
+    peaks: Peaks,
+    quantiles: Sequence[float | None] = (None, None),
+    evaluation_s: float | None = None,
+    **measured: Any,
+) -> EpochRow:
+    """With what Table 14 says of the method."""
+    seconds, mebibytes = TABLE_14[method]
+    return EpochRow(
+        **facts,
+        method=method,
+        model=model,
+        batch_size=batch_size,
+        variant=variant,
+        q10_epoch_s=quantiles[0],
+        q90_epoch_s=quantiles[1],
+        evaluation_s=evaluation_s,
+        peak_mib=peaks.allocated,
+        reserved_mib=peaks.reserved,
+        smi_mib=peaks.smi,
+        table14_epoch_s=seconds,
+        table14_relative_to_ard=seconds / TABLE_14["ard"][0],
+        table14_mib=mebibytes,
+        **measured,
     )
-    console.print(f"written: {folder / 'epoch.csv'}")
 
 
 def measure(
-    workloads: dict[str, Workload], variants: Sequence[str], count: int
+    workloads: Mapping[str, Workload], variants: Sequence[str], rounds: int
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each step, by variant and method; they take turns, and a first one is not counted."""
+    """Seconds of a step, the mean of a round, by variant and method, which take turns."""
     calls = {
-        (variant, method): workload.step(VARIANTS[variant])
+        (variant, method): warmed_up(workload, variant)[0]
         for variant in variants
         for method, workload in workloads.items()
     }
-    clock = SynchronisedClock(next(iter(workloads.values())).device)
+    device = next(iter(workloads.values())).device
+    clock, count = SynchronisedClock(device), STEPS_PER_ROUND[device.type]
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     with no_garbage_collection():
-        for turn in range(count + 1):
+        for turn in range(rounds):
             for key, step in rotated(list(calls.items()), turn):
-                VARIANTS[key[0]].settle()
-                samples[key].append(clock.seconds(step, 1))
-    return {key: taken[1:] for key, taken in samples.items()}
+                with VARIANTS[key[0]].conditions():
+                    samples[key].append(clock.seconds(step, count))
+    return samples
 
 
 def table(rows: Sequence[EpochRow]) -> Table:
@@ -114,11 +223,16 @@ def table(rows: Sequence[EpochRow]) -> Table:
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
     for heading in ("variant", "method"):
         result.add_column(heading, no_wrap=True)
-    for heading in ("s/epoch", "x ARD", "MiB", "Table 14: s/epoch", "x ARD", "MiB"):
+    headings = ("images", "s/epoch", "s/evaluation", "x ARD", "MiB", "reserved", "nvidia-smi")
+    for heading in (*headings, "Table 14: s/epoch", "x ARD", "MiB"):
         result.add_column(heading, justify="right")
     for row in rows:
         result.add_row(
-            row.variant, row.method, f"{row.epoch_s:,.1f}", f"{row.relative_to_ard:.3f}", f"{row.peak_mib:,.0f}",
+            row.variant, row.method, f"{row.images:,}", f"{row.epoch_s:,.1f}",
+            *("" if value is None else form.format(value) for form, value in (
+                ("{:,.1f}", row.evaluation_s), ("{:.3f}", row.relative_to_ard), ("{:,.0f}", row.peak_mib),
+                ("{:,.0f}", row.reserved_mib), ("{:,.0f}", row.smi_mib),
+            )),
             f"{row.table14_epoch_s:.2f}", f"{row.table14_relative_to_ard:.3f}", f"{row.table14_mib:,}",
         )  # fmt: skip
     return result

@@ -1,13 +1,84 @@
-"""The tests that must pass before anything is timed: a fast wrong answer is worth nothing."""
+"""The tests that must pass before anything is timed: a fast wrong answer is worth nothing.
+
+`python -m bench.gate` runs all of them once and leaves a mark, which `tests_pass` accepts instead of running its
+part of them again: as long as sources, native library, device and versions are those of the mark.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from bench import passed
+from engine import provenance
+from engine.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKS = ROOT / "build" / "gate"
+LIBRARY = ROOT / "kernels" / "_native.so"
+ROOMS = ("engine", "kernels", "pipelines", "bench", "tests")
+SETTINGS = ("pyproject.toml", "CMakeLists.txt")
+NO_SOURCES = {"__pycache__", "results"}  # folders
+MOST_JOBS = 8
+# Everything that a bench asks for, by the device that it is asked for.
+TESTS = {
+    "cpu": (
+        *(f"tests/kernels/test_{name}.py" for name in ("distill_loss", "pgd_update", "crop_flip", "table")),
+        "tests/pipelines/test_contract.py",
+        "tests/pipelines/test_tensor.py",
+        "tests/bench/test_reference.py",
+    ),
+    "cuda": ("tests/gpu", "tests/bench/test_cuda_clock.py"),
+}
+SELECTED = {"cpu": "not slow and not gpu", "cuda": "not slow"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What a test's result depends on. sources, library: SHA-256 of contents; of the library empty without one."""
+
+    sources: str
+    library: str
+    device: str
+    python: str
+    torch: str
+    triton: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Tests that passed. paths: where they were looked for, below the root; ops: only those that name one, or all.
+
+    passed: `path::name` of each.
+    """
+
+    date: str
+    commit: str
+    state: State
+    paths: tuple[str, ...]
+    ops: tuple[str, ...]
+    passed: tuple[str, ...]
+
+    def covers(self, paths: Sequence[str], ops: Sequence[str]) -> bool:
+        """Whether these tests were all among those asked for, and one of them passed."""
+        within = all(any(Path(path).is_relative_to(mine) for mine in self.paths) for path in paths)
+        named = not self.ops or (bool(ops) and {*ops} <= {*self.ops})
+        return within and named and any(_belongs(test, paths, ops) for test in self.passed)
 
 
 def checks(ops: Sequence[str], device_type: str) -> list[Path]:
@@ -18,7 +89,149 @@ def checks(ops: Sequence[str], device_type: str) -> list[Path]:
 
 
 def tests_pass(paths: Sequence[Path], ops: Sequence[str], device_type: str) -> bool:
-    """Run the fast tests there that name one of the ops, in a process of its own; to find none is to fail."""
-    marks = "not slow" if device_type == "cuda" else "not slow and not gpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-k", " or ".join(ops), *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0  # noqa: S603  # no shell
+    """Whether the fast tests there that name one of the ops pass; to find none is to fail.
+
+    A mark that covers them counts, else they run, in a process of its own.
+    """
+    asked = [_below_root(path) for path in paths]
+    state = state_of(device_type)
+    for path, mark in marks(device_type):
+        if mark.state == state and mark.covers(asked, ops):
+            click.echo(f"tests: passed at {mark.date} on this device, of the same sources ({path})")
+            return True
+    return run(asked, ops, device_type, state, ["-x"])
+
+
+def run(
+    paths: Sequence[str], ops: Sequence[str], device_type: str, state: State, options: Sequence[str] = ()
+) -> bool:
+    """Run the tests in a process of its own; leave a mark if one passed and none failed, else remove the marks."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", passed.__name__, "-m", SELECTED[device_type], *options]
+    if ops:
+        command += ["-k", " or ".join(ops)]
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "passed.json"
+        environment = os.environ | {passed.VARIABLE: str(report)}
+        code = subprocess.run(  # noqa: S603  # no shell
+            [*command, *(str(ROOT / path) for path in paths)], cwd=ROOT, env=environment, check=False
+        ).returncode
+        names = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
+    if code or not names:
+        for path in MARKS.glob(f"{device_type}-*.json"):
+            path.unlink()
+        return False
+    if state_of(device_type) != state:
+        click.echo("tests: passed; the sources were changed meanwhile, so there is no mark")
+        return True
+    tests = tuple(_below_root(Path(name)) for name in names)
+    mark = Mark(began, provenance.commit() or "", state, (*paths,), (*ops,), tests)
+    click.echo(f"tests: {len(tests)} passed, noted in {leave(mark, device_type)}")
+    return True
+
+
+def state_of(device_type: str) -> State:
+    """That of this checkout, on this machine."""
+    on_gpu = device_type == "cuda" and torch.cuda.is_available()
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return State(
+        sources=digest(),
+        library=hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else "",
+        device=torch.cuda.get_device_name() if on_gpu else provenance.processor(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=triton,
+    )
+
+
+def digest() -> str:
+    """SHA-256 of names and contents of all sources: a copy of the tree has no commit."""
+    found = hashlib.sha256()
+    for path in sources():
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.update(f"{path.relative_to(ROOT).as_posix()} {content}\n".encode())
+    return found.hexdigest()
+
+
+def sources() -> Iterator[Path]:
+    """Whatever a result may depend on, and no file that a test or a measurement writes."""
+    yield from (ROOT / name for name in SETTINGS)
+    for room in ROOMS:
+        for folder, folders, files in os.walk(ROOT / room):  # links to folders are not followed
+            folders[:] = sorted({*folders} - NO_SOURCES)
+            for name in sorted(files):
+                if not name.startswith(".") and not name.endswith((".md", ".pyc", ".so", ".part")):
+                    yield Path(folder, name)
+
+
+def marks(device_type: str) -> Iterator[tuple[Path, Mark]]:
+    """Those that can be read; of others it is said."""
+    for path in sorted(MARKS.glob(f"{device_type}-*.json")):
+        try:
+            yield path, _mark(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            click.echo(f"tests: {path} is no mark and does not count: {error}")
+
+
+def leave(mark: Mark, device_type: str) -> Path:
+    """Write a mark, in the place of an older one of the same tests, and return where."""
+    MARKS.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(json.dumps([mark.paths, mark.ops]).encode()).hexdigest()[:12]
+    path = MARKS / f"{device_type}-{name}.json"
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(asdict(mark), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _mark(found: object) -> Mark:
+    """Raises TypeError or ValueError where it is none."""
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table")
+    lists: dict[str, Any] = {name: found.pop(name, None) for name in ("paths", "ops", "passed")}
+    for name, values in lists.items():
+        if not isinstance(values, list):
+            raise ValueError(f"{name} is no list")
+        lists[name] = tuple(values)
+    mark = Mark(**found | lists | {"state": State(**found["state"])})
+    texts = (mark.date, mark.commit, *asdict(mark.state).values(), *mark.paths, *mark.ops, *mark.passed)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("an entry is no text")
+    return mark
+
+
+def _below_root(path: Path) -> str:
+    """Relative to the root where it lies there."""
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+def _belongs(test: str, paths: Sequence[str], ops: Sequence[str]) -> bool:
+    """Whether a run of the tests in the paths that name one of the ops would have had this one."""
+    file = test.partition("::")[0]
+    named = test[file.rfind("/") + 1 :].lower()
+    return any(Path(file).is_relative_to(path) for path in paths) and (
+        not ops or any(op.lower() in named for op in ops)
+    )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes at the same time. [processors, 8 at most]")
+def main(device: str, jobs: int | None) -> None:
+    """Run the tests that the benches ask for, once, and leave a mark that they accept."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: there is no CUDA device; known here: cpu")
+    options = []
+    if importlib.util.find_spec("xdist"):
+        # The implementations serve a module one after the other, and what was measured is kept in its process.
+        options = ["-n", str(jobs or min(MOST_JOBS, os.cpu_count() or 1)), "--dist", "loadscope"]
+    elif jobs:
+        raise click.UsageError(f"--jobs {jobs}: it needs pytest-xdist")
+    if not run(TESTS[device], (), device, state_of(device), options):
+        raise click.ClickException("the tests do not pass, or none ran: older marks are removed")
+
+
+if __name__ == "__main__":
+    main()

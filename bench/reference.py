@@ -1,6 +1,6 @@
 """Each method's training step as a textbook writes it: plain eager torch, and no op of this project.
 
-The oracle that the engine's step is tested against, and the baseline that it is timed against. Networks, images
+The oracle that the engine's step is tested against, and a baseline that it is timed against. Networks, images
 and labels are given; a step changes the student's parameters, its running statistics and the optimizer's momentum.
 
 Names: x natural, a adversarial images (x~); s student, t robust, n standard teacher; logits of shape (B, C).
@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.models import layers
+
 EPSILON, STEP_SIZE, NUM_STEPS = 8 / 255, 2 / 255, 10
 BETA, LAM1, LAM2, LAM3 = 0.1, 0.25, 0.5, 0.25
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    layers.ImageConv2d: nn.Conv2d,
+    layers.Classifier: nn.Linear,
+    layers.BatchNorm2d: nn.BatchNorm2d,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Step:
     standard_teacher: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def __call__(self, x: Tensor, labels: Tensor, start: Tensor) -> float:
+    def __call__(self, x: Tensor, labels: Tensor, start: Tensor) -> float | Tensor:
         """One step on a batch; start: where the attack begins, x and its random perturbation. The loss."""
         a = self.attack(x, labels, start) if self.setting.method != "st" else x
         loss = self.loss(x, a, labels)
@@ -65,11 +72,15 @@ class Step:
 
             a = start.detach()
             for _ in range(self.setting.num_steps):
-                a.requires_grad_()
-                (gradient,) = torch.autograd.grad(objective(self.student(a)), [a])
-                a = a.detach() + STEP_SIZE * gradient.sign()
-                a = torch.min(torch.max(a, x - EPSILON), x + EPSILON).clamp(0, 1)
-        return a.detach()
+                a = self.ascend(a, x, objective)
+        return a
+
+    def ascend(self, a: Tensor, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """One step of PGD along the sign of a gradient (Eq. 2). objective: a function of the student's logits."""
+        a.requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(self.student(a)), [a])
+        a = a.detach() + STEP_SIZE * gradient.sign()
+        return torch.min(torch.max(a, x - EPSILON), x + EPSILON).clamp(0, 1)
 
     def loss(self, x: Tensor, a: Tensor, labels: Tensor) -> Tensor:
         """The method's loss on natural and adversarial images, with the forwards that the semantics runs."""
@@ -84,13 +95,19 @@ class Step:
 @contextmanager
 def attack_mode(student: nn.Module, bn: str) -> Iterator[None]:
     """How the student runs while it is attacked."""
-    before = {name: value.clone() for name, value in student.named_buffers()}
+    before = {name: value.clone() for name, value in student.named_buffers()} if bn == "batch" else {}
     student.train(bn != "eval")
     yield
     student.train()
-    if bn == "batch":  # as if no forward had moved them
-        for name, value in student.named_buffers():
-            value.copy_(before[name])
+    for name, value in student.named_buffers() if before else ():  # as if no forward had moved them
+        value.copy_(before[name])
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The network with torch's own layers in the place of the engine's, which differ from them under autocast."""
+    for module in network.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return network
 
 
 def kl(target: Tensor, logits: Tensor) -> Tensor:

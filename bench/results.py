@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING
 
 from bench.cases import Case, beyond
 from bench.machine import Facts
+from engine.files import replacing
 
 if TYPE_CHECKING:
+    from bench.meter import Peaks
+    from bench.peakcases import Case as PeakCase
     from bench.steps import Workload
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
@@ -83,6 +87,30 @@ class PipelineRow(Measured):
 
 
 @dataclass(frozen=True)
+class PeakRow(Measured):
+    """One line of peaks.csv; README.md describes the columns. None: no such number, or the note says why."""
+
+    op: str
+    kind: str
+    shape: str
+    format: str
+    layout: str
+    plan: str
+    times: int | None
+    rounds: int
+    median_s: float | None
+    q10_s: float | None
+    q90_s: float | None
+    gflop: float | None
+    tflop_per_s: float | None
+    share_of_matmul: float | None
+    bytes_moved: int | None
+    gb_per_s: float | None
+    share_of_copy: float | None
+    note: str
+
+
+@dataclass(frozen=True)
 class StepRow(Measured):
     """One line of step.csv; README.md describes the columns."""
 
@@ -91,16 +119,21 @@ class StepRow(Measured):
     batch_size: int
     variant: str
     rounds: int
+    steps_per_round: int
     median_s: float
     q10_s: float
     q90_s: float
     images_per_s: float
     speedup: float
+    expert: str
+    speedup_over_expert: float | None
     gflop: float | None
     gflop_per_s: float | None
     convolutions_s: float
     share_of_convolutions: float
     peak_mib: float | None
+    reserved_mib: float | None
+    smi_mib: float | None
     share_of_textbook_memory: float | None
 
 
@@ -112,12 +145,16 @@ class EpochRow(Measured):
     model: str
     batch_size: int
     variant: str
+    images: int
     steps: int
     epoch_s: float
-    q10_epoch_s: float
-    q90_epoch_s: float
-    relative_to_ard: float
-    peak_mib: float
+    q10_epoch_s: float | None
+    q90_epoch_s: float | None
+    evaluation_s: float | None
+    relative_to_ard: float | None
+    peak_mib: float | None
+    reserved_mib: float | None
+    smi_mib: float | None
     table14_epoch_s: float
     table14_relative_to_ard: float
     table14_mib: int
@@ -264,19 +301,21 @@ def step_row(
     workload: Workload,
     variant: str,
     samples: Mapping[str, Sequence[float]],
+    steps_per_round: int,
     convolutions: Sequence[float],
     flops: int | None,
-    peak: float | None,
-    textbook_peak: float | None,
+    peaks: Mapping[str, Peaks],
 ) -> StepRow:
-    """One variant of a method. samples: seconds of a step in each round, by variant.
+    """One variant of a method. samples: seconds of a step, the mean of a round, in each round, by variant.
 
-    convolutions: seconds of the step's convolutions alone in each round. flops: executed. peaks in MiB.
+    convolutions: seconds of the step's convolutions alone in each round. flops: executed. peaks: by variant.
     """
     seconds = samples[variant]
     median, (q10, q90) = statistics.median(seconds), quantiles(seconds)
     ratio = speedup(samples["textbook"], seconds)
     assert ratio is not None
+    expert = best_expert(samples)
+    peak = peaks.get(variant)
     return StepRow(
         **facts,
         method=workload.method,
@@ -284,19 +323,72 @@ def step_row(
         batch_size=workload.batch_size,
         variant=variant,
         rounds=len(seconds),
+        steps_per_round=steps_per_round,
         median_s=median,
         q10_s=q10,
         q90_s=q90,
         images_per_s=workload.batch_size / median,
         speedup=ratio,
+        expert=expert,
+        speedup_over_expert=speedup(samples.get(expert), seconds),
         gflop=None if flops is None else flops / 1e9,
         gflop_per_s=None if flops is None else flops / 1e9 / median,
         convolutions_s=statistics.median(convolutions),
         share_of_convolutions=statistics.median(
             alone / whole for alone, whole in zip(convolutions, seconds, strict=True)
         ),
-        peak_mib=peak,
-        share_of_textbook_memory=None if peak is None or textbook_peak is None else peak / textbook_peak,
+        peak_mib=peak.allocated if peak else None,
+        reserved_mib=peak.reserved if peak else None,
+        smi_mib=peak.smi if peak else None,
+        share_of_textbook_memory=peak.allocated / peaks["textbook"].allocated if peak else None,
+    )
+
+
+def best_expert(samples: Mapping[str, Sequence[float]]) -> str:
+    """The expert's variant with the least median, nothing where none was timed."""
+    experts = [name for name in samples if name.startswith("expert")]
+    return min(experts, key=lambda name: statistics.median(samples[name]), default="")
+
+
+def peak_row(
+    facts: Facts,
+    case: PeakCase,
+    seconds: Sequence[float],
+    note: str,
+    matmul: float | None,
+    copy: float | None,
+) -> PeakRow:
+    """One case. seconds: of a call in each round, none where the note says why.
+
+    matmul: operations a second of the matrix product in the case's format. copy: bytes a second.
+    Raises ValueError for a time that is not finite or not positive.
+    """
+    if not all(0 < one < math.inf for one in seconds):
+        raise ValueError(f"{case.op} {case.shape}: {seconds} are no times")
+    median = statistics.median(seconds) if seconds else None
+    q10, q90 = quantiles(seconds) if seconds else (None, None)
+    flop_per_s = case.flops / median if case.flops and median else None
+    bytes_per_s = case.bytes_moved / median if median else None
+    return PeakRow(
+        **facts,
+        op=case.op,
+        kind=case.kind,
+        shape=case.shape,
+        format=case.format.name,
+        layout=case.layout,
+        plan=case.plan,
+        times=case.times,
+        rounds=len(seconds),
+        median_s=median,
+        q10_s=q10,
+        q90_s=q90,
+        gflop=case.flops / 1e9 if case.flops else None,
+        tflop_per_s=flop_per_s / 1e12 if flop_per_s else None,
+        share_of_matmul=flop_per_s / matmul if flop_per_s and matmul else None,
+        bytes_moved=case.bytes_moved,
+        gb_per_s=bytes_per_s / 1e9 if bytes_per_s else None,
+        share_of_copy=bytes_per_s / copy if bytes_per_s and copy else None,
+        note=note,
     )
 
 
@@ -322,8 +414,8 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def write(path: Path, rows: Sequence[Measured] | Sequence[PredictedRow] | Sequence[PredictedScalingRow]) -> None:
-    """Write the rows as CSV, numbers with six digits; an absent one is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write the rows as CSV, numbers with six digits, an absent one as an empty cell; all of them or none."""
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(rows[0]))
         for row in rows:

@@ -37,8 +37,9 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class Hardware:
-    """Peaks of a device. flops: dense, by format, per second. bandwidth: bytes a second. launch: seconds an op.
+    """Peaks of a device. flops: dense, by format, per second. bandwidth: bytes a second.
 
+    launch, node: seconds that a kernel takes at least, launched by the host, and as a node of a CUDA graph.
     reached, sustained: the shares of both that convolutions and other ops are assumed to reach.
     """
 
@@ -46,6 +47,7 @@ class Hardware:
     flops: dict[torch.dtype, float]
     bandwidth: float
     launch: float = 5e-6
+    node: float = 1.6e-6
     reached: float = 0.6
     sustained: float = 0.85
 
@@ -156,6 +158,11 @@ def seconds(ops: Iterable[Op], hardware: Hardware, *, launched: bool) -> float:
     return sum(hardware.seconds(op, launched=launched) for op in ops)
 
 
+def seconds_at_least(ops: Iterable[Op], hardware: Hardware, least: float) -> float:
+    """One op after the other, none shorter than so many seconds."""
+    return sum(max(hardware.seconds(op, launched=False), least) for op in ops)
+
+
 def share_of_convolutions(ops: Sequence[Op], hardware: Hardware) -> float:
     """Part of the time that goes into convolutions."""
     convolutions = [op for op in ops if "convolution" in op.name]
@@ -178,4 +185,4 @@ def measured_cpu(precision: Precision) -> Hardware:
     bandwidth = 2 * source.nbytes / best(lambda: torch.empty_like(source).copy_(source))
     small = torch.ones(8)
     launch = best(lambda: [small.add_(1) for _ in range(1000)]) / 1000
-    return Hardware("this processor", flops, bandwidth, launch, 1.0, 1.0)
+    return Hardware("this processor", flops, bandwidth, launch, reached=1.0, sustained=1.0)

@@ -1,9 +1,11 @@
-"""Time training steps beside a textbook's: `python -m bench.step`. The protocol stands in README.md."""
+"""Time training steps beside a textbook's and an expert's: `python -m bench.step`. README.md says how."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,23 +17,29 @@ from rich.table import Table
 
 from bench import chart, convolutions, gate, machine, results, steps, targets
 from bench.convolutions import Work
+from bench.meter import Peaks
 from bench.results import StepRow
-from bench.steps import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Workload
-from bench.timing import Call, HostClock, no_garbage_collection, rotated
-from engine import config, hostmemory, methods, models, precision
+from bench.steps import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Variant, Workload
+from bench.timing import Call, no_garbage_collection, rotated
+from engine import config, methods, models, precision
 
 TESTS = gate.ROOT / "tests" / "bench" / "test_reference.py"
+STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
+WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is captured at the second or third step
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--method", "names", multiple=True, help="Repeatable. [iad1, iad2]")
+@click.option("--method", "names", multiple=True, help="Repeatable. [ard, iad1, akd2, iad2]")
 @click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Repeatable.")
 @click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--dataset", default="cifar10", show_default=True, help="Of the images, or random.")
 @click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Of each that count.")
 @click.option(
-    "--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Steps of each that count."
+    "--steps-per-round",
+    type=click.IntRange(min=1),
+    help="Between two waits for the device. [10 on a GPU, 1 on a CPU]",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory, a process for each variant.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
@@ -43,11 +51,12 @@ def main(
     dataset: str,
     device_name: str,
     rounds: int,
+    steps_per_round: int | None,
     no_memory: bool,
     out: Path | None,
 ) -> None:
     """Time a training step of each method in each variant, once the engine's step equals the textbook's."""
-    names = names or ("iad1", "iad2")
+    names = names or ("ard", "iad1", "akd2", "iad2")
     try:
         device = machine.device(device_name)
         images = steps.images_of(dataset, batch_size)
@@ -59,6 +68,7 @@ def main(
     if not gate.tests_pass([TESTS], ["textbook"], "cpu"):
         raise click.ClickException("the engine's step is not the textbook's, so nothing is timed")
     variants = (TEXTBOOK, *(name for name in variants or _usual(device) if name != TEXTBOOK))
+    count = steps_per_round or STEPS_PER_ROUND[device.type]
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     facts = machine.facts(device)
     folder = out or machine.results_folder(facts)
@@ -66,8 +76,8 @@ def main(
     rows: list[StepRow] = []
     for name in names:
         workload = Workload(name, model, batch_size, images, device)
-        console.print(f"timing {name}: {', '.join(variants)}; {rounds} rounds")
-        rows += measure(workload, variants, rounds, facts, with_memory=not no_memory)
+        console.print(f"timing {name}: {', '.join(variants)}; {rounds} rounds of {count} steps")
+        rows += measure(workload, variants, rounds, count, facts, with_memory=not no_memory)
         results.write(folder / "step.csv", rows)  # each time: a run that is cut short leaves what it has
         console.print(table(name, rows))
     chart.draw_steps(folder / "step.png", rows)
@@ -81,46 +91,74 @@ def _usual(device: torch.device) -> tuple[str, ...]:
 
 
 def measure(
-    workload: Workload, variants: Sequence[str], rounds: int, facts: machine.Facts, *, with_memory: bool
+    workload: Workload,
+    variants: Sequence[str],
+    rounds: int,
+    count: int,
+    facts: machine.Facts,
+    *,
+    with_memory: bool,
 ) -> list[StepRow]:
-    """Rows of one method."""
-    device = workload.device
-    peaks = {name: peak_of_a_process(workload, name) for name in variants} if with_memory else {}
-    calls = {name: workload.step(VARIANTS[name]) for name in variants}
-    flops: dict[str, int] = {}
-    for name, step in calls.items():  # the first call of each, which pays for what is compiled and allocated
-        VARIANTS[name].settle()
-        if workload.config(VARIANTS[name]).compile == "on":
-            step()
-        else:
-            flops[name] = executed(step)
-    amp = precision.choose(config.load({"amp": True, "device": str(device)})).amp_dtype or torch.float32
-    own = convolutions.layers(models.build(workload.model, 10), (workload.batch_size, *_size(workload)))
-    alone = {dtype: convolutions.calls(own, dtype, device) for dtype in {amp, torch.float32}}
-    clock = SynchronisedClock(device)
+    """Rows of one method. count: steps of a round."""
+    peaks = {name: peaks_of_a_process(workload, name) for name in variants} if with_memory else {}
+    calls, flops = {}, {}
+    for name in variants:
+        calls[name], flops[name] = warmed_up(workload, name)
+    alone = Alone(workload)
+    clock = SynchronisedClock(workload.device)
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    singles: dict[torch.dtype, list[dict[Work, float]]] = {dtype: [] for dtype in alone}
     with no_garbage_collection():
         for turn in range(rounds):
             for name, step in rotated(list(calls.items()), turn):
-                VARIANTS[name].settle()
-                samples[name].append(clock.seconds(step, 1))
-            hostmemory.keep_freed()
-            for dtype, group in alone.items():
-                singles[dtype].append({work: clock.seconds(call, 2) for work, call in group.items()})
-    rows = []
-    for name in variants:
-        run = workload.config(VARIANTS[name])
-        row_dtype = amp if run.amp else torch.float32
-        method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
-        work = convolutions.of_step(own, method, run)
-        by_round = [convolutions.seconds(work, one) for one in singles[row_dtype]]
-        rows.append(
-            results.step_row(
-                facts, workload, name, samples, by_round, flops.get(name), peaks.get(name), peaks.get(TEXTBOOK)
-            )
+                with VARIANTS[name].conditions():
+                    samples[name].append(clock.seconds(step, count))
+            alone.time(clock, max(2, count))
+    return [
+        results.step_row(facts, workload, name, samples, count, alone.of_step(VARIANTS[name]), flops[name], peaks)
+        for name in variants
+    ]
+
+
+def warmed_up(workload: Workload, name: str) -> tuple[Call, int | None]:
+    """A variant's step once all is compiled, captured and allocated; the operations that it executes.
+
+    None: compilation hides them.
+    """
+    variant = VARIANTS[name]
+    with variant.conditions():
+        step = workload.step(variant)
+        flops = None if workload.config(variant).compile == "on" else executed(step)
+        for _ in range(WARM_UP[workload.device.type] - (flops is not None)):
+            step()
+    return step, flops
+
+
+class Alone:
+    """The convolutions of a network's step, each alone, in float32 and in the format of AMP."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        device = workload.device
+        amp = precision.choose(config.load({"amp": True, "device": str(device)})).amp_dtype or torch.float32
+        self._formats = {True: amp, False: torch.float32}
+        self._layers = convolutions.layers(
+            models.build(workload.model, 10), (workload.batch_size, *_size(workload))
         )
-    return rows
+        self._calls = {dtype: convolutions.calls(self._layers, dtype, device) for dtype in {amp, torch.float32}}
+        self._seconds: dict[torch.dtype, list[dict[Work, float]]] = {dtype: [] for dtype in self._calls}
+
+    def time(self, clock: SynchronisedClock, count: int) -> None:
+        """A round: the mean of so many calls of each, in the trainer's conditions."""
+        for dtype, group in self._calls.items():
+            with VARIANTS["fp32" if dtype == torch.float32 else "amp"].conditions():
+                self._seconds[dtype].append({work: clock.seconds(call, count) for work, call in group.items()})
+
+    def of_step(self, variant: Variant) -> list[float]:
+        """Seconds of the convolutions of a variant's step in each round."""
+        run = self._workload.config(variant)
+        method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
+        work = convolutions.of_step(self._layers, method, run)
+        return [convolutions.seconds(work, one) for one in self._seconds[self._formats[run.amp]]]
 
 
 def _size(workload: Workload) -> tuple[int, ...]:
@@ -136,26 +174,32 @@ def executed(call: Call) -> int:
     return total
 
 
-class SynchronisedClock(HostClock):
-    """Waits for the device, if it is one."""
+class SynchronisedClock:
+    """Seconds on the host until the device has done all the calls."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def seconds(self, call: Call, count: int) -> float:
-        def waited() -> None:
+        """Of one call, the mean over count calls."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(count):
             call()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+        self._wait()
+        return (time.perf_counter() - start) / count
 
-        return super().seconds(waited, count)
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
-def peak_of_a_process(workload: Workload, variant: str) -> float:
-    """MiB, measured by a new process."""
+def peaks_of_a_process(workload: Workload, variant: str) -> Peaks:
+    """Measured by a new process."""
     what = (variant, workload.method, workload.model, str(workload.batch_size), str(workload.device))
     command = [sys.executable, "-m", "bench.steps", *what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603  # no shell
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  # no shell
+    return Peaks(**json.loads(done.stdout))
 
 
 def table(method: str, rows: Sequence[StepRow]) -> Table:
@@ -170,10 +214,13 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
         "90 %",
         "images/s",
         "x textbook",
+        "x expert",
         "GFLOP",
         "GFLOP/s",
         "of convolutions",
         "MiB",
+        "reserved",
+        "nvidia-smi",
         "of textbook",
     ):
         result.add_column(heading, justify="right", no_wrap=True)
@@ -183,8 +230,10 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
                 row.variant, f"{row.median_s:.3f}", f"{row.q10_s:.3f}", f"{row.q90_s:.3f}",
                 f"{row.images_per_s:,.1f}", f"{row.speedup:.2f}",
                 *("" if value is None else form.format(value) for form, value in (
-                    ("{:,.0f}", row.gflop), ("{:,.0f}", row.gflop_per_s), ("{:.0%}", row.share_of_convolutions),
-                    ("{:,.0f}", row.peak_mib), ("{:.0%}", row.share_of_textbook_memory),
+                    ("{:.2f}", row.speedup_over_expert), ("{:,.0f}", row.gflop), ("{:,.0f}", row.gflop_per_s),
+                    ("{:.0%}", row.share_of_convolutions), ("{:,.0f}", row.peak_mib),
+                    ("{:,.0f}", row.reserved_mib), ("{:,.0f}", row.smi_mib),
+                    ("{:.0%}", row.share_of_textbook_memory),
                 )),
             )  # fmt: skip
     return result

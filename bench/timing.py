@@ -44,6 +44,38 @@ class HostClock:
         return (time.perf_counter() - start) / count
 
 
+class QueuedClock:
+    """The time that passes on the device between an event before all the calls and one after them.
+
+    The calls are queued while the device still overwrites its cache, so that it never waits for the host.
+    """
+
+    MAX_OVERWRITES = 256
+
+    def __init__(self, device: torch.device) -> None:
+        self._other = _beyond_cache(device)
+        self._overwrites = 1
+
+    def seconds(self, call: Call, count: int) -> float:
+        """Raises RuntimeError for calls that wait for the device, or that the host queues too slowly."""
+        with torch.cuda.device(self._other.device):  # of a new thread it would be the first
+            while self._overwrites <= self.MAX_OVERWRITES:
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                for _ in range(self._overwrites):
+                    self._other.zero_()
+                before.record()
+                for _ in range(count):
+                    call()
+                after.record()
+                queued_in_time = not before.query()  # the device has not begun with what is timed
+                after.synchronize()
+                if queued_in_time:
+                    return float(before.elapsed_time(after)) * 1e-3 / count
+                self._overwrites *= 2
+        self._overwrites = 1
+        raise RuntimeError(f"{count} calls were not queued while the device was busy: the host's time would count")
+
+
 class CudaClock:
     """The time that passes on the device between an event before a call and one after it, its L2 cache cold.
 
@@ -52,9 +84,7 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device, *, idle: bool) -> None:
-        # So large that it takes the device longer to overwrite than the host to queue a graph.
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._other = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device=device)
+        self._other = _beyond_cache(device)
         self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._idle = idle
 
@@ -70,6 +100,12 @@ class CudaClock:
             torch.cuda.synchronize()
             milliseconds += self._before.elapsed_time(self._after)
         return milliseconds * 1e-3 / count
+
+
+def _beyond_cache(device: torch.device) -> torch.Tensor:
+    """So large that it takes the device longer to overwrite than the host to queue a graph."""
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device=device)
 
 
 def captured(call: Call) -> Call:

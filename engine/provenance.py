@@ -62,7 +62,7 @@ def session(precision: Precision) -> dict[str, Any]:
     """Versions, commit, hardware and precisions of this process."""
     return {
         "engine": engine.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the source tree that the package runs from, with "+changes" if it was edited since."""
     root = Path(engine.__file__).resolve().parent.parent
     if not (root / ".git").exists():

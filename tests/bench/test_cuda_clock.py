@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.timing import CudaClock, captured
+from bench.timing import CudaClock, QueuedClock, captured
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -15,6 +15,14 @@ def test_the_clock_calls_as_often_as_it_is_told(idle: bool) -> None:
     counter = torch.zeros((), device="cuda")
     assert CudaClock(torch.device("cuda"), idle=idle).seconds(lambda: counter.add_(1), 5) > 0
     assert counter.item() == 5
+
+
+def test_calls_are_queued_before_the_device_begins() -> None:
+    counter, clock = torch.zeros((), device="cuda"), QueuedClock(torch.device("cuda"))
+    assert clock.seconds(lambda: counter.add_(1), 5) > 0
+    assert counter.item() % 5 == 0
+    with pytest.raises(RuntimeError, match="the host's time would count"):
+        clock.seconds(torch.cuda.synchronize, 1)
 
 
 def test_a_captured_call_is_run_again_by_each_replay() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
+import os
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from bench import convolutions, epoch, gate, memory, results, step, steps, targets
+from bench import convolutions, epoch, gate, memory, meter, realepoch, results, step, steps, targets
 from bench.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
 from bench.machine import Facts
+from bench.meter import Peaks
 from bench.results import EpochRow, Measured, StepRow
 from engine import config, hostmemory, methods, models, plan
 from engine.speed import forward_flops
@@ -66,17 +71,17 @@ def test_the_three_computations_of_a_convolution(stride: int, groups: int) -> No
     layer = Layer((2, 8, 9, 9), (12, 8 // groups, 3, 3), stride, 1, groups, False)
     torch.manual_seed(0)
     called = {kind: convolutions.call(Work(layer, kind), torch.float32, CPU) for kind in convolutions.KINDS}
-    x, weight = (called[INPUT_GRADIENT].args[index] for index in (1, 2))  # type: ignore[attr-defined]
+    incoming, x, weight = called[INPUT_GRADIENT].args[:3]  # type: ignore[attr-defined]
     out = nn.functional.conv2d(x.requires_grad_(), weight.requires_grad_(), None, stride, 1, 1, groups)
-    dx, dw = torch.autograd.grad(out.sum(), (x, weight))
+    dx, dw = torch.autograd.grad(out, (x, weight), incoming)
     assert called[FORWARD]().shape == out.shape  # type: ignore[attr-defined]
     gradients: Any = called[INPUT_GRADIENT]()
     torch.testing.assert_close(gradients[0], dx)
     assert gradients[1:] == (None, None)
-    x, weight = (called[WEIGHT_GRADIENT].args[index] for index in (1, 2))  # type: ignore[attr-defined]
+    incoming, x, weight = called[WEIGHT_GRADIENT].args[:3]  # type: ignore[attr-defined]
     out = nn.functional.conv2d(x, weight.requires_grad_(), None, stride, 1, 1, groups)
     gradients = called[WEIGHT_GRADIENT]()
-    torch.testing.assert_close(gradients[1], torch.autograd.grad(out.sum(), weight)[0])
+    torch.testing.assert_close(gradients[1], torch.autograd.grad(out, weight, incoming)[0])
     assert (gradients[0], gradients[2]) == (None, None)
     size = out.shape[-1]
     assert convolutions.flops(Work(layer, FORWARD)) == 2 * 2 * 12 * size**2 * (8 // groups) * 9
@@ -85,9 +90,8 @@ def test_the_three_computations_of_a_convolution(stride: int, groups: int) -> No
 
 def test_the_first_layer_is_in_float32_and_channels_last() -> None:
     for images, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-        call: Any = convolutions.call(
-            Work(Layer((2, 3, 8, 8), (4, 3, 3, 3), 1, 1, 1, images), FORWARD), torch.bfloat16, CPU
-        )
+        layer = Layer((2, 3, 8, 8), (4, 3, 3, 3), 1, 1, 1, images)
+        call: Any = convolutions.calls([layer], torch.bfloat16, CPU)[Work(layer, FORWARD)]
         assert call.args[0].dtype == dtype
         assert call.args[0].is_contiguous(memory_format=torch.channels_last)
 
@@ -116,16 +120,17 @@ def test_a_variant_runs_the_operations_of_its_plan(variant: str, bf16: None) -> 
 
 
 def test_every_variant_trains(bf16: None) -> None:
-    for name in (*steps.ON_CPU, "amp-recompute"):
+    for name in ("textbook", "textbook-paper", "fp32", "amp-malloc", "amp", "amp-eval", "amp-recompute"):
         run = workload().step(steps.VARIANTS[name])
         for _ in range(steps.BATCHES + 1):  # beyond an epoch
             run()
 
 
 def test_the_peak_of_a_process(bf16: None) -> None:
-    small, large = (step.peak_of_a_process(workload("at", batch_size=size), "fp32") for size in (2, 128))
+    small, large = (step.peaks_of_a_process(workload("at", batch_size=size), "fp32") for size in (2, 128))
     # The activations of 126 images: 184,320 values of each are kept twice.
-    assert 100 < large - small < 1000
+    assert 100 < large.allocated - small.allocated < 1000
+    assert (small.reserved, small.smi) == (None, None)  # there is no GPU
 
 
 def test_a_peak_can_be_forgotten() -> None:
@@ -148,44 +153,68 @@ def test_variants_settle_how_memory_is_freed(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------- rows and verdicts
 
 
-def rows(**speeds: tuple[float, float, float]) -> list[StepRow]:
+def rows(**speeds: Sequence[float]) -> list[StepRow]:
     """Of a method on ResNet-18: seconds by variant."""
     samples = {name.replace("_", "-"): list(seconds) for name, seconds in speeds.items()}
     work = workload("iad1", "resnet18", 128)
-    return [
-        results.step_row(FACTS, work, name, samples, [1.0, 2.0, 1.5], 3 * 10**9, 300.0, 1000.0) for name in samples
-    ]
+    peaks = {name: Peaks(1000.0 if name == "textbook" else 300.0, 400.0, 500.0) for name in samples}
+    return [results.step_row(FACTS, work, name, samples, 2, [1.0, 2.0, 1.5], 3 * 10**9, peaks) for name in samples]
 
 
 def test_the_arithmetic_of_a_row() -> None:
-    textbook, amp = rows(textbook=(10.0, 20.0, 12.0), amp=(4.0, 5.0, 3.0))
+    textbook, _, fast, amp = rows(
+        textbook=(10.0, 20.0, 12.0), expert=(9.0, 9.0, 9.0), expert_fp32=(6.0, 6.0, 6.0), amp=(4.0, 5.0, 3.0)
+    )
     assert (textbook.speedup, amp.speedup) == (1.0, 4.0)  # the median of 2.5, 4 and 4
-    assert (amp.median_s, amp.images_per_s, amp.rounds) == (4.0, 32.0, 3)
+    assert {row.expert for row in (textbook, fast, amp)} == {"expert-fp32"}
+    assert (textbook.speedup_over_expert, fast.speedup_over_expert) == (0.5, 1.0)  # the median of 0.6, 0.3 and 0.5
+    assert amp.speedup_over_expert == 1.5  # the median of 1.5, 1.2 and 2
+    assert (amp.median_s, amp.images_per_s, amp.rounds, amp.steps_per_round) == (4.0, 32.0, 3, 2)
     assert [amp.q10_s, amp.q90_s] == pytest.approx([3.2, 4.8])
     assert (amp.gflop, amp.gflop_per_s) == (3.0, 0.75)
     assert (amp.convolutions_s, amp.share_of_convolutions) == (1.5, 0.4)  # the median of 0.25, 0.4 and 0.5
     assert (amp.peak_mib, amp.share_of_textbook_memory) == (300.0, 0.3)
+    assert (amp.reserved_mib, amp.smi_mib) == (400.0, 500.0)
+
+
+def test_without_an_expert_nothing_is_said_of_one() -> None:
+    textbook, amp = rows(textbook=(2.0, 2.0, 2.0), amp=(1.0, 1.0, 1.0))
+    assert (amp.expert, amp.speedup_over_expert) == ("", None)
+    assert targets.expert_verdict([textbook, amp]).startswith("not measured: the engine over the best expert")
+
+
+@pytest.mark.parametrize(("amp", "word"), [(4.0, "reached"), (4.1, "not reached")])
+def test_the_verdict_over_the_expert_is_of_the_engine_s_fastest_with_the_same_attack(
+    amp: float, word: str
+) -> None:
+    found = rows(
+        textbook=[9] * 3, expert=[4] * 3, expert_fp32=[5] * 3, fp32=[8] * 3, amp=[amp] * 3, amp_eval=[1] * 3
+    )
+    line = targets.expert_verdict(found)
+    assert line.startswith(f"{word}: the engine over the best expert: at least 1x; measured {4 / amp:,.4g}x")
+    assert line.endswith("(iad1: amp / expert)")
 
 
 def test_verdicts() -> None:
     found = rows(textbook=(10, 10, 10), fp32=(8, 8, 8), amp=(3, 3, 3), amp_eval=(2.5, 2.5, 2.5))
     lines = targets.step_verdicts(found)
     assert [line.partition(":")[0] for line in lines] == [
+        "not measured",
         "reached", "not measured", "not reached", "not measured", "not reached", "reached", "reached",
     ]  # fmt: skip
-    assert "measured 3.333x" in lines[0]
-    assert "measured 1.25x" in lines[2]
-    assert "a further 1.1x; measured 1.2x" in lines[5]
-    assert "at most 60% of the textbook's; measured 30%" in lines[6]
+    assert "measured 3.333x" in lines[1]
+    assert "measured 1.25x" in lines[3]
+    assert "a further 1.1x; measured 1.2x" in lines[6]
+    assert "at most 60% of the textbook's; measured 30%" in lines[7]
     small = [dataclasses.replace(row, batch_size=64) for row in found]
     assert all(line.startswith("not measured") for line in targets.step_verdicts(small))
 
 
-@pytest.mark.parametrize(("heading", "kind"), [("step.csv", StepRow)])
+@pytest.mark.parametrize(("heading", "kind"), [("step.csv", StepRow), ("epoch.csv", EpochRow)])
 def test_the_columns_are_documented(heading: str, kind: type[Measured]) -> None:
     common = {field.name for field in dataclasses.fields(Measured)}
     own = {field.name for field in dataclasses.fields(kind)} - common
-    assert set(documented(heading)) >= own
+    assert set(documented(heading)) == own
 
 
 # ---------------------------------------------------------------- the commands
@@ -197,7 +226,19 @@ def invoke(command: Any, *arguments: object) -> Any:
 
 def test_a_run_of_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: None) -> None:
     monkeypatch.setattr(gate, "tests_pass", lambda *_: True)
-    small = ("--dataset", "random", "--model", "resnet8", "--batch-size", 2, "--rounds", 2, "--no-memory")
+    small = (
+        "--dataset",
+        "random",
+        "--model",
+        "resnet8",
+        "--batch-size",
+        2,
+        "--rounds",
+        2,
+        "--no-memory",
+        "--steps-per-round",
+        3,
+    )
     done = invoke(step.main, *small, "--method", "at", "--variant", "amp", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     with (tmp_path / "step.csv").open() as file:
@@ -206,6 +247,7 @@ def test_a_run_of_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf
     assert float(written[0]["speedup"]) == 1.0
     assert all(float(row["gflop"]) > 0 and row["peak_mib"] == "" for row in written)
     assert (tmp_path / "step.png").stat().st_size > 5000
+    assert {row["steps_per_round"] for row in written} == {"3"}
     assert "not measured: iad1 with AMP" in done.output
 
 
@@ -231,7 +273,7 @@ def test_what_is_unknown_is_told(flags: tuple[str, ...], words: str) -> None:
 
 
 def test_a_run_of_bench_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: None) -> None:
-    monkeypatch.setattr(epoch, "peak_of_a_process", lambda *_: 7.0)
+    monkeypatch.setattr(epoch, "peaks_of_a_process", lambda *_: Peaks(7.0))
     seconds = {"ard": 1.0, "iad1": 2.0, "akd2": 0.5, "iad2": 4.0}
     monkeypatch.setattr(
         epoch, "measure", lambda works, variants, count: {
@@ -257,3 +299,100 @@ def test_epochs_take_turns(bf16: None) -> None:
     samples = epoch.measure(works, ["textbook", "amp"], 2)
     assert list(samples) == [("textbook", "at"), ("textbook", "iad1"), ("amp", "at"), ("amp", "iad1")]
     assert all(len(taken) == 2 and min(taken) > 0 for taken in samples.values())
+
+
+# ---------------------------------------------------------------- whole epochs
+
+
+def test_the_numbers_of_a_real_epoch_are_the_trainer_s(tmp_path: Path, bf16: None) -> None:
+    keys = {
+        "method": "ard", "model": "resnet8", "batch_size": 16, "dataset": "digits", "device": "cpu",
+        "limit_train": 40, "limit_test": 10, "attack": {"num_steps": 1}, "eval": {"probe_size": 10},
+    }  # fmt: skip
+    found = realepoch.run(keys, tmp_path)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    of_epochs = [row for row in map(json.loads, lines) if row["event"] == "epoch"]
+    assert [row["phase"] for row in of_epochs] == ["ard", "ard"]
+    assert (found.images, found.steps, found.seconds) == (40, 3, of_epochs[1]["seconds"])
+    assert found.evaluation_s > 0
+    assert found.peaks.allocated > 0
+    assert (found.peaks.reserved, found.peaks.smi) == (None, None)
+
+
+def real(tmp_path: Path, *arguments: object) -> tuple[Any, list[dict[str, str]]]:
+    """bench.epoch --real, and the rows that it has written."""
+    small = ("--real", "--dataset", "digits", "--model", "resnet8", "--device", "cpu", "--out", tmp_path)
+    done = invoke(epoch.main, *small, *arguments)
+    path = tmp_path / "epoch-real.csv"
+    return done, list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def test_a_method_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(keys: dict[str, Any], timeout: float | None) -> realepoch.Epoch:
+        if keys["method"] == "iad1":
+            raise ChildProcessError("its process ended with exit code 9")
+        assert (keys["amp"], keys["limit_train"], timeout) == (True, 200, None)
+        return realepoch.Epoch(200, 2, {"ard": 4.0, "akd2": 3.0, "iad2": 5.0}[keys["method"]], 1.5, Peaks(7.0))
+
+    monkeypatch.setattr(realepoch, "timed", timed)
+    done, written = real(tmp_path, "--limit-train", 200)
+    assert done.exit_code == 1
+    assert "iad1: its process ended with exit code 9" in done.output
+    assert [(row["method"], row["variant"], row["images"]) for row in written] == [
+        ("ard", "real", "200"), ("akd2", "real", "200"), ("iad2", "real", "200"),
+    ]  # fmt: skip
+    assert [float(row["relative_to_ard"]) for row in written] == [1, 0.75, 1.25]
+    assert {(row["evaluation_s"], row["q10_epoch_s"], row["smi_mib"]) for row in written} == {("1.5", "", "")}
+
+
+def test_what_no_longer_fits_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 0.0, 60.0, 60.0, 60.0, 110.0, 110.0, 110.0])
+    monkeypatch.setattr("bench.epoch.time.monotonic", lambda: next(now))
+    monkeypatch.setattr(realepoch, "timed", lambda keys, left: realepoch.Epoch(1, 1, 1.0, 1.0, Peaks(1.0)))
+    done, written = real(tmp_path, "--budget", 130)
+    assert done.exit_code == 1
+    assert [row["method"] for row in written] == ["ard", "iad1"]
+    assert "akd2: left out, 20 s of the budget are left, and one took 60 s; iad2: left out" in done.output
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--table14", "--real"), ("--real", "--variant", "amp"), ("--table14", "--budget", 9)]
+)
+def test_options_that_do_not_go_together_are_refused(flags: tuple[object, ...]) -> None:
+    assert invoke(epoch.main, *flags).exit_code == 2
+
+
+def test_a_process_that_fails_is_told_of() -> None:
+    keys = {"method": "ard", "dataset": "digits", "model": "no network"}
+    with pytest.raises(ChildProcessError, match="exit code 1"):
+        realepoch.timed(keys, None)
+
+
+# ---------------------------------------------------------------- what nvidia-smi tells
+
+
+@pytest.mark.parametrize(
+    ("processes", "used", "told"),
+    [
+        ([(str(os.getpid()), "GPU-a", "700"), ("1", "GPU-a", "9")], ("100", "900"), 700),
+        ([(str(os.getpid()), "GPU-b", "700")], ("100", "900"), 800),  # on another GPU
+        ([("1", "GPU-a", "9")], ("100", "900"), 800),
+        ([(str(os.getpid()), "GPU-a", "[N/A]")], ("100", "900"), 800),
+        ([], ("100", "100"), None),
+        ([], ("[N/A]", "[N/A]"), None),
+    ],
+)
+def test_the_memory_that_nvidia_smi_tells(
+    processes: list[tuple[str, str, str]],
+    used: tuple[str, str],
+    told: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter(used)
+
+    def query(what: str) -> list[Sequence[str]]:
+        return list(processes) if what.startswith("compute-apps") else [("GPU-a", next(now)), ("GPU-b", "5")]
+
+    monkeypatch.setattr(meter, "_query", query)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="a"))
+    assert meter.Smi().mebibytes(torch.device("cuda:0")) == told

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fcntl
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,21 @@ def fused() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGINE_KERNELS", "triton")
         yield "triton"
+
+
+@pytest.fixture
+def memory() -> Iterator[Callable[[float], None]]:
+    """Skips where so many GB of the device are not free.
+
+    Of several processes that test at the same time one holds much memory, until its test has ended.
+    """
+
+    def need(gigabytes: float) -> None:
+        free = torch.cuda.mem_get_info()[0] / 1e9
+        if free < gigabytes:
+            pytest.skip(f"it needs {gigabytes:g} GB of the device's memory, {free:.1f} are free")
+
+    with Path(__file__).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield need
+        torch.cuda.empty_cache()

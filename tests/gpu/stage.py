@@ -71,10 +71,3 @@ def assert_the_device_refuses(program: str, implementation: str) -> None:
     )
     assert done.returncode != 0
     assert "device-side assert" in done.stderr
-
-
-def memory(gigabytes: float) -> None:
-    """Skips where so much is not free."""
-    free = torch.cuda.mem_get_info()[0] / 1e9
-    if free < gigabytes:
-        pytest.skip(f"it needs {gigabytes:g} GB of the device's memory, {free:.1f} are free")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,6 @@ from tests.gpu.stage import (
     assert_the_device_refuses,
     by_implementation,
     captured,
-    memory,
     needs_two_devices,
     no_wait,
     on_a_busy_stream,
@@ -105,7 +105,7 @@ crop_flip(images, labels, **samples, seed=0, epoch=0)
 
 
 @pytest.mark.usefixtures("implementation")
-def test_addresses_of_more_than_31_bits(device: str) -> None:
+def test_addresses_of_more_than_31_bits(device: str, memory: Callable[[float], None]) -> None:
     memory(3)
     count = 2**31 // (32 * 32 * 3) + 2
     images = torch.zeros(count, 32, 32, 3, dtype=torch.uint8, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,6 @@ from tests.gpu.stage import (
     assert_the_device_refuses,
     by_implementation,
     captured,
-    memory,
     needs_two_devices,
     no_wait,
     on_a_busy_stream,
@@ -139,7 +139,7 @@ distill_loss(logits, labels, weights=[(0, 0), (1, 0), (0, 0), (0, 0), (0, 0), (0
 
 
 @pytest.mark.usefixtures("implementation")
-def test_addresses_of_more_than_31_bits(device: str) -> None:
+def test_addresses_of_more_than_31_bits(device: str, memory: Callable[[float], None]) -> None:
     memory(7)
     case = replace(CASE, batch=4, dtypes=(cases.HALF,))
     near = case.arguments(device)

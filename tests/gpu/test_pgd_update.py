@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import pgd_update
-from tests.gpu.stage import by_implementation, captured, memory, needs_two_devices, no_wait, on_a_busy_stream
+from tests.gpu.stage import by_implementation, captured, needs_two_devices, no_wait, on_a_busy_stream
 from tests.kernels import cases
 from tests.kernels.cases import PGD_CASES, PgdCase, check_pgd_update
 from tests.kernels.holding import assert_no_worse_than_twice_eager
@@ -105,7 +106,9 @@ def test_it_runs_where_its_tensors_are(implementation: str, threat_model: str) -
 
 
 @each_norm
-def test_addresses_and_counts_of_more_than_31_bits(implementation: str, device: str, threat_model: str) -> None:
+def test_addresses_and_counts_of_more_than_31_bits(
+    implementation: str, device: str, threat_model: str, memory: Callable[[float], None]
+) -> None:
     if implementation == "reference":
         pytest.skip("eager torch needs four times the memory")
     rows, columns = 2**19 + 1, 4096
