@@ -128,11 +128,13 @@ def _process_flags(command: Callable[..., None]) -> Callable[..., None]:
 @commands.command()
 @_config_flags
 @_process_flags
+@click.option("--seeds", "seed_list", metavar="LIST", help="A run for each, e.g. 0..7 or 0,3,5: N at a time.")
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of keys, or recipe:NAME.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any key, e.g. attack.num_steps=7.")
 @click.option("--resume", metavar="DIR", help="Continue that run; auto: the one of these settings, if it began.")
 @click.option("--profile", type=click.IntRange(min=0), default=0, metavar="N", help="Trace N steps. [none]")
 def train(
+    seed_list: str | None,
     config_file: str | None,
     assignments: tuple[str, ...],
     resume: str | None,
@@ -149,6 +151,7 @@ def train(
     engine train --config recipe:table2-cifar10-at-iad1
     engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
     engine train --method iad1 --amp --gpus 8        on the GPUs of this machine
+    engine train --method iad1 --amp --gpus 8 --seeds 0..7   a run on each GPU, side by side
     """  # noqa: D301  # click knows the backspace as a mark, and only as a character
     given = {key: value for key, value in flags.items() if value is not None}
     begins = resume in (None, "auto")
@@ -156,6 +159,8 @@ def train(
         others = {"--config": config_file, "--set": assignments}
         first = next((f"--{key.replace('_', '-')}" for key in given), None) or next(filter(others.get, others))
         raise ValueError(f"--resume continues a run as it was configured; drop {first}")
+    if seed_list is not None:
+        _check_seeds(given, assignments, begins=begins)
 
     from engine import config, distributed, hostmemory, launcher, rundir, trainer
     from engine.reporter import ConsoleReporter, Reporter
@@ -170,6 +175,11 @@ def train(
     else:
         _, complete = rundir.RunDir.existing(Path(str(resume)))
     again = resume == "auto" or distributed.is_restarted()
+    if seed_list is not None:
+        if launched:
+            raise ValueError("--seeds starts processes of its own, and none under torchrun; use --gpus or --procs")
+        _train_seeds(complete, seed_list, gpus, procs, again=again, profile=profile)
+        return
 
     processes = 0 if launched else launcher.count(gpus, procs, complete.device)
     if processes:
@@ -184,13 +194,35 @@ def train(
 
     hostmemory.keep_freed()
     with distributed.joined(complete, timeout) as world:
-        reporter = ConsoleReporter() if world.is_main else Reporter()
+        reporter = ConsoleReporter(share_of_peak=profile > 0) if world.is_main else Reporter()
         if begins:
             result = trainer.train(complete, reporter, profile=profile, world=world, again=again)
         else:
             result = trainer.resume(Path(str(resume)), reporter, profile=profile, world=world)
     if isinstance(reporter, ConsoleReporter):
         _print_summary(reporter, result)
+
+
+def _check_seeds(given: dict[str, Any], assignments: tuple[str, ...], *, begins: bool) -> None:
+    """Refuse what contradicts --seeds."""
+    if not begins:
+        raise ValueError("--resume DIR and --seeds exclude each other: --resume auto continues all of them")
+    if "seed" in given:
+        raise ValueError("--seed and --seeds exclude each other")
+    if any(text.partition("=")[0].strip() == "seed" for text in assignments):
+        raise ValueError("--set seed and --seeds exclude each other")
+
+
+def _train_seeds(
+    complete: RunConfig, seed_list: str, gpus: int | None, procs: int | None, *, again: bool, profile: int
+) -> None:
+    from engine import launcher, seeds
+    from engine.reporter import ConsoleReporter
+
+    wanted = seeds.parse(seed_list)
+    at_once = min(launcher.count(gpus, procs, complete.device) or 1, len(wanted))
+    places = seeds.slots(at_once, gpus=gpus is not None)
+    seeds.train(complete, wanted, places, ConsoleReporter(), again=again, profile=profile)
 
 
 def _name_recipe(complete: RunConfig, reporter: ConsoleReporter) -> None:

@@ -32,6 +32,7 @@ from engine.stopping import Interrupted, ProcessLost, RunFailed, Stop
 Value = TypeVar("Value")
 
 SECONDS_TO_ANSWER = 600.0
+IMAGES_FOR_A_GPU = 64
 _SECONDS_TO_REPORT = 10.0  # how long those who waited in vain wait for each other's reports
 _WORDS_OF_A_COLLECTIVE = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
 _VERDICT = "engine/verdict"
@@ -49,6 +50,16 @@ def is_launched() -> bool:
 def is_restarted() -> bool:
     """Whether the launcher started these processes again, after one of them had failed."""
     return is_launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def too_few(images: int) -> str:
+    """What to do where a GPU has fewer than 64 images of a batch, by launches and not by work bound; else ""."""
+    if images >= IMAGES_FOR_A_GPU:
+        return ""
+    return (
+        f"Warning: {images} images a GPU are bound by launches, {IMAGES_FOR_A_GPU} or more are not: take a larger "
+        "--batch-size with --lr-scale linear, fewer GPUs, or --seeds for runs side by side"
+    )
 
 
 class World:

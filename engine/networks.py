@@ -17,7 +17,6 @@ from engine.models.sync_batch_norm import is_synchronised
 from engine.precision import Precision
 from engine.twin import Pass, Twin
 
-
 MOST_COMPILATIONS = 64
 
 

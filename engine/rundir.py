@@ -95,9 +95,10 @@ class RunDir:
             self.path.rmdir()
 
     @classmethod
-    def find(cls, config: RunConfig) -> RunDir | None:
+    def find(cls, config: RunConfig, *, finished: bool = False) -> RunDir | None:
         """The run of that configuration to go on with: in its place, else the latest unfinished one below runs/.
 
+        finished: below runs/ a finished one counts too.
         Raises ValueError where the place holds the run of another configuration.
         """
         wanted = config.model_copy(update={"out": None})
@@ -117,7 +118,7 @@ class RunDir:
         ):
             run = cls(path.parent)
             with contextlib.suppress(ValueError):  # of another version, or damaged: it is not the one
-                if not run.summary.exists() and cls.existing(run.path)[1] == wanted:
+                if (finished or not run.summary.exists()) and cls.existing(run.path)[1] == wanted:
                     return run
         return None
 
@@ -143,6 +144,13 @@ class RunDir:
             yield
         finally:
             os.close(directory)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json; None where the run is not finished."""
+        if not self.summary.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return found
 
     def append_row(self, row: Mapping[str, object]) -> None:
         """Add one line to metrics.jsonl."""

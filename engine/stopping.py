@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -11,6 +12,9 @@ from types import FrameType
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 """Exit codes of the command line: a run cannot go on; the user can mend it; all is saved, go on with --resume."""
+
+RELAYED = "ENGINE_RELAYED_SIGNALS"
+"""Set in the environment of a process whose parent tells it of the signals that it hears itself."""
 
 SECONDS_OF_ECHO = 10.0
 """How long after a signal a launched process takes another for the same one.
@@ -46,13 +50,15 @@ class Stop:
 def graceful_stop(say: Callable[[str], None], *, launched: bool = False) -> Iterator[Stop]:
     """SIGINT and SIGTERM set the flag of the `Stop` inside; a second one interrupts at once.
 
-    say: tells the user that the first one was heard. launched: as one of several, which hear the first one twice.
+    say: tells the user that the first one was heard. launched: as one of several, which hear the first one twice;
+    so does a process with `RELAYED` in its environment.
     Outside the main thread signals stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    hears_twice = launched or RELAYED in os.environ
     heard: list[float] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -60,7 +66,7 @@ def graceful_stop(say: Callable[[str], None], *, launched: bool = False) -> Iter
         if len(heard) == 1:
             stop.requested = True
             say(f"{signal.Signals(number).name}: stopping at the next safe point; once more to stop at once")
-        elif not launched or heard[-1] - heard[0] > SECONDS_OF_ECHO:
+        elif not hears_twice or heard[-1] - heard[0] > SECONDS_OF_ECHO:
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from torch import nn
 
@@ -16,7 +20,7 @@ from engine.evaluate import evaluate
 from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
 from engine.precision import Precision
 from engine.rundir import write_atomically
-from engine.stopping import Stop
+from engine.stopping import Interrupted, Stop
 from engine.weights import load_model
 
 # What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
@@ -32,6 +36,8 @@ _NOT_IN_KEY = (
     "data", "device", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "out",
     "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval",
 )  # fmt: skip
+
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,12 @@ def obtain(
     train_run: TrainRun,
     say: Callable[[str], None],
     world: World,
+    stop: Stop,
 ) -> Teacher:
     """The teacher of that section ("teacher" or "teacher_st") of the configuration.
 
-    Raises ValueError for a checkpoint that cannot be this student's teacher.
+    Where another run trains it already, this one waits. Raises ValueError for a checkpoint that cannot be this
+    student's teacher, and Interrupted when it was asked to stop while it waits.
     """
     wanted: TeacherConfig = getattr(config, section)
     if wanted.checkpoint is not None:
@@ -71,7 +79,9 @@ def obtain(
     teacher_config = run_config(config, section)
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
-    if not world.from_main(cached.exists):
+    with _reserved(cached, say, world, stop):
+        if world.from_main(cached.exists):
+            return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
 
@@ -87,7 +97,38 @@ def obtain(
             say(f"The teacher cannot be kept for later runs: {cached}: {fault}")
             return _open(best, None, dataset, precision, f"trained for this run, {best}")
         return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
-    return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
+
+
+@contextmanager
+def _reserved(cached: Path, say: Callable[[str], None], world: World, stop: Stop) -> Iterator[None]:
+    """Inside, no other run trains the teacher of that place in the cache; it is free when the process ends."""
+    held: list[IO[bytes]] = []
+
+    def free() -> bool:
+        try:
+            if cached.exists():
+                return True
+            if not held:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                held.append(cached.with_name(f".{cached.name}.lock").open("wb"))
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # nothing can be kept there: no run has anything to wait for
+            return True
+        return True
+
+    try:
+        if not world.from_main(free):
+            say("Another run trains this teacher: waiting for it")
+            while not world.from_main(free):
+                if world.from_main(lambda: stop.requested):
+                    raise Interrupted
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def run_config(config: RunConfig, section: str) -> RunConfig:

@@ -36,7 +36,7 @@ from engine import (
 from engine.attack import preset
 from engine.checkpoints import Progress
 from engine.config import TERMS, RunConfig
-from engine.distributed import World, is_launched
+from engine.distributed import World, is_launched, too_few
 from engine.evaluate import batch_of, check_names, evaluate
 from engine.journal import Journal
 from engine.kernels import dispatch
@@ -209,6 +209,8 @@ class Trainer:
             share = complete.batch_size // world.size
             of = f"all {complete.batch_size}" if complete.sync_bn == "on" else f"its own {share}"
             reporter.message(f"Processes: {world.size}, {share} images each; BatchNorm in each by {of} images")
+            if self.precision.device.type == "cuda" and (warning := too_few(share)):
+                reporter.message(warning)
 
         saved = checkpoints.read(run.last) if world.from_main(run.last.exists) else None
         # What "auto" chose holds for the whole run: decoders differ by a grey level here and there.
@@ -490,6 +492,7 @@ class Trainer:
                     self._train_teacher,
                     self.reporter.message,
                     self.world,
+                    self.stop,
                 )
                 digest = found[section].sha256
                 if self.teachers_sha256.setdefault(section, digest) != digest:

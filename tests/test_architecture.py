@@ -26,6 +26,7 @@ LAYERS = (
     ("plots", "teachers"),
     ("provenance",),
     ("trainer", "evaluation", "data", "report", "launcher", "doctor"),
+    ("seeds",),
     ("cli",),
     ("__main__",),
 )

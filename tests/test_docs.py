@@ -22,6 +22,7 @@ from engine import attack, config, evaluate, methods, models
 from engine.cli import _KEYS, commands
 from engine.data import Info
 from engine.evaluation import Report
+from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
 from engine.trainer import RunResult
 
@@ -172,6 +173,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.data.info", lambda path: Info((), (), ()))
     monkeypatch.setattr("engine.launcher.count", lambda gpus, processes, device: 0)
     monkeypatch.setattr("engine.rundir.RunDir.existing", lambda path: (None, config.load({})))
+    monkeypatch.setattr("engine.seeds.train", lambda *arguments, **keys: None)
     monkeypatch.setattr("engine.trainer.train", train)
     monkeypatch.setattr("engine.trainer.resume", resume)
     monkeypatch.setattr("engine.evaluation.run", run)
@@ -240,7 +242,7 @@ def test_the_configuration_table_lists_every_key_with_its_default() -> None:
 def test_the_configuration_table_lists_every_flag() -> None:
     documented = {key: code(row[0])[0] for key, row in documented_keys().items() if row[0]}
     parameters = commands.commands["train"].params
-    not_keys = ("config_file", "assignments", "resume", "profile", "gpus", "procs", "timeout")
+    not_keys = ("config_file", "assignments", "resume", "profile", "gpus", "procs", "timeout", "seed_list")
     keys = [p for p in parameters if p.name not in not_keys]
     assert documented == {_KEYS.get(str(p.name), str(p.name)): p.opts[0] for p in keys}
 
@@ -312,7 +314,7 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", intro, re.MULTILINE)
     files = {name.rstrip("/") for cell in cells for name in code(cell)}
-    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st", "logs"} == files
+    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st", "logs", "log.txt"} == files
 
     for name in ("summary.json", "provenance.json"):
         content = json.loads((run / name).read_text())
@@ -348,6 +350,10 @@ def test_the_picture_of_the_rooms_names_every_file() -> None:
         for path in paths
         if not path.name.startswith("_") and path.name != "py.typed"
     }
+
+
+def test_the_page_of_the_kernels_tells_how_many_classes_they_take() -> None:
+    assert f"more than {MAX_CLASSES:,} classes on a GPU" in read(ROOT / "docs" / "kernels.md")
 
 
 def test_versions_agree() -> None:

@@ -7,12 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from bench import scaling
+from bench import roofline, scaling
 from bench.results import PredictedScalingRow, ScalingRow
 from bench.scaling import FABRIC, NVLINK
-from engine import config
+from engine import config, plan
 from tests.bench.readme import documented
 
 RUN = config.load({"method": "iad1", "model": "resnet18", "amp": True, "loss": {"warmup": 0}})
@@ -40,6 +41,21 @@ def test_a_gpu_by_itself_waits_for_nobody_and_more_of_them_do() -> None:
     # 20 layers, 10 attacked and 2 trained passes, forward and backward, two latencies each.
     _, synchronised = scaling.predicted_step(RUN, "h100", 128, 8, sync_bn=True)
     assert synchronised - exposed == pytest.approx(20 * 12 * 2 * 2 * NVLINK.latency)
+
+
+def test_few_images_are_bound_by_launches() -> None:
+    """Where no op has work to do, a step is its kernels: 1.6 us each in the graph, 5 us each beside it."""
+    ops = [roofline.Op("tiny", 0.0, 0.0, torch.float32)]
+    passes = roofline.Passes(ops * 143, ops * 200, ops * 32, 0, 0, 0)
+    step = scaling.step_alone(passes, plan.Passes(10, 2, 2), roofline.GPUS["h100"])
+    kernels = 3337 / 1895
+    assert step == pytest.approx(kernels * (1430 * 1.6e-6 + 465 * 5e-6))
+
+
+def test_eight_gpus_of_16_images_are_about_twice_as_fast_as_one_of_128() -> None:
+    alone, _ = scaling.predicted_step(RUN, "h100", 128, 1, sync_bn=False)
+    shared, _ = scaling.predicted_step(RUN, "h100", 16, 8, sync_bn=False)
+    assert 1.5 < alone / shared < 2.5
 
 
 @pytest.mark.parametrize(
