@@ -70,11 +70,9 @@ if [[ -n $gpu ]]; then
   training=(--dataset cifar10 --model resnet18 --amp --epochs 15)
   evaluation=(--attacks 'natural,pgd20,aa' --limit-aa 250)
 else
-  data=digits
-  [[ -z $images ]] || data=cifar10
   device=cpu quick=(--quick) few=(--no-memory --variant amp) outer=() rounds=2 steps=2 seconds=20
   sizes=(--model resnet8 --batch-size 4)
-  real=(--dataset "$data" --model resnet8 --limit-train 64)
+  real=(--dataset digits --model resnet8 --limit-train 64)
   training=(--dataset digits --model resnet8 --epochs 1 --limit-train 64 --limit-test 16 --set attack.num_steps=2)
   evaluation=(--attacks 'natural,pgd20,aa' --limit 10 --limit-aa 10)
 fi
@@ -96,7 +94,7 @@ stages() {
   $each 2 tests-cuda 300 - '' "${run[@]}" bench.gate --device cuda
   $each 2 tests-cpu 60 120 '' "${run[@]}" bench.gate --device cpu
   $each 1 peaks 90 30 '' "${run[@]}" bench.peaks "${on[@]}" --seconds "$seconds" "${quick[@]}" --out "$out/peaks"
-  $each 4 epochs 240 130 '' "${run[@]}" bench.epoch --real "${on[@]}" "${real[@]}" --out "$out/epochs"
+  $each 4 epochs 240 60 '' "${run[@]}" bench.epoch --real "${on[@]}" "${real[@]}" --out "$out/epochs"
   $each 3 step-iad1 300 20 '' "${step[@]}" --method iad1 --out "$out/step-iad1"
   $each 5 train-at 150 20 '' "${run[@]}" engine train --method at "${training[@]}" --out "$out/train-at"
   for method in iad1 ard; do
