@@ -44,8 +44,9 @@ while (($#)); do
   shift 2
 done
 
-version=$("$python" -c 'import platform; print(platform.python_version())') || exit 2
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
+version=$("$python" -c 'import platform; print(platform.python_version())') || refuse "PYTHON=$python does not run"
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")' \
+  2>/dev/null) || refuse "PYTHON=$python has no torch"
 name=$(tr -cs '[:alnum:]' - <<<"${gpu:-cpu}")
 name=${name,,}
 out=${out:-$work/${name%-}-$(date -u +%F)}

@@ -418,6 +418,14 @@ def test_a_wrong_argument_is_named(machine: Machine, arguments: list[str]) -> No
     assert machine.calls() == []
 
 
+def test_an_interpreter_that_cannot_serve_is_named(machine: Machine) -> None:
+    (machine.folder / "gpu").unlink()
+    assert machine.run() == (2, f"gpu_all.sh: PYTHON={machine.folder / 'python'} has no torch\n")
+    code, output = machine.run(PYTHON="nowhere")
+    assert code == 2
+    assert output.endswith("gpu_all.sh: PYTHON=nowhere does not run\n")
+
+
 def test_results_lie_under_the_name_of_the_gpu_and_the_day(machine: Machine) -> None:
     _, listed = machine.run("--list", "--out", "")
     assert "--out needs a value" in listed
