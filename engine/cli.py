@@ -162,10 +162,11 @@ def train(
     if seed_list is not None:
         _check_seeds(given, assignments, begins=begins)
 
-    from engine import config, distributed, hostmemory, launcher, rundir, trainer
+    from engine import config, distributed, hostmemory, launcher, rundir, seeds, trainer
     from engine.reporter import ConsoleReporter, Reporter
 
     launched = distributed.is_launched()
+    wanted = None if seed_list is None else seeds.parse(seed_list)
     if begins:
         trees = [config.nested(_KEYS.get(key, key), value) for key, value in given.items()]
         trees += [config.parse_assignment(text) for text in assignments]
@@ -175,10 +176,12 @@ def train(
     else:
         _, complete = rundir.RunDir.existing(Path(str(resume)))
     again = resume == "auto" or distributed.is_restarted()
-    if seed_list is not None:
+    if wanted is not None:
         if launched:
             raise ValueError("--seeds starts processes of its own, and none under torchrun; use --gpus or --procs")
-        _train_seeds(complete, seed_list, gpus, procs, again=again, profile=profile)
+        at_once = min(launcher.count(gpus, procs, complete.device) or 1, len(wanted))
+        places = seeds.slots(at_once, gpus=gpus is not None)
+        seeds.train(complete, wanted, places, ConsoleReporter(), again=again, profile=profile)
         return
 
     processes = 0 if launched else launcher.count(gpus, procs, complete.device)
@@ -211,18 +214,6 @@ def _check_seeds(given: dict[str, Any], assignments: tuple[str, ...], *, begins:
         raise ValueError("--seed and --seeds exclude each other")
     if any(text.partition("=")[0].strip() == "seed" for text in assignments):
         raise ValueError("--set seed and --seeds exclude each other")
-
-
-def _train_seeds(
-    complete: RunConfig, seed_list: str, gpus: int | None, procs: int | None, *, again: bool, profile: int
-) -> None:
-    from engine import launcher, seeds
-    from engine.reporter import ConsoleReporter
-
-    wanted = seeds.parse(seed_list)
-    at_once = min(launcher.count(gpus, procs, complete.device) or 1, len(wanted))
-    places = seeds.slots(at_once, gpus=gpus is not None)
-    seeds.train(complete, wanted, places, ConsoleReporter(), again=again, profile=profile)
 
 
 def _name_recipe(complete: RunConfig, reporter: ConsoleReporter) -> None:
