@@ -81,7 +81,13 @@ def test_compiled_passes_are_those_that_are_not() -> None:
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("name", models.TABLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("wrn34-10", "resnet50") else ())
+        for name in models.TABLE
+    ],
+)
 def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
     """Of the student, and of its twin under attack; with every torch that is supported."""
     precision = AMP if amp else F32

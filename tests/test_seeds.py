@@ -223,6 +223,7 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> Non
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_all_and_resume_auto_goes_on(tiny: Any, tmp_path: Path) -> None:
     long = command(tiny, epochs=20)
     arguments = [*long, "--procs", "2", "--seeds", "0,1,4", "--out", "all"]
