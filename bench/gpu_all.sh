@@ -95,7 +95,7 @@ stages() {
   $each 2 tests-cuda 300 - '' "${run[@]}" bench.gate --device cuda
   $each 2 tests-cpu 60 120 '' "${run[@]}" bench.gate --device cpu
   $each 1 peaks 90 30 '' "${run[@]}" bench.peaks "${on[@]}" --seconds "$seconds" "${quick[@]}" --out "$out/peaks"
-  $each 4 epochs 240 60 '' "${run[@]}" bench.epoch --real "${on[@]}" "${real[@]}" --out "$out/epochs"
+  $each 4 epochs 240 90 '' "${run[@]}" bench.epoch --real "${on[@]}" "${real[@]}" --out "$out/epochs"
   $each 3 step-iad1 300 20 '' "${step[@]}" --method iad1 --out "$out/step-iad1"
   $each 5 train-at 150 20 '' "${run[@]}" engine train --method at "${training[@]}" --out "$out/train-at"
   for method in iad1 ard; do
@@ -103,7 +103,7 @@ stages() {
       "${run[@]}" engine train --method "$method" "${teacher[@]}" "${training[@]}" --out "$out/train-$method"
   done
   for method in iad1 ard at; do
-    $each 5 "evaluate-$method" 80 30 "train-$method" \
+    $each 5 "evaluate-$method" 80 50 "train-$method" \
       "${run[@]}" engine eval "$out/train-$method" "${evaluation[@]}" "${on[@]}"
   done
   for method in ard iad2 akd2; do
@@ -113,7 +113,7 @@ stages() {
     $each 3 "kernels-$op" 60 15 '' \
       "${run[@]}" bench.kernels "${on[@]}" --op "$op" "${quick[@]}" --out "$out/kernels-$op"
   done
-  $each 4 epochs-table14 200 50 '' \
+  $each 4 epochs-table14 200 150 '' \
     "${run[@]}" bench.epoch --table14 "${on[@]}" --dataset random "${sizes[@]}" --steps "$steps" \
     --out "$out/epochs-table14"
   $each 2 sanitizer-pgd_update 150 - '' \
