@@ -79,7 +79,7 @@ def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]
     automatic = device.type == "cuda" and not config.checkpoint_activations
     if config.compile == "on" or (config.compile == "auto" and automatic):
         # Passes of one class count together, and one too many would run op by op with nothing but a warning.
-        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
         return lambda module: _Compiled(module, usual)
     return lambda module: module
 
