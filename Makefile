@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 TORCH211 ?= .venv-torch211
+# Tests that run at the same time; those of a file stay together, since they share what they set up.
+JOBS ?= 2
 # Tests of what depends on torch's and triton's versions.
 COMPUTING := tests/kernels tests/fake_cuda tests/models tests/bench/test_reference.py tests/bench/test_peaks.py \
-  $(addprefix tests/test_,$(addsuffix .py,attack cuda_step distributed evaluate learner networks resume trainer twin))
+  $(addprefix tests/test_,$(addsuffix .py,attack cuda_step distributed evaluate learner networks precision resume trainer twin))
 
 .PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint clean
 
@@ -74,7 +76,7 @@ lint: $(VENV)/.installed-dev
 
 # Triton's interpreter takes a process of its own: the variable is read when triton is imported.
 test: $(VENV)/.installed-loaders lint
-	$(BIN)/pytest -m "not slow and not gpu" --ignore tests/interpreter
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" --ignore tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
 
 test-slow: $(VENV)/.installed-loaders

@@ -77,7 +77,7 @@ class Wheel(bdist_wheel):  # type: ignore[misc]
 
 
 VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)[0]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 LINT = ["ruff", "mypy", "types-PyYAML"]
 DALI = {cuda: [f"nvidia-dali-cuda{cuda}0>=2.2"] for cuda in (12, 13)}
 

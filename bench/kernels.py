@@ -76,11 +76,11 @@ class Bench:
         torch._dynamo.reset()  # or the compiler gives up after so many sizes
         candidates = list(self._candidates(case))
         rows: list[Row] = []
-        for mode, clock in self._modes():
+        for mode, clock, in_graph in self._modes():
             ready, counts = [], []
             for candidate in candidates:
                 try:
-                    if mode == "graph":
+                    if in_graph:
                         with preferring(candidate.preference):
                             candidate = Candidate(candidate.name, captured(candidate.call))
                     counts.append(warm_up(candidate, clock, seconds))
@@ -95,10 +95,12 @@ class Bench:
             rows += results.rows(facts, case, mode, samples, self.cache_bytes)
         return rows
 
-    def _modes(self) -> list[tuple[str, Clock]]:
+    def _modes(self) -> list[tuple[str, Clock, bool]]:
+        """By name: the clock, and whether a call is captured as a CUDA graph."""
         if self.device.type == "cpu":
-            return [("call", HostClock())]
-        return [("call", CudaClock(self.device, idle=True)), ("graph", CudaClock(self.device, idle=False))]
+            return [("call", HostClock(), False)]
+        idle, busy = CudaClock(self.device, idle=True), CudaClock(self.device, idle=False)
+        return [("call", idle, False), ("graph", busy, True)]
 
     def _candidates(self, case: Case) -> Iterator[Candidate]:
         calls = case.calls(self.device)

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import torch
 
-from engine import config, precision, provenance
+from engine import precision, provenance
 from engine.precision import Precision
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -47,7 +47,7 @@ def facts(device: torch.device) -> Facts:
 
 def device(name: str) -> torch.device:
     """The device that `--device` names. Raises ValueError where it is not there."""
-    return precision.choose(config.load({"device": name})).device
+    return precision.device(name)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -21,7 +21,8 @@ from bench.meter import Meter, Peaks, Smi, reserved
 from engine import config, hostmemory, models, precision
 from engine.pipelines.datasets import DATASETS
 from engine.reporter import Reporter
-from engine.rundir import write_json, write_tensors
+from engine.rundir import write_json
+from engine.tensor_files import write_tensors
 from engine.trainer import train
 
 EPOCHS = 2

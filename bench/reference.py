@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models import layers
+from engine.names import look_up
 
+Objective = Callable[[Tensor], Tensor]
 EPSILON, STEP_SIZE, NUM_STEPS = 8 / 255, 2 / 255, 10
 BETA, LAM1, LAM2, LAM3 = 0.1, 0.25, 0.5, 0.25
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -59,23 +61,13 @@ class Step:
     def attack(self, x: Tensor, labels: Tensor, start: Tensor) -> Tensor:
         """PGD on the student (Eq. 2), on the cross-entropy; of TRADES on the divergence from S(x)."""
         with attack_mode(self.student, self.setting.bn):
-            if self.setting.method == "trades":
-                with torch.no_grad():
-                    target = F.softmax(self.student(x), dim=1)
-
-                def objective(logits: Tensor) -> Tensor:
-                    return F.kl_div(F.log_softmax(logits, dim=1), target, reduction="sum")
-            else:
-
-                def objective(logits: Tensor) -> Tensor:
-                    return F.cross_entropy(logits, labels, reduction="sum")
-
+            objective = look_up("method", self.setting.method, OBJECTIVES)(self.student, x, labels)
             a = start.detach()
             for _ in range(self.setting.num_steps):
                 a = self.ascend(a, x, objective)
         return a
 
-    def ascend(self, a: Tensor, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    def ascend(self, a: Tensor, x: Tensor, objective: Objective) -> Tensor:
         """One step of PGD along the sign of a gradient (Eq. 2). objective: a function of the student's logits."""
         a.requires_grad_()
         (gradient,) = torch.autograd.grad(objective(self.student(a)), [a])
@@ -84,23 +76,40 @@ class Step:
 
     def loss(self, x: Tensor, a: Tensor, labels: Tensor) -> Tensor:
         """The method's loss on natural and adversarial images, with the forwards that the semantics runs."""
-        return LOSSES[self.setting.method](self, x, a, labels)
+        return look_up("method", self.setting.method, LOSSES)(self, x, a, labels)
 
     @property
     def official(self) -> bool:
         """As the published code does it."""
-        return self.setting.semantics == "official"
+        return look_up("semantics", self.setting.semantics, {"paper": False, "official": True})
 
 
 @contextmanager
 def attack_mode(student: nn.Module, bn: str) -> Iterator[None]:
     """How the student runs while it is attacked."""
-    before = {name: value.clone() for name, value in student.named_buffers()} if bn == "batch" else {}
-    student.train(bn != "eval")
+    trains, moves = look_up("bn", bn, {"train": (True, True), "eval": (False, True), "batch": (True, False)})
+    before = {} if moves else {name: value.clone() for name, value in student.named_buffers()}
+    student.train(trains)
     yield
     student.train()
     for name, value in student.named_buffers() if before else ():  # as if no forward had moved them
         value.copy_(before[name])
+
+
+def cross_entropy(student: nn.Module, x: Tensor, labels: Tensor) -> Objective:
+    """What PGD maximises."""
+    return lambda logits: F.cross_entropy(logits, labels, reduction="sum")
+
+
+def divergence(student: nn.Module, x: Tensor, labels: Tensor) -> Objective:
+    """What the attack of TRADES maximises."""
+    with torch.no_grad():
+        target = F.softmax(student(x), dim=1)
+    return lambda logits: F.kl_div(F.log_softmax(logits, dim=1), target, reduction="sum")
+
+
+OBJECTIVES = dict.fromkeys(("at", "ard", "akd2", "iad1", "iad1-down", "iad2"), cross_entropy)
+OBJECTIVES["trades"] = divergence
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -131,9 +140,10 @@ def at(step: Step, x: Tensor, a: Tensor, labels: Tensor) -> Tensor:
 
 
 def trades(step: Step, x: Tensor, a: Tensor, labels: Tensor) -> Tensor:
-    """Zhang et al.: natural cross-entropy and six times the divergence between the two predictions."""
-    s_a, s_x = step.student(a), step.student(x)
-    return F.cross_entropy(s_x, labels) + 6 * kl(s_x, s_a).mean()
+    """Zhang et al.: natural cross-entropy and six times the divergence between the two predictions, S(x) anew."""
+    natural = F.cross_entropy(step.student(x), labels)
+    s_a = step.student(a)
+    return natural + 6 * kl(step.student(x), s_a).mean()
 
 
 def clean_forward(step: Step, x: Tensor, labels: Tensor) -> Tensor | float:

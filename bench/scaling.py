@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +23,11 @@ from bench.results import PredictedScalingRow, ScalingRow
 from bench.roofline import GPUS
 from bench.steps import Workload
 from bench.timing import rotated
-from engine import checkpoints, config, distributed, methods, models, plan, precision
+from engine import checkpoints, config, distributed, launcher, methods, models, plan, precision
+from engine.attack import bn_mode
 from engine.learner import Learner
 from engine.models.sync_batch_norm import synchronise
+from engine.names import is_on
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.tensor import TensorPipeline
 from engine.precision import Precision
@@ -80,7 +80,9 @@ class Taken(NamedTuple):
 @click.option("--steps", "count", default=3, show_default=True, type=click.IntRange(min=1), help="Of a round.")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="To predict for.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
-@click.option("--process", "is_process", is_flag=True, hidden=True, help="This is one of the processes.")
+@click.option(
+    "--process", "answer", type=click.Path(path_type=Path), hidden=True, help="Where one of them answers."
+)
 @click.option("--sync-bn", is_flag=True, hidden=True, help="Its BatchNorm is synchronised.")
 def main(
     sizes: Sequence[int],
@@ -93,7 +95,7 @@ def main(
     count: int,
     gpu: str,
     out: Path | None,
-    is_process: bool,
+    answer: Path | None,
     sync_bn: bool,
 ) -> None:
     """Time steps of one global batch by 1, 2, ... processes on the same cores, and predict those of many GPUs."""
@@ -106,11 +108,11 @@ def main(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if is_process:
+    if answer is not None:
         with distributed.joined(complete) as world:
             taken = _run(world, complete, workload, count)
             if world.is_main:
-                click.echo(json.dumps(taken))
+                answer.write_text(json.dumps(taken))
         return
     groups = [(size, sync) for size in sizes or (1, 2) for sync in (False, True)[: 1 if size == 1 else 2]]
     arguments = ["--method", method, "--model", model, "--batch-size", str(batch_size), "--dataset", dataset]
@@ -161,13 +163,12 @@ def main(
 
 def group(size: int, arguments: Sequence[str]) -> Taken:
     """What so many processes of this benchmark measured together, which share the cores of this machine."""
-    threads = str(max(1, torch.get_num_threads() // size))
-    ran = subprocess.run(  # noqa: S603  # this program
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--rdzv-backend", "c10d",
-         "--rdzv-endpoint", "localhost:0", "-m", "bench.scaling", "--process", *arguments],
-        check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads},
-    )  # fmt: skip
-    return Taken(*json.loads(ran.stdout.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "taken.json"
+        command = [sys.executable, "-m", "bench.scaling", "--process", str(answer), *arguments]
+        if launcher.launch(size, command, None, max_restarts=0):
+            raise RuntimeError(f"{size} processes of the benchmark failed")
+        return Taken(*json.loads(answer.read_text()))
 
 
 def _run(world: distributed.World, complete: config.RunConfig, workload: Workload, count: int) -> Taken:
@@ -176,7 +177,7 @@ def _run(world: distributed.World, complete: config.RunConfig, workload: Workloa
     method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
     torch.manual_seed(0)
     networks = [at.place(models.build(complete.model, 10)) for _ in range(3)]
-    if complete.sync_bn == "on" and world.size > 1:
+    if is_on("sync_bn", complete.sync_bn) and world.size > 1:
         networks[0] = synchronise(networks[0], at.device)
     teachers = {"teacher": networks[1].eval(), "teacher_st": networks[2].eval()}
     learner = Learner(networks[0].train(), teachers, method, complete, at, world)
@@ -279,7 +280,7 @@ def predicted_step(
             layers = sum(
                 isinstance(module, nn.BatchNorm2d) for module in models.build(complete.model, 10).modules()
             )
-        attacked = count.attacked if complete.attack.bn != "eval" else 0
+        attacked = count.attacked if bn_mode(complete.attack.bn).by_batch else 0
         latency = (NVLINK if gpus <= GPUS_PER_NODE else FABRIC).latency
         exposed += 2 * latency * layers * 2 * (attacked + count.trained)
     return alone + exposed, exposed

@@ -22,6 +22,7 @@ from bench.results import StepRow
 from bench.steps import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Variant, Workload
 from bench.timing import Call, no_garbage_collection, rotated
 from engine import config, methods, models, precision
+from engine.names import is_on
 
 TESTS = gate.ROOT / "tests" / "bench" / "test_reference.py"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
@@ -127,7 +128,7 @@ def warmed_up(workload: Workload, name: str) -> tuple[Call, int | None]:
     variant = VARIANTS[name]
     with variant.conditions():
         step = workload.step(variant)
-        flops = None if workload.config(variant).compile == "on" else executed(step)
+        flops = None if is_on("compile", workload.config(variant).compile, auto=False) else executed(step)
         for _ in range(WARM_UP[workload.device.type] - (flops is not None)):
             step()
     return step, flops

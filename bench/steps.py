@@ -24,6 +24,7 @@ from engine import config, hostmemory, methods, models, precision
 from engine.attack import started
 from engine.config import RunConfig
 from engine.learner import Learner
+from engine.names import is_on
 from engine.pipelines import datasets
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
@@ -141,7 +142,7 @@ class Workload:
         run = self.config(variant)
         chosen = precision.choose(run)
         method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
-        if run.compile == "on":
+        if is_on("compile", run.compile, auto=False):
             _compile_all()
         student, teacher, standard = _networks(run.model, len(self.images.class_names))
         if variant.by is not By.ENGINE:
@@ -175,11 +176,11 @@ class Workload:
         setting = reference.Setting(run.method, run.semantics, spec.bn, spec.num_steps)
         batches = self._batches(chosen)
         if by is By.EXPERT:
-            compiler = {"mode": "reduce-overhead" if run.graphs == "on" else "default"}
+            graphs, scaler = is_on("graphs", run.graphs), chosen.scaler()
+            compiler = {"mode": "reduce-overhead" if graphs else "default"}
             passes = (expert.Passes(network, chosen.autocast, compiler) for network in networks)
             student, teacher, standard = passes
             sgd, layout = expert.sgd(student, run.lr), torch.channels_last
-            graphs, scaler = run.graphs == "on", chosen.scaler()
             step: reference.Step = expert.Step(setting, student, teacher, standard, sgd, graphs, scaler)
         else:
             sgd = torch.optim.SGD(networks[0].parameters(), lr=run.lr, momentum=0.9, weight_decay=2e-4)

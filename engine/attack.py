@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from engine.config import AttackSpec, nearest, validated
+from engine.config import AttackSpec, validated
 from engine.kernels import pgd_update, random_start
 from engine.models.layers import running_statistics_stay
+from engine.names import look_up
+
+Logits = Callable[[Tensor], Tensor]
+Objective = Callable[[Tensor], Tensor]
+"""What the attack maximises, of images, summed over the batch: a gradient must not depend on the batch size."""
 
 
 def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, AttackSpec]:
@@ -24,6 +30,7 @@ def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, A
 
     fgsm: one step of epsilon from x itself; fgsm-rs: the same from a random start, as the published code does.
     pgd10, pgd20: 10 and 20 steps of epsilon/4 on the cross-entropy from a random start.
+    pgd20-dlr: pgd20 on the difference of logits ratio, which no factor on the logits changes.
     cw: 30 steps of epsilon/4 on the margin of Carlini and Wagner with kappa = 50, from a random start.
     """
 
@@ -36,37 +43,49 @@ def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, A
         "fgsm-rs": spec(1, epsilon),
         "pgd10": spec(10, epsilon / 4),
         "pgd20": spec(20, epsilon / 4),
+        "pgd20-dlr": spec(20, epsilon / 4, loss="dlr"),
         "cw": spec(30, epsilon / 4, loss="cw", kappa=50.0),
     }
 
 
 def preset(name: str, epsilon: float, threat_model: str = "Linf") -> AttackSpec:
     """The preset of that name. Raises ValueError for an unknown one."""
-    known = presets(epsilon, threat_model)
-    if name not in known:
-        raise ValueError(f"attack: {name!r} is not known; {nearest(name, known)}")
-    return known[name]
-
-
-def describe(spec: AttackSpec) -> str:
-    """All numbers of an attack in one line, epsilon and step in the units of the images."""
-    start = {
-        "none": "from x",
-        "uniform": "random start",
-        "gaussian": f"start {spec.gaussian_std:g} N(0,1)",
-    }[spec.random_start]
-    if spec.random_start == "uniform" and not spec.clamp_start:
-        start += " not clamped"
-    loss = {"ce": "cross-entropy", "kl": "KL to S(x)", "cw": f"CW margin, kappa {spec.kappa:g}"}[spec.loss]
-    unit = in_255 if spec.threat_model == "Linf" else "{:g}".format
-    norm = {"Linf": "L-inf", "L2": "L2"}[spec.threat_model]
-    steps = f"{spec.num_steps} step{'s' * (spec.num_steps != 1)} of {unit(spec.step_size)}"
-    return f"{norm}, epsilon {unit(spec.epsilon)}, {steps}, {start}, {loss}, BN {spec.bn}"
+    return look_up("attack", name, presets(epsilon, threat_model))
 
 
 def in_255(value: float) -> str:
     """Write an L-inf length as n/255."""
     return f"{value * 255:.4g}/255"
+
+
+class ThreatModel(NamedTuple):
+    """A norm: its name and its lengths in words, and its order."""
+
+    name: str
+    length: Callable[[float], str]
+    order: float
+
+
+THREAT_MODELS = {
+    "Linf": ThreatModel("L-inf", in_255, torch.inf),
+    "L2": ThreatModel("L2", "{:g}".format, 2),
+}
+_STARTS: dict[str, Callable[[AttackSpec], str]] = {
+    "none": lambda spec: "from x",
+    "uniform": lambda spec: "random start",
+    "gaussian": lambda spec: f"start {spec.gaussian_std:g} N(0,1)",
+}
+
+
+def describe(spec: AttackSpec) -> str:
+    """All numbers of an attack in one line, epsilon and step in the units of the images."""
+    start = look_up("attack.random_start", spec.random_start, _STARTS)(spec)
+    if spec.random_start != "none" and not spec.clamp_start:
+        start += " not clamped"
+    loss = look_up("attack.loss", spec.loss, LOSSES).describe(spec)
+    norm = look_up("attack.threat_model", spec.threat_model, THREAT_MODELS)
+    steps = f"{spec.num_steps} step{'s' * (spec.num_steps != 1)} of {norm.length(spec.step_size)}"
+    return f"{norm.name}, epsilon {norm.length(spec.epsilon)}, {steps}, {start}, {loss}, BN {spec.bn}"
 
 
 def pgd(
@@ -133,7 +152,7 @@ def started(
 
 
 def climb(
-    logits: Callable[[Tensor], Tensor],
+    logits: Logits,
     x_adv: Tensor,
     x_nat: Tensor,
     labels: Tensor,
@@ -143,7 +162,7 @@ def climb(
     counts: Tensor | None = None,
 ) -> None:
     """The steps of the attack, in place in x_adv. logits: the network, frozen and in the mode of the attack."""
-    objective = _objective(logits, x_nat, labels, spec)
+    objective = look_up("attack.loss", spec.loss, LOSSES).against(logits, x_nat, labels, spec)
     for _ in range(spec.num_steps):
         with torch.enable_grad():
             images = x_adv.detach().requires_grad_()
@@ -163,19 +182,49 @@ def climb(
             )
 
 
-def _objective(
-    logits: Callable[[Tensor], Tensor], x_nat: Tensor, labels: Tensor, spec: AttackSpec
-) -> Callable[[Tensor], Tensor]:
-    """What the attack maximises, summed over the batch: a sample's gradient must not depend on the batch size."""
-    if spec.loss == "ce":
-        return lambda x_adv: F.cross_entropy(logits(x_adv), labels, reduction="sum")
-    if spec.loss == "cw":
-        return lambda x_adv: -F.relu(_margin(logits(x_adv), labels) + spec.kappa).sum()
+def _cross_entropy(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    return lambda x_adv: F.cross_entropy(logits(x_adv), labels, reduction="sum")
+
+
+def _carlini_wagner(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    return lambda x_adv: -F.relu(_margin(logits(x_adv), labels) + spec.kappa).sum()
+
+
+def _difference_of_logits_ratio(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    """-(z_y - max_{c != y} z_c) / (z_(1) - z_(3)), Croce and Hein (2020); of two classes the margin alone."""
+
+    def ratio(x_adv: Tensor) -> Tensor:
+        logits_BC = logits(x_adv)
+        margin_B = _margin(logits_BC, labels)
+        if logits_BC.shape[1] < 3:
+            return -margin_B.sum()
+        largest_B3 = logits_BC.topk(3, dim=1).values
+        return -(margin_B / (largest_B3[:, 0] - largest_B3[:, 2] + 1e-12)).sum()
+
+    return ratio
+
+
+def _divergence(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     with torch.no_grad():
         log_target = F.log_softmax(logits(x_nat), dim=1)
     return lambda x_adv: F.kl_div(
         F.log_softmax(logits(x_adv), dim=1), log_target, reduction="sum", log_target=True
     )
+
+
+class Loss(NamedTuple):
+    """A loss of the attack: in words, and as an objective against a network, given x_nat, labels and the spec."""
+
+    describe: Callable[[AttackSpec], str]
+    against: Callable[[Logits, Tensor, Tensor, AttackSpec], Objective]
+
+
+LOSSES = {
+    "ce": Loss(lambda spec: "cross-entropy", _cross_entropy),
+    "kl": Loss(lambda spec: "KL to S(x)", _divergence),
+    "cw": Loss(lambda spec: f"CW margin, kappa {spec.kappa:g}", _carlini_wagner),
+    "dlr": Loss(lambda spec: "DLR", _difference_of_logits_ratio),
+}
 
 
 def _margin(logits_BC: Tensor, labels: Tensor) -> Tensor:
@@ -198,17 +247,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """How the model runs inside; every module's own mode comes back afterwards.
+class BatchNormMode(NamedTuple):
+    """by_batch: by statistics of the batch, else by the running ones. tracked: these take part, and may move."""
 
-    "train": batch statistics, and running statistics move. "eval": running statistics, which stay.
-    "batch": batch statistics, and running statistics stay.
-    """
+    by_batch: bool
+    tracked: bool
+
+
+BN_MODES = {
+    "train": BatchNormMode(by_batch=True, tracked=True),
+    "eval": BatchNormMode(by_batch=False, tracked=True),
+    "batch": BatchNormMode(by_batch=True, tracked=False),
+}
+
+
+def bn_mode(name: str) -> BatchNormMode:
+    """How BatchNorm runs during an attack. Raises ValueError for an unknown name."""
+    return look_up("attack.bn", name, BN_MODES)
+
+
+@contextmanager
+def batch_norm_mode(model: nn.Module, name: str) -> Iterator[None]:
+    """The model runs in that mode of `BN_MODES` inside; every module's own comes back afterwards."""
+    mode = bn_mode(name)
     modes = [(module, module.training) for module in model.modules()]
-    model.train(mode != "eval")
+    model.train(mode.by_batch)
     try:
-        with running_statistics_stay(model) if mode == "batch" else nullcontext():
+        with nullcontext() if mode.tracked else running_statistics_stay(model):
             yield
     finally:
         for module, training in modes:

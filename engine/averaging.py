@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from engine.config import RunConfig, epochs_of
+from engine.config import AveragingConfig, RunConfig, epochs_of
 from engine.distributed import Statistics, World
+from engine.names import look_up
 from engine.pipelines.base import Batch
 
 
+class Kind(NamedTuple):
+    """How weights are averaged: from which part of the run on, over which model of torch, how often."""
+
+    start: float
+    model: Callable[[nn.Module, AveragingConfig], AveragedModel]
+    every_step: bool
+
+
+def _ema(student: nn.Module, config: AveragingConfig) -> AveragedModel:
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.decay), use_buffers=True)
+
+
+KINDS: dict[str, Kind | None] = {
+    "none": None,
+    "ema": Kind(0.0, _ema, every_step=True),
+    "swa": Kind(0.75, lambda student, config: AveragedModel(student), every_step=False),
+}
+
+
+def build(student: nn.Module, config: RunConfig) -> Average | None:
+    """The average that the configuration asks for, None where it asks for none."""
+    kind = look_up("averaging.kind", config.averaging.kind, KINDS)
+    return None if kind is None else Average(student, config, kind)
+
+
+def first_epoch(config: RunConfig) -> int | None:
+    """The epoch, from 0, in which the averaging begins; None where there is none."""
+    kind = look_up("averaging.kind", config.averaging.kind, KINDS)
+    if kind is None:
+        return None
+    start = kind.start if config.averaging.start is None else config.averaging.start
+    return min(epochs_of(start, config.epochs), config.epochs - 1)
+
+
 class Average:
-    """The average of a student that the configuration asks for; see `AveragingConfig`.
+    """An average of a student; see `AveragingConfig`.
 
     module: the averaged network, which is the student's copy until the averaging starts.
     """
 
-    def __init__(self, student: nn.Module, config: RunConfig) -> None:
-        self._student, self._config = student, config.averaging
-        start = config.averaging.start
-        if start is None:
-            start = 0.75 if config.averaging.kind == "swa" else 0.0
-        self._start = min(epochs_of(start, config.epochs), config.epochs - 1)
-        if config.averaging.kind == "ema":
-            average = get_ema_multi_avg_fn(config.averaging.decay)
-            self._model = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
-        else:
-            self._model = AveragedModel(student)
+    def __init__(self, student: nn.Module, config: RunConfig, kind: Kind) -> None:
+        self._student, self._every_step = student, kind.every_step
+        self._start = first_epoch(config) or 0
+        self._model = kind.model(student, config.averaging)
         self._model.requires_grad_(False).eval()
 
     @property
@@ -45,7 +74,7 @@ class Average:
 
     def after_step(self, epoch: int) -> None:
         """Take in the weights and running statistics of a step."""
-        if self._config.kind == "ema" and epoch >= self._start:
+        if self._every_step and epoch >= self._start:
             self._model.update_parameters(self._student)
 
     def after_epoch(self, epoch: int, batches: Iterable[Batch], num_samples: int, world: World) -> None:
@@ -54,7 +83,7 @@ class Average:
         batches: this process's, of all num_samples images. Called again for an epoch, as after a resume, it takes
         in nothing.
         """
-        if self._config.kind != "swa" or epoch < self._start:
+        if self._every_step or epoch < self._start:
             return
         if self._model.n_averaged <= epoch - self._start:
             self._model.update_parameters(self._student)

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import click
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from engine import __version__
-from engine.stopping import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, RunFailed
+from engine import __version__, faults, terminal
+from engine.stopping import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Interrupted,
+    RunFailed,
+    heed_signals,
+    ignore_signals,
+)
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
@@ -22,34 +31,41 @@ if TYPE_CHECKING:
 
 def main() -> NoReturn:
     """Run the command line: exit code 0, 1 (the run failed), 2 (user error) or 130 (interrupted)."""
+    with terminal.kept(), faults.told_of_threads(_say):
+        code = _run()
+        ignore_signals()
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
-        commands.main(standalone_mode=False)
-    except (click.exceptions.Exit, SystemExit) as error:
-        code = getattr(error, "exit_code", getattr(error, "code", 0))
-        sys.exit(code)
+        heed_signals()
+        if commands.main(standalone_mode=False) is not None:  # --help, --version
+            terminal.check_shown()
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else error.format_message())
-        sys.exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
     except click.ClickException as error:
-        _leave(error.format_message(), EXIT_USER_ERROR)
-    except ValueError as error:
-        _leave(str(error), EXIT_USER_ERROR)
-    except RunFailed as error:
-        _leave(str(error), EXIT_FAILED)
-    except Interrupted as error:
-        _leave(str(error), EXIT_INTERRUPTED)
+        _say(error.format_message())
+        return EXIT_USER_ERROR
     except (KeyboardInterrupt, click.Abort):
-        _leave("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has left: nobody to tell
-        sys.exit(EXIT_FAILED)
-    sys.exit(0)
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        told = faults.told(error)
+        _say(str(told))
+        return next(code for kind, code in _CODES.items() if isinstance(told, kind))
+    return 0
 
 
-def _leave(message: str, code: int) -> NoReturn:
+_CODES = {ValueError: EXIT_USER_ERROR, RunFailed: EXIT_FAILED, Interrupted: EXIT_INTERRUPTED}
+
+
+def _say(message: str) -> None:
     if message:  # else another process of the run has said it
-        click.echo(f"engine: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+        click.echo(f"engine: {faults.printable(message)}", err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -70,12 +86,16 @@ _KEYS = {
 }
 
 
+_COUNT, _SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
+
+
 def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     flags = [
         click.option("--method", help="st, at, trades, ard, akd2, iad1, iad2, ... [iad1]"),
         click.option("--model", help="Architecture of the student. [resnet18]"),
         click.option("--dataset", help="digits, cifar10, cifar100, svhn, tiny-imagenet or folder. [cifar10]"),
         click.option("--data", help="Where the data set lies. [$ENGINE_DATA, ./data, the user cache]"),
+        click.option("--init", metavar="FILE", help="Checkpoint of the student's first weights. [drawn]"),
         click.option("--teacher", metavar="FILE", help="Robust teacher's checkpoint. [cached, else trained]"),
         click.option("--teacher-st", metavar="FILE", help="Standard teacher's checkpoint. [cached, else trained]"),
         click.option("--epochs", type=int, help="Length; warm-up and milestones scale with it. [200]"),
@@ -108,13 +128,21 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _checked_timeout(context: click.Context, parameter: click.Parameter, seconds: float) -> float:
+    from engine.distributed import check_timeout
+
+    check_timeout(seconds)
+    return seconds
+
+
 def _process_flags(command: Callable[..., None]) -> Callable[..., None]:
     flags = [
         click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Use N GPUs. [one if there is any]"),
         click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Use N processes on the CPU."),
         click.option(
             "--timeout",
-            type=click.FloatRange(min=1),
+            type=float,
+            callback=_checked_timeout,
             default=600,
             show_default=True,
             help="Seconds after which a process that does not answer the others is lost.",
@@ -155,26 +183,27 @@ def train(
     """  # noqa: D301  # click knows the backspace as a mark, and only as a character
     given = {key: value for key, value in flags.items() if value is not None}
     begins = resume in (None, "auto")
-    if not begins and (given or config_file or assignments):
-        others = {"--config": config_file, "--set": assignments}
-        first = next((f"--{key.replace('_', '-')}" for key in given), None) or next(filter(others.get, others))
-        raise ValueError(f"--resume continues a run as it was configured; drop {first}")
+    for flag, value in (("--config", config_file), ("--out", given.get("out"))):
+        if value is not None and not begins:
+            raise ValueError(f"--resume DIR continues the run in DIR as it was configured; drop {flag}")
     if seed_list is not None:
         _check_seeds(given, assignments, begins=begins)
 
-    from engine import config, distributed, hostmemory, launcher, rundir, seeds, trainer
+    from engine import config, distributed, hostmemory, launcher, resuming, rundir, seeds, trainer
     from engine.reporter import ConsoleReporter, Reporter
 
     launched = distributed.is_launched()
     wanted = None if seed_list is None else seeds.parse(seed_list)
+    trees = [config.nested(_KEYS.get(key, key), value) for key, value in given.items()]
+    trees += [config.parse_assignment(text) for text in assignments]
+    changes = config.merge(*trees)
     if begins:
-        trees = [config.nested(_KEYS.get(key, key), value) for key, value in given.items()]
-        trees += [config.parse_assignment(text) for text in assignments]
-        complete = config.load(_read_config(config_file), *trees)
+        complete = config.load(_read_config(config_file), changes)
         if config_file is None and complete.limit_train is None and not launched:
             _name_recipe(complete, ConsoleReporter())
     else:
-        _, complete = rundir.RunDir.existing(Path(str(resume)))
+        run, begun = rundir.RunDir.existing(Path(str(resume)))
+        complete = resuming.carried_on(begun, resuming.changed(begun, changes))
     again = resume == "auto" or distributed.is_restarted()
     if wanted is not None:
         if launched:
@@ -186,13 +215,16 @@ def train(
 
     processes = 0 if launched else launcher.count(gpus, procs, complete.device)
     if processes:
-        path = Path(str(resume))
-        if begins:
-            path = trainer.begin(complete, again=again, processes=processes)
-        further = ["--timeout", str(timeout), "--profile", str(profile)]
-        code = launcher.launch(processes, ["train", "--resume", str(path), *further], path / "logs")
-        if code == EXIT_USER_ERROR:
-            trainer.discard_unbegun(path)
+        found = (
+            rundir.Begun(run, changes)
+            if not begins
+            else trainer.begin(complete, again=again, processes=processes, say=ConsoleReporter().message)
+        )
+        arguments = ["train", "--resume", str(found.run.path), *config.assignments(found.changes)]
+        arguments += ["--timeout", str(timeout), "--profile", str(profile)]
+        code = launcher.launch(processes, launcher.command(*arguments), found.run.path / "logs")
+        if code != EXIT_INTERRUPTED:
+            found.take_back()
         sys.exit(code)
 
     hostmemory.keep_freed()
@@ -201,7 +233,7 @@ def train(
         if begins:
             result = trainer.train(complete, reporter, profile=profile, world=world, again=again)
         else:
-            result = trainer.resume(Path(str(resume)), reporter, profile=profile, world=world)
+            result = trainer.resume(Path(str(resume)), reporter, profile=profile, world=world, **changes)
     if isinstance(reporter, ConsoleReporter):
         _print_summary(reporter, result)
 
@@ -248,17 +280,21 @@ def _read_config(name: str | None) -> dict[str, Any]:
 @commands.command("eval")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option("--attacks", default="natural,fgsm,pgd20,cw", show_default=True, help="Of natural, fgsm, ..., aa.")
-@click.option("--limit", type=int, help="Evaluate on that many test images, balanced over classes.")
-@click.option("--limit-aa", type=int, help="The same for AutoAttack, which is slow. [all]")
+@click.option("--limit", type=_COUNT, help="Evaluate on that many test images, balanced over classes.")
+@click.option("--limit-aa", type=_COUNT, help="The same for AutoAttack, which is slow. [all]")
 @click.option("--dataset", help="Data set. [the one it was trained on]")
 @click.option("--data", help="Where the data set lies. [where it was in training]")
 @click.option("--model", help="Architecture, where the checkpoint does not tell.")
+@click.option("--weights", help="Which of a file's state dicts, e.g. state_dict_ema. [the usual one]")
+@click.option("--normalize", help="What its loader normalised by: cifar10, imagenet, ... [as the file tells]")
+@click.option("--normalize-mean", metavar="R,G,B", help="The mean itself, of images in [0, 1].")
+@click.option("--normalize-std", metavar="R,G,B", help="The standard deviation itself.")
 @click.option("--epsilon", help="Radius of the attacks, e.g. 8/255. [as in training, else 8/255]")
 @click.option("--threat-model", help="Linf or L2. [as in training, else Linf]")
-@click.option("--batch-size", type=int, default=250, show_default=True, help="Images per forward.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the attacks.")
+@click.option("--batch-size", type=_COUNT, default=250, show_default=True, help="Images per forward.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the attacks.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--image-size", type=int, help="Cut views of that size from images of any size. [as in training]")
+@click.option("--image-size", type=_COUNT, help="Cut views of that size from images of any size. [as in training]")
 @click.option("--on-bad-image", help="fail, or skip images that cannot be read. [as in training]")
 @click.option("--out", metavar="DIR", help="Where the JSON of the results goes. [beside each checkpoint]")
 @_process_flags
@@ -276,36 +312,39 @@ def evaluate_command(
     Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
     goes on where it was.
     """
-    from engine import config, distributed, evaluation, launcher
+    from engine import config, distributed, evaluation, launcher, results
+    from engine.models import normalize
     from engine.reporter import ConsoleReporter, Reporter
 
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
+    told = (flags.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
+    flags["normalize"] = normalize.from_text(*told)
+    complete = config.load({"device": flags["device"]})
     if not distributed.is_launched() and (processes := launcher.count(gpus, procs, flags["device"])):
-        sys.exit(launcher.launch(processes, sys.argv[1:], None))
+        sys.exit(launcher.launch(processes, launcher.command(*sys.argv[1:]), None))
 
-    results, written = {}, []
-    with distributed.joined(config.load({"device": flags["device"]}), timeout) as world:
+    folder = None if out is None else Path(out)
+    paths = {path: results.path_of(path, folder) for path in map(_checkpoint, checkpoints)}
+    found = {}
+    with distributed.joined(complete, timeout) as world:
         reporter = ConsoleReporter() if world.is_main else Reporter()
-        for name in checkpoints:
-            path = Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
-            report = evaluation.run(path, names, reporter, out=_report_path(path, out), world=world, **flags)
-            if world.is_main:
-                report.write(_report_path(path, out))
-            written.append(_report_path(path, out))
-            results[f"{report.title}  {path}"] = report.results
+        for path, report_path in paths.items():
+            report = evaluation.run(path, names, reporter, out=report_path, world=world, **flags)
+            found[f"{report.title}  {path}"] = report.results
     if isinstance(reporter, ConsoleReporter):
-        _print_accuracies(reporter, results)
-        for path in written:
-            reporter.message(f"Written: {path}")
+        _print_accuracies(reporter, found)
+        for report_path in paths.values():
+            reporter.message(f"Written: {report_path}")
 
 
-def _report_path(checkpoint: Path, out: str | None) -> Path:
-    """Beside the checkpoint, or in a folder under a name that tells the best of two runs apart."""
-    if out is None:
-        return checkpoint.with_suffix(".eval.json")
-    return Path(out) / f"{checkpoint.absolute().parent.name}-{checkpoint.stem}.eval.json"
+def _checkpoint(name: str) -> Path:
+    """A file, or the best checkpoint of a run directory. Raises ValueError where that cannot be looked up."""
+    try:
+        return Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
 
 
 @commands.group()
@@ -318,10 +357,12 @@ def data() -> None:
 @click.option("--data", "place", help="Where the data set lies. [$ENGINE_DATA, ./data, the user cache]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The file, X.beton.")
 @click.option("--format", "mode", default="raw", show_default=True, help="raw pixels (fast, large), or jpeg.")
-@click.option("--quality", type=int, help="Of JPEG, 1 to 100. [JPEG files as they are, others 90]")
-@click.option("--max-resolution", type=int, help="Shrink images whose longer side exceeds it.")
-@click.option("--limit-train", type=int, help="Write that many training images, balanced over classes.")
-@click.option("--limit-test", type=int, help="Write that many test images, balanced over classes.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), help="Of JPEG, 1 to 100. [JPEG files as they are, others 90]"
+)
+@click.option("--max-resolution", type=_COUNT, help="Shrink images whose longer side exceeds it.")
+@click.option("--limit-train", type=_COUNT, help="Write that many training images, balanced over classes.")
+@click.option("--limit-test", type=_COUNT, help="Write that many test images, balanced over classes.")
 @click.option("--on-bad-image", default="fail", show_default=True, help="fail, or skip what cannot be read.")
 @click.option("--force", is_flag=True, help="Replace a file that exists.")
 def write_data(
@@ -356,6 +397,7 @@ def describe_data(path: Path) -> None:
     for name, label, counts in found.classes:
         table.add_row(name, str(label), *(f"{count:,}" for count in counts))
     reporter.table(table)
+    terminal.check_shown()
 
 
 @commands.command()
@@ -381,6 +423,7 @@ def doctor() -> None:
         reporter.message(f"{'yes' if one.is_there else 'no':4} {one.name:20} {one.detail}")
         if one.how:
             reporter.message(f"{'':25} to get it: {one.how}")
+    terminal.check_shown()
 
 
 @commands.command("methods")
@@ -441,19 +484,28 @@ def _print_list(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     for row in rows:
         table.add_row(*row)
     ConsoleReporter().table(table)
+    terminal.check_shown()
 
 
 def _print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """A table of named results by attack, with the number of images, and each attack with all its numbers."""
     from engine.evaluate import COLUMNS
 
-    first = next(iter(results.values()))
-    table = Table("", *(f"{COLUMNS[name]}\nn = {first[name]['n']:,}" for name in first), box=box.SIMPLE)
-    for title, result in results.items():
-        table.add_row(title, *(f"{result[name]['accuracy']:.2%}" for name in first))
+    # Not every network needs the attacks that were added where gradients were masked.
+    any_of = {name: result for found in results.values() for name, result in found.items()}
+    table = Table("", *(f"{COLUMNS[name]}\nn = {any_of[name]['n']:,}" for name in any_of), box=box.SIMPLE)
+    for title, found in results.items():
+        cells = (_accuracy(found[name]) if name in found else "" for name in any_of)
+        table.add_row(Text(title), *cells)  # a path is no markup
     reporter.table(table)
-    for name in first:
-        reporter.message(f"{COLUMNS[name]}: {first[name]['description']}")
+    for name, result in any_of.items():
+        reporter.message(f"{COLUMNS[name]}: {result['description']}")
+    if any(result.get("warnings") for found in results.values() for result in found.values()):
+        reporter.message("* may be too high: see the warnings")
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    return f"{result['accuracy']:.2%}{'*' * bool(result.get('warnings'))}"
 
 
 def _print_summary(reporter: ConsoleReporter, result: RunResult) -> None:

@@ -7,12 +7,15 @@ gloo in any case, so that no agreement waits for a GPU.
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import precision
+from engine import faults, precision
 from engine.config import RunConfig
 from engine.models.sync_batch_norm import is_synchronised
 from engine.pipelines.sampling import Shard
@@ -32,10 +35,15 @@ from engine.stopping import Interrupted, ProcessLost, RunFailed, Stop
 Value = TypeVar("Value")
 
 SECONDS_TO_ANSWER = 600.0
+MOST_SECONDS_TO_ANSWER = 7 * 24 * 3600
+THIS_MACHINE = "127.0.0.1"
+VERDICT = "engine/verdict"
+"""Key of the launcher's store: the exit code of what would fail again if it were started again."""
 IMAGES_FOR_A_GPU = 64
 _SECONDS_TO_REPORT = 10.0  # how long those who waited in vain wait for each other's reports
 _WORDS_OF_A_COLLECTIVE = ("gloo", "nccl", "connection", "peer", "timed out", "timeout")
-_VERDICT = "engine/verdict"
+_MADE = "made"
+_RAISED_BY_ALL = {kind.__name__: kind for kind in (ProcessLost, RunFailed, ValueError, Interrupted, TypeError)}
 # `Statistics` takes care of the buffers. torch 2.14 gives the argument a new name.
 _NEW_NAME, _OLD_NAME = "forward_sync_buffers", "broadcast_buffers"
 _KNOWS_NEW_NAME = _NEW_NAME in inspect.signature(DistributedDataParallel).parameters
@@ -105,20 +113,38 @@ class World:
         return self._given_store
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """What the main process made, on all of them. A ValueError there is raised on all of them."""
+        """What the main process made, on all of them: plain values, sequences, dicts and paths.
+
+        An error there is raised on all of them, and TypeError for what cannot be sent. One without a line for the
+        user is on the others a ProcessLost without a message, since the main process tells of it.
+        """
         if self.size == 1:
             return make()
-        told: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                told = [make(), None]
-            except ValueError as error:
-                told = [None, str(error)]
-        dist.broadcast_object_list(told, src=0, group=self._control)
-        if told[1] is not None:
-            raise ValueError(told[1])
-        made: Value = told[0]
+        if not self.is_main:
+            name, told = json.loads(self._broadcast(b""))
+            if name != _MADE:
+                raise _RAISED_BY_ALL[name](told)
+            received: Value = _decode(told)
+            return received
+        try:
+            made = make()
+            message = [_MADE, _encode(made)]
+        except Exception as error:
+            kind = type(error)
+            is_sent = kind in _RAISED_BY_ALL.values() and (kind is not ValueError or faults.is_ours(error))
+            message = [kind.__name__, str(error)] if is_sent else [ProcessLost.__name__, ""]
+            self._broadcast(json.dumps(message).encode())
+            raise
+        self._broadcast(json.dumps(message).encode())
         return made
+
+    def _broadcast(self, message: bytes) -> bytes:
+        """The main process's message, on all of them."""
+        length = torch.tensor(len(message))
+        dist.broadcast(length, src=0, group=self._control)
+        sent = bytearray(message) if self.is_main else bytearray(int(length))
+        dist.broadcast(torch.frombuffer(sent, dtype=torch.uint8), src=0, group=self._control)
+        return bytes(sent)
 
     def gather(self, mine: Tensor) -> Tensor:
         """Every process's tensor, stacked in the order of ranks, on the host."""
@@ -306,24 +332,55 @@ def without_reduction(replica: nn.Module) -> AbstractContextManager[None]:
 def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[World]:
     """The world that this process was launched into; `World()` where it was started alone.
 
-    What the processes end with (ValueError, RunFailed, Interrupted) is said by one of them: the message of the
-    others' errors is empty.
+    timeout: seconds, 1 to 604,800. What the processes end with is a ValueError, RunFailed or Interrupted, said by
+    one of them: the message of the others' errors is empty.
     """
+    check_timeout(timeout)
     if not is_launched():
         yield World()
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = precision.choose(config, local_rank).device
-    uses_gpu = device.type == "cuda"
-    if uses_gpu:
-        torch.cuda.set_device(device)
     root, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     # The launcher's store outlives a failure: nobody must find addresses of processes that are gone.
     store = PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", root)
-    if is_restarted() and root.check([_VERDICT]):  # the same would happen again
-        raise ValueError("") if root.get(_VERDICT) == b"2" else RunFailed("")
+    if is_restarted() and root.check([VERDICT]):  # the same would happen again
+        raise ValueError("") if root.get(VERDICT) == b"2" else RunFailed("")
     if rank != 0:
         warnings.simplefilter("ignore")  # one process warns for all
+    world = None
+    try:
+        world = _world(config, timeout, store, rank, size)
+        yield world
+    except Exception as error:
+        told = faults.told(error)
+        if isinstance(told, Interrupted) and world is not None:
+            world.leave()  # all stop together; after an error, leaving could mean to wait
+        with suppress(RuntimeError):  # the launcher is gone, and its store: each says it then
+            if not isinstance(told, ProcessLost | faults.Unforeseen | Interrupted):
+                root.set(VERDICT, "2" if isinstance(told, ValueError) else "1")
+            if str(told) and store.add("engine/said", 1) > 1:
+                told = type(told)("")
+        raise told from None
+    world.meet()
+    world.gather(torch.zeros(1))  # without the store, which may live in the main process: it leaves last
+    world.leave()
+
+
+def check_timeout(seconds: float) -> None:
+    """Raise ValueError for what is no time to wait."""
+    if not 1 <= seconds <= MOST_SECONDS_TO_ANSWER:  # nan too
+        raise ValueError(f"--timeout {seconds:g} is not between 1 and {MOST_SECONDS_TO_ANSWER:,} seconds")
+
+
+def _world(config: RunConfig, timeout: float, store: Store, rank: int, size: int) -> World:
+    """Of this process, after it has met the others. Raises ValueError for a device that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = precision.device(config.device, local_rank)
+    uses_gpu = device.type == "cuda"
+    if uses_gpu:
+        torch.cuda.set_device(device)
+    if local_size == size:
+        _stay_on_this_machine()
     # The backend's own watch ends a process without a word: it must not be the first to lose patience.
     patience = timedelta(seconds=2 * timeout if uses_gpu else timeout)
     dist.init_process_group(
@@ -333,21 +390,14 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
         world_size=size,
         timeout=patience,
     )
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    world = World(rank, size, local_rank, local_size, timeout, PrefixStore("engine", store))
-    try:
-        yield world
-    except (ValueError, RunFailed, Interrupted) as error:
-        if not isinstance(error, ProcessLost | Interrupted):
-            root.set(_VERDICT, "2" if isinstance(error, ValueError) else "1")
-        if isinstance(error, Interrupted):  # all stop together; after an error, leaving could mean to wait
-            world.leave()
-        if store.add("engine/said", 1) > 1:
-            raise type(error)("") from None
-        raise
-    world.meet()
-    world.gather(torch.zeros(1))  # without the store, which may live in the main process: it leaves last
-    world.leave()
+    return World(rank, size, local_rank, local_size, timeout, PrefixStore("engine", store))
+
+
+def _stay_on_this_machine() -> None:
+    """Let gloo and NCCL listen on the loopback interface alone, and look up no name of this machine."""
+    there = {name for _, name in socket.if_nameindex()}
+    for name in there & {"lo", "lo0"}:  # Linux, macOS
+        os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
@@ -358,3 +408,29 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
 def _lost(ranks: list[int], size: int, timeout: float) -> str:
     names = ", ".join(str(rank) for rank in ranks)
     return f"process {names} of 0..{size - 1} did not answer: it hangs (limit {timeout:g} s) or is gone"
+
+
+def _encode(value: object) -> Any:
+    """JSON of what processes tell each other; the type of everything is kept. Raises TypeError for other types."""
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        return {kind.__name__: [_encode(part) for part in value]}
+    if isinstance(value, dict) and kind is dict:
+        return {"dict": [[_encode(key), _encode(part)] for key, part in value.items()]}
+    if isinstance(value, Path):
+        return {"Path": str(value)}
+    known = "None, bool, int, float, str, list, tuple, dict and Path"
+    raise TypeError(f"processes tell each other {known}, not {kind.__name__}")
+
+
+def _decode(told: Any) -> Any:
+    if not isinstance(told, dict):
+        return told
+    ((kind, value),) = told.items()
+    if kind == "Path":
+        return Path(value)
+    if kind == "dict":
+        return {_decode(key): _decode(part) for key, part in value}
+    return {"list": list, "tuple": tuple}[kind](_decode(part) for part in value)

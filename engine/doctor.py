@@ -12,7 +12,7 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-from engine import config, precision, provenance
+from engine import precision, provenance
 from engine.evaluate import check_names
 from engine.kernels import dispatch, native
 from engine.optimizer import check_apex
@@ -34,7 +34,7 @@ def examine() -> list[Finding]:
     """All findings, in the order in which a user asks for them."""
     has_gpu = precision.count_gpus() > 0
     given = [os.environ["ENGINE_DATA"]] if "ENGINE_DATA" in os.environ else []
-    cpu_amp = precision.choose(config.load({"amp": True, "device": "cpu"})).amp_dtype
+    gain = precision.bfloat16_gain()
     return [
         Finding("Python", True, platform.python_version()),
         Finding("torch", True, torch.__version__),
@@ -45,8 +45,9 @@ def examine() -> list[Finding]:
         ),
         Finding(
             "bfloat16 on the CPU",
-            cpu_amp is not None,
-            "AVX512-BF16: --amp is faster" if cpu_amp else "no AVX512-BF16: --amp stays in float32",
+            gain >= precision.LEAST_GAIN,
+            f"convolutions at {gain:.2f}x of float32: "
+            + ("--amp is faster" if gain >= precision.LEAST_GAIN else "--amp gains nothing, and stays in float32"),
         ),
         *_gpus(),
         Finding("gloo", dist.is_available() and dist.is_gloo_available(), "between CPUs: --procs"),

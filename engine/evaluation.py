@@ -5,55 +5,38 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import config, precision, provenance
+from torch import nn
+
+from engine import autoattack, config, precision, provenance, results
+from engine.attack import presets
 from engine.distributed import World, is_launched
-from engine.evaluate import COLUMNS, check_names, evaluate
+from engine.evaluate import COLUMNS, UNMASKED, Result, check_names, evaluate, further, is_chance
+from engine.files import code
 from engine.ledger import Ledger
 from engine.pipelines import datasets
-from engine.pipelines.splits import Request
+from engine.pipelines.splits import Request, limited
 from engine.reporter import Reporter
-from engine.rundir import write_json
-from engine.stopping import graceful_stop
-from engine.weights import load_model
+from engine.stopping import RunFailed, graceful_stop
+from engine.weights import LoadedModel, load_model, weights_sha256
+
+Results = dict[str, dict[str, Any]]
+"""By attack, as in `Result.as_dict`."""
 
 _AS_IN_TRAINING = ("dataset", "data", "image_size", "on_bad_image", "attack")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results by attack, and everything that is needed to repeat them."""
+    """What was measured, by attack. path: of the file that has it too, with all that is needed to repeat it."""
 
     title: str
-    results: dict[str, dict[str, Any]]
-    record: dict[str, Any]
-
-    def write(self, path: Path) -> None:
-        """Write the report as JSON. Raises ValueError where that cannot be."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, self.record | {"results": self.results})
-        except OSError as error:
-            raise ValueError(f"--out: cannot write {path}: {error.strerror}") from None
-        shutil.rmtree(_partial(path), ignore_errors=True)
-
-
-def _prepare(path: Path) -> None:
-    """What cannot be written is told before hours of attacks."""
-    try:
-        _partial(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {path.parent}: {error.strerror}") from None
-
-
-def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial")
+    results: Results
+    path: Path | None
 
 
 def run(
@@ -66,6 +49,8 @@ def run(
     dataset: str | None = None,
     data: str | None = None,
     model: str | None = None,
+    weights: str | None = None,
+    normalize: str | tuple[Sequence[float], Sequence[float]] | None = None,
     epsilon: str | None = None,
     threat_model: str | None = None,
     batch_size: int = 250,
@@ -78,17 +63,22 @@ def run(
 ) -> Report:
     """Evaluate a checkpoint; what is not given is as in its training.
 
-    out: where the report will be written. Beside it lies what is measured so far; a call that asks for the same
-    as one that was stopped goes on there.
+    out: the report to which the results are added. Beside it lies what is measured so far; a call that asks for
+    the same attack as one that was stopped goes on there.
     world: processes that share the work; all call this with the same arguments.
+    weights, normalize: of the file, as in `load_model`.
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
-    Raises ValueError for whatever cannot be evaluated, in one line.
+    Where an attack's gradients are masked, one whose loss cannot be masked by the size of logits is added.
+    Raises ValueError for whatever cannot be evaluated, and RunFailed for logits that are not finite and for a full
+    disk, in one line.
     """
-    world = world or World()
     names = check_names(attacks)
-    loaded = load_model(checkpoint, model=model)
-    trained = config.explicit(loaded.config) if loaded.config else {}
-    if loaded.config and dataset not in (None, loaded.config["dataset"]):
+    loaded = load_model(checkpoint, model=model, weights=weights, normalize=normalize)
+    try:
+        trained = config.explicit(loaded.config) if loaded.config else {}
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: the key 'config': {error}") from None
+    if dataset not in (None, loaded.dataset):
         trained = {}  # where its data lay, and how large its ball was, holds for that data set alone
     given = {
         "dataset": dataset,
@@ -99,62 +89,180 @@ def run(
         "attack": {"epsilon": epsilon, "threat_model": threat_model},
     }
     wanted = config.load({key: trained[key] for key in _AS_IN_TRAINING if key in trained}, _said(given))
+    world = world or World()
     at = precision.choose(wanted, world.local_rank)
     request = Request(
-        limit_test=limit, on_bad_image=wanted.on_bad_image, image_size=wanted.image_size, resident="if it fits"
+        limit_test=limit,
+        on_bad_image=wanted.on_bad_image,
+        image_size=wanted.image_size,
+        resident="if it fits",
+        only_test=True,
     )
     images = datasets.find(wanted.dataset, wanted.data, request)
-    if loaded.num_classes != len(images.class_names):
-        raise ValueError(
-            f"{checkpoint}: the checkpoint has {loaded.num_classes} classes, "
-            f"the data set {wanted.dataset} has {len(images.class_names)}"
-        )
+    loaded = loaded.for_classes(images.class_names)
+    if "aa" in names:
+        autoattack.check_classes(loaded.num_classes)
     reporter.skipped("test", images.test.skipped)
     for note in loaded.notes:
         reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
     at = dataclasses.replace(at, dtype=next(network.parameters()).dtype)
     record = provenance.session(at) | {
-        "checkpoint": {"path": str(checkpoint), "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()},
+        "checkpoint": {"path": str(checkpoint), "sha256": loaded.sha256},
         "model": loaded.name,
+        "weights": loaded.taken,
+        "normalize": loaded.normalize,
         "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
         "skipped_images": len(images.test.skipped),
-        "seed": seed,
         "processes": world.size,
     }
-    decides = {key: record[key] for key in ("checkpoint", "data", "seed", "versions")}
-    decides |= {"batch_size": batch_size, "limit": limit, "limit_aa": limit_aa, "device": at.device.type}
-    decides |= {"epsilon": wanted.attack.epsilon, "threat_model": wanted.attack.threat_model}
-    identity = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    ledger = None
-    if out is not None:
-        world.from_main(partial(_prepare, out))
-        ledger = Ledger(_partial(out), identity, world.rank)
-    results: dict[str, dict[str, Any]] = {}
-    stopping = graceful_stop(reporter.message, launched=is_launched())
-    with stopping as stop, world.watching(stop), precision.deterministic():
-        for name in names:
-            most = limit_aa if name == "aa" else None
-            reporter.begin(f"{COLUMNS[name]}, {checkpoint}", min(len(images.test), most or len(images.test)))
-            measured = evaluate(
-                network,
-                images.test,
-                [name],
-                epsilon=wanted.attack.epsilon,
-                threat_model=wanted.attack.threat_model,
-                batch_size=batch_size,
-                limit=most,
-                seed=seed,
-                device=at.device,
-                on_batch=lambda name, done, total: reporter.advance(done),
-                stop=stop,
-                world=world,
-                ledger=ledger,
-            )
-            results[name] = measured[name].as_dict()
-    reporter.end()
-    method = f"{loaded.config['method']} " if loaded.config else ""
-    return Report(f"{method}{loaded.name}", results, record)
+    decides = {
+        "checkpoint": loaded.sha256,
+        "weights": weights_sha256(network),
+        "model": loaded.name,
+        "data": images.sha256,
+        "image_size": wanted.image_size,
+        "seed": seed,
+        "dtype": str(at.dtype).removeprefix("torch."),
+        "engine": record["engine"],
+        "torch": record["versions"]["torch"],
+    }
+    ball = wanted.attack.epsilon, wanted.attack.threat_model
+    evaluation = _Evaluation(
+        checkpoint, network, images.test, decides, ball, batch_size, {"aa": limit_aa}, reporter, world
+    )
+    measured = evaluation.measure(names, record, out)
+    if loaded.config is None and loaded.normalize is None and (natural := measured.get("natural")):
+        _suggest_normalisation(reporter, natural, loaded)
+    method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
+    return Report(f"{method}{loaded.name}", measured, out)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A network and images, and how it is attacked on them. decides: what decides its numbers under any attack.
+
+    ball: epsilon and threat model. limits: images at most, by attack.
+    """
+
+    checkpoint: Path
+    network: nn.Module
+    images: datasets.AnySplit
+    decides: Mapping[str, Any]
+    ball: tuple[float, str]
+    batch_size: int
+    limits: Mapping[str, int | None]
+    reporter: Reporter
+    world: World
+
+    def measure(self, names: Sequence[str], record: Mapping[str, Any], out: Path | None) -> Results:
+        """What each attack finds, and what further ones find that are needed then; added to the report."""
+        parameters = {name: self._parameters(name) for name in dict.fromkeys((*names, UNMASKED))}
+        if out is None:
+            return {name: result.as_dict() for name, result in self._measured(names, None).items()}
+        kept = Ledger(results.notes_of(out), self._identities(parameters, record), self.world.rank)
+        done = False
+        try:
+            if others := self.world.from_main(lambda: _prepared(out, kept)):
+                self.reporter.message(
+                    f"Note: {results.notes_of(out)} has notes of {others} attacks with other settings as well"
+                )
+            found = {name: result.as_dict() for name, result in self._measured(names, kept).items()}
+            entries = [{**record, **result, "parameters": parameters[name]} for name, result in found.items()]
+            for line in self.world.from_main(lambda: _written(out, entries)):
+                self.reporter.message(line)
+            done = True
+        finally:
+            kept.release(done=done)
+        return found
+
+    def _measured(self, names: Sequence[str], ledger: Ledger | None) -> dict[str, Result]:
+        found: dict[str, Result] = {}
+        stopping = graceful_stop(self.reporter.message, launched=is_launched())
+        with stopping as stop, self.world.watching(stop), precision.deterministic():
+            waiting = list(names)
+            while waiting:
+                name = waiting.pop(0)
+                self.reporter.begin(f"{COLUMNS[name]}, {self.checkpoint}", self._count(name))
+                try:
+                    found |= evaluate(
+                        self.network,
+                        self.images,
+                        [name],
+                        epsilon=self.ball[0],
+                        threat_model=self.ball[1],
+                        batch_size=self.batch_size,
+                        limit=self.limits.get(name),
+                        seed=self.decides["seed"],
+                        on_batch=lambda name, done, total: self.reporter.advance(done),
+                        stop=stop,
+                        world=self.world,
+                        ledger=ledger,
+                    )
+                except FloatingPointError as error:
+                    raise RunFailed(f"{self.checkpoint}: {error}") from None
+                finally:
+                    self.reporter.end()
+                for warning in found[name].warnings:
+                    self.reporter.message(f"Warning: {self.checkpoint}: {warning}")
+                if not waiting and (waiting := further(found)):
+                    self.reporter.message(
+                        f"Warning: {self.checkpoint}: gradients were zero, so {COLUMNS[UNMASKED]} is measured too"
+                    )
+        return found
+
+    def _count(self, name: str) -> int:
+        """Images that an attack gets. Raises ValueError where the limit is below the number of classes."""
+        return len(limited(self.images.labels, self.limits.get(name), 0, "--limit-aa"))
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        """All that decides what an attack finds; results of the same parameters are the same."""
+        epsilon, threat_model = self.ball
+        own: dict[str, Any] = {}
+        if name == "aa":
+            package, _ = autoattack.installed()
+            own = {"threat_model": threat_model, "epsilon": epsilon, "version": "standard"}
+            own |= {"batch_size": self.batch_size, package: autoattack.version()}
+        elif name != "natural":
+            own = presets(epsilon, threat_model)[name].model_dump(mode="json")
+        return {"attack": name, "n": self._count(name)} | own | dict(self.decides)
+
+    def _identities(self, parameters: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
+        """Of each attack, a hash of all that decides its notes, which are of batches, by this code and device."""
+        also = {"batch_size": self.batch_size, "device": next(self.network.parameters()).device.type}
+        also |= {"code": code(), "versions": record["versions"], "kernels": record["kernels"]}
+        return {
+            name: hashlib.sha256(json.dumps([of_attack, also], sort_keys=True).encode()).hexdigest()
+            for name, of_attack in parameters.items()
+        }
+
+
+def _suggest_normalisation(reporter: Reporter, natural: Mapping[str, Any], loaded: LoadedModel) -> None:
+    """Where a foreign network that does not normalise does no better than guessing, its loader may have."""
+    if is_chance(natural["accuracy"], natural["n"], loaded.num_classes):
+        reporter.message(
+            f"Warning: {loaded.path}: {natural['accuracy']:.2%} is no better than guessing: if its loader "
+            "normalised the images, say so by --normalize, or --normalize-mean and --normalize-std"
+        )
+
+
+def _prepared(out: Path, kept: Ledger) -> int:
+    """What cannot be written is told before hours of attacks. How many other attacks have notes there."""
+    try:
+        results.check(out)
+        kept.hold()
+        return kept.others()
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {out.parent}: {error.strerror}") from None
+
+
+def _written(out: Path, entries: Sequence[dict[str, Any]]) -> list[str]:
+    try:
+        return results.add(out, entries)
+    except OSError as error:
+        raise RunFailed(
+            f"{out}: cannot be written: {error.strerror}; what was measured is kept: the same command goes on"
+        ) from None
 
 
 def _said(tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from engine import awp, networks, optimizer
-from engine.averaging import Average
+from engine import averaging, awp, networks, optimizer
 from engine.config import ForwardsConfig, RunConfig, epochs_of
 from engine.distributed import Statistics, World, without_reduction
 from engine.methods import Method
 from engine.models.layers import running_statistics_stay
+from engine.names import check_known, is_on
 from engine.pipelines.base import Batch
 from engine.precision import Precision
 from engine.step import Given, StepOutput, attack_and_teach, student_loss, update
@@ -48,8 +48,10 @@ class Learner:
         self.method = method
         self.optimizer = optimizer.sgd(student.parameters(), config)
         self.scaler = precision.scaler()
-        self.average = Average(student, config) if config.averaging.kind != "none" else None
-        self.lanes = Lanes(precision.device, wanted=config.lanes == "on")
+        self.average = averaging.build(student, config)
+        self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))
+        if isinstance(config.micro_batch, str):
+            check_known("micro_batch", config.micro_batch, ("auto",))
         self.micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else None
         self._counts = counts
         in_parts = config.micro_batch is not None or config.awp.gamma > 0
@@ -64,8 +66,21 @@ class Learner:
         """The network that is measured and kept as the best: the average, once there is one."""
         return self.average.module if self.average is not None and self.average.has_begun else self.student
 
-    def learn(self, batch: Batch, method: Method, lr: float, *, epoch: int, whole: int, seen: Seen) -> None:
-        """One update. batch: this process's part of one of `whole` images. method: the row to train with now."""
+    def learn(
+        self,
+        batch: Batch,
+        method: Method,
+        lr: float,
+        *,
+        epoch: int = 0,
+        whole: int | None = None,
+        seen: Seen = lambda output, labels: None,
+    ) -> None:
+        """One update. method: the row to train with now, after the warm-up `self.method`.
+
+        batch: this process's part of one of `whole` images, by default all of it. epoch: counts the random starts.
+        """
+        whole = len(batch.labels) if whole is None else whole
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         parts = self._parts(batch, whole)
@@ -159,18 +174,20 @@ class Learner:
         with record_function("backward"):
             self.scaler.scale(loss if weight == 1 else loss * weight).backward()
 
-    def _perturbed(
-        self, batch: Batch, given: Given, method: Method, weight: float, epoch: int
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def _perturbed(self, batch: Batch, given: Given, method: Method, weight: float, epoch: int) -> Iterator[None]:
         """The weights' own attack, where it is on; it leaves no trace on the running statistics."""
         gamma = self.config.awp.gamma
         if not gamma or epoch < epochs_of(self.config.awp.start, self.config.epochs):
-            return nullcontext()
-        stay = running_statistics_stay(self.student)
-        with record_function("weight attack"), without_reduction(self._replica), stay:
-            output = self._loss(batch, given, method, ForwardsConfig())
-            loss = self.scaler.scale(output.loss.loss * weight)
-            return awp.perturbed(self.student, loss, gamma, self.world)
+            yield
+            return
+        with ExitStack() as perturbed:
+            stay = running_statistics_stay(self.student)
+            with record_function("weight attack"), without_reduction(self._replica), stay:
+                output = self._loss(batch, given, method, ForwardsConfig())
+                loss = self.scaler.scale(output.loss.loss * weight)
+                perturbed.enter_context(awp.perturbed(self.student, loss, gamma, self.world))
+            yield
 
     def batches(self, epoch: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of an epoch, the next one under way."""
@@ -189,8 +206,12 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+        for group in groups:  # all else is as the configuration says
+            group["lr"] = saved["param_groups"][0]["lr"]
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        if state["scaler"]:  # empty where the run had no float16 before
+            self.scaler.load_state_dict(state["scaler"])
         self.micro_batch = state["micro_batch"]  # what "auto" found holds for the whole run
         if self.average is not None:
             self.average.load_state_dict(state["averaged"])

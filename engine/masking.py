@@ -1,4 +1,4 @@
-"""Whether half precision hides gradients from the attack, so that robustness looks better than it is."""
+"""Whether gradients are hidden from the attack, so that robustness looks better than it is."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ Autocast = Callable[[], AbstractContextManager[object]]
 MOST_ZEROS = 0.5
 LEAST_AGREEMENT = 0.7
 LARGEST_GAP = 0.05
+# Of the images of an evaluation, those that it could not attack: so much may their accuracy be too high.
+MOST_MASKED = 0.01
 
 
 def probe(
@@ -63,6 +65,11 @@ def complaint(row: Mapping[str, Any]) -> str:
         found.append(f"{zeros:.1%} of the attack's gradients are zero (limit {MOST_ZEROS:.0%})")
     if (broken := row.get("attack_non_finite_gradients", 0.0)) > 0:
         found.append(f"{broken:.2%} of the attack's gradients are not finite")
+    if (masked := row.get("robust_masked") or 0.0) > MOST_MASKED:
+        found.append(
+            f"{masked:.1%} of the held-out images kept their class although their gradient was zero "
+            f"(limit {MOST_MASKED:.0%})"
+        )
     if (agreement := row.get("probe_amp_sign_agreement", 1.0)) < LEAST_AGREEMENT:
         found.append(
             f"AMP agrees with full precision on {agreement:.1%} of the signs (limit {LEAST_AGREEMENT:.0%})"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.config import TERMS, LossConfig, check_reading, nearest, validated
-from engine.semantics import NAMES
+from engine.config import TERMS, LossConfig, check_reading, validated
+from engine.names import look_up, nearest
 
 
 class Weight(NamedTuple):
@@ -36,6 +36,7 @@ class Weight(NamedTuple):
 
 ALPHA = Weight(0.0, 1.0)
 Cells = dict[str, float | Weight]
+Rule = Callable[[LossConfig], Cells]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,15 @@ class Row:
     """One entry of the table of methods."""
 
     summary: str
-    paper: Callable[[LossConfig], Cells]
-    official: Callable[[LossConfig], Cells] | None = None  # None: as in the paper
+    paper: Rule
+    official: Rule | None = None  # None: as in the paper
     base: str | None = None  # the method that is trained during the warm-up, where alpha is 1
+
+
+_READINGS: dict[str, Callable[[Row], Rule]] = {
+    "paper": lambda row: row.paper,
+    "official": lambda row: row.official or row.paper,
+}
 
 
 def _gamma(p: LossConfig) -> float | Weight:
@@ -112,6 +119,21 @@ TABLE: dict[str, Row] = {
 }
 
 
+_IS_DIVERGENCE = {
+    "ce_nat": False,
+    "ce_adv": False,
+    "kl_self": True,
+    "kl_at_nat": True,
+    "kl_at_adv": True,
+    "kl_st_adv": True,
+}
+# What a divergence, summed over the classes, is divided by.
+_KL_DIVISORS: dict[str, Callable[[int], int]] = {
+    "batch": lambda num_classes: 1,
+    "elements": lambda num_classes: num_classes,
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method's weights and what they make necessary.
@@ -124,6 +146,16 @@ class Method:
     weights: tuple[Weight, ...]
     loss: LossConfig
     warmup: Method | None = None
+
+    def weights_of(self, num_classes: int) -> tuple[Weight, ...]:
+        """The weights of the terms as they are summed over the classes; see `loss.kl_mean`."""
+        divisor = look_up("loss.kl_mean", self.loss.kl_mean, _KL_DIVISORS)(num_classes)
+        if divisor == 1:
+            return self.weights
+        return tuple(
+            1 / divisor * weight if look_up("term", term, _IS_DIVERGENCE) else weight
+            for term, weight in zip(TERMS, self.weights, strict=True)
+        )
 
     def _has(self, *terms: str) -> bool:
         return any(self.weights[TERMS.index(term)] != (0, 0) for term in terms)
@@ -178,10 +210,8 @@ def get(name: str, *, semantics: str = "paper", loss: LossConfig | None = None, 
     in the warm-up, where alpha is 1, such a cell weighs a + b.
     Raises ValueError for an unknown name, term, parameter or semantics, and for what the semantics does not have.
     """
-    if name not in TABLE:
-        raise ValueError(f"method: {name!r} is not known; {nearest(name, TABLE)}")
-    if semantics not in NAMES:
-        raise ValueError(f"semantics: {semantics!r} is not known; {nearest(semantics, NAMES)}")
+    row = look_up("method", name, TABLE)
+    reading = look_up("semantics", semantics, _READINGS)
     if params:
         if unknown := sorted(set(params) - set(LossConfig.model_fields)):
             raise ValueError(f"{unknown[0]!r} is no parameter; {nearest(unknown[0], LossConfig.model_fields)}")
@@ -189,21 +219,19 @@ def get(name: str, *, semantics: str = "paper", loss: LossConfig | None = None, 
     loss = loss or LossConfig()
     check_reading(semantics, loss)
     replaced = {term: _weight(cell) for term, cell in loss.weights.items()}
-    row = TABLE[name]
-    weights = _row(row, semantics, loss, replaced)
+    weights = _row(reading(row), loss, replaced)
     if row.base is None:
         return Method(name, weights, loss)
     in_warmup = {term: Weight(cell.a + cell.b, 0.0) for term, cell in replaced.items()}
-    base = Method(row.base, _row(TABLE[row.base], semantics, loss, in_warmup), loss)
-    return Method(name, weights, loss, base)
+    base = look_up("method", row.base, TABLE)
+    return Method(name, weights, loss, Method(row.base, _row(reading(base), loss, in_warmup), loss))
 
 
 def _weight(cell: float | tuple[float, float] | Weight) -> Weight:
     return Weight(*cell) if isinstance(cell, tuple) else Weight(float(cell), 0.0)
 
 
-def _row(row: Row, semantics: str, loss: LossConfig, replaced: Mapping[str, Weight]) -> tuple[Weight, ...]:
-    rule = row.official if semantics == "official" and row.official is not None else row.paper
+def _row(rule: Rule, loss: LossConfig, replaced: Mapping[str, Weight]) -> tuple[Weight, ...]:
     cells = {term: _weight(cell) for term, cell in rule(loss).items()} | dict(replaced)
     if unknown := sorted(set(cells) - set(TERMS)):
         raise ValueError(f"loss.weights: {unknown[0]!r} is no term; {nearest(unknown[0], TERMS)}")

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from engine import layout
 from engine.adversary import Adversary
+from engine.attack import bn_mode
 from engine.config import RunConfig
 from engine.methods import Method
 from engine.models.layers import recompute
 from engine.models.sync_batch_norm import is_synchronised
+from engine.names import is_on
 from engine.precision import Precision
 from engine.twin import Pass, Twin
 
@@ -47,7 +49,7 @@ def build(
     run = passes(config, precision.device, usual)
     adversary = None
     # What processes tell each other within the attack is not captured.
-    talks = config.attack.bn != "eval" and is_synchronised(student)
+    talks = bn_mode(config.attack.bn).by_batch and is_synchronised(student)
     if method.needs_x_adv:
         adversary = Adversary(
             student,
@@ -56,7 +58,7 @@ def build(
             seed=config.seed,
             counts=counts,
             run=run,
-            capture=config.graphs == "on" and precision.device.type == "cuda" and not talks,
+            capture=is_on("graphs", config.graphs) and precision.device.type == "cuda" and not talks,
         )
     twins = {
         section: Twin(teacher, "eval", precision, run, follows=False) for section, teacher in teachers.items()
@@ -77,7 +79,7 @@ def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]
     "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
     """
     automatic = device.type == "cuda" and not config.checkpoint_activations
-    if config.compile == "on" or (config.compile == "auto" and automatic):
+    if is_on("compile", config.compile, auto=automatic):
         # Passes of one class count together, and one too many would run op by op with nothing but a warning.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
         return lambda module: _Compiled(module, usual)

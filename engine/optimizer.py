@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from engine.config import RunConfig
+from engine.names import look_up
 
 
 def sgd(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
@@ -23,11 +25,20 @@ def sgd(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Op
         "nesterov": optim.nesterov,
         "weight_decay": optim.weight_decay,
     }
-    if optim.implementation == "torch":
-        return torch.optim.SGD(parameters, **keys, fused=True)  # type: ignore[arg-type]
+    return look_up("optim.implementation", optim.implementation, IMPLEMENTATIONS)(parameters, keys)
+
+
+def _torch(parameters: Iterable[nn.Parameter], keys: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, **keys, fused=True)
+
+
+def _apex(parameters: Iterable[nn.Parameter], keys: dict[str, Any]) -> torch.optim.Optimizer:
     check_apex()
     optimizer: torch.optim.Optimizer = importlib.import_module("apex.optimizers").FusedSGD(parameters, **keys)
     return optimizer
+
+
+IMPLEMENTATIONS = {"torch": _torch, "apex": _apex}
 
 
 def check_apex() -> None:

@@ -16,10 +16,11 @@ from engine.reporter import Reporter
 from engine.rundir import write_atomically
 
 SKIPPED = 3  # steps in which things are compiled, captured and allocated for the first time
-# The ranges that a step is labelled with; "attack: ..." lie within "attack".
+# The ranges that a step is labelled with; "attack: ..." lie within "attack", and "weight attack" has a "student"
+# and a "loss" of its own.
 PHASES = (
     "data", "attack", "attack: forward", "attack: backward", "attack: update", "teachers", "student", "loss",
-    "backward", "optimizer",
+    "backward", "weight attack", "optimizer",
 )  # fmt: skip
 
 Interval = tuple[float, float]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -19,7 +18,7 @@ import engine
 from engine.config import RunConfig
 from engine.kernels import dispatch
 from engine.pipelines.datasets import AnyDataset
-from engine.precision import Precision
+from engine.precision import AMP_DTYPES, Precision
 from engine.rundir import RunDir, write_json
 from engine.teachers import Teacher
 
@@ -38,6 +37,7 @@ def write(
     step: int,
     pipeline: str,
     processes: int,
+    init_sha256: str | None = None,
 ) -> None:
     """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
     current = session(precision) | {
@@ -51,11 +51,9 @@ def write(
             for section, teacher in teachers.items()
         },
     }
-    earlier: list[dict[str, Any]] = []
-    if run.provenance.exists():
-        before = json.loads(run.provenance.read_text(encoding="utf-8"))
-        earlier = [*before.pop("earlier_sessions", []), before]
-    write_json(run.provenance, current | {"earlier_sessions": earlier})
+    if init_sha256 is not None:
+        current["init"] = {"source": config.init, "sha256": init_sha256}
+    write_json(run.provenance, current | {"earlier_sessions": run.sessions()})
 
 
 def session(precision: Precision) -> dict[str, Any]:
@@ -80,6 +78,15 @@ def session(precision: Precision) -> dict[str, Any]:
             "evaluation": f"{str(precision.dtype).removeprefix('torch.')}, TF32 off",
         },
     }
+
+
+def amp_dtype(run: RunDir) -> str | None:
+    """Format of the passes of a run, or of a teacher in training for it, by provenance.json; None: nothing yet."""
+    for place in (run, RunDir(run.path / "teacher"), RunDir(run.path / "teacher_st")):
+        if sessions := place.sessions():
+            named = str(sessions[-1]["precision"]["training"]).rpartition(" ")[2]
+            return named if named in AMP_DTYPES else None
+    return None
 
 
 def _version(package: str) -> str | None:

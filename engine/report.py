@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import csv
-import json
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from engine.config import explicit, read_file
-from engine.rundir import write_atomically
+from engine.files import regular
+from engine.results import read as read_results
+from engine.rundir import RunDir, write_atomically
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -30,6 +33,17 @@ _EPOCH_COLUMNS = (
     "epoch", "phase", "lr", "loss", "alpha", "natural_accuracy", "robust_accuracy", "images_per_second", "seconds",
     "share_of_peak",
 )  # fmt: skip
+
+# What tells the results of one report apart, by what it is called in a table.
+_TELLING = {
+    "seed": ("parameters", "seed"),
+    "data": ("data", "sha256"),
+    "image size": ("parameters", "image_size"),
+    "model": ("model",),
+    "checkpoint": ("checkpoint", "sha256"),
+    "engine": ("engine",),
+    "measured": ("started",),
+}
 
 Cell = object
 Rows = Sequence[Sequence[Cell]]
@@ -69,13 +83,14 @@ def write(paths: Sequence[Path], out: Path) -> None:
 def _run(path: Path) -> tuple[str, str]:
     """Title and content of a run's section."""
     config = read_file(path / "config.yaml")
-    summary, provenance = _json(path / "summary.json"), _json(path / "provenance.json")
-    epochs = [row for row in _lines(path / "metrics.jsonl") if row.get("event") == "epoch"]
+    run = RunDir(path)
+    summary = run.read_summary() or {}
+    epochs = [row for row in run.rows() if row.get("event") == "epoch"]
     title = f"{config.get('method')} on {config.get('dataset')}, {config.get('model')}, {path}"
     parts = [] if summary else [_note(f"Not finished: {len(epochs)} of {config.get('epochs')} epochs so far.")]
     parts += [_accuracies(summary), *(_evaluation(file) for file in sorted(path.glob("*.eval.json")))]
     parts += [_epochs(epochs), _pictures(path), "<h3>Settings</h3>", _mapping(explicit(config))]
-    if provenance:
+    for provenance in run.sessions()[-1:]:
         known = {key: provenance[key] for key in ("engine", "commit", "started", "pipeline") if key in provenance}
         groups = ("versions", "hardware", "precision", "kernels", "data", "teachers")
         parts += ["<h3>Provenance</h3>", _mapping(known | {key: provenance.get(key, {}) for key in groups})]
@@ -86,7 +101,7 @@ def _comparison(paths: Iterable[Path]) -> str:
     """A line for each run."""
     lines, attacks = [], []
     for path in paths:
-        config, summary = read_file(path / "config.yaml"), _json(path / "summary.json")
+        config, summary = read_file(path / "config.yaml"), RunDir(path).read_summary() or {}
         best = summary.get("test_of_best", {})
         attacks += [name for name in best if name not in attacks]
         speed = summary.get("last", {}).get("images_per_second")
@@ -113,14 +128,34 @@ def _accuracies(summary: Mapping[str, Any]) -> str:
 
 
 def _evaluation(file: Path) -> str:
-    return f"<h3>{escape(file.name)}</h3>{_results(_json(file).get('results', {}))}"
+    """Every result of a report, with what tells them apart."""
+    entries = read_results(file)
+    told = [[_of(entry, keys) for keys in _TELLING.values()] for entry in entries]
+    differ = [len({row[column] for row in told}) > 1 for column in range(len(_TELLING))]
+    head = ("attack", "accuracy", "n", "with", *itertools.compress(_TELLING, differ))
+    rows = [
+        (*_result(entry["attack"], entry), *itertools.compress(row, differ))
+        for entry, row in zip(entries, told, strict=True)
+    ]
+    warnings = [str(text) for entry in entries for text in entry.get("warnings", ())]
+    return f"<h3>{escape(file.name)}</h3>{_table(head, rows)}" + "".join(map(_note, dict.fromkeys(warnings)))
+
+
+def _of(entry: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What an entry has under nested keys, short."""
+    value: Any = entry
+    for key in keys:
+        value = value.get(key, "") if isinstance(value, Mapping) else ""
+    return str(value)[:19]  # of a hash enough to tell it from others, and of a time all but the zone
 
 
 def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [
-        (name, _percent(result), result.get("n"), result.get("description")) for name, result in results.items()
-    ]
+    rows = [_result(name, result) for name, result in results.items()]
     return _table(("attack", "accuracy", "n", "with"), rows)
+
+
+def _result(name: str, result: Mapping[str, Any]) -> tuple[Cell, ...]:
+    return name, _percent(result), result.get("n"), result.get("description")
 
 
 def _percent(result: Mapping[str, Any] | None) -> str:
@@ -149,13 +184,18 @@ def _bench(path: Path) -> tuple[str, str]:
 
 def _csv(file: Path) -> str:
     """What is the same in all rows once, and the rest as a table."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    head = list(rows[0]) if rows else []
+    try:
+        head, *rest = csv.reader(StringIO(_bytes(file).decode(), newline=""), strict=True)
+    except (ValueError, csv.Error):  # ValueError: not UTF-8, or without a single line
+        raise ValueError(f"{file} is no table of comma-separated values") from None
+    for number, cells in enumerate(rest, 2):
+        if len(cells) != len(head):
+            raise ValueError(f"{file}: row {number} has {len(cells)} cells, and the first {len(head)}")
+    rows = [dict(zip(head, cells, strict=True)) for cells in rest]
     same = [name for name in head if len(rows) > 1 and len({row[name] for row in rows}) == 1]
     told = "; ".join(f"{name} {rows[0][name]}" for name in same if rows[0][name])
-    rest = [name for name in head if name not in same]
-    table = _table(rest, [[_number(row[name]) for name in rest] for row in rows])
+    columns = [name for name in head if name not in same]
+    table = _table(columns, [[_number(row[name]) for name in columns] for row in rows])
     return f"<h3>{escape(file.name)}</h3>{_note(told) if told else ''}{table}"
 
 
@@ -197,7 +237,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 def _pictures(path: Path) -> str:
     parts = ""
     for file in sorted(path.glob("*.png")):
-        data = base64.b64encode(file.read_bytes()).decode()
+        data = base64.b64encode(_bytes(file)).decode()
         parts += f'<p><img alt="{escape(file.stem)}" src="data:image/png;base64,{data}"></p>'
     return parts
 
@@ -206,25 +246,9 @@ def _note(text: str) -> str:
     return f'<p class="quiet">{escape(text)}</p>'
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """A file's content, nothing where there is none. Raises ValueError where it is no JSON."""
-    if not file.is_file():
-        return {}
+def _bytes(file: Path) -> bytes:
+    """A file's content. Raises ValueError where it cannot be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} is not valid JSON") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines; a last one that is cut off belongs to a run that is being written."""
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+        return regular(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None

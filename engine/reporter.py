@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,28 +54,20 @@ class Reporter:
             self.message(f"Skipped: {len(names):,} unreadable {part} images: {', '.join(names[:3])}{more}")
 
 
-class _Console(Console):
-    """A console whose reader may leave, as `head` does: what is said later is lost, the run goes on."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # Python flushes standard output at its end, and must find somebody there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class ConsoleReporter(Reporter):
     """Speaks to standard output. share_of_peak: tells of the speed in units of the device's, too."""
 
     def __init__(self, *, share_of_peak: bool = False) -> None:
-        # A pipe has no width: nothing may be folded or cut for one.
-        self.console = _Console(width=None if sys.stdout.isatty() else 240)
+        self.console = Console(markup=False, emoji=False, highlight=False)  # names of files are shown as they are
+        if not self.console.is_terminal:  # a pipe has no width: nothing may be folded or cut for one
+            self.console.width = 240
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._what, self._total, self._said, self._accuracies = "", 0, 0.0, ""
         self._share_of_peak = share_of_peak
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Show a table."""
@@ -89,10 +79,10 @@ class ConsoleReporter(Reporter):
         if not self.console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),

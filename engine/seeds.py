@@ -7,10 +7,8 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from engine import config, trainer
+from engine import config, launcher, trainer
 from engine.config import RunConfig
 from engine.evaluate import COLUMNS
 from engine.reporter import ConsoleReporter
-from engine.rundir import RunDir
-from engine.stopping import EXIT_INTERRUPTED, EXIT_USER_ERROR, RELAYED, Interrupted, RunFailed
+from engine.rundir import Begun, RunDir
+from engine.stopping import EXIT_INTERRUPTED, EXIT_USER_ERROR, RELAYED, Interrupted, RunFailed, hearing
 
 MOST = 1000
 LOG = "log.txt"
@@ -72,27 +70,33 @@ def slots(count: int, *, gpus: bool) -> list[dict[str, str]]:
 @dataclass(eq=False)
 class _Run:
     seed: int
-    path: Path | None = None
-    is_new: bool = False
+    begun: Begun | None = None
     began: float = 0.0
     code: int | None = None  # None: not ended
 
     @property
     def log(self) -> Path:
-        assert self.path is not None
         return self.path / LOG
 
-    def begin(self, complete: RunConfig, *, again: bool) -> None:
+    @property
+    def path(self) -> Path:
+        """Its directory, once it has begun."""
+        assert self.begun is not None
+        return self.begun.run.path
+
+    def begin(self, complete: RunConfig, say: Callable[[str], None], *, again: bool) -> None:
         """Find or make the run directory. Raises ValueError as `trainer.begin` does."""
         out = None if complete.out is None else str(Path(complete.out) / f"seed-{self.seed}")
         mine = config.with_absolute_paths(complete.model_copy(update={"seed": self.seed, "out": out}))
         found = RunDir.find(mine, finished=True) if again else None
-        self.path, self.is_new = (trainer.begin(mine), True) if found is None else (found.path, False)
+        self.begun = found or trainer.begin(mine, say=say)
 
     def start(self, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
         """The process that trains it; what it prints goes to the log."""
+        assert self.begun is not None
         self.began = time.monotonic()
-        command = [sys.executable, "-m", "engine", "train", "--resume", str(self.path), "--profile", str(profile)]
+        changes = config.assignments(self.begun.changes)
+        command = launcher.command("train", "--resume", str(self.path), "--profile", str(profile), *changes)
         with self.log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603  # this program
                 command,
@@ -114,7 +118,12 @@ class _Run:
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json of a finished run."""
-        return None if self.path is None else RunDir(self.path).read_summary()
+        return None if self.begun is None else self.begun.run.read_summary()
+
+    def take_back(self) -> None:
+        """Remove what failed before it began, with its log."""
+        if self.begun is not None:
+            self.begun.take_back(LOG)
 
 
 def train(
@@ -134,9 +143,10 @@ def train(
     Interrupted after a signal, when all are saved.
     """
     runs = [_Run(seed) for seed in seeds]
-    with _signals() as heard:
+    heard = launcher.Heard()
+    with hearing(heard.hear):
         _train_all(runs, complete, list(places), reporter, heard, again=again, profile=profile)
-    finished = {run.seed: found for run in runs if (found := run.summary()) is not None}
+    finished = {run.seed: found for run in runs if run.code == 0 and (found := run.summary()) is not None}
     if finished:
         for which in ("best", "last"):
             reporter.table(table(finished, which))
@@ -156,7 +166,7 @@ def _train_all(
     complete: RunConfig,
     free: list[Mapping[str, str]],
     reporter: ConsoleReporter,
-    heard: _Heard,
+    heard: launcher.Heard,
     *,
     again: bool,
     profile: int,
@@ -170,8 +180,8 @@ def _train_all(
             if process is not None:
                 at_work[run] = process, free.pop(0)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        while heard.untold:
-            heard.untold.pop()
+        if heard.untold:
+            heard.untold = False
             reporter.message(f"Stopping {len(at_work)} runs at their next safe point")
             for process, _ in at_work.values():
                 process.send_signal(signal.SIGTERM)
@@ -194,7 +204,7 @@ def _start(
 ) -> subprocess.Popen[bytes] | None:
     """The process of a run; None where it is finished already, or cannot begin."""
     try:
-        run.begin(complete, again=again)
+        run.begin(complete, lambda line: reporter.message(f"seed {run.seed}: {line}"), again=again)
         if run.summary() is not None:
             run.code = 0
             reporter.message(f"seed {run.seed}: finished before, {run.path}")
@@ -202,6 +212,7 @@ def _start(
         process = run.start(environment, profile)
     except (ValueError, OSError) as error:
         run.code = EXIT_USER_ERROR
+        run.take_back()
         reporter.message(f"seed {run.seed}: failed: {' '.join(str(error).split())}")
         return None
     gpu = environment.get("CUDA_VISIBLE_DEVICES")
@@ -221,10 +232,7 @@ def _tell(run: _Run, reporter: ConsoleReporter) -> None:
         reporter.message(f"seed {run.seed}: stopped after {seconds}")
     else:
         reporter.message(f"seed {run.seed}: failed after {seconds}, {run.why()}")
-        if run.code == EXIT_USER_ERROR and run.is_new:
-            assert run.path is not None
-            run.log.unlink(missing_ok=True)
-            trainer.discard_unbegun(run.path)
+        run.take_back()
 
 
 def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
@@ -236,39 +244,24 @@ def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
     return {f"{name} {held_out}": row[f"{name}_accuracy"] for name in ("natural", "robust")}
 
 
+def _mean(values: Sequence[float]) -> str:
+    spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2%}{spread}"
+
+
 def table(summaries: Mapping[int, Mapping[str, Any]], which: str) -> Table:
     """Accuracies of the "best" or "last" epoch by seed, and their mean and sample standard deviation (n - 1)."""
     rows = {seed: accuracies(summary, which) for seed, summary in summaries.items()}
-    names = list(next(iter(rows.values())))
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
     result = Table("seed", "epoch", *names, title=f"{which} epoch", title_justify="left", box=box.SIMPLE)
     for seed, row in rows.items():
-        result.add_row(str(seed), str(summaries[seed][which]["epoch"]), *(f"{row[name]:.2%}" for name in names))
-    columns = [[row[name] for row in rows.values()] for name in names]
-    spread = [f" +- {100 * statistics.stdev(column):.2f}" if len(rows) > 1 else "" for column in columns]
-    means = (f"{statistics.mean(column):.2%}{by}" for column, by in zip(columns, spread, strict=True))
+        result.add_row(
+            str(seed),
+            str(summaries[seed][which]["epoch"]),
+            *(f"{row[name]:.2%}" if name in row else "" for name in names),
+        )
+    columns = [[row[name] for row in rows.values() if name in row] for name in names]
+    # An attack that was added where gradients were masked has no mean over the seeds.
+    means = (_mean(column) if len(column) == len(rows) else "" for column in columns)
     result.add_row(f"mean{' +- std' if len(rows) > 1 else ''}, n = {len(rows)}", "", *means)
     return result
-
-
-class _Heard:
-    """Signals that were heard, and those of them that the runs were not told of."""
-
-    def __init__(self) -> None:
-        self.any = False
-        self.untold: list[int] = []
-
-    def hear(self, number: int, frame: object) -> None:
-        self.any = True
-        self.untold.append(number)
-
-
-@contextmanager
-def _signals() -> Iterator[_Heard]:
-    """SIGINT and SIGTERM are noted inside."""
-    heard = _Heard()
-    before = {number: signal.signal(number, heard.hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

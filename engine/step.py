@@ -5,19 +5,22 @@ Shape suffixes: B batch, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from engine import plan
 from engine.config import ForwardsConfig
 from engine.kernels import DistillLoss, distill_loss
-from engine.methods import Method
+from engine.methods import Method, Weight
 from engine.networks import Networks
 from engine.pipelines.base import Batch
 from engine.precision import Precision
 from engine.streams import Lanes
+from engine.twin import Pass
 
 Network = TypeVar("Network")
 
@@ -55,7 +58,7 @@ def training_loss(
     """Loss of one batch, ready for `backward`; the body of Algorithm 1's inner loop.
 
     method: the row to train with, which plans the forwards: what no term reads is not run.
-    epoch: counts the random starts. in_warmup: the idle forwards wait until the warm-up is over.
+    epoch: counts the random starts. in_warmup: see `plan.IDLE`.
     """
     given = attack_and_teach(networks, batch, method, lanes, epoch=epoch)
     return student_loss(networks, batch, given, method, forwards, precision, lanes, in_warmup=in_warmup)
@@ -95,25 +98,38 @@ def student_loss(
     s_adv = s_nat = None
     with record_function("student"), precision.autocast():
         if x_adv is not None:
+            # The order of the published code: BatchNorm's running statistics depend on it.
+            idle = plan.idle(forwards, in_warmup=in_warmup)
+            images = {"nat": x_nat, "adv": x_adv}
+            _run_idly(student, [images[name] for name in idle.before])
             s_adv = student(x_adv)
-            if forwards.idle and not in_warmup:
-                with torch.no_grad():
-                    student(x_adv)
-                    student(x_nat)
-        # The order S(x~), S(x) is the published one; BatchNorm's running statistics depend on it.
-        if method.needs_s_nat or forwards.clean != "skip":
-            with torch.set_grad_enabled(method.needs_s_nat or forwards.clean == "grad"):
+            _run_idly(student, [images[name] for name in idle.between])
+        learns = plan.s_nat_learns(method, forwards)
+        if learns is not None:
+            with torch.set_grad_enabled(learns):
                 s_nat = student(x_nat)
     lanes.join()
     with record_function("loss"):
         loss = distill_loss(
             s_adv, batch.labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
-            weights=method.weights, tau=method.loss.tau, tau_self=method.loss.tau_self, beta=method.loss.beta,
-            detach_self=method.loss.detach_self, label_smoothing=method.loss.label_smoothing,
+            weights=_weights(method, s_adv, s_nat), tau=method.loss.tau, tau_self=method.loss.tau_self,
+            beta=method.loss.beta, detach_self=method.loss.detach_self,
+            label_smoothing=method.loss.label_smoothing,
         )  # fmt: skip
     if s_nat is not None and s_nat.requires_grad and not method.needs_s_nat:
         loss = loss._replace(loss=loss.loss + 0 * s_nat.sum())  # forward and backward of a term of weight zero
     return StepOutput(loss, s_adv, s_nat, t_at_nat, t_at_adv)
+
+
+def _weights(method: Method, *logits: Tensor | None) -> tuple[Weight, ...]:
+    return method.weights_of(next(given.shape[1] for given in logits if given is not None))
+
+
+@torch.no_grad()
+def _run_idly(student: Pass, batches: Sequence[Tensor]) -> None:
+    """Forwards that move BatchNorm's running statistics, and nothing else."""
+    for images in batches:
+        student(images)
 
 
 def _given(network: Network | None) -> Network:

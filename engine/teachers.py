@@ -14,28 +14,18 @@ from typing import IO
 
 from torch import nn
 
-from engine.config import RunConfig, TeacherConfig, explicit, load, merge
+from engine import semantics
+from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part
 from engine.distributed import World
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, is_chance
 from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
 from engine.precision import Precision
-from engine.rundir import write_atomically
+from engine.rundir import RunDir, write_atomically
 from engine.stopping import Interrupted, Stop
-from engine.weights import load_model
+from engine.weights import LoadedModel, load_model, weights_sha256
 
-# What a teacher shares with its student. Not the rest of the attack: BN mode, start and loss belong to a method.
-_SHARED = (
-    "semantics", "model", "normalize", "dataset", "data", "limit_train", "limit_test", "validation", "augment",
-    "flip", "image_size", "on_bad_image", "pipeline", "order", "workers", "batches_ahead", "epochs", "batch_size",
-    "micro_batch", "sync_bn", "lr", "lr_scale", "dtype", "amp", "compile", "lanes", "graphs",
-    "checkpoint_activations", "masking_guard", "device", "optim", "log_every", "checkpoint_every",
-)  # fmt: skip
-_SHARED_ATTACK = ("threat_model", "epsilon", "step_size", "num_steps")
-# What changes where or how visibly a teacher is trained, but not the teacher.
-_NOT_IN_KEY = (
-    "data", "device", "compile", "lanes", "graphs", "checkpoint_activations", "masking_guard", "out",
-    "pipeline", "workers", "batches_ahead", "log_every", "checkpoint_every", "teacher", "teacher_st", "eval",
-)  # fmt: skip
+# What stands for the format of the passes under "amp": without AMP they are in float32 too.
+_AMP_IN_KEY = {"auto": True, "float32": False, "bfloat16": True, "float16": "float16"}
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -65,9 +55,11 @@ def obtain(
     say: Callable[[str], None],
     world: World,
     stop: Stop,
+    known: str | None = None,
 ) -> Teacher:
     """The teacher of that section ("teacher" or "teacher_st") of the configuration.
 
+    known: the hash of its weights, where the student has begun to learn from it.
     Where another run trains it already, this one waits. Raises ValueError for a checkpoint that cannot be this
     student's teacher, and Interrupted when it was asked to stop while it waits.
     """
@@ -75,13 +67,24 @@ def obtain(
     if wanted.checkpoint is not None:
         # Only what the user said of its architecture counts: a default must not overrule what the file tells.
         model = explicit(config.tree()).get(section, {}).get("model")
-        return _open(Path(wanted.checkpoint), model, dataset, precision, f"checkpoint {wanted.checkpoint}")
+        loaded = load_model(
+            wanted.checkpoint, model=model, class_names=dataset.class_names, weights=wanted.weights,
+            normalize=wanted.normalize,
+        )  # fmt: skip
+        return _teacher(loaded, precision, f"checkpoint {wanted.checkpoint}")
     teacher_config = run_config(config, section)
+    before = _with_earlier_defaults(teacher_config)
+    if before != teacher_config and world.from_main(lambda: _is_of(before, run_dir / section, known, dataset)):
+        teacher_config = before
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
+
+    def opened(place: Path, source: str) -> Teacher:
+        return _teacher(load_model(place, class_names=dataset.class_names), precision, source)
+
     with _reserved(cached, say, world, stop):
         if world.from_main(cached.exists):
-            return _open(cached, None, dataset, precision, f"teacher cache, {cached}")
+            return opened(cached, f"teacher cache, {cached}")
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
 
@@ -95,8 +98,8 @@ def obtain(
 
         if fault := world.from_main(keep):
             say(f"The teacher cannot be kept for later runs: {cached}: {fault}")
-            return _open(best, None, dataset, precision, f"trained for this run, {best}")
-        return _open(cached, None, dataset, precision, f"trained for this run, kept as {cached}")
+            return opened(best, f"trained for this run, {best}")
+        return opened(cached, f"trained for this run, kept as {cached}")
 
 
 @contextmanager
@@ -137,9 +140,7 @@ def run_config(config: RunConfig, section: str) -> RunConfig:
     What the user said of the student holds for its teacher too, where it is not the method's own.
     """
     wanted: TeacherConfig = getattr(config, section)
-    said = explicit(config.tree())
-    shared = {key: value for key, value in said.items() if key in _SHARED}
-    attack = {key: value for key, value in said.get("attack", {}).items() if key in _SHARED_ATTACK}
+    shared = part(explicit(config.tree()), lambda key: key.teacher)
     own = {
         "method": wanted.method,
         "model": wanted.model or config.model,
@@ -147,14 +148,31 @@ def run_config(config: RunConfig, section: str) -> RunConfig:
         "lr": wanted.lr or config.lr,
         # Not the student's seed: the two would start from the same weights and see the same batches.
         "seed": config.seed + (1 if section == "teacher" else 2) if wanted.seed is None else wanted.seed,
-        "eval": {"final": [], "probe_size": config.eval.probe_size, "batch_size": config.eval.batch_size},
+        "eval": {"final": []},
     }
-    return load(merge(shared, {"attack": attack}, own))
+    return load(merge(shared, own))
+
+
+def _with_earlier_defaults(config: RunConfig) -> RunConfig:
+    return load(merge(semantics.earlier(config.method, config.semantics, config.epochs), explicit(config.tree())))
+
+
+def _is_of(config: RunConfig, path: Path, known: str | None, dataset: AnyDataset) -> bool:
+    """Whether the teacher that a run began with, in training at that path or in the cache, is so configured."""
+    if RunDir(path).config.exists():
+        return not differing(RunDir.existing(path)[1], config)
+    cached = cache_path(config, dataset)
+    return known is not None and cached.exists() and weights_sha256(load_model(cached).module) == known
 
 
 def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
     """Place of a teacher in the cache, by data set, model, method and a hash of everything else that made it."""
-    recipe = {key: value for key, value in config.tree().items() if key not in _NOT_IN_KEY}
+    tree = config.tree()
+    recipe = merge(
+        part(tree, lambda key: key.decides and not key.later),
+        part(explicit(tree), lambda key: key.decides and key.later),
+    )
+    recipe["amp"] = config.amp and _AMP_IN_KEY[config.amp_dtype]
     recipe["data"] = dataset.sha256
     if config.validation > 0:  # then the test images have no part in it
         recipe["data"] = dataset.train_sha256
@@ -173,40 +191,37 @@ def card(
     world: World,
 ) -> list[str]:
     """The teacher card: what the student is about to learn from, measured on held-out images."""
-    attack = "pgd10"
-    results = evaluate(
-        teacher.model,
-        held_out,
-        ["natural", attack],
-        epsilon=config.attack.epsilon,
-        threat_model=config.attack.threat_model,
-        batch_size=config.eval.batch_size,
-        limit=max(config.eval.probe_size, len(held_out.class_names)),
-        device=precision.device,
-        stop=stop,
-        world=world,
-    )
+    attack, classes = "pgd10", len(held_out.class_names)
+    try:
+        results = evaluate(
+            teacher.model,
+            held_out,
+            ["natural", attack],
+            epsilon=config.attack.epsilon,
+            threat_model=config.attack.threat_model,
+            batch_size=config.eval.batch_size,
+            limit=max(config.eval.probe_size, classes),
+            device=precision.device,
+            stop=stop,
+            world=world,
+        )
+    except FloatingPointError as error:
+        raise ValueError(f"{role}: {teacher.source} is no teacher: {error}") from None
     parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
     natural, robust = results["natural"], results[attack]
+    warnings = list(robust.warnings)
+    if is_chance(natural.accuracy, natural.n, classes):
+        warnings.append(f"this teacher has learnt nothing: guessing among {classes} classes is right as often")
     return [
         f"{role}: {teacher.name}, {parameters:,} parameters",
         f"  source    {teacher.source}",
         f"  natural   {natural.accuracy:.2%}   PGD-10 {robust.accuracy:.2%}   on {natural.n} held-out images",
         f"  attack    {robust.description}",
         *(f"  note      {note}" for note in teacher.notes),
+        *(f"  WARNING   {warning}" for warning in warnings),
     ]
 
 
-def _open(path: Path, model: str | None, dataset: AnyDataset, precision: Precision, source: str) -> Teacher:
-    loaded = load_model(path, model=model, num_classes=len(dataset.class_names))
+def _teacher(loaded: LoadedModel, precision: Precision, source: str) -> Teacher:
     network = precision.place(loaded.module).eval().requires_grad_(False)
-    return Teacher(network, loaded.name, source, _weights_sha256(loaded.module), loaded.notes)
-
-
-def _weights_sha256(network: nn.Module) -> str:
-    """Hash of names and values alone: two files of one network differ in paths and times."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy())
-    return digest.hexdigest()
+    return Teacher(network, loaded.name, source, weights_sha256(loaded.module), loaded.notes)

@@ -34,6 +34,9 @@ _SUMS = (
 _GRADIENTS = ("attack_zero_gradients", "attack_non_finite_gradients")
 _ALPHA_BINS = tuple(f"alpha_bin_{index}" for index in range(ALPHA_BINS))
 
+TOTALS = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
+"""Names of what `Telemetry.read` gives."""
+
 Totals = dict[str, float]
 
 
@@ -110,8 +113,7 @@ class Telemetry:
     def read(self) -> Totals:
         """Move the sums to the host and start again from zero. Raises as `check` does."""
         values = self._gathered().sum(0).tolist()
-        names = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
-        totals = dict(zip(names, (*values, self.seconds), strict=True))
+        totals = dict(zip(TOTALS, (*values, self.seconds), strict=True))
         self.sums.zero_()
         self.attack_counts.zero_()
         self.alpha_histogram.zero_()

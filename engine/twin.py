@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.attack import bn_mode
 from engine.models.layers import Classifier, ImageConv2d, Stage
 from engine.precision import Precision
 
@@ -51,13 +52,14 @@ class Twin:
         *,
         follows: bool = True,
     ) -> None:
-        self.module = copy.deepcopy(network).requires_grad_(False).train(bn != "eval")
+        mode = bn_mode(bn)
+        self.module = copy.deepcopy(network).requires_grad_(False).train(mode.by_batch)
         self._precision = precision
         self._converted: list[tuple[Tensor, Tensor]] = []
         self._folded: list[_Folded] = []
         for name, original in network.named_modules():
-            self._take(original, self.module.get_submodule(name), statistics_move=bn != "batch")
-        for conv, norm in conv_bn_pairs(self.module) if bn == "eval" else []:
+            self._take(original, self.module.get_submodule(name), statistics_move=mode.tracked)
+        for conv, norm in [] if mode.by_batch else conv_bn_pairs(self.module):
             self._fold(network, conv, norm)
         self.refresh()
         if not follows:

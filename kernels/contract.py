@@ -5,20 +5,23 @@ Shape suffixes: B batch, C classes, K the six terms.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-# The logits that each term reads, in the order of the terms.
-READS: tuple[tuple[str, ...], ...] = (
-    ("s_nat",),
-    ("s_adv",),
-    ("s_adv", "s_nat"),
-    ("s_adv", "t_at_nat"),
-    ("s_adv", "t_at_adv"),
-    ("s_adv", "t_st_adv"),
-)
+Entry = TypeVar("Entry")
+
+# The terms in their order, and the logits that each reads.
+READS: dict[str, tuple[str, ...]] = {
+    "ce_nat": ("s_nat",),
+    "ce_adv": ("s_adv",),
+    "kl_self": ("s_adv", "s_nat"),
+    "kl_at_nat": ("s_adv", "t_at_nat"),
+    "kl_at_adv": ("s_adv", "t_at_adv"),
+    "kl_st_adv": ("s_adv", "t_st_adv"),
+}
 
 # A Triton program holds whole rows of logits in registers, and there are no more; beyond, the reference serves.
 MAX_CLASSES = 4096
@@ -85,6 +88,22 @@ class LossAndGradients(NamedTuple):
     per_sample: Tensor
     grad_adv: Tensor | None
     grad_nat: Tensor | None
+
+
+def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
+    """The table's entry of that name. Raises ValueError where it has none: there is no other case."""
+    if name not in table:
+        raise ValueError(f"{argument}: {name!r} is unknown; known are {', '.join(map(str, table))}")
+    return table[name]
+
+
+def check_terms(implementation: str, computed: tuple[str, ...], row: LossRow) -> None:
+    """Raises ValueError where an implementation computes other terms than the loss and the row have."""
+    if computed != tuple(READS) or len(computed) != len(row.weights):
+        raise ValueError(
+            f"weights: {implementation} computes {', '.join(computed)}; "
+            f"the loss has {', '.join(READS)}, and the row {len(row.weights)} weights"
+        )
 
 
 def check_labels(inputs: LossInputs) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from engine.kernels import dispatch, native, reference
+from engine.kernels import dispatch, reference
 from engine.kernels.contract import check_device, check_places
 
 
@@ -97,12 +97,7 @@ def _crop_flip(
         check_places(sample_B, index_B, len(images_NHWC))
         reference.crop_flip(*arguments)
         return
-    if implementation == "native":
-        native.crop_flip(*arguments)
-    else:
-        from engine.kernels.triton_ops import crop_flip as triton_crop_flip
-
-        triton_crop_flip.crop_flip(*arguments)
+    dispatch.fused(implementation, "crop_flip", "crop_flip")(*arguments)
     # Autograd does not see what a kernel writes, and must not use the old values.
     increment_version((x_BCHW, labels_B))
 

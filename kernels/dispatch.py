@@ -8,12 +8,16 @@ installed, the call is refused.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from engine.kernels import native
+from engine.kernels.contract import look_up
 
 # From the fastest on. For CUDA the native library has no distill_loss and no random_start.
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -22,7 +26,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
-CHOICES = ("auto", "native", "triton", "reference")
+_MODULES = {"native": "engine.kernels.native", "triton": "engine.kernels.triton_ops.{op}"}
+CHOICES = ("auto", *_MODULES, "reference")
 
 
 def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
@@ -34,7 +39,8 @@ def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
     wanted = preference()
     if not fused:
         return "reference"
-    known = ("triton",) if _interpreting(wanted) else TABLE[op].get(device.type, ("reference",))
+    by_device = look_up("op", op, TABLE)
+    known = ("triton",) if _interpreting(wanted) else by_device.get(device.type, ("reference",))
     if wanted in known:
         if reason := missing(wanted, device.type):
             raise ValueError(f"ENGINE_KERNELS={wanted}: {reason}")
@@ -54,19 +60,30 @@ def preference() -> str:
     return wanted
 
 
+def fused(implementation: str, op: str, function: str) -> Callable[..., Any]:
+    """The function of an op in a fused implementation. Raises ValueError for an unknown one.
+
+    Imported only here: triton takes a second.
+    """
+    module = look_up("implementation", implementation, _MODULES).format(op=op)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
 def missing(implementation: str, device_type: str) -> str:
-    """Why an implementation cannot serve on a device; empty where it can."""
-    if implementation == "native":
-        return native.missing(device_type)
-    if implementation == "triton" and not _has_triton():
-        return "triton is not installed (pip install triton)"
-    return ""
+    """Why an implementation cannot serve on a device; empty where it can. Raises ValueError for an unknown one."""
+    reasons: dict[str, Callable[[], str]] = {
+        "native": lambda: native.missing(device_type),
+        "triton": lambda: "" if _has_triton() else "triton is not installed (pip install triton)",
+        "reference": lambda: "",
+    }
+    return look_up("implementation", implementation, reasons)()
 
 
 def describe(device: torch.device, *, fused: bool = True) -> str:
     """One line for the user: which implementation serves each op on a device, and how to get a faster one."""
     chosen = {op: choose(op, device, fused=fused) for op in TABLE}
-    names = {name: [op for op in TABLE if chosen[op] == name] for name in ("native", "triton", "reference")}
+    names = {name: [op for op in TABLE if chosen[op] == name] for name in CHOICES[1:]}
     parts = [
         (f"{name} ({native.description(device.type)})" if name == "native" else name)
         + ("" if len(ops) == len(TABLE) else f" for {', '.join(ops)}")

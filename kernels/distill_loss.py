@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import dispatch, native, reference
+from engine.kernels import dispatch, reference
 from engine.kernels.contract import (
     MAX_CLASSES,
     READS,
@@ -64,7 +64,7 @@ def distill_loss(
         tuple((float(a), float(b)) for a, b in weights), tau, tau_self, beta, detach_self, label_smoothing
     )
     _check(LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights), row)
-    needed = {name for reads, active in zip(READS, row.active, strict=True) if active for name in reads}
+    needed = {name for reads, active in zip(READS.values(), row.active, strict=True) if active for name in reads}
     # alpha is told wherever it can be, whether or not a weight depends on it.
     inputs = LossInputs(
         s_adv if "s_adv" in needed else None,
@@ -104,11 +104,9 @@ def _implementation(inputs: LossInputs) -> str:
 
 def _compute(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
     """Loss and gradients by the fused implementation that serves here."""
-    if _implementation(inputs) == "native":
-        return native.loss_and_gradients(inputs, row, want_adv, want_nat)
-    from engine.kernels.triton_ops import distill_loss as triton_distill_loss
-
-    return triton_distill_loss.loss_and_gradients(inputs, row, want_adv, want_nat)
+    compute = dispatch.fused(_implementation(inputs), "distill_loss", "loss_and_gradients")
+    output: LossAndGradients = compute(inputs, row, want_adv, want_nat)
+    return output
 
 
 def _scale(
@@ -299,9 +297,9 @@ _op.register_autograd(_backward, setup_context=_save)
 
 def _check(inputs: LossInputs, row: LossRow) -> None:
     if len(row.weights) != len(READS):
-        raise ValueError(f"weights: six pairs (a, b) are needed, got {len(row.weights)}")
+        raise ValueError(f"weights: {len(READS)} pairs (a, b) are needed, got {len(row.weights)}")
     given = {name: value for name, value in zip(_LOGITS, inputs, strict=False) if value is not None}
-    for k, ((a, b), reads) in enumerate(zip(row.weights, READS, strict=True)):
+    for k, ((a, b), reads) in enumerate(zip(row.weights, READS.values(), strict=True)):
         needed = reads if (a or b) else ()
         for name in (*needed, *(("t_at_adv",) if b else ())):
             if name not in given:

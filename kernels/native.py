@@ -15,15 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_labels, check_places
+from engine.kernels.contract import (
+    LossAndGradients,
+    LossInputs,
+    LossRow,
+    check_labels,
+    check_places,
+    check_terms,
+    look_up,
+)
 
 _FILE = Path(__file__).with_name("_native.so")
 _INTERFACE = 3  # of csrc/library.cpp
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 
-# LossArguments of csrc/cpu.h.
-_LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + "12d" + "4dq" + "6P")
+# LossArguments of csrc/cpu.h, and the terms in its order.
+_TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
+_LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + len(_TERMS) * "2d" + "4dq" + "6P")
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
 _CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
@@ -91,6 +100,7 @@ def _call(op: str, device: torch.device, *arguments: object) -> int:
 
 def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
     """`reference.loss_and_gradients` on a CPU, in float32."""
+    check_terms("the native library", _TERMS, row)
     student, sample_weights = inputs.student, inputs.sample_weights
     batch, classes = student.shape
     if sample_weights is not None:
@@ -109,7 +119,7 @@ def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_na
     )
     views: list[int] = []
     for logits in inputs[:5]:
-        views += (0, 0, 0, 0) if logits is None else (logits.data_ptr(), _DTYPES[logits.dtype], *logits.stride())
+        views += (0, 0, 0, 0) if logits is None else (logits.data_ptr(), _dtype(logits), *logits.stride())
     call = _LOSS.pack(
         batch,
         classes,
@@ -140,7 +150,7 @@ def pgd_update(
         x_adv.device,
         x_adv.data_ptr(),
         grad.data_ptr(),
-        _DTYPES[grad.dtype],
+        _dtype(grad),
         x_nat.data_ptr(),
         batch,
         x_adv.numel() // max(batch, 1),
@@ -187,6 +197,10 @@ def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, co
         seed,
         counter,
     )
+
+
+def _dtype(given: Tensor) -> int:
+    return look_up("dtype", given.dtype, _DTYPES)
 
 
 def _pointer(given: Tensor | None) -> int:

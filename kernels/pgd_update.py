@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from engine.kernels import dispatch, native, reference
-from engine.kernels.contract import check_device, dense_layout
+from engine.kernels import dispatch, reference
+from engine.kernels.contract import check_device, dense_layout, look_up
 
-THREAT_MODELS = ("Linf", "L2")
+# Whether a step goes along the gradient by its norm, else by its sign.
+THREAT_MODELS = {"Linf": False, "L2": True}
 
 
 def pgd_update(
@@ -35,8 +36,7 @@ def pgd_update(
     counts: (2,) int64 on the device, to which the zero and the non-finite entries of grad are added: where most
     are zero the gradient is masked, and robustness looks better than it is.
     """
-    if threat_model not in THREAT_MODELS:
-        raise ValueError(f"threat_model: {threat_model!r} is unknown; known are {', '.join(THREAT_MODELS)}")
+    l2 = look_up("threat_model", threat_model, THREAT_MODELS)
     if not x_adv.shape == grad.shape == x_nat.shape:
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv, grad and x_nat must have one shape, got {shapes}")
@@ -52,7 +52,7 @@ def pgd_update(
     if torch.is_grad_enabled() and x_adv.requires_grad:
         raise ValueError("x_adv asks for a gradient and would change in place: call under torch.no_grad()")
     update = _op if torch.compiler.is_compiling() else _update
-    update(x_adv, grad, x_nat, threat_model == "L2", epsilon, step_size, counts)
+    update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
     return x_adv
 
 
@@ -67,12 +67,8 @@ def _update(
         reference.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
         return
     grad, x_nat = grad.contiguous(memory_format=layout), x_nat.contiguous(memory_format=layout)
-    if implementation == "native":
-        native.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
-    else:
-        from engine.kernels.triton_ops import pgd_update as triton_pgd_update
-
-        triton_pgd_update.pgd_update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
+    serve = dispatch.fused(implementation, "pgd_update", "pgd_update")
+    serve(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
     # Autograd does not see what a kernel writes, and must not use the old values of either.
     increment_version(x_adv if counts is None else (x_adv, counts))
 

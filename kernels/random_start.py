@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.kernels import dispatch, native, reference
-from engine.kernels.contract import dense_layout
+from engine.kernels import dispatch, reference
+from engine.kernels.contract import dense_layout, look_up
 from engine.kernels.philox import Stream, normal, uniform
 
 
@@ -28,28 +30,50 @@ def random_start(
     kind "uniform": uniform in the L-inf ball, or in the L2 ball a uniform direction with a uniform radius.
     kind "gaussian": gaussian_std * N(0, 1), as TRADES starts. kind "none": zero.
     Numbers depend on (seed, counter, sample) alone: not on the batch, the device or the process.
-    sample_B: int64, one for each image. Raises ValueError where it is not.
+    sample_B: int64, one for each image. Raises ValueError where it is not, and for unknown names.
     """
     if sample_B.dtype != torch.int64 or sample_B.shape != x_nat.shape[:1]:
         raise ValueError(
             f"sample_B: expected int64 ({len(x_nat)},), got {sample_B.dtype} of {tuple(sample_B.shape)}"
         )
-    if kind == "none":
-        return torch.zeros_like(x_nat)
-    # Numbers run over an image in (C, H, W) order whatever its strides, so that both layouts start alike.
-    if kind == "uniform" and threat_model == "Linf":
-        return _uniform_start(x_nat, sample_B, epsilon, seed, counter)
+    start = look_up("threat_model", threat_model, look_up("random_start", kind, KINDS))
+    return start(x_nat, sample_B, Numbers(epsilon, gaussian_std, seed, counter))
+
+
+class Numbers(NamedTuple):
+    """The numbers of one call."""
+
+    epsilon: float
+    gaussian_std: float
+    seed: int
+    counter: int
+
+
+def _none(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+    return torch.zeros_like(x_nat)
+
+
+def _gaussian(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+    return _like(x_nat, numbers.gaussian_std * _normal(x_nat, sample_B, numbers))
+
+
+def _uniform_l2(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+    noise_BN = _normal(x_nat, sample_B, numbers)
+    radius_B1 = uniform(numbers.seed, Stream.ATTACK_SCALE, numbers.counter, sample_B, 1)
+    return _like(x_nat, numbers.epsilon * radius_B1 * noise_BN / noise_BN.norm(dim=1, keepdim=True))
+
+
+def _normal(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
     count = math.prod(x_nat.shape[1:])
-    noise_BN = normal(seed, Stream.ATTACK_START, counter, sample_B, count)
-    if kind == "gaussian":
-        noise_BN = gaussian_std * noise_BN
-    else:
-        radius_B1 = uniform(seed, Stream.ATTACK_SCALE, counter, sample_B, 1)
-        noise_BN = epsilon * radius_B1 * noise_BN / noise_BN.norm(dim=1, keepdim=True)
+    return normal(numbers.seed, Stream.ATTACK_START, numbers.counter, sample_B, count)
+
+
+def _like(x_nat: Tensor, noise_BN: Tensor) -> Tensor:
+    # Numbers run over an image in (C, H, W) order whatever its strides, so that both layouts start alike.
     return torch.empty_like(x_nat).copy_(noise_BN.view(x_nat.shape))
 
 
-def _uniform_start(x_nat: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> Tensor:
+def _uniform_linf(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
     """The start of every PGD step by default, by the implementation that serves here: the same bits from all."""
     noise = torch.empty_like(x_nat)
     fused = (
@@ -59,12 +83,16 @@ def _uniform_start(x_nat: Tensor, sample_B: Tensor, epsilon: float, seed: int, c
         and not torch.compiler.is_compiling()
     )
     implementation = dispatch.choose("random_start", x_nat.device, fused=fused)
-    if implementation == "native":
-        native.uniform_start(noise, sample_B.contiguous(), epsilon, seed, counter)
-    elif implementation == "triton":
-        from engine.kernels.triton_ops import uniform_start as triton_uniform_start
-
-        triton_uniform_start.uniform_start(noise, sample_B.contiguous(), epsilon, seed, counter)
-    else:
-        reference.uniform_start(noise, sample_B, epsilon, seed, counter)
+    serve = reference.uniform_start
+    if implementation != "reference":
+        serve, sample_B = dispatch.fused(implementation, "uniform_start", "uniform_start"), sample_B.contiguous()
+    serve(noise, sample_B, numbers.epsilon, numbers.seed, numbers.counter)
     return noise
+
+
+# By kind and threat model.
+KINDS: dict[str, dict[str, Callable[[Tensor, Tensor, Numbers], Tensor]]] = {
+    "none": {"Linf": _none, "L2": _none},
+    "uniform": {"Linf": _uniform_linf, "L2": _uniform_l2},
+    "gaussian": {"Linf": _gaussian, "L2": _gaussian},
+}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.contract import DistillLoss, LossInputs, LossRow
+from engine.kernels.contract import DistillLoss, LossInputs, LossRow, check_terms
 from engine.kernels.philox import Stream, random_words, uniform
 
 # Torch passes over the label -100 unless told of another: here that is as wrong as any beyond the classes.
@@ -47,17 +47,20 @@ def distill_loss(inputs: LossInputs, row: LossRow) -> DistillLoss:
         if t_at_adv is not None:
             alpha_B = trust(t_at_adv, labels, row.beta)
 
-    terms: tuple[Callable[[], Tensor], ...] = (
-        lambda: cross_entropy(s_nat),
-        lambda: cross_entropy(s_adv),
-        lambda: divergence(s_nat.detach() if row.detach_self and s_nat is not None else s_nat, row.tau_self),
-        lambda: divergence(_constant(t_at_nat), row.tau),
-        lambda: divergence(_constant(t_at_adv), row.tau),
-        lambda: divergence(_constant(t_st_adv), row.tau),
-    )
+    terms: dict[str, Callable[[], Tensor]] = {
+        "ce_nat": lambda: cross_entropy(s_nat),
+        "ce_adv": lambda: cross_entropy(s_adv),
+        "kl_self": lambda: divergence(
+            s_nat.detach() if row.detach_self and s_nat is not None else s_nat, row.tau_self
+        ),
+        "kl_at_nat": lambda: divergence(_constant(t_at_nat), row.tau),
+        "kl_at_adv": lambda: divergence(_constant(t_at_adv), row.tau),
+        "kl_st_adv": lambda: divergence(_constant(t_st_adv), row.tau),
+    }
+    check_terms("the reference", tuple(terms), row)
     loss_B = torch.zeros_like(alpha_B)
     means_K = []
-    for (a, b), is_active, term in zip(row.weights, row.active, terms, strict=True):
+    for (a, b), is_active, term in zip(row.weights, row.active, terms.values(), strict=True):
         if not is_active:
             means_K.append(alpha_B.new_zeros(()))
             continue

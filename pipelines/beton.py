@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.files import regular
 from engine.pipelines.encoded import Listing
 from engine.pipelines.folder import Tree
 from engine.pipelines.splits import Request
@@ -164,7 +165,7 @@ def _only(path: Path) -> Listing:
 def read(path: Path) -> Beton:
     """The head of a file. Raises ValueError, one line, where it is no whole .beton file with images and labels."""
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         with path.open("rb") as file:
             return _read(path, file, size)
     except OSError as error:

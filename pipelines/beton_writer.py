@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.files import replacing
+from engine.names import check_known, look_up
 from engine.pipelines import beton
 from engine.pipelines.ahead import make_ahead
 from engine.pipelines.encoded import Listing
@@ -38,8 +39,7 @@ class Format:
     max_resolution: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("raw", "jpeg"):
-            raise ValueError(f"format: {self.mode!r} is unknown; known are raw, jpeg")
+        check_known("format", self.mode, MODES)
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be 1 to 100, got {self.quality}")
         if self.quality is not None and self.mode == "raw":
@@ -54,6 +54,19 @@ class Encoded(NamedTuple):
     content: bytes
     height: int
     width: int
+
+
+def _raw(image_HWC: Pixels, form: Format) -> Pixels | Encoded:
+    return image_HWC
+
+
+def _jpeg(image_HWC: Pixels, form: Format) -> Pixels | Encoded:
+    from engine.pipelines.ffcv_repairs import encode_jpeg
+
+    return Encoded(encode_jpeg(image_HWC, form.quality or _QUALITY).tobytes(), *image_HWC.shape[:2])
+
+
+MODES = {"raw": _raw, "jpeg": _jpeg}
 
 
 RAW = Format()
@@ -123,7 +136,7 @@ def _made_ready(images: Split | Listing, form: Format, sample: int) -> Pixels | 
 
 
 def _converted(images: Split | Listing, form: Format, sample: int) -> Pixels | Encoded:
-    from engine.pipelines.ffcv_repairs import encode_jpeg, resizer
+    from engine.pipelines.ffcv_repairs import resizer
 
     if isinstance(images, Split):
         image_HWC: Pixels = images.images[sample].numpy()
@@ -133,7 +146,4 @@ def _converted(images: Split | Listing, form: Format, sample: int) -> Pixels | E
             if content.startswith(_JPEG) and max(height, width) <= (form.max_resolution or np.inf):
                 return Encoded(content, height, width)
         image_HWC = images.decode(sample)
-    image_HWC = resizer(image_HWC, form.max_resolution)
-    if form.mode == "raw":
-        return image_HWC
-    return Encoded(encode_jpeg(image_HWC, form.quality or _QUALITY).tobytes(), *image_HWC.shape[:2])
+    return look_up("format", form.mode, MODES)(resizer(image_HWC, form.max_resolution), form)

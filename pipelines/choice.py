@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.names import look_up
 from engine.pipelines import beton, beton_writer, dali, ffcv
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import AnySplit, cache_dir
@@ -34,12 +35,14 @@ def choose(kind: str, data: AnySplit, device: torch.device) -> Choice:
     Raises ValueError, saying what is needed, where the kind cannot serve these images, or none can.
     """
     if kind != "auto":
-        if fault := _FAULTS[kind](data, device):
+        if fault := look_up("pipeline", kind, _FAULTS)(data, device):
             raise ValueError(f"pipeline: {fault}")
         return Choice(kind, "as asked for")
     faults: list[str] = []
     for each in KINDS:
-        fault = _FAULTS[each](data, device) or (_crowding(data, device) if each == "tensor" else "")
+        fault = look_up("pipeline", each, _FAULTS)(data, device)
+        if each == "tensor":
+            fault = fault or _crowding(data, device)
         if not fault:
             return Choice(each, "; ".join(faults) or "the images fit into the device's memory")
         faults.append(fault)
@@ -61,14 +64,22 @@ def build(
 ) -> Pipeline:
     """The pipeline of a kind that `choose` gave. Images in memory are written to the cache for ffcv, once."""
     views: dict[str, Any] = {"augment": augment, "flip": flip, "device": device, "dtype": dtype}
-    if kind == "tensor":
+    loading: dict[str, Any] = {"workers": workers, "batches_ahead": batches_ahead}
+
+    def tensor() -> Pipeline:
         assert isinstance(data, Split), data
         return TensorPipeline(data, sampling, **views)
-    loading: dict[str, Any] = {"workers": workers, "batches_ahead": batches_ahead}
-    if kind == "dali":
-        return dali.DALIPipeline(data, sampling, **views, **loading)
-    images = data if isinstance(data, EncodedImages) else _in_cache(data, say)
-    return ffcv.FFCVPipeline(images, sampling, **views, **loading)
+
+    def of_ffcv() -> Pipeline:
+        images = data if isinstance(data, EncodedImages) else _in_cache(data, say)
+        return ffcv.FFCVPipeline(images, sampling, **views, **loading)
+
+    builders: dict[str, Callable[[], Pipeline]] = {
+        "tensor": tensor,
+        "ffcv": of_ffcv,
+        "dali": lambda: dali.DALIPipeline(data, sampling, **views, **loading),
+    }
+    return look_up("pipeline", kind, builders)()
 
 
 def _tensor_fault(data: AnySplit, device: torch.device) -> str:

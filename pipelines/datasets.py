@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar, cast
 
-from engine.config import nearest
+from engine.files import cache_dir, expanded
+from engine.names import nearest
 from engine.pipelines import beton, readers
 from engine.pipelines.beton import is_beton
 from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
@@ -59,7 +60,8 @@ class Dataset(Generic[Kind]):
     def sha256(self) -> str:
         """SHA-256, in hex, of class names and of both splits: in memory, of image shapes, images and labels.
 
-        In files, of labels, names, and the content of up to 16,384 evenly chosen ones.
+        In files, of labels, names, and the content of up to 16,384 evenly chosen ones. Of the test
+        split alone, where only that was asked for.
         """
         return self._hash(self.train, self.test)
 
@@ -124,21 +126,21 @@ def find(name: str, data: str | None, request: Request) -> AnyDataset:
     data: as in `load`, or a .beton file. Raises ValueError as `load` does.
     """
     check(name)
-    place = Path(data).expanduser() if data is not None else None
-    if place is not None and is_beton(place):
-        train, test, source = _beton(name, place, request)
-    elif request.image_size is not None and name != "folder":
-        raise ValueError(f"image_size: all images of {name} are of one size; the dataset folder takes any size")
-    else:
-        train, test, source = DATASETS[name].find(data, request)
+    try:
+        train, test, source = _found(name, data, request)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ValueError(f"data: cannot read the data set {name}: {where}{error.strerror or error}") from None
     return Dataset(name, train, test, train.class_names, DATASETS[name].flip, source)
 
 
-def cache_dir() -> Path:
-    """$ENGINE_CACHE, else iad-engine in $XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get("ENGINE_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iad-engine"
+def _found(name: str, data: str | None, request: Request) -> Found:
+    place = expanded("data", data) if data is not None else None
+    if place is not None and is_beton(place):
+        return _beton(name, place, request)
+    if request.image_size is not None and name != "folder":
+        raise ValueError(f"image_size: all images of {name} are of one size; the dataset folder takes any size")
+    return DATASETS[name].find(data, request)
 
 
 def _embedded(data: str | None, request: Request) -> Found:
@@ -151,10 +153,10 @@ def _folder(data: str | None, request: Request) -> Found:
     given = data or os.environ.get("ENGINE_DATA")
     if not given:
         raise ValueError("data: the dataset folder needs the path of an image folder (or $ENGINE_DATA), got none")
-    path = Path(given).expanduser()
+    path = expanded("data", given)
     if is_beton(path):
         return _beton("folder", path, request)
-    train, test = image_folder(path)
+    train, test = image_folder(path, only_test=request.only_test)
     return *_in_memory_or_not(
         listing(train, "train", request), listing(test, "test", request), request
     ), f"image folder {path}"
@@ -169,10 +171,10 @@ def _beton(name: str, path: Path, request: Request) -> Found:
 
 
 def _in_memory_or_not(train: Listing, test: Listing, request: Request) -> tuple[AnySplit, AnySplit]:
-    if request.image_size is None and request.resident != "never":
-        height, width = _first_size(train, request)
+    if request.image_size is None and request.resident_share:
+        height, width = _first_size(train if len(train) else test, request)
         needed = (len(train) + len(test)) * height * width * 3
-        if request.resident == "always" or needed <= free_memory("cpu") // 2:
+        if needed <= request.resident_share * max(free_memory("cpu"), 1):
             return read_splits(train, test, request)
     return encoded_splits(train, test, request)
 
@@ -183,7 +185,7 @@ def _first_size(images: Listing, request: Request) -> tuple[int, int]:
         try:
             return images.read(sample)[1:]
         except ValueError:
-            if request.on_bad_image == "fail":
+            if not request.skips_bad_images:
                 raise
     return 0, 0  # where none can be read, reading them says so
 
@@ -197,7 +199,7 @@ def _search(
 ) -> Found:
     """Read from the first place that holds the data set; a place that holds it damaged ends the search."""
     if data is not None:
-        place = Path(data).expanduser()
+        place = expanded("data", data)
         if not place.exists():
             raise ValueError(f"data: {place} does not exist")
         try:
@@ -206,7 +208,7 @@ def _search(
             raise ValueError(f"data: {name} is not in {place}: it has {error}") from None
     cache = cache_dir() / "data"
     given = os.environ.get("ENGINE_DATA")
-    places = [*([Path(given).expanduser()] if given else []), Path("data").absolute(), cache]
+    places = [*([expanded("ENGINE_DATA", given)] if given else []), Path("data").absolute(), cache]
     for place in places:
         try:
             return read(place, request)

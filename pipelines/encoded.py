@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.pipelines.folder import Files, Pixels, Tree, pixels
+from engine.pipelines.folder import Files, Pixels, Tree, open_image, pixels
 from engine.pipelines.splits import Progress, Request, Split
 from engine.pipelines.windows import centre_windows
 
@@ -62,7 +61,7 @@ class Listing:
         """
         with suppress(Exception):  # whatever is wrong with the file, `pixels` says it
             data = self.tree.read(self.names[sample])
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 if image.mode in ("RGB", "L") and data.endswith(_LAST_BYTES[image.format or ""]):
                     return data, image.height, image.width
         image_HWC = self.decode(sample)
@@ -121,7 +120,7 @@ class EncodedImages(Listing):
         """Add names, labels, and the files of up to 16,384 images, evenly chosen, to a hash."""
         digest.update("\0".join(self.names).encode())
         digest.update(self.labels.contiguous().numpy())
-        chosen = range(0, len(self), -(-len(self) // _HASHED))
+        chosen = range(0, len(self), -(-len(self) // _HASHED) or 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for data in pool.map(lambda sample: self.tree.read(self.names[sample]), chosen):
                 digest.update(data)
@@ -168,7 +167,7 @@ def encoded_splits(train: Listing, test: Listing, request: Request) -> tuple[Enc
     """
     train, test = _without_bad(train, test, request, Listing.read)
     size = request.image_size
-    shape = (size, size) if size else train.read(0)[1:]
+    shape = (size, size) if size else (train if len(train) else test).read(0)[1:]
     return _encoded(train, shape, size is not None), _encoded(test, shape, size is not None)
 
 
@@ -180,7 +179,7 @@ def read_splits(
     Raises ValueError, naming the file, where an image is of another shape, or cannot be read and is not skipped.
     """
     train, test = _without_bad(train, test, request, Listing.decode)
-    shape = shape or train.read(0)[1:]
+    shape = shape or (train if len(train) else test).read(0)[1:]
     splits = []
     for part, images in zip(_PARTS, (_encoded(train, shape, False), _encoded(test, shape, False)), strict=True):
         images_NHWC = np.empty((len(images), *shape, 3), np.uint8)
@@ -202,7 +201,7 @@ def _without_bad(
     train: Listing, test: Listing, request: Request, look: Callable[[Listing, int], object]
 ) -> tuple[Listing, Listing]:
     """Both parts without the images that `look` finds unreadable, if these are to be skipped."""
-    if request.on_bad_image == "fail":
+    if not request.skips_bad_images:
         return train, test
     return _readable(train, "train", request.progress, look), _readable(test, "test", request.progress, look)
 
@@ -219,10 +218,12 @@ def _readable(
             good_N[i] = False
 
     _for_each(len(images), check, part, progress)
-    for label in images.labels.unique().tolist():
-        if not good_N[images.labels == label].any():
-            name, place = images.class_names[label], images.tree.where()
-            raise ValueError(f"data: no image of the class {name!r} in {place} can be read")
+    had_C, has_C = (
+        labels.bincount(minlength=len(images.class_names)) for labels in (images.labels, images.labels[good_N])
+    )
+    for label in ((had_C > 0) & (has_C == 0)).nonzero()[:, 0].tolist():
+        name, place = images.class_names[label], images.tree.where()
+        raise ValueError(f"data: no image of the class {name!r} in {place} can be read")
     good, bad = (index.nonzero()[:, 0].tolist() for index in (good_N, ~good_N))
     names = tuple(images.names[i] for i in good)
     return replace(images, names=names, labels=images.labels[good_N], skipped=tuple(map(images.where, bad)))

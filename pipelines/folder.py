@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from engine.files import regular
+
 _TRAIN = ("train",)
 _TEST = ("test", "val")
+_MOST_BYTES_OF_IMAGE = 1 << 28
+
+_MOST_PIXELS = 89_478_485  # of an image, from which on Pillow warns: a small file may claim any size
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused
 
 Pixels = npt.NDArray[np.uint8]
 """An image: HWC, or several."""
@@ -58,10 +69,31 @@ class Files:
 
 
 def directory(root: Path, *patterns: str) -> Tree:
-    """The visible files and folders of a folder that match the patterns."""
-    paths = [path for pattern in patterns for path in root.glob(pattern)]
-    names = [path.relative_to(root).as_posix() + ("/" if path.is_dir() else "") for path in paths]
-    return Tree(_visible(names), f"{root}/", lambda name: (root / name).read_bytes())
+    """The visible files and folders of a folder that match the patterns, of which each part is a name or "*".
+
+    Raises ValueError where a folder cannot be listed.
+    """
+    names = [name for pattern in patterns for name in _matching(root, pattern.split("/"))]
+    return Tree(_visible(names), f"{root}/", lambda name: regular(root / name, _MOST_BYTES_OF_IMAGE).read_bytes())
+
+
+def _matching(root: Path, parts: list[str], prefix: str = "") -> Iterator[str]:
+    """Names below the folder `prefix` that match; the name of a folder ends in "/"."""
+    try:
+        entries = [
+            (entry.name, entry.is_dir())
+            for entry in os.scandir(root / prefix)
+            if parts[0] in ("*", entry.name) and not _is_hidden(entry.name)
+        ]
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return
+        raise ValueError(f"data: cannot read {error.filename or root / prefix}: {error.strerror}") from None
+    for name, is_folder in entries:
+        if len(parts) == 1:
+            yield f"{prefix}{name}{'/' * is_folder}"
+        elif is_folder:
+            yield from _matching(root, parts[1:], f"{prefix}{name}/")
 
 
 def archive(path: Path, stack: ExitStack) -> Tree:
@@ -70,8 +102,10 @@ def archive(path: Path, stack: ExitStack) -> Tree:
     Raises ValueError where it is no zip archive or an entry has an absolute path or "..".
     """
     try:
-        file = stack.enter_context(zipfile.ZipFile(path))
-    except (zipfile.BadZipFile, OSError) as error:
+        file = stack.enter_context(zipfile.ZipFile(regular(path)))
+    except OSError as error:
+        raise ValueError(f"data: {path} is not a readable zip archive ({error.strerror or error})") from None
+    except Exception as error:  # a damaged one makes zipfile raise nearly anything
         raise ValueError(f"data: {path} is not a readable zip archive ({error})") from None
     names = file.namelist()
     for name in names:
@@ -82,6 +116,9 @@ def archive(path: Path, stack: ExitStack) -> Tree:
 
     def read(name: str) -> bytes:
         with lock:
+            size = file.getinfo(name).file_size  # of which zipfile unpacks no more than it says
+            if size > _MOST_BYTES_OF_IMAGE:
+                raise ValueError(f"{size:,} bytes unpacked, and {_MOST_BYTES_OF_IMAGE:,} are the most")
             return file.read(name)
 
     return Tree(_visible(names), f"{path}:", read)
@@ -94,31 +131,33 @@ def below_single_folder(tree: Tree) -> Tree:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Files, Files]]:
+def opened(path: Path, *, only_test: bool = False) -> Iterator[tuple[Files, Files]]:
     """`image_folder` whose archives stay open inside the context."""
     with ExitStack() as stack:
-        yield _both(path, stack)
+        yield _both(path, stack, only_test=only_test)
 
 
-def image_folder(path: Path) -> tuple[Files, Files]:
+def image_folder(path: Path, *, only_test: bool = False) -> tuple[Files, Files]:
     """The train and test files of an image folder; archives stay open as long as these are used.
 
     path: a folder with train/ or train.zip and test/ (val/) or test.zip (val.zip), or a zip archive with both.
     A train.zip holds `train/<class>/*` or `<class>/*`. Where there is a test, val is not read.
+    only_test: train need not be there; the test files are given for it, too.
     Raises ValueError in one line that names what is missing, empty or different between the two.
     """
     with ExitStack() as stack:
-        files = _both(path, stack)
+        files = _both(path, stack, only_test=only_test)
         stack.pop_all()  # an archive closes itself when nobody holds it
         return files
 
 
-def _both(path: Path, stack: ExitStack) -> tuple[Files, Files]:
+def _both(path: Path, stack: ExitStack, *, only_test: bool) -> tuple[Files, Files]:
+    parts = (_TEST, _TEST) if only_test else (_TRAIN, _TEST)
     if path.is_dir():
-        trees = [_split_in_directory(path, names, stack) for names in (_TRAIN, _TEST)]
+        trees = [_split_in_directory(path, names, stack) for names in parts]
     elif path.exists():
         whole = below_single_folder(archive(path, stack))
-        trees = [_split_in_archive(whole, names) for names in (_TRAIN, _TEST)]
+        trees = [_split_in_archive(whole, names) for names in parts]
     else:
         raise ValueError(f"data: {path} does not exist")
     train, test = (_by_class(tree) for tree in trees)
@@ -132,25 +171,34 @@ def _both(path: Path, stack: ExitStack) -> tuple[Files, Files]:
     return train, test
 
 
+def open_image(content: bytes) -> Image.Image:
+    """The image in the bytes of a file, not decoded yet. Raises ValueError where it claims too many pixels."""
+    image = Image.open(io.BytesIO(content))
+    if image.width * image.height > _MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, and {_MOST_PIXELS:,} are the most")
+    return image
+
+
 def pixels(tree: Tree, name: str) -> Pixels:
     """An image as RGB, HWC. Raises ValueError, naming the file, where it cannot be read."""
     try:
-        with Image.open(io.BytesIO(tree.read(name))) as image:
+        with open_image(tree.read(name)) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to 0..255
                 raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # a damaged file makes Pillow and zipfile raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = re.sub(" <_io.BytesIO object at [^>]*>", "", " ".join(text.split())) or type(error).__name__
         raise ValueError(f"data: {tree.where(name)} is not a readable image ({reason})") from None
 
 
 def _visible(names: list[str]) -> list[str]:
     """Sorted names without those that systems leave behind."""
-    return sorted(
-        name
-        for name in set(names)
-        if not any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db") for part in name.split("/"))
-    )
+    return sorted(name for name in set(names) if not any(map(_is_hidden, name.split("/"))))
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part in ("__MACOSX", "Thumbs.db")
 
 
 def _tops(tree: Tree) -> set[str]:

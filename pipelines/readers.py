@@ -78,7 +78,7 @@ def cifar(name: str, place: Path, request: Request) -> Found:
     missing = f"no {unpacked.name}, no {packed.name} and no image folder of its classes"
     with ExitStack() as stack:
         try:
-            train, test = stack.enter_context(opened(place))
+            train, test = stack.enter_context(opened(place, only_test=request.only_test))
         except ValueError as error:
             raise Absent(f"{missing} ({str(error).removeprefix('data: ')})") from None
         if train.by_class.keys() != set(_CLASSES[name].split()):
@@ -88,7 +88,8 @@ def cifar(name: str, place: Path, request: Request) -> Found:
 
 def _cifar_splits(kind: Any, root: Path, shown: Path, request: Request) -> tuple[Split, Split]:
     try:
-        parts = [kind(root, train=part == "train") for part in _PARTS]  # compares md5 sums before it unpickles
+        # Compares md5 sums before it unpickles.
+        parts = [kind(root, train=part == "train") for part in _parts(request)]
     except RuntimeError:
         raise _damaged(shown) from None
     train, test = (_split(part.data, np.asarray(part.targets), tuple(part.classes)) for part in parts)
@@ -115,11 +116,11 @@ def svhn(place: Path, request: Request) -> Found:
     """The cropped house numbers as torchvision stores them, without the extra split."""
     from torchvision.datasets import SVHN
 
-    paths = [place / SVHN.split_list[part][1] for part in _PARTS]
+    paths = [place / SVHN.split_list[part][1] for part in _parts(request)]
     if not all(path.is_file() for path in paths):
         raise Absent(f"no {' or no '.join(path.name for path in paths)}")
     try:
-        parts = [SVHN(place, part) for part in _PARTS]
+        parts = [SVHN(place, part) for part in _parts(request)]
     except RuntimeError:
         raise _damaged(place / "*.mat") from None
     train, test = (_split(part.data.transpose(0, 2, 3, 1), part.labels, _DIGIT_NAMES) for part in parts)
@@ -153,7 +154,7 @@ def tiny_imagenet(place: Path, request: Request) -> Found:
                 train.setdefault(name.split("/")[1], []).append(name)
         test: dict[str, list[str]] = {class_name: [] for class_name in train}
         present = set(tree.names)  # also keeps a name with ".." from leading out of the folder
-        for line in tree.read(_VAL_ANNOTATIONS).decode().splitlines():
+        for line in tree.read(_VAL_ANNOTATIONS).decode(errors="replace").splitlines():
             file, class_name = [*line.split("\t"), ""][:2]
             if f"val/images/{file}" not in present or class_name not in train:
                 raise ValueError(
@@ -190,6 +191,11 @@ def _enlarged(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 def _split(images_NHWC: npt.NDArray[np.uint8], labels_N: npt.NDArray[np.int64], names: tuple[str, ...]) -> Split:
     return Split(torch.from_numpy(np.ascontiguousarray(images_NHWC)), torch.from_numpy(labels_N).long(), names)
+
+
+def _parts(request: Request) -> tuple[str, str]:
+    """What is read for each split; `Request.of` takes no training images where only the test is asked for."""
+    return ("test", "test") if request.only_test else ("train", "test")
 
 
 def _select(request: Request, train: Split, test: Split) -> tuple[Split, Split]:

@@ -7,14 +7,51 @@ are those of one. N data set, B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.kernels.philox import Stream, random_words
+from engine.names import check_known, look_up
 
 _BLOCK = 256  # neighbours on the disk that quasi-random order reads together
 _BLOCKS_PER_WINDOW = 16
+
+
+def _random(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
+    return _words(sample_N, seed, epoch).argsort(stable=True)  # equal words keep the order of the samples
+
+
+def _quasi_random(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
+    """First whole blocks are shuffled, by the words of their first samples; then samples within a window."""
+    word_N = _words(sample_N, seed, epoch)
+    blocks = word_N[::_BLOCK].argsort(stable=True)
+    block_N = torch.empty_like(blocks)
+    block_N[blocks] = torch.arange(len(blocks))
+    window_N = block_N[sample_N // _BLOCK] // _BLOCKS_PER_WINDOW
+    return (window_N << 32 | word_N).argsort(stable=True)
+
+
+def _sequential(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
+    return sample_N
+
+
+def _words(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
+    return random_words(seed, Stream.SHUFFLE, epoch, sample_N, 1)[:, 0]
+
+
+ORDERS = {"random": _random, "quasi-random": _quasi_random, "sequential": _sequential}
+
+
+class Last(NamedTuple):
+    """A batch that the samples do not fill: whether it counts as a step, and whether it is filled up."""
+
+    counts: bool
+    is_filled: bool
+
+
+LASTS = {"keep": Last(True, False), "drop": Last(False, False), "pad": Last(True, True)}
 
 
 @dataclass(frozen=True)
@@ -45,12 +82,8 @@ class Sampling:
     shard: Shard = Shard()
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("order", ("random", "quasi-random", "sequential")),
-            ("last", ("keep", "drop", "pad")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; known are {', '.join(known)}")
+        check_known("order", self.order, ORDERS)
+        last = look_up("last", self.last, LASTS)
         if self.num_samples < 1:
             raise ValueError("images: a pipeline needs at least one image, got none")
         if self.batch_size < 1:
@@ -59,7 +92,7 @@ class Sampling:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of the {self.shard.world} processes"
             )
-        if self.last == "drop" and self.num_samples < self.batch_size:
+        if not last.counts and self.num_samples < self.batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} exceeds the {self.num_samples} images: all would be dropped"
             )
@@ -67,29 +100,17 @@ class Sampling:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
-        if self.last == "drop":
-            return self.num_samples // self.batch_size
-        return -(-self.num_samples // self.batch_size)
+        whole, left = divmod(self.num_samples, self.batch_size)
+        return whole + (left > 0 and look_up("last", self.last, LASTS).counts)
 
     def size_of(self, step: int) -> int:
         """Images in that batch of an epoch, of all ranks together; one that is padded counts whole."""
         left = self.num_samples - step * self.batch_size
-        return self.batch_size if self.last == "pad" else min(self.batch_size, left)
+        return self.batch_size if look_up("last", self.last, LASTS).is_filled else min(self.batch_size, left)
 
     def samples(self, epoch: int) -> Tensor:
         """The epoch's samples in the order of all ranks together: int64 N."""
-        sample_N = torch.arange(self.num_samples)
-        if self.order == "sequential":
-            return sample_N
-        word_N = random_words(self.seed, Stream.SHUFFLE, epoch, sample_N, 1)[:, 0]
-        if self.order == "random":  # equal words keep the order of the samples
-            return word_N.argsort(stable=True)
-        # First whole blocks are shuffled, by the words of their first samples; then samples within a window.
-        blocks = word_N[::_BLOCK].argsort(stable=True)
-        block_N = torch.empty_like(blocks)
-        block_N[blocks] = torch.arange(len(blocks))
-        window_N = block_N[sample_N // _BLOCK] // _BLOCKS_PER_WINDOW
-        return (window_N << 32 | word_N).argsort(stable=True)
+        return look_up("order", self.order, ORDERS)(torch.arange(self.num_samples), self.seed, epoch)
 
     def batches(self, epoch: int, start_step: int = 0) -> list[Tensor]:
         """The samples of this rank in each step from start_step on."""
@@ -97,7 +118,7 @@ class Sampling:
 
     def _whole(self, epoch: int) -> list[Tensor]:
         order_N = self.samples(epoch)
-        if self.last == "pad":
+        if look_up("last", self.last, LASTS).is_filled:
             missing = self.steps_per_epoch * self.batch_size - self.num_samples
             order_N = torch.cat((order_N, order_N.repeat(-(-missing // self.num_samples))[:missing]))
         return list(order_N.split(self.batch_size)[: self.steps_per_epoch])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, TypeVar
@@ -10,7 +12,9 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engine.config import LARGEST_IMAGE
 from engine.kernels.philox import Stream, random_words
+from engine.names import check_known, look_up
 
 Progress = Callable[[str, int, int], None]
 """Called as images are decoded with "train" or "test", the images done, and the images of that split."""
@@ -79,6 +83,11 @@ class Split:
         digest.update(self.labels.contiguous().numpy())
 
 
+# Whether an image that cannot be read is left out.
+SKIPS = {"fail": False, "skip": True}
+RESIDENT_SHARES = {"always": math.inf, "never": 0.0, "if it fits": 0.5}
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of a data set.
@@ -86,7 +95,7 @@ class Request:
     limit_train, limit_test: at most so many images; seed: which ones. progress: whom to tell. on_bad_image: "fail"
     at an image that cannot be read, or "skip" it. image_size: of the views that are cut from images of any size;
     None: all images are of one size. resident: whether images of one size are decoded into memory: "always",
-    "never", or "if it fits" into half of what is free.
+    "never", or "if it fits" into half of what is free. only_test: no training images are read, nor need be there.
     """
 
     limit_train: int | None = None
@@ -96,16 +105,29 @@ class Request:
     on_bad_image: str = "fail"
     image_size: int | None = None
     resident: str = "always"
+    only_test: bool = False
 
     def __post_init__(self) -> None:
-        if self.on_bad_image not in ("fail", "skip"):
-            raise ValueError(f"on_bad_image: {self.on_bad_image!r} is unknown; known are fail, skip")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be 1 or more, got {self.image_size}")
+        check_known("on_bad_image", self.on_bad_image, SKIPS)
+        check_known("resident", self.resident, RESIDENT_SHARES)
+        if self.image_size is not None and not 1 <= self.image_size <= LARGEST_IMAGE:
+            raise ValueError(f"image_size must be 1 to {LARGEST_IMAGE:,}, got {self.image_size}")
+
+    @property
+    def skips_bad_images(self) -> bool:
+        """What cannot be read is left out."""
+        return look_up("on_bad_image", self.on_bad_image, SKIPS)
+
+    @property
+    def resident_share(self) -> float:
+        """How much of the free memory images may take; 0: they stay in their files."""
+        return look_up("resident", self.resident, RESIDENT_SHARES)
 
     def of(self, part: str, images: AnyPart) -> AnyPart:
         """The images wanted of "train" or "test"; all of them are not copied."""
-        limit = self.limit_train if part == "train" else self.limit_test
+        limit = look_up("part", part, {"train": self.limit_train, "test": self.limit_test})
+        if part == "train" and self.only_test:
+            return images.take(torch.arange(0))
         if limit is None or limit >= len(images):
             return images
         return images.take(limited(images.labels, limit, self.seed, f"limit_{part}"))
@@ -133,22 +155,22 @@ def split_validation(split: AnyPart, fraction: float, seed: int = 0) -> tuple[An
 
 
 def balanced(split: AnyPart, size: int) -> AnyPart:
-    """At most `size` images, of every class as equally many as there are. Raises ValueError as `limited` does."""
+    """At most `size` images, chosen as `limited` does."""
     return split.take(limited(split.labels, size, 0, "size"))
 
 
 def limited(labels_N: Tensor, limit: int | None, seed: int, argument: str) -> Tensor:
     """Ascending indices of `limit` samples, of every class as equally many as there are; None: of all samples.
 
-    Raises ValueError, naming the argument, where the limit is below the number of classes.
+    A limit below the number of classes takes one of each of the first ones.
+    Raises ValueError, naming the argument, where the limit is below 1.
     """
     if limit is None or limit >= len(labels_N):
         return torch.arange(len(labels_N))
     sizes = _class_sizes(labels_N)
-    if limit < len(sizes):
-        raise ValueError(
-            f"{argument}: at least one image of each of the {len(sizes)} classes is needed, got {limit}"
-        )
+    if limit < 1:
+        raise ValueError(f"{argument} must be 1 or more, got {limit}")
+    sizes = dict(list(sizes.items())[:limit])
     counts = _apportion(limit, dict.fromkeys(sizes, limit / len(sizes)), sizes)
     return _choose(labels_N, counts, seed, _LIMIT_EPOCH)
 
@@ -161,14 +183,23 @@ def _class_sizes(labels_N: Tensor) -> dict[int, int]:
 def _apportion(total: int, shares: dict[int, float], most: dict[int, int]) -> dict[int, int]:
     """Counts from 1 to most that sum to total and follow the shares; the largest remainders round up."""
     counts = {label: min(max(int(share), 1), most[label]) for label, share in shares.items()}
+    missing = total - sum(counts.values())
+    step = 1 if missing > 0 else -1
 
-    def remainder(label: int) -> float:
-        return shares[label] - counts[label]
+    def changeable(label: int) -> bool:
+        return counts[label] < most[label] if step > 0 else counts[label] > 1
 
-    while sum(counts.values()) < total:
-        counts[max((label for label in counts if counts[label] < most[label]), key=remainder)] += 1
-    while sum(counts.values()) > total:
-        counts[min((label for label in counts if counts[label] > 1), key=remainder)] -= 1
+    # The class that is furthest from its share comes first; of several, the first one.
+    order = {label: rank for rank, label in enumerate(counts)}
+    waiting = [
+        (step * (counts[label] - shares[label]), order[label], label) for label in counts if changeable(label)
+    ]
+    heapq.heapify(waiting)
+    for _ in range(abs(missing)):
+        _, rank, label = heapq.heappop(waiting)
+        counts[label] += step
+        if changeable(label):
+            heapq.heappush(waiting, (step * (counts[label] - shares[label]), rank, label))
     return counts
 
 
@@ -176,5 +207,10 @@ def _choose(labels_N: Tensor, counts: dict[int, int], seed: int, epoch: int) -> 
     """Ascending indices of counts[label] random samples of each label."""
     sample_N = torch.arange(len(labels_N))
     order_N = random_words(seed, Stream.SHUFFLE, epoch, sample_N, 1)[:, 0].argsort(stable=True)
-    chosen = [order_N[labels_N[order_N] == label][:count] for label, count in counts.items()]
-    return torch.cat(chosen).sort().values
+    by_class_N = order_N[labels_N[order_N].argsort(stable=True)]
+    sizes_C = labels_N.bincount()
+    wanted_C = torch.zeros_like(sizes_C)
+    wanted_C[list(counts)] = torch.tensor(list(counts.values()))
+    labels_N = labels_N[by_class_N]
+    place_N = sample_N - (sizes_C.cumsum(0) - sizes_C)[labels_N]  # among those of its class
+    return by_class_N[place_N < wanted_C[labels_N]].sort().values

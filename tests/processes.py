@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ def main() -> None:
     module, function, arguments = sys.argv[1:]
     with distributed.joined(config.load({"device": "cpu"}), timeout=60) as world:
         assert isinstance(world, World)
-        getattr(importlib.import_module(module), function)(world, *json.loads(arguments))
+        try:
+            getattr(importlib.import_module(module), function)(world, *json.loads(arguments))
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "set no yaml": (["train", "--set", "lr=[1,"], ["lr"]),
     "epsilon": (["train", "--set", "attack.epsilon=-1/255"], ["attack.epsilon"]),
     "epsilon fraction": (["train", "--set", "attack.epsilon=8/0"], ["attack.epsilon", "8/0"]),
-    "attack loss": (["train", "--set", "attack.loss=dlr"], ["attack.loss", "dlr", "'cw'"]),
+    "attack loss": (["train", "--set", "attack.loss=hinge"], ["attack.loss", "dlr", "'cw'"]),
     "tau": (["train", "--set", "loss.tau=0"], ["loss.tau", "0"]),
     "beta": (["train", "--set", "loss.beta=-1"], ["loss.beta", "-1"]),
     "lambda": (["train", "--set", "loss.lam=1.5"], ["loss.lam", "1.5"]),
@@ -95,7 +95,9 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "recipe": (["train", "--config", "recipe:table2-cifar10-at-iad9"], ["table2-cifar10-at-iad9"]),
     "config missing": (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
     "resume missing": (["train", "--resume", "nowhere"], ["--resume", "nowhere"]),
-    "resume and flags": (["train", "--resume", "runs/a", "--lr", "0.1"], ["--resume", "--lr"]),
+    "resume and flags": (["train", "--resume", "runs/a", "--lr", "0.1"], ["runs/a", "no run directory"]),
+    "resume and config": (["train", "--resume", "runs/a", "--config", "x"], ["--resume DIR", "drop --config"]),
+    "resume and out": (["train", "--resume", "runs/a", "--out", "runs/b"], ["--resume DIR", "drop --out"]),
     "eval without checkpoint": (["eval"], ["CHECKPOINT"]),
     "eval missing": (["eval", "nowhere.pt"], ["nowhere.pt"]),
     "eval attacks": (["eval", "nowhere.pt", "--attacks", "pgd21"], ["pgd21", "pgd20"]),
@@ -309,7 +311,7 @@ def test_other_bad_places(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_user_error(cli(*common, "folder", "--data", str(tmp_path / "broken.zip")), "broken.zip")
     assert_user_error(cli(*common, "folder", "--data", str(tmp_path / "escape.zip")), "..")
     assert_user_error(cli(*common, "cifar10", "--data", str(tmp_path)), "cifar10")
-    assert_user_error(cli(*common, "digits", "--limit-train", "5"), "limit_train", "5")
+    assert_user_error(cli(*common, "digits", "--limit-train", "5"), "validation", "single image")
 
 
 def test_a_taken_or_impossible_run_directory(tiny: Any, cli: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import methods, models, recipes, trainer
+from engine import evaluation, methods, models, recipes, results, trainer
 from engine.pipelines.datasets import DATASETS
+from engine.reporter import Reporter
+from engine.stopping import Interrupted
+from engine.weights import load_model
 
 
 @pytest.mark.parametrize(
@@ -50,22 +54,23 @@ def test_train_then_eval(tiny: Any, cli: Any, tmp_path: Path) -> None:
         "eval", str(run), str(tiny.teacher), "--attacks", "natural,pgd10,pgd10", "--data", str(tiny.folder)
     )
     assert found.code == 0, found.err
-    report = json.loads((run / "best.eval.json").read_text())
+    report = {result["attack"]: result for result in results.read(run / "best.pt.eval.json")}
     summary = json.loads((run / "summary.json").read_text())
-    assert list(report["results"]) == ["natural", "pgd10"]
+    assert list(report) == ["natural", "pgd10"]
     # As after training: same images, same epsilon, same seed.
     for attack in ("natural", "pgd10"):
-        assert report["results"][attack]["correct"] == summary["test_of_best"][attack]["correct"]
-    assert "epsilon 25.5/255" in report["results"]["pgd10"]["description"]
+        assert report[attack]["correct"] == summary["test_of_best"][attack]["correct"]
+    assert "epsilon 25.5/255" in report["pgd10"]["description"]
     assert "n = 18" in found.out
-    assert report["precision"]["evaluation"] == "float32, TF32 off"
-    tiny.teacher.with_suffix(".eval.json").unlink()
+    assert report["pgd10"]["precision"]["evaluation"] == "float32, TF32 off"
+    results.path_of(tiny.teacher, None).unlink()
 
     other = cli(
         "eval", str(run), "--attacks", "pgd10", "--epsilon", "2/255", "--limit", "9", "--out", str(tmp_path)
     )
     assert other.code == 0, other.err
-    result = json.loads((tmp_path / "run-best.eval.json").read_text())["results"]["pgd10"]
+    (path,) = tmp_path.glob("run-best.pt-*.eval.json")
+    (result,) = results.read(path)
     assert (result["n"], "epsilon 2/255" in result["description"]) == (9, True)
 
 
@@ -75,7 +80,132 @@ def test_a_foreign_checkpoint_is_evaluated(tiny: Any, cli: Any, tmp_path: Path) 
     torch.save({"net": {f"module.{key}": value for key, value in state.items()}}, path)
     outcome = cli("eval", str(path), "--dataset", "folder", "--data", str(tiny.folder), "--attacks", "natural")
     assert outcome.code == 0, outcome.err
-    assert (tmp_path / "theirs.eval.json").exists()
+    assert (tmp_path / "theirs.pth.eval.json").exists()
+
+
+def test_evaluations_accumulate(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    """By every parameter; the same one replaces itself and says so; nothing else is left in the folder."""
+    path = tmp_path / "m.pt"
+    shutil.copy(tiny.teacher, path)
+    where = ["--dataset", "folder", "--data", str(tiny.folder)]
+    calls = [
+        ["--attacks", "natural,pgd10"], ["--attacks", "pgd10", "--epsilon", "4/255"],
+        ["--attacks", "pgd10", "--seed", "1"], ["--attacks", "pgd10", "--limit", "6"],
+        ["--attacks", "natural,fgsm"],
+    ]  # fmt: skip
+    said = ""
+    for call in calls:
+        outcome = cli("eval", str(path), *where, *call)
+        assert outcome.code == 0, outcome.err
+        said += outcome.out
+    found = results.read(tmp_path / "m.pt.eval.json")
+    assert [entry["attack"] for entry in found] == ["pgd10", "pgd10", "pgd10", "pgd10", "natural", "fgsm"]
+    assert [entry["n"] for entry in found] == [18, 18, 18, 6, 18, 18]
+    assert said.count("Replaced the result of natural") == said.count("Replaced the result") == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"m.pt", "m.pt.eval.json"}
+
+
+def test_the_size_of_views_is_part_of_what_is_noted(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    """An evaluation that was stopped with views of one size does not lend its numbers to one of another size."""
+    path = tmp_path / "m.pt"
+    shutil.copy(tiny.teacher, path)
+    call = ["eval", str(path), "--dataset", "folder", "--data", str(tiny.folder), "--attacks", "natural,pgd10"]
+
+    class Stops(Reporter):
+        def begin(self, what: str, total: int, done: int = 0) -> None:
+            if what.startswith("PGD-10"):
+                raise Interrupted
+
+    keys: dict[str, Any] = {"dataset": "folder", "data": str(tiny.folder), "out": tmp_path / "m.pt.eval.json"}
+    with pytest.raises(Interrupted):
+        evaluation.run(path, ["natural", "pgd10"], Stops(), image_size=16, **keys)
+    (kept,) = (tmp_path / "m.pt.eval.partial").glob("*/*.jsonl")
+    fresh = cli(*call, "--image-size", "32", "--out", str(tmp_path / "elsewhere"))
+    outcome = cli(*call, "--image-size", "32")
+    assert outcome.code == 0, outcome.err
+    assert kept.exists()
+    assert "has notes of 1 attacks with other settings" in outcome.out
+    (elsewhere,) = (tmp_path / "elsewhere").glob("*.json")
+    for here, there in zip(results.read(keys["out"]), results.read(elsewhere), strict=True):
+        assert (here["correct"], here["parameters"]) == (there["correct"], there["parameters"])
+    assert fresh.code == 0
+    assert cli(*call, "--image-size", "16").code == 0
+    assert not kept.parent.parent.exists()
+
+
+def test_a_path_is_no_markup(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "[red]x[/red]" / "..[" / "italic]"
+    folder.mkdir(parents=True)
+    shutil.copy(tiny.teacher, folder / "[x]..[")
+    outcome = cli(
+        "eval", str(folder / "[x]..["), "--dataset", "folder", "--data", str(tiny.folder), "--attacks", "natural"
+    )
+    assert outcome.code == 0, outcome.err
+    assert str(folder / "[x]..[") in outcome.out
+
+
+def test_what_eval_cannot_look_up_is_one_line(cli: Any, tmp_path: Path) -> None:
+    outcome = cli("eval", str(tmp_path / ("x" * 300)))
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert "File name too long" in line
+
+
+def test_a_damaged_report_is_told_of_before_the_attacks(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    shutil.copy(tiny.teacher, tmp_path / "m.pt")
+    (tmp_path / "m.pt.eval.json").write_text("{")
+    outcome = cli("eval", str(tmp_path / "m.pt"), "--dataset", "folder", "--data", str(tiny.folder))
+    assert outcome.code == 2
+    assert "m.pt.eval.json is damaged: it is not valid JSON; move it away" in outcome.err
+    assert {file.name for file in tmp_path.iterdir()} == {"m.pt", "m.pt.eval.json"}
+
+
+def test_autoattack_of_few_classes_leaves_nothing(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    shutil.copy(tiny.teacher, tmp_path / "m.pt")
+    outcome = cli(
+        "eval",
+        str(tmp_path / "m.pt"),
+        "--dataset",
+        "folder",
+        "--data",
+        str(tiny.folder),
+        "--attacks",
+        "natural,aa",
+    )
+    assert outcome.code == 2
+    assert "needs 4 classes, and the model has 3" in outcome.err
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_masked_network_gets_another_attack(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    state = load_model(tiny.teacher).module.state_dict()
+    for name, factor in (("plain.pt", 1), ("large.pt", 1e9)):
+        head = {key: value * factor for key, value in state.items() if key.startswith("linear")}
+        torch.save(state | head, tmp_path / name)
+    paths = [str(tmp_path / name) for name in ("plain.pt", "large.pt")]
+    outcome = cli("eval", *paths, "--dataset", "folder", "--data", str(tiny.folder), "--attacks", "natural,pgd20")
+    assert outcome.code == 0, outcome.err
+    plain, large = (
+        {entry["attack"]: entry for entry in results.read(Path(f"{path}.eval.json"))} for path in paths
+    )
+    assert list(plain) == ["natural", "pgd20"]
+    assert list(large) == ["natural", "pgd20", "pgd20-dlr"]
+    assert plain["pgd20"]["warnings"] == []
+    assert large["pgd20"]["masked"] > 0
+    assert f"{large['pgd20']['accuracy']:.2%}*" in outcome.out
+    assert "* may be too high: see the warnings" in outcome.out
+    assert "gradients were zero, so PGD-20 DLR is measured too" in outcome.out
+
+
+def test_logits_that_are_not_finite_end_an_evaluation(tiny: Any, cli: Any, tmp_path: Path) -> None:
+    state = load_model(tiny.teacher).module.state_dict()
+    norms = {key: value * 1e25 for key, value in state.items() if value.ndim == 1 and key.endswith(".weight")}
+    torch.save(state | norms, tmp_path / "m.pt")
+    outcome = cli("eval", str(tmp_path / "m.pt"), "--dataset", "folder", "--data", str(tiny.folder))
+    assert outcome.code == 1
+    (line,) = outcome.err.strip().splitlines()
+    assert "m.pt: natural: the logits of 18 of 18 images are NaN or infinite; no result" in line
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
 
 
 def test_overrides_of_a_file(tiny: Any, cli: Any, tmp_path: Path) -> None:

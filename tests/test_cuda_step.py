@@ -126,7 +126,7 @@ class Budget(NamedTuple):
 BUDGETS = {
     "st": Budget(174, 174, 0),
     "at": Budget(442, 177, 267),
-    "trades": Budget(759, 451, 310),
+    "trades": Budget(809, 501, 310),
     "ard": Budget(573, 269, 304),
     "akd2": Budget(560, 256, 304),
     "iad1": Budget(715, 411, 304),

@@ -22,6 +22,7 @@ from engine.pipelines.dali import check_installed as check_dali
 from engine.pipelines.encoded import EncodedImages
 from engine.pipelines.splits import Request
 from engine.reporter import Reporter
+from engine.results import read
 from engine.stopping import Interrupted
 from tests.conftest import CLASSES
 from tests.pipelines.photographs import encode, smooth
@@ -147,10 +148,9 @@ def test_a_checkpoint_is_evaluated_on_views_of_the_size_it_was_trained_on(
     )
     found = cli("eval", str(run.path), "--attacks", "natural,pgd10")
     assert found.code == 0, found.err
-    report = json.loads((run.path / "best.eval.json").read_text())
-    for attack in ("natural", "pgd10"):
-        assert report["results"][attack]["correct"] == run.summary["test_of_best"][attack]["correct"]
-    assert report["skipped_images"] == 0
+    for result in read(run.path / "best.pt.eval.json"):
+        assert result["correct"] == run.summary["test_of_best"][result["attack"]]["correct"]
+        assert result["skipped_images"] == 0
 
 
 # ---------------------------------------------------------------- engine data

@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine import config, distributed, methods, models, trainer
@@ -21,9 +25,9 @@ from engine.models.sync_batch_norm import SyncBatchNorm, synchronise
 from engine.pipelines.base import Batch
 from engine.precision import Precision
 from engine.reporter import Reporter
-from engine.stopping import Interrupted, ProcessLost, Stop
-from tests.conftest import write_checkpoint
-from tests.processes import ROOT, together
+from engine.stopping import Interrupted, ProcessLost, RunFailed, Stop
+from tests.conftest import Cli, write_checkpoint
+from tests.processes import ROOT, start, together
 
 F64 = Precision(torch.device("cpu"), torch.float64)
 
@@ -385,20 +389,130 @@ def test_no_thread_of_a_group_outlives_it(end: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def main_refuses(world: World, out: str) -> None:
-    def refuse() -> None:
-        raise ValueError("not this")
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.text().map(Path),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=20,
+)
 
-    with pytest.raises(ValueError, match="not this"):
-        world.from_main(refuse)
+
+@given(PLAIN)
+@example({1: (2, 3.5), "dict": [], "Path": {"list": ()}})
+@example(Path(os.fsdecode(b"\xff")))
+@example(float("nan"))
+def test_what_processes_tell_each_other_keeps_its_types_and_its_bits(value: object) -> None:
+    told = json.loads(json.dumps(distributed._encode(value)))
+    assert repr(distributed._decode(told)) == repr(value)
+
+
+class Named(NamedTuple):
+    one: int
+
+
+@pytest.mark.parametrize(
+    "value", [{1, 2}, b"", np.float64(1), torch.ones(1), Named(1), [object()], {(1, Named(1)): 0}]
+)
+def test_what_would_need_a_pickle_is_not_told(value: object) -> None:
+    with pytest.raises(TypeError, match="processes tell each other None, bool, "):
+        distributed._encode(value)
+
+
+def errors_of_main(world: World, out: str) -> None:
+    """Each call ends on all processes: with the error of the main one, its kind where the user can read it."""
+
+    def fails(error: Exception) -> Callable[[], None]:
+        def fail() -> None:
+            raise error
+
+        return fail
+
+    def refuse() -> Any:
+        return config.load({"epochs": 0})
+
+    def decode() -> str:
+        return b"\xff".decode()
+
+    found = []
+    for make in (
+        refuse, decode, fails(RunFailed("full")), fails(ProcessLost("lost")), fails(Interrupted("stopped")),
+        fails(OSError("unreadable")), lambda: {1}, lambda: Path("there"),
+    ):  # fmt: skip
+        try:
+            found.append(str(world.from_main(make)))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}"[:40])
     with pytest.raises(ValueError, match="the data set of process 1 differs from that of process 0"):
-        world.check_same("the data set", f"hash {world.rank // 1}")
-    Path(f"{out}-{world.rank}").touch()
+        world.check_same("the data set", f"hash {world.rank}")
+    Path(f"{out}-{world.rank}").write_text(json.dumps(found))
 
 
-def test_what_the_main_process_refuses_all_refuse(tmp_path: Path) -> None:
-    together(2, main_refuses, str(tmp_path / "refused"))
-    assert (tmp_path / "refused-1").exists()
+def test_an_error_of_the_main_process_ends_it_on_all(tmp_path: Path) -> None:
+    together(2, errors_of_main, str(tmp_path / "found"))
+    main, other = (json.loads((tmp_path / f"found-{rank}").read_text()) for rank in range(2))
+    assert [(mine, its) for mine, its in zip(main, other, strict=True) if mine != its] == [
+        ("UnicodeDecodeError: 'utf-8' codec can't ", "ProcessLost: "),
+        ("OSError: unreadable", "ProcessLost: "),
+    ]
+    assert [text.split()[0] for text in main] == [
+        "ValueError:", "UnicodeDecodeError:", "RunFailed:", "ProcessLost:", "Interrupted:", "OSError:",
+        "TypeError:", "there",
+    ]  # fmt: skip
+
+
+ENDS = """
+import os, sys
+from engine import config, distributed
+
+rank = int(os.environ["RANK"])
+try:
+    with distributed.joined(config.load({"device": sys.argv[2] if rank else "cpu"})) as world:
+        if sys.argv[1] == "all":
+            distributed.check_timeout(0)
+        if sys.argv[1] == "main":
+            world.from_main(lambda: [][1])
+        world.check_same("the device", "")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "device", "expected"),
+    [
+        ("all", "cpu", ["ValueError", "ValueError --timeout 0"]),
+        ("main", "cpu", ["ProcessLost", "Unforeseen unforeseen IndexError"]),
+        ("none", "cuda:77", ["ValueError --device"]),
+    ],
+)
+def test_one_process_says_what_ended_all(which: str, device: str, expected: list[str], tmp_path: Path) -> None:
+    """Also where the device of one is not there: it says so, before the others have met it."""
+    running = start(2, ["-c", ENDS, which, device])
+    for process in running if which != "none" else running[1:]:
+        process.wait(timeout=120)
+    for process in running:
+        process.kill()
+    said = sorted(line for process in running for line in process.communicate()[0].splitlines())
+    assert len(said) == len(expected), said
+    assert all(line.startswith(begin) for line, begin in zip(said, expected, strict=True)), said
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 0.5, 604_801.0, 1e300, float("inf"), float("nan"), float("-inf")])
+def test_a_time_that_cannot_be_waited_for_is_refused(seconds: float, cli: Cli) -> None:
+    with pytest.raises(ValueError, match=r"^--timeout \S+ is not between 1 and 604,800 seconds$"):
+        distributed.check_timeout(seconds)
+    for command in (["train", "--dataset", "digits"], ["eval", "nothing.pt"]):
+        outcome = cli(*command, "--device", "cpu", "--procs", "2", "--timeout", str(seconds))
+        assert outcome.code == 2
+        assert outcome.err == f"engine: --timeout {seconds:g} is not between 1 and 604,800 seconds\n"
+
+
+def test_one_machine_listens_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever several machines are told to use."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")
+    distributed._stay_on_this_machine()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
 
 
 def test_a_process_by_itself_asks_nobody() -> None:

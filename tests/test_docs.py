@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -163,7 +164,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         evaluate.check_names(attacks)
         models.check(keys["model"] or "resnet8")
         datasets.check(keys["dataset"] or "digits")
-        return Report("", {}, {})
+        return Report("", {}, None)
 
     def write(dataset: str, *arguments: Any, **keys: Any) -> None:
         datasets.check(dataset)
@@ -177,7 +178,6 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.trainer.train", train)
     monkeypatch.setattr("engine.trainer.resume", resume)
     monkeypatch.setattr("engine.evaluation.run", run)
-    monkeypatch.setattr(Report, "write", lambda self, path: None)
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
     assert outcome.code == 0, outcome.err
@@ -193,7 +193,7 @@ def test_the_scripts_are_scripts(script: Path) -> None:
 def test_commands_and_assignments_within_a_sentence_exist(page: Path) -> None:
     for span in code(_FENCE.sub("", read(page))):
         words = shlex.split(span) if span.startswith(("engine ", "--set ")) else []
-        if words[:1] == ["engine"] and not words[1].startswith("-"):
+        if words[:1] == ["engine"] and words[1].rstrip(",").isalpha():
             command = commands.commands[words[1].rstrip(",")]
             known = {
                 option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
@@ -263,7 +263,9 @@ def test_the_configuration_table_names_every_choice() -> None:
         ("dataset", tuple(datasets.DATASETS)),
     )
     for key, names in (*choices(config.RunConfig), *tables):
-        assert set(names) <= set(code(documented[key][2])), key
+        assert {str(name).lower() if isinstance(name, bool) else name for name in names} <= set(
+            code(documented[key][2])
+        ), key
 
 
 # ---------------------------------------------------------------- evaluation.md
@@ -282,14 +284,14 @@ def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli:
         "--attacks", "natural,fgsm", "--out", str(tmp_path),
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    (path,) = tmp_path.glob("teachers*-at.eval.json")
+    (path,) = tmp_path.glob("teachers*-at.pt-*.eval.json")
     report = json.loads(path.read_text())
     listed = {name: row[1] for row in rows("evaluation.md", "The report") for name in code(row[0])}
-    assert listed.keys() == report.keys()
-    for key in ("checkpoint", "data"):
-        assert report[key].keys() == set(code(listed[key]))
-    for result in report["results"].values():
-        assert result.keys() == set(code(listed["results"]))
+    assert (report["format"], [result["attack"] for result in report["results"]]) == (2, ["natural", "fgsm"])
+    for result in report["results"]:
+        assert result.keys() == listed.keys()
+        for key in ("checkpoint", "data"):
+            assert result[key].keys() == set(code(listed[key]))
 
 
 # ---------------------------------------------------------------- run-directory.md
@@ -303,6 +305,7 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     for method in ("trades", "iad1", "iad2"):
         run = tmp_path / method
         keys: dict[str, Any] = {"loss": {"warmup": 0}, "averaging": {"kind": "ema"}}
+        keys |= {"init": str(tiny.teacher), "snapshot_every": 5}
         engine.train(tiny.config(method=method, amp=True, out=str(run), **keys), profile=2)
         written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found |= {key for row in written for key in row}
@@ -314,7 +317,13 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", intro, re.MULTILINE)
     files = {name.rstrip("/") for cell in cells for name in code(cell)}
-    assert {path.name for path in run.iterdir()} | {"teacher", "teacher_st", "logs", "log.txt"} == files
+    assert {path.name for path in run.iterdir()} | {
+        "teacher",
+        "teacher_st",
+        "logs",
+        "log.txt",
+        "summary-N.json",
+    } == files
 
     for name in ("summary.json", "provenance.json"):
         content = json.loads((run / name).read_text())
@@ -330,6 +339,38 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
     assert {key for key, text in described.items() if "`last.pt` only" not in text} == best.keys()
     for key in ("model", "progress", "telemetry"):
         assert set(code(described[key])) - {"last.pt"} == last[key].keys(), key
+
+
+# ---------------------------------------------------------------- reliability.md
+
+
+def test_the_tests_of_each_promise_exist_and_have_that_many_cases() -> None:
+    promises = rows("reliability.md")
+    assert len(promises) >= 12
+    for promise, tested_by, cases in promises:
+        texts: list[str] = []
+        for name in code(tested_by):
+            if name.endswith(".py"):
+                texts.append((ROOT / "tests" / name).read_text(encoding="utf-8"))
+            else:
+                assert f"\ndef {name}(" in texts[-1], (promise, name)
+        assert texts, promise
+        for name, number in re.findall(r"`(\w+) = (\d+)`", cases):
+            assert any(constants(text).get(name) == int(number) for text in texts), (promise, name)
+
+
+def constants(text: str) -> dict[str, object]:
+    """Names at the top of a module that are given a number there, or several at once."""
+    found: dict[str, object] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets
+            names = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            for name, value in zip(names, values, strict=False):
+                if isinstance(name, ast.Name) and isinstance(value, ast.Constant):
+                    found[name.id] = value.value
+    return found
 
 
 # ---------------------------------------------------------------- the others

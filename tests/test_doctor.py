@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import doctor
+from engine import doctor, precision
 from engine.kernels import native
 
 
@@ -30,6 +30,20 @@ def test_what_is_there_is_told_with_its_version() -> None:
     gpus = [one for name, one in findings.items() if name.startswith("GPU")]
     assert sum(one.is_there for one in gpus) == torch.cuda.device_count()
     assert findings["gloo"].is_there
+
+
+@pytest.mark.parametrize(
+    ("gain", "is_there", "detail"),
+    [
+        (1.9, True, "convolutions at 1.90x of float32: --amp is faster"),
+        (0.51, False, "convolutions at 0.51x of float32: --amp gains nothing, and stays in float32"),
+    ],
+)
+def test_amp_is_recommended_where_it_is_faster(
+    gain: float, is_there: bool, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
+    assert found()["bfloat16 on the CPU"] == doctor.Finding("bfloat16 on the CPU", is_there, detail)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import random
 import sys
 import zlib
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine.evaluate
-from engine import precision
+from engine import autoattack, precision
 from engine.attack import describe, pgd, presets
-from engine.evaluate import COLUMNS, check_names, evaluate
+from engine.evaluate import COLUMNS, UNMASKED, check_names, evaluate, few_images, further, is_chance
+from engine.stopping import RunFailed
 
-PGD_NAMES = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "cw")
+PGD_NAMES = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "pgd20-dlr", "cw")
 
 
 class Network(nn.Module):
@@ -204,6 +206,11 @@ def test_a_result_is_frozen_and_goes_into_json() -> None:
         "accuracy": result.correct / 24,
         "description": "L-inf, epsilon 3/255, 20 steps of 0.75/255, random start, cross-entropy, BN eval",
         "seconds": result.seconds,
+        "zero_gradients": 0.0,
+        "non_finite_gradients": 0.0,
+        "masked": 0.0,
+        "parts": {},
+        "warnings": [],
     }
     assert result.seconds > 0
     with pytest.raises(FrozenInstanceError):
@@ -215,6 +222,201 @@ def test_every_attack_has_a_column() -> None:
     assert COLUMNS["natural"] == "Natural"
     assert COLUMNS["pgd20"] == "PGD-20"
     assert len(set(COLUMNS.values())) == len(COLUMNS)
+
+
+# ---------------------------------------------------------------- what each image's verdict is
+
+
+def test_verdicts_stand_in_the_order_of_the_data() -> None:
+    model = network()
+    images, labels = labelled(model)
+    result = evaluate(model, (images, labels), ["natural"], batch_size=7)["natural"]
+    right = torch.ones(24, dtype=torch.bool)
+    right[::6] = False  # as `labelled` made them
+    assert torch.equal(result.verdicts, right)
+    assert torch.equal(result.samples, torch.arange(24))
+
+
+@pytest.mark.parametrize("name", ["pgd20", "cw"])
+def test_verdicts_of_an_attack_are_those_of_its_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    images, labels = labelled(model)
+    keys: dict[str, Any] = {"epsilon": 3 / 255, "limit": 15, "batch_size": 4}
+    x_adv = crafted(monkeypatch, name, **keys)
+    result = evaluate(model, (images, labels), [name], **keys)[name]
+    assert result.samples.tolist() == sorted(x_adv)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(torch.stack([x_adv[sample] for sample in sorted(x_adv)]))
+    assert torch.equal(result.verdicts, logits.argmax(1) == labels[result.samples])
+    assert result.correct == int(result.verdicts.sum()) < 15
+
+
+# ---------------------------------------------------------------- what is not finite
+
+
+class Broken(nn.Module):
+    """Logits of some images are not finite."""
+
+    def __init__(self, value: float, image: int) -> None:
+        super().__init__()
+        self.inner, self.value, self.image = network(), value, image
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images).clone()
+        is_it = (images[:, 0, 0, 0] * 255).round() == self.image
+        return torch.where(is_it[:, None] & (torch.arange(10) == 3), self.value, logits)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_no_result(value: float) -> None:
+    images, labels = labelled(network())
+    images[:, 0, 0, 0] = torch.arange(24)
+    with pytest.raises(FloatingPointError, match="natural: the logits of 1 of 12 images are NaN or infinite"):
+        evaluate(Broken(value, 11), (images, labels), ["natural"], batch_size=4)
+
+
+@pytest.mark.parametrize("name", ["natural", "fgsm", "pgd20", "cw"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda model: model.norm.weight.fill_(1e308),
+        lambda model: model.norm.running_var.fill_(-1),
+        lambda model: model.norm.weight.fill_(torch.inf),
+        lambda model: model.linear.weight.fill_(1e308),
+        lambda model: model.linear.bias.fill_(torch.nan),
+    ],
+)
+def test_a_network_of_nan_is_not_right_about_class_0(name: str, damage: Any) -> None:
+    model = network()
+    images, _ = labelled(model)
+    with torch.no_grad():
+        damage(model)
+    with pytest.raises(FloatingPointError, match=f"{name}: the logits of .* images are NaN or infinite"):
+        evaluate(model, (images, torch.zeros(24, dtype=torch.int64)), [name])
+
+
+# ---------------------------------------------------------------- what is masked
+
+
+def scaled(factor: float, dtype: torch.dtype = torch.float32) -> Network:
+    """The same network, and the same classes, with logits that much larger."""
+    model = network(dtype=dtype)
+    with torch.no_grad():
+        model.linear.weight.mul_(factor)
+        model.linear.bias.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("name", ["fgsm", "fgsm-rs", "pgd10", "pgd20"])
+@pytest.mark.parametrize("factor", [1e4, 1e8])
+def test_a_larger_head_does_not_look_more_robust(name: str, factor: float) -> None:
+    data = labelled(network(dtype=torch.float32))
+    plain = evaluate(scaled(1), data, [name], epsilon=4 / 255)
+    assert further(plain) == []
+    assert plain[name].masked == 0
+    assert plain[name].warnings == ()
+
+    found = evaluate(scaled(factor), data, [name], epsilon=4 / 255)
+    masked = found[name].masked
+    assert masked is not None
+    assert masked > 0.2
+    assert found[name].correct > plain[name].correct
+    # So much too high may it be, and no more.
+    assert found[name].accuracy - masked <= plain[name].accuracy
+    assert f"{name}: {masked:.1%} of the images kept their class" in found[name].warnings[0]
+    assert further(found) == [UNMASKED]
+    found |= evaluate(scaled(factor), data, further(found), epsilon=4 / 255)
+    worst = min(result.correct for result in found.values())
+    strongest = evaluate(scaled(1), data, ["pgd20"], epsilon=4 / 255)["pgd20"].correct
+    assert abs(worst - strongest) <= 1
+    assert further(found) == []
+
+
+def test_a_factor_on_the_logits_changes_nothing_of_dlr() -> None:
+    data = labelled(network(dtype=torch.float32))
+    found = [evaluate(scaled(f), data, [UNMASKED], epsilon=4 / 255)[UNMASKED] for f in (1e-3, 1, 1e4, 1e8)]
+    assert 0 < found[0].correct < 20
+    assert [result.correct for result in found] == [found[0].correct] * 4
+    assert all(result.masked == 0 for result in found)
+
+
+def test_images_that_are_beaten_are_not_masked() -> None:
+    """CW's gradient is zero once the margin is below -kappa: there is nothing left to do."""
+    data = labelled(network(dtype=torch.float32))
+    result = evaluate(scaled(1e4), data, ["cw"], epsilon=4 / 255)["cw"]
+    assert result.zero_gradients is not None
+    assert result.zero_gradients > 0.1
+    assert (result.masked, result.warnings) == (0, ())
+
+
+class Rounding(nn.Module):
+    """A network that rounds its images has no gradient at all, whatever the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner((images * 255).round() / 255)
+        return logits
+
+
+def test_what_no_loss_mends_is_said() -> None:
+    model = Rounding()
+    found = evaluate(model, labelled(model), ["natural", "pgd10", UNMASKED])
+    assert found["natural"].masked is found["natural"].zero_gradients is None
+    for name in ("pgd10", UNMASKED):
+        assert found[name].zero_gradients == 1
+        assert found[name].masked == found[name].accuracy
+        assert found[name].warnings
+    assert further(found) == []
+
+
+class Half(nn.Module):
+    """Has a gradient for images whose first pixel is dark, and none or NaN for the others."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = network(), factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        class Scale(torch.autograd.Function):
+            @staticmethod
+            def forward(context: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(context: Any, *gradients: Tensor) -> Tensor:
+                return gradients[0] * factors
+
+        factors = torch.where(images.detach()[:, 0, 0, 0] < 0.5, 1.0, self.factor)[:, None, None, None]
+        logits: Tensor = self.inner(Scale.apply(images))
+        return logits
+
+
+@pytest.mark.parametrize(("factor", "key"), [(0.0, "zero_gradients"), (torch.nan, "non_finite_gradients")])
+def test_the_share_of_images_is_counted(factor: float, key: str) -> None:
+    model = Half(factor)
+    images, labels = labelled(model)
+    images[:12, 0, 0], images[12:, 0, 0] = 10, 240
+    labels = model.inner.eval()(images.permute(0, 3, 1, 2).double() / 255).argmax(1)
+    result = evaluate(model, (images, labels), ["pgd20"], epsilon=4 / 255, batch_size=5)["pgd20"]
+    share = getattr(result, key)
+    assert share == pytest.approx(0.5, abs=1e-9)
+    assert result.masked == pytest.approx(int(result.verdicts[12:].sum()) / 24)
+    assert result.verdicts[12:].all()  # where there is no gradient nothing moves but the start
+    assert not result.verdicts[:12].all()
+    assert result.warnings
+
+
+def test_guessing_and_few_images_are_known_as_such() -> None:
+    assert is_chance(0.10, 256, 10)
+    assert is_chance(0.13, 256, 10)
+    assert not is_chance(0.14, 256, 10)  # 0.1 + 2 sqrt(0.09 / 256) = 0.1375
+    assert is_chance(0.5, 1000, 2)
+    assert not is_chance(0.5, 1000, 3)
+    assert few_images(100) == ""
+    assert few_images(25) == "25 of them: the standard error of an accuracy is up to 10 percentage points"
 
 
 # ---------------------------------------------------------------- what an evaluation leaves behind
@@ -324,9 +526,9 @@ def test_a_model_in_eval_mode_with_random_layers_is_not_random() -> None:
 def test_an_image_outside_the_ball_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     data = labelled(model)
-    for wrong in (lambda x: (x + 9 / 255).clamp(0, 1), lambda x: x - 4 / 255, lambda x: x * torch.nan):
+    for wrong in (lambda x: (x + 9 / 255).clamp(0, 1), lambda x: x - 4 / 255):
         monkeypatch.setattr(engine.evaluate, "pgd", lambda model, x_nat, *args, wrong=wrong, **keys: wrong(x_nat))
-        with pytest.raises(RuntimeError, match=r"fgsm: an image lies .* outside the ball"):
+        with pytest.raises(RunFailed, match=r"fgsm: an image lies .* outside the ball"):
             evaluate(model, data, ["fgsm"], batch_size=7)
     monkeypatch.setattr(engine.evaluate, "pgd", lambda model, x_nat, *args, **keys: (x_nat + 8 / 255).clamp(0, 1))
     assert evaluate(model, data, ["fgsm"])["fgsm"].n == 24
@@ -363,9 +565,16 @@ def test_bad_data_is_refused_in_one_line(images: Tensor, labels: Tensor, message
     ("keys", "message"),
     [
         ({"attacks": ["natural", "pgd-20"]}, "attack: 'pgd-20' is not known; did you mean 'pgd20'"),
-        ({"batch_size": 0}, "batch_size: at least 1 is needed, got 0"),
-        ({"limit": 0}, "limit: "),
-        ({"limit": 3}, "limit: "),
+        ({"attacks": "pgd20"}, "attacks: expected a list of names such as 'pgd20', got 'pgd20'"),
+        ({"attacks": presets()["pgd20"]}, "attacks: expected names such as 'pgd20', got"),
+        ({"attacks": [presets()["pgd20"]]}, "attacks: expected names such as 'pgd20', got AttackSpec"),
+        ({"attacks": 20}, "attacks: expected a list of names such as 'pgd20', got 20"),
+        ({"batch_size": 0}, "batch_size: a whole number from 1 on is needed, got 0"),
+        ({"batch_size": 2.5}, "batch_size: a whole number from 1 on is needed, got 2.5"),
+        ({"seed": -1}, "seed: a whole number from 0 on is needed, got -1"),
+        ({"seed": 2**64}, "seed: "),
+        ({"device": "gpu"}, "device: 'gpu' is not known"),
+        ({"limit": 0}, "limit must be 1 or more, got 0"),
         ({"epsilon": -0.1}, "epsilon: "),
         ({"threat_model": "L1"}, "threat_model: "),
     ],
@@ -375,6 +584,47 @@ def test_bad_arguments_are_refused_in_one_line(keys: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as caught:
         evaluate(network(), GOOD, **{"attacks": ["natural"]} | keys)
     assert "\n" not in str(caught.value)
+
+
+class AsTorchDoes(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(3, 8, 8), index
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (AsTorchDoes(), r"data: expected \(images, labels\), or .* got AsTorchDoes"),
+        (torch.utils.data.TensorDataset(*GOOD), "data: expected .* got TensorDataset"),
+        (GOOD[0], "data: expected .* got Tensor"),
+        ((*GOOD, GOOD[1]), "data: expected .* got tuple"),
+        (None, "data: expected .* got NoneType"),
+        ((GOOD[0].numpy(), GOOD[1]), "images: expected a tensor, or tensors by index, got ndarray"),
+        ((GOOD[0], GOOD[1].numpy()), r"labels: expected integers of shape \(N,\) in a tensor, got ndarray"),
+        ((GOOD[0], GOOD[1].tolist()), r"labels: expected .* got list"),
+        (([*GOOD[0]], GOOD[1]), "images: expected a tensor, or tensors by index, got list"),
+        ((GOOD[0], GOOD[1] > 1), r"labels: expected integers of shape \(N,\), got torch.bool"),
+    ],
+)
+def test_what_is_no_data_is_refused_in_one_line(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate(network(), data, ["natural"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda images: images, "model: expected a torch.nn.Module, got function"),
+        (nn.Identity(), r"model: expected logits of shape \(B, C\), got \(1, 3, 8, 8\)"),
+    ],
+)
+def test_what_is_no_classifier_is_refused_in_one_line(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, GOOD, ["natural"])
 
 
 def test_half_precision_parameters_are_refused() -> None:
@@ -465,7 +715,7 @@ def test_the_original_package_serves_where_it_is_alone(
             self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
 
         def run_standard_evaluation(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Tensor:
-            print("a warning")  # noqa: T201
+            print("something else")  # noqa: T201
             sys.settrace(None)  # as the check for dynamic models does
             assert bs == len(x_orig) == len(y_orig)
             assert x_orig.is_contiguous()
@@ -499,4 +749,76 @@ def test_the_original_package_serves_where_it_is_alone(
     assert "autoattack 0.1" in result.description
     output = capsys.readouterr()
     assert output.out == ""
-    assert "a warning" in output.err
+    assert "something else" in output.err
+
+
+class FewSurvive:
+    """Stands in for the package: of the images that are left, each attack breaks those whose turn it is."""
+
+    def __init__(self, model: Any, **keys: Any) -> None:
+        self.model, self.attacks_to_run = model, ["all"]
+        self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+
+    def run_standard_evaluation(self, images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        (part,) = self.attacks_to_run
+        with torch.no_grad():
+            assert (self.model(images).argmax(1) == labels).all()  # only what the others left
+        turn = (images[:, 0, 0, 0] * 255).round() == autoattack.PARTS.index(part)
+        broken = images.clone()
+        broken[turn, 1, 0, 0] = 1 - broken[turn, 1, 0, 0]
+        if part == "apgd-ce" and turn.any():
+            logging.getLogger("auto-attack").warning("there are 3 points with zero gradient! See flags_doc.md")
+        return broken, labels
+
+
+class Switch(nn.Module):
+    """Class 0, and class 1 where the second channel's first pixel is bright."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        bright = images[:, 1, 0, 0]
+        return torch.stack((1 - bright, bright, 0 * bright, 0 * bright), dim=1) - 0.25
+
+
+@pytest.mark.parametrize(("by_square", "warns"), [(0, False), (1, False), (3, True)])
+def test_square_s_check_is_of_all_images(by_square: int, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 250 is 0.4 %, and one of 1,000 is 0.1 %: the limit is 0.2 %."""
+    module = ModuleType("pyautoattack")
+    module.AutoAttack = FewSurvive  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyautoattack", module)
+    images = torch.zeros(1000, 3, 4, 4)
+    turns = torch.zeros(1000, dtype=torch.int64)
+    turns[1:1000:10], turns[2:1000:20], turns[3:1000:40] = 1, 2, 3
+    turns[[5, 305, 705][:by_square]] = 4
+    images[:, 0, 0, 0] = turns / 255
+    labels = torch.zeros(1000, dtype=torch.int64)
+    labels[::10] = 1  # never right
+    result = evaluate(Switch(), (images, labels), ["aa"], epsilon=1.0)["aa"]
+    assert result.parts == {
+        "natural": 0.9, "apgd-ce": 0.8, "apgd-t": 0.75, "fab-t": 0.725, "square": (725 - by_square) / 1000
+    }  # fmt: skip
+    assert result.correct == 725 - by_square
+    expected = ((turns == 0) & (labels == 0)).tolist()
+    assert result.verdicts.tolist() == expected
+    assert any("gradient of the DLR loss is zero" in text for text in result.warnings)
+    assert any("Square" in text for text in result.warnings) == warns
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Softmax(1)), "probabilities, and logits are needed"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), None),
+    ],
+)
+def test_the_package_s_warnings_are_kept(
+    model: nn.Module, words: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    images, labels = labelled(model, 6)
+    result = evaluate(model, (images, labels), ["aa"], epsilon=0.3, batch_size=3)["aa"]
+    assert [text for text in result.warnings if "probabilities" in text] == (
+        [f"aa: the network gives {words}; the accuracy may be too high"] if words else []
+    )
+    assert list(result.parts) == list(autoattack.PARTS)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import config, methods, models, trainer
+from engine import awp, config, methods, models, trainer
 from engine.distributed import World
 from engine.learner import Learner
 from engine.pipelines.base import Batch
@@ -272,3 +274,24 @@ def test_gradients_are_clipped_to_their_norm() -> None:
     assert whole.norm() > 2 * limit
     assert float(clipped.norm()) == pytest.approx(limit, rel=1e-4)
     assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), rtol=1e-4, atol=1e-9)
+
+
+def test_the_attack_on_the_weights_lies_within_its_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges: list[str] = []
+    seen: list[list[str]] = []
+    ascend = awp._ascend
+
+    @contextmanager
+    def note(name: str) -> Iterator[None]:
+        ranges.append(name)
+        yield
+        ranges.remove(name)
+
+    def noted(*given: Any) -> None:
+        seen.append(list(ranges))
+        ascend(*given)
+
+    monkeypatch.setattr("engine.learner.record_function", note)
+    monkeypatch.setattr(awp, "_ascend", noted)
+    learn(learner("at", awp={"gamma": 0.01}), batch())
+    assert seen == [["weight attack"]]

@@ -25,7 +25,7 @@ F64 = Precision(torch.device("cpu"), torch.float64)
     [
         ("st", "paper", (0, 1, 0)),
         ("at", "paper", (10, 1, 0)),
-        ("trades", "paper", (10, 2, 1)),  # the attack's target S(x)
+        ("trades", "paper", (10, 2, 2)),  # the attack's target S(x), and an idle S(x)
         ("ard", "paper", (10, 1, 2)),  # S(x) for BatchNorm's sake, T(x)
         ("ard", "official", (10, 2, 1)),
         ("iad1", "paper", (10, 2, 2)),
@@ -40,11 +40,12 @@ def test_passes(method: str, semantics: str, passes: tuple[int, int, int]) -> No
     assert plan.passes(row, run.attack, run.forwards) == passes
 
 
-def test_the_warm_up_has_no_idle_forwards() -> None:
-    run = config.load({"method": "iad1", "semantics": "official"})
+@pytest.mark.parametrize(("idle", "forward"), [("iad1", 2), (True, 1), (False, 1)])
+def test_the_warm_up_has_idle_forwards_of_its_own(idle: bool | str, forward: int) -> None:
+    run = config.load({"method": "iad1", "semantics": "official", "forwards": {"idle": idle}})
     row = methods.get("iad1", semantics="official").warmup
     assert row is not None
-    assert plan.passes(row, run.attack, run.forwards, in_warmup=True) == (10, 2, 1)
+    assert plan.passes(row, run.attack, run.forwards, in_warmup=True) == (10, 2, forward)
 
 
 @pytest.mark.parametrize("semantics", ["paper", "official"])

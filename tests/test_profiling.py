@@ -16,7 +16,8 @@ from tests.test_resume import StopAt
 
 def test_a_run_is_profiled(tiny: Any, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
-    outcome = cli(*tiny.flags(method="iad2", epochs=1, loss={"warmup": 0}, out=str(run)), "--profile", "2")
+    keys = {"method": "iad2", "epochs": 1, "loss": {"warmup": 0}, "awp": {"gamma": 0.01}, "out": str(run)}
+    outcome = cli(*tiny.flags(**keys), "--profile", "2")
     assert outcome.code == 0, outcome.err
     with (run / "profile.csv").open() as file:
         lines = {row["name"]: row for row in csv.DictReader(file)}
@@ -24,7 +25,7 @@ def test_a_run_is_profiled(tiny: Any, tmp_path: Path, cli: Any) -> None:
     calls = {name: float(row["calls"]) for name, row in lines.items()}
     assert calls == {
         "data": 1, "attack": 1, "attack: forward": 2, "attack: backward": 2, "attack: update": 2, "teachers": 2,
-        "student": 1, "loss": 1, "backward": 1, "optimizer": 1,
+        "student": 2, "loss": 2, "backward": 1, "weight attack": 1, "optimizer": 1,
     }  # fmt: skip
     times = {name: float(row["host_ms"]) for name, row in lines.items()}
     assert min(times.values()) > 0
@@ -32,7 +33,7 @@ def test_a_run_is_profiled(tiny: Any, tmp_path: Path, cli: Any) -> None:
     assert all(float(row["device_ms"]) == 0 for row in lines.values())
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert named.count("student") == 2
+    assert named.count("student") == 4
     assert "Profile of 2 steps" in outcome.out
     assert "% of peak" in outcome.out
 

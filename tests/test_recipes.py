@@ -280,8 +280,6 @@ WITHOUT_NOTE = {
         for data in ("cifar10", "cifar100")
         for row in ("trades", "trades-ard", "trades-iad1")
     ),
-    "table4-at",
-    "table4-trades",
     "table10-trades-tau1",
     "table12-trades",
 }
@@ -337,6 +335,7 @@ def test_settings_are_the_papers(name: str) -> None:
         == SETTINGS[name]
     )
     assert (config.semantics, config.validation) == ("paper", 0)
+    assert config.normalize is (config.dataset == "tiny-imagenet")
     assert (config.lr, optim.lr_factors, optim.momentum, optim.nesterov) == (0.1, (0.1, 0.01), 0.9, False)
     teacher = config.teacher
     assert (teacher.checkpoint, teacher.model, teacher.epochs, teacher.lr) == (None, None, None, None)
@@ -378,7 +377,7 @@ def test_schedule_scales_with_the_epochs(name: str) -> None:
 def test_config_says_what_the_row_decides_and_no_more(name: str) -> None:
     config = recipes.get(name).config
     decided = {"method", "dataset", "model", "epochs", "validation"}
-    assert decided <= set(config) <= decided | {"loss", "optim", "teacher"}
+    assert decided <= set(config) <= decided | {"normalize", "loss", "optim", "teacher"}
     points = [config.get("loss", {}).get("warmup", 0), *config.get("optim", {}).get("milestones", [])]
     assert all(point == 0 or point.endswith(f"/{config['epochs']}") for point in points)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,28 @@ def test_evaluations_of_checkpoints(runs: tuple[Path, Path], tmp_path: Path) -> 
     assert page.table("attack", "accuracy", "n", "with") == [["aa", "43.21%", "100", "AutoAttack standard"]]
 
 
+def test_results_of_a_report_are_told_apart(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    copied.mkdir()
+    (copied / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    base = {
+        "attack": "pgd20",
+        "accuracy": 0.5,
+        "n": 10,
+        "description": "d",
+        "started": "2026-01-01T00:00:00+00:00",
+    }
+    entries = [
+        base | {"checkpoint": {"sha256": sha256 * 64}, "parameters": {"seed": seed}, "warnings": warnings}
+        for sha256, seed, warnings in (("a", 0, []), ("a", 1, ["<b>doubt"]), ("b", 0, []))
+    ]  # fmt: skip
+    (copied / "best.pt.eval.json").write_text(json.dumps({"format": 2, "results": entries}))
+    page = made(tmp_path, copied)
+    rows = page.table("attack", "accuracy", "n", "with", "seed", "checkpoint")
+    assert [row[4:] for row in rows] == [["0", "a" * 19], ["1", "a" * 19], ["0", "b" * 19]]
+    assert "<b>doubt" in page.text
+
+
 def test_a_folder_of_benchmarks(tmp_path: Path) -> None:
     page = made(tmp_path, bench(tmp_path / "bench"))
     assert page.table("op", "seconds", "speedup") == [["x", "0.0012346", "2"], ["b", "12.5", ""]]
@@ -164,11 +188,10 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     run.mkdir()
     tree = {"method": "at", "dataset": "digits", "data": f"/{evil}"}
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
-    (run / "summary.json").write_text(
-        json.dumps(
-            {"test_of_best": {evil: {"accuracy": 1.0, "n": 1, "description": f'"{evil}'}}, "selected_by": evil}
-        )
-    )
+    epoch = {"epoch": 1, "natural_accuracy": 1.0, "robust_accuracy": 1.0, "measured_on": evil}
+    summary = {"best": epoch, "last": epoch, "selected_on": evil, "selected_by": evil}
+    result = {"accuracy": 1.0, "n": 1, "description": f'"{evil}'}
+    (run / "summary.json").write_text(json.dumps(summary | {"test_of_best": {evil: result}}))
     page = made(tmp_path, folder, run)
     assert "script" not in page.tags
     assert page.text.count(evil) >= 4
@@ -194,13 +217,66 @@ def test_what_is_no_run_is_told(kind: str, tmp_path: Path, cli: Any) -> None:
     if kind == "broken":
         (folder / "config.yaml").write_text("method: at\n")
         (folder / "summary.json").write_text("{")
-        words = "summary.json is not valid JSON"
+        words = "summary.json is damaged"
     outcome = cli("report", str(folder), "--out", str(tmp_path / "report.html"))
     assert outcome.code == 2
     (line,) = outcome.err.strip().splitlines()
     assert words in line
     assert str(folder) in line
     assert not (tmp_path / "report.html").exists()
+
+
+DAMAGED = {
+    "a row that is no UTF-8": ("metrics.jsonl", b"\xff\n"),
+    "a row that is a number": ("metrics.jsonl", b"1\n"),
+    "a row that is cut off": ("metrics.jsonl", b'{"event": "epo\n{}\n'),
+    "a summary that is a list": ("summary.json", b"[]"),
+    "results that are null": ("summary.json", None),
+    "provenance that is a list": ("provenance.json", b"[]"),
+    "a table with a longer row": ("step.csv", b"a,b\n1,2\n1,2,3\n"),
+    "a table with a shorter row": ("step.csv", b"a,b\n1\n"),
+    "a table that is no UTF-8": ("step.csv", b"a,b\n\xff,1\n"),
+    "a table without a line": ("step.csv", b""),
+    "a table with a quote left open": ("step.csv", b'a,b\n"1,2\n'),
+    "a picture that is a folder": ("loss.png", None),
+    "a picture that is not there": ("loss.png", None),
+    "a table that is a FIFO": ("step.csv", None),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_damaged_is_told(kind: str, runs: tuple[Path, Path], tmp_path: Path, cli: Any) -> None:
+    name, content = DAMAGED[kind]
+    file = tmp_path / "folder" / name
+    if name == "step.csv":
+        file.parent.mkdir()
+    else:
+        shutil.copytree(runs[0], file.parent)
+        file.unlink(missing_ok=name == "loss.png")
+    if content is not None:
+        file.write_bytes(content)
+    elif kind == "results that are null":
+        summary = json.loads((runs[0] / name).read_text())
+        file.write_text(json.dumps(summary | {"test_of_best": None}))
+    elif kind == "a picture that is a folder":
+        file.mkdir()
+    elif kind == "a picture that is not there":
+        file.symlink_to(tmp_path / "nowhere")
+    elif kind == "a table that is a FIFO":
+        os.mkfifo(file)
+    outcome = cli("report", str(file.parent), "--out", str(tmp_path / "report.html"))
+    assert outcome.code == 2, outcome.err
+    (line,) = outcome.err.strip().splitlines()
+    assert str(file) in line
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_row_that_is_being_written_is_left_out(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    whole = made(tmp_path, tmp_path / "run").text
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "epo')
+    assert made(tmp_path, tmp_path / "run").text == whole
 
 
 def test_the_command(runs: tuple[Path, Path], tmp_path: Path, cli: Any) -> None:

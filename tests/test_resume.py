@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
-from engine import config, methods, trainer
+from engine import config, methods, resuming, trainer
+from engine.distributed import World
 from engine.evaluate import evaluate
 from engine.reporter import Reporter
-from engine.stopping import Interrupted
+from engine.rundir import RunDir
+from engine.stopping import Interrupted, Stop
+from engine.tensor_files import write_tensors
 
 _CLOCKS = ("seconds", "images_per_second", "share_of_peak")
 
@@ -149,10 +156,6 @@ def test_a_finished_run_says_so(tiny: Any, tmp_path: Path, cli: Any) -> None:
 
 
 def test_data_that_changed_are_refused(tiny: Any, tmp_path: Path, cli: Any) -> None:
-    import shutil
-
-    from PIL import Image
-
     shutil.copytree(tiny.folder, tmp_path / "data")
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
@@ -181,7 +184,7 @@ def test_the_same_teacher_in_another_file_is_the_same(tiny: Any, tmp_path: Path)
     keys = {"method": "ard", "teacher": {"checkpoint": str(teacher)}}
     with pytest.raises(Interrupted):
         trainer.train(tiny.config(**keys, out=str(run)), StopAt(2))
-    torch.save(torch.load(teacher, weights_only=True) | {"metrics": {"seconds": 3}}, teacher)
+    write_tensors(teacher, torch.load(teacher, weights_only=True) | {"metrics": {"seconds": 3}})
     assert trainer.resume(run).summary["last"]["epoch"] == 2
 
 
@@ -217,6 +220,332 @@ def test_a_moved_run_finds_its_data(tiny: Any, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     assert trainer.resume(Path("b")).path == Path("b")
+
+
+# ---------------------------------------------------------------- what may change when a run goes on
+
+
+def test_the_documentation_lists_what_may_change() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "run-directory.md").read_text(encoding="utf-8")
+    table = page.partition("| may change | |")[2].partition("| are no keys |")[0]
+    named = re.findall(r"`([a-z_.]+)`", "".join(line.split("|")[1] for line in table.splitlines()[1:] if line))
+    assert sorted(named) == sorted(
+        name for name, key in config.KEYS.items() if key.resume != "fixed" and name != "out"
+    )
+
+
+VALUES = (True, False, "on", "off", 1, 2, 0.5, 0.25, "resnet8", "digits", ["fgsm"], [0.25, 0.75], [0.5, 0.25],
+          {"ce_nat": 2.0})  # fmt: skip
+
+
+def another(begun: config.RunConfig, name: str) -> config.RunConfig:
+    """The configuration with some other value that the key may have; of "epochs" a smaller one."""
+    *groups, last = name.split(".")
+    section = type(begun) if not groups else type(getattr(begun, groups[0]))
+    named = re.findall(r"'([\w-]+)'", str(section.model_fields[last].annotation))
+    for value in (*named, *VALUES):
+        try:
+            wanted = resuming.changed(begun, config.nested(name, value))
+        except ValueError:
+            continue
+        if config.flat(wanted.tree())[name] != config.flat(begun.tree())[name]:
+            return wanted
+    raise AssertionError(f"no other value of {name} is known")
+
+
+@pytest.mark.parametrize("name", [name for name in config.KEYS if name != "out"])
+def test_every_key_may_change_or_may_not(name: str) -> None:
+    given = {section: {"checkpoint": "/given.pt"} for section in ("teacher", "teacher_st")}
+    begun = config.load({"method": "iad2", "epochs": 4, **given})
+    wanted = another(begun, name)
+    old, new = (config.flat(each.tree())[name] for each in (begun, wanted))
+    free = {
+        "data", "teacher.checkpoint", "teacher_st.checkpoint", "workers", "batches_ahead", "lanes", "graphs",
+        "checkpoint_activations", "masking_guard", "device", "checkpoint_every", "snapshot_every", "log_every",
+        "amp_dtype",  # which a run that began with "auto" decided
+    }  # fmt: skip
+    if name in free:
+        assert resuming.carried_on(begun, wanted) == wanted
+    else:
+        with pytest.raises(ValueError, match=rf"^--resume: {name} was .* and would be ") as error:
+            resuming.carried_on(begun, wanted)
+        assert f"{name} was {old!r} and would be {new!r}" in str(error.value)
+        assert "a run that has begun may change epochs (to more), data, " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lr": 0.3}, {"seed": 4}, {"batch_size": 6}, {"optim": {"momentum": 0.5, "nesterov": True}},
+     {"attack": {"epsilon": 0.1}}, {"averaging": {"kind": "ema"}}, {"normalize": True}, {"dtype": "float64"},
+     {"model": "resnet18"}, {"epochs": 1}, {"method": "at"}],
+    ids=str,
+)  # fmt: skip
+def test_an_edited_configuration_is_refused_by_name(
+    changes: dict[str, Any], stopped: Path, cli: Any, tmp_path: Path
+) -> None:
+    """Edited in config.yaml, where last.pt remembers what was, or given on the command line."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    before = (run / "config.yaml").read_text()
+    names = list(config.flat(config.merge(changes)))
+    outcomes = [cli("train", "--resume", str(run), *config.assignments(changes))]
+    (run / "config.yaml").write_text(yaml.safe_dump(config.merge(yaml.safe_load(before), changes)))
+    outcomes.append(cli("train", "--resume", str(run)))
+    for outcome in outcomes:
+        assert outcome.code == 2
+        (line,) = outcome.err.strip().splitlines()
+        assert all(f"{name} was " in line for name in names), line
+    (run / "config.yaml").write_text(before)
+    assert trainer.resume(run).summary["last"]["epoch"] == 2
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs that was stopped in the first."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Interrupted):
+        trainer.train(tiny.config(method="st", out=str(run)), StopAt(2))
+    return run
+
+
+@pytest.fixture(scope="module")
+def moved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose data and teachers have gone elsewhere since it was stopped, and one that was left alone."""
+    root = tmp_path_factory.mktemp("moved")
+    shutil.copytree(tiny.folder, root / "before" / "data")
+    for name, path in (("at.pt", tiny.teacher), ("st.pt", tiny.teacher_st)):
+        shutil.copy(path, root / "before" / name)
+    keys = tiny.config(
+        method="iad2",
+        data=str(root / "before" / "data"),
+        teacher={"checkpoint": str(root / "before" / "at.pt")},
+        teacher_st={"checkpoint": str(root / "before" / "st.pt")},
+    )
+    trainer.train(keys, out=str(root / "whole"))
+    with pytest.raises(Interrupted):
+        trainer.train(keys, StopAt(7), out=str(root / "run"))
+    (root / "before").rename(root / "after")
+    return root
+
+
+def follow(root: Path) -> list[str]:
+    after = root / "after"
+    return ["--data", str(after / "data"), "--teacher", str(after / "at.pt"), "--teacher-st", str(after / "st.pt")]
+
+
+def test_a_run_follows_its_data_and_teachers(moved: Path, cli: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(moved / "run", tmp_path / "run"))
+    outcome = cli("train", "--resume", str(run))
+    assert outcome.code == 2
+    assert f"{moved / 'before' / 'data'} " in outcome.err
+    assert f"data that were moved: --resume {run} --data PATH" in outcome.err
+    outcome = cli("train", "--resume", str(run), *follow(moved))
+    assert outcome.code == 0, outcome.err
+    found = config.read_file(run / "config.yaml")
+    assert found["data"] == str(moved / "after" / "data")
+    assert found["teacher"]["checkpoint"] == str(moved / "after" / "at.pt")
+    weights = [torch.load(path / "last.pt", weights_only=True)["student"] for path in (moved / "whole", run)]
+    assert_same_bits(*weights)
+    assert rows_of(moved / "whole") == rows_of(run)
+
+
+@pytest.mark.parametrize(("flag", "says"), [("--data", "changed since"), ("--teacher", "teacher is another"),
+                                            ("--teacher-st", "teacher_st is another")])  # fmt: skip
+def test_a_run_follows_to_nothing_else(flag: str, says: str, moved: Path, cli: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(moved / "run", tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    data = Path(shutil.copytree(moved / "after" / "data", tmp_path / "data"))
+    Image.new("RGB", (8, 8)).save(data / "train" / "circle" / "0000.png")
+    other = {"--data": data, "--teacher": moved / "after" / "st.pt", "--teacher-st": moved / "after" / "at.pt"}
+    outcome = cli("train", "--resume", str(run), *follow(moved), flag, str(other[flag]))
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert says in line
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_resume_auto_follows_too(moved: Path, cli: Any, tmp_path: Path, tiny: Any) -> None:
+    run = Path(shutil.copytree(moved / "run", tmp_path / "run"))
+    arguments = [*tiny.flags(method="iad2", out=str(run)), "--resume", "auto", "--set", "log_every=5"]
+    for key in ("data", "teacher.checkpoint", "teacher_st.checkpoint"):
+        name = {"data": "data", "teacher.checkpoint": "at.pt", "teacher_st.checkpoint": "st.pt"}[key]
+        arguments += ["--set", f"{key}={moved / 'after' / name}"]
+    outcome = cli(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert config.read_file(run / "config.yaml")["log_every"] == 5
+    weights = [torch.load(path / "last.pt", weights_only=True)["student"] for path in (moved / "whole", run)]
+    assert_same_bits(*weights)
+
+
+def test_a_teacher_in_training_goes_on_elsewhere(tiny: Any, tmp_path: Path) -> None:
+    """Data, device and intervals are the teacher's too; what it was trained on is compared with what is found."""
+    data = Path(shutil.copytree(tiny.folder, tmp_path / "data"))
+    keys = tiny.config(method="ard", teacher={"checkpoint": None}, data=str(data))
+    whole = trainer.train(keys, out=str(tmp_path / "whole"))
+    shutil.rmtree(os.environ["ENGINE_CACHE"])
+    with pytest.raises(Interrupted):
+        trainer.train(keys, StopAt(4), out=str(tmp_path / "run"))
+    data.rename(tmp_path / "elsewhere")
+    result = trainer.resume(tmp_path / "run", data=str(tmp_path / "elsewhere"), checkpoint_every=3)
+    assert rows_of(result.path) == rows_of(whole.path)
+    assert rows_of(result.path / "teacher") == rows_of(whole.path / "teacher")
+
+
+def test_a_finished_teacher_of_other_data_is_refused(tiny: Any, tmp_path: Path) -> None:
+    data, run = Path(shutil.copytree(tiny.folder, tmp_path / "data")), tmp_path / "run"
+    trainer.train(tiny.config(method="ard", teacher={"checkpoint": None}, data=str(data)), out=str(run))
+    for name in ("summary.json", "last.pt"):
+        (run / name).unlink()
+    Image.new("RGB", (8, 8)).save(data / "train" / "circle" / "0000.png")
+    with pytest.raises(ValueError, match="holds a teacher of other data"):
+        trainer.resume(run)
+
+
+# ---------------------------------------------------------------- longer runs
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_is_given_in_epochs_stays_and_a_longer_run_is_the_long_one(
+    finished: bool, tiny: Any, tmp_path: Path, cli: Any
+) -> None:
+    """To the bit, where no key is a fraction of the epochs."""
+    keys = tiny.config(
+        method="iad1", loss={"warmup": 1}, optim={"milestones": [1, 3], "lr_factors": [0.5, 0.1]},
+        averaging={"kind": "ema", "start": 1},
+    )  # fmt: skip
+    whole, run = trainer.train(keys, epochs=4, out=str(tmp_path / "whole")), tmp_path / "run"
+    if finished:
+        short = trainer.train(keys, epochs=2, out=str(run)).summary
+    else:
+        with pytest.raises(Interrupted):
+            trainer.train(keys, StopAt(8), epochs=2, out=str(run))
+    outcome = cli("train", "--resume", str(run), "--epochs", "4")
+    assert outcome.code == 0, outcome.err
+    assert "Extended from 2 to 4 epochs; from here on a part of the run is one of 4 epochs: none ch" in outcome.out
+    for name in ("last.pt", "best.pt"):
+        left, right = (torch.load(path / name, weights_only=True) for path in (whole.path, run))
+        for each in (left, right):
+            del each["config"]  # the teachers' epochs stand in it
+        assert_same_bits(left, right)
+    assert rows_of(whole.path) == rows_of(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert_same_bits(summary, whole.summary)
+    if finished:
+        assert json.loads((run / "summary-2.json").read_text()) == short
+    assert "is finished: nothing to resume" in cli("train", "--resume", str(run), "--epochs", "4").out
+    refused = cli("train", "--resume", str(run), "--epochs", "2")
+    assert (refused.code, "epochs was 4 and would be 2" in refused.err) == (2, True)
+
+
+def test_a_fraction_is_one_of_the_longer_run_from_there_on(tiny: Any, tmp_path: Path) -> None:
+    """To the bit the training that is told, epoch by epoch, what the short run did, then the long one."""
+    keys = tiny.config(method="iad1", loss={"warmup": 0.5}, optim={"milestones": [0.5, 0.75]})
+    trainer.train(keys, epochs=2, out=str(tmp_path / "run"))
+    said = Listener()
+    run = trainer.resume(tmp_path / "run", said, epochs=6).path
+    assert any(
+        "optim.milestones at epoch 3, 5 (was 1, 2)" in line and "loss.warmup at epoch 3 (was 1)" in line
+        for line in said.lines
+    )
+    epochs = [row for row in rows_of(run) if row["event"] == "epoch"]
+    # Trained as of two epochs: rates and warm-up of 0.5 * 2 = 1; then as of six: 0.5 * 6 = 3, 0.75 * 6 = 4.5 -> 5.
+    assert [row["lr"] for row in epochs] == pytest.approx([0.1, 0.01, 0.1, 0.01, 0.01, 0.001])
+    assert [row["phase"] for row in epochs] == ["ard", "iad1", "ard", "iad1", "iad1", "iad1"]
+    assert_same_bits(
+        torch.load(run / "last.pt", weights_only=True)["student"], by_hand(tiny, tmp_path, keys, epochs)
+    )
+
+
+def by_hand(tiny: Any, tmp_path: Path, keys: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The student that a trainer makes of those rows' rates and phases, epoch by epoch."""
+    complete = config.load(keys, {"epochs": len(epochs)})
+    rates = iter([row["lr"] for row in epochs for _ in range(6)])
+    run = RunDir.create(config.with_absolute_paths(config.load(keys, {"out": str(tmp_path / "hand")}))).run
+    told = trainer.Trainer(run, complete, Reporter(), Stop(), World())
+    for epoch, row in enumerate(epochs):
+        told.learner.student.train()
+        method = told.method if row["phase"] == told.method.name else told.method.warmup
+        assert method is not None
+        for number, batch in enumerate(told.pipeline.epoch(epoch)):
+            whole = told.sampling.size_of(number)
+            told.learner.learn(batch, method, next(rates), epoch=epoch, whole=whole, seen=lambda *seen: None)
+    told.pipeline.close()
+    student: dict[str, Any] = told.learner.student.state_dict()
+    return student
+
+
+class Listener(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize(("kind", "short", "start"), [("swa", 4, 3.0), ("swa", 2, 1.0), ("ema", 3, 0.0)])
+def test_an_average_that_has_begun_goes_on(kind: str, short: int, start: float, tiny: Any, tmp_path: Path) -> None:
+    """In the longer run it is that from the epoch on in which it began, and not of a fraction anew."""
+    keys = tiny.config(method="st", averaging={"kind": kind}, optim={"milestones": [], "lr_factors": []})
+    whole = trainer.train(config.merge(keys, {"averaging": {"start": start}}), epochs=5, out=str(tmp_path / "w"))
+    trainer.train(keys, epochs=short, out=str(tmp_path / "run"))
+    run = trainer.resume(tmp_path / "run", epochs=5).path
+    assert config.read_file(run / "config.yaml")["averaging"]["start"] == start
+    left, right = (torch.load(path / "last.pt", weights_only=True)["averaged"] for path in (whole.path, run))
+    assert_same_bits(left, right)
+
+
+def test_an_average_that_has_not_begun_begins_where_the_longer_run_says() -> None:
+    begun = config.load({"epochs": 4, "averaging": {"kind": "swa"}})
+    longer = resuming.carried_on(begun, resuming.changed(begun, {"epochs": 8}), 3)
+    assert longer.averaging.start is None
+    assert "averaging.start at epoch 6 (was 3)" in resuming.describe(begun, longer)
+
+
+def test_a_longer_run_keeps_its_teacher(tiny: Any, tmp_path: Path) -> None:
+    keys = tiny.config(method="ard", teacher={"checkpoint": None})
+    trainer.train(keys, out=str(tmp_path / "run"))
+    said = Listener()
+    run = trainer.resume(tmp_path / "run", said, epochs=3).path
+    assert any("teacher cache" in line for line in said.lines)
+    assert config.read_file(run / "config.yaml")["teacher"]["epochs"] == 2
+    assert trainer.resume(run, epochs=4).summary["last"]["epoch"] == 4
+
+
+def test_a_longer_run_that_was_killed_at_its_start(tiny: Any, tmp_path: Path) -> None:
+    """config.yaml says more than last.pt: as if it had been edited by hand."""
+    run = trainer.train(tiny.config(method="st", teacher={"checkpoint": None}), out=str(tmp_path / "run")).path
+    (run / "summary.json").rename(run / "summary-2.json")
+    found = config.read_file(run / "config.yaml")
+    for change in ({"epochs": 3, "teacher": {"epochs": 2}}, {"epochs": 3}):
+        copy = Path(shutil.copytree(run, tmp_path / str(len(change))))
+        (copy / "config.yaml").write_text(yaml.safe_dump(config.merge(found, change)))
+        assert trainer.resume(copy).summary["last"]["epoch"] == 3
+
+
+def test_a_finished_run_without_its_state_is_not_begun_anew(tiny: Any, tmp_path: Path) -> None:
+    run = trainer.train(tiny.config(method="st"), out=str(tmp_path / "run")).path
+    (run / "last.pt").unlink()
+    with pytest.raises(ValueError, match=r"last\.pt is gone"):
+        trainer.resume(run, epochs=3)
+    assert (run / "summary.json").exists()
+
+
+def test_parts_of_the_run_are_all_known() -> None:
+    source = Path(config.__file__).read_text()
+    fields = re.findall(r"^    (\w+): Annotated\[.*PartOfRun", source, re.MULTILINE)
+    assert sorted(fields) == sorted(name.rpartition(".")[2] for name in resuming.PARTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_callers_own_dtype_changes_no_bits(dtype: torch.dtype, tiny: Any, tmp_path: Path) -> None:
+    keys = tiny.config(method="iad1")
+    usual = trainer.train(keys, out=str(tmp_path / "usual"))
+    torch.set_default_dtype(dtype)
+    try:
+        other = trainer.train(keys, out=str(tmp_path / "other"))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_run(usual.path, other.path)
 
 
 # ---------------------------------------------------------------- real processes

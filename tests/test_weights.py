@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine import models
+from engine.models.normalize import CONSTANTS
+from engine.tensor_files import write_tensors
 from engine.weights import LoadedModel, architecture_of, load_model, read_weights
 
 State = dict[str, Tensor]
@@ -233,13 +235,206 @@ def test_own_checkpoint_tells_all_about_itself(tmp_path: Path) -> None:
     assert weights.config == {"epochs": 3}
 
 
-def test_own_checkpoint_of_another_format_or_architecture_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, own(format=2))
-    with pytest.raises(ValueError, match=r"teacher.pt: a checkpoint of format 2, and this version reads 1$"):
-        read_weights(path)
-    path = save(tmp_path, own(model={"name": "resnet9"}))
-    with pytest.raises(ValueError, match=r"teacher.pt: model: 'resnet9' is not known; did you mean 'resnet8'\?"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 3}, "the key 'format' holds 3, and this version reads 1 and 2"),
+        ({"format": None}, "the key 'format' holds None, and this version reads 1 and 2"),
+        ({"format": torch.ones(2)}, "the key 'format' holds Tensor, and this version reads 1 and 2"),
+        ({"format": [1]}, "the key 'format' holds [1], and this version reads 1 and 2"),
+        ({"format": 2}, "is damaged: its checksum is missing"),
+        ({"model": {"name": "resnet9"}}, "the key 'model.num_classes' is missing"),
+        ({"model": {"name": "resnet9", "num_classes": 10, "normalize": True}}, "model: 'resnet9' is not known"),
+        ({"model": {"name": "resnet8", "num_classes": True, "normalize": True}}, "the key 'model.num_classes'"),
+        ({"config": {3: 4}}, "the key 'config"),
+        ({"config": {"attack": {"epsilon": torch.ones(1)}}}, "the key 'config"),
+        ({"class_names": ["a"] * 10}, "the key 'class_names' holds"),
+        ({"class_names": [1] * 10}, "the key 'class_names.0' holds 1: input should be a valid string"),
+        ({"dataset": None}, "the key 'dataset' holds None: input should be a valid string"),
+        ({"student": [1]}, "the key 'student' holds [1]: input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_own_checkpoint_that_holds_something_else_is_refused(tmp_path: Path, changes: Any, words: str) -> None:
+    path = save(tmp_path, own(**changes))
+    with pytest.raises(ValueError, match=r"^[^\n]{1,400}$") as error:
         load_model(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
+def test_a_file_of_others_may_have_a_key_student(tmp_path: Path) -> None:
+    same_network(load_model(save(tmp_path, {"student": network("resnet8").state_dict(), "epoch": 3})), "resnet8")
+
+
+def test_an_unsealed_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
+    assert "before they had a checksum" in load_model(save(tmp_path, own())).notes[0]
+    write_tensors(tmp_path / "sealed.pt", own(format=2))
+    assert not any("checksum" in note for note in load_model(tmp_path / "sealed.pt").notes)
+
+
+# Which weights
+
+
+def several(**more: object) -> dict[str, object]:
+    zeros = {key: torch.zeros_like(value) for key, value in network("resnet8").state_dict().items()}
+    return {"state_dict": zeros, **more, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2, 2)}}}}
+
+
+@pytest.mark.parametrize(
+    ("average", "place"),
+    [
+        ("swa_state_dict", "swa_state_dict"), ("state_dict_ema", "state_dict_ema"), ("model_ema", "model_ema"),
+        ("ema", "ema"), ("ema", "ema.module"), ("ema", "ema.state_dict"), ("other name", "other name"),
+    ],
+)  # fmt: skip
+def test_which_of_several_weights_are_taken_is_said_and_can_be_chosen(
+    tmp_path: Path, average: str, place: str
+) -> None:
+    state = {f"module.{key}": value for key, value in network("resnet8").state_dict().items()}
+    inner = place.removeprefix(average).removeprefix(".")
+    path = save(
+        tmp_path,
+        several(**{average: {inner: state, "decay": 0.9} if inner else state | {"n_averaged": torch.tensor(3)}}),
+    )
+    usual = load_model(path)
+    assert usual.taken == "state_dict"
+    assert f"the weights under 'state_dict' are taken, and the file also has '{place}' (weights)" in usual.notes
+    assert "each of its weight matrices holds one value only: this is no trained network" in usual.notes
+    chosen = load_model(path, weights=place)
+    same_network(chosen, "resnet8")
+    assert chosen.taken == place
+    assert not any("one value only" in note for note in chosen.notes)
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*teacher.pt: weights: 'absent' is not known; [^\n]*state_dict[^\n]*$"
+    ):
+        load_model(path, weights="absent")
+
+
+def test_an_average_alone_is_taken(tmp_path: Path) -> None:
+    loaded = load_model(save(tmp_path, {"model_ema": network("resnet8").state_dict(), "epoch": 2}))
+    same_network(loaded, "resnet8")
+    assert (loaded.taken, loaded.notes) == ("model_ema", ())
+
+
+def test_nothing_can_be_chosen_of_a_bare_state_dict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights: 'ema' is not there, as it holds one unnamed state dict"):
+        load_model(save(tmp_path, dict(network("resnet8").state_dict())), weights="ema")
+
+
+# Normalisation that is told
+
+
+@pytest.mark.parametrize("given", ["imagenet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+def test_a_network_whose_loader_normalised_is_told_so(tmp_path: Path, given: Any) -> None:
+    loaded = load_model(save(tmp_path, network("resnet8").state_dict()), normalize=given)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in CONSTANTS["imagenet"])
+    x = images()
+    torch.testing.assert_close(
+        logits(loaded.module, x), logits(network("resnet8"), (x - mean) / std), rtol=0, atol=1e-5
+    )
+    assert loaded.normalize == CONSTANTS["imagenet"]
+    assert loaded.notes == ("normalises its images by mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]",)
+
+
+@pytest.mark.parametrize(
+    ("payload", "given", "words"),
+    [
+        (lambda: changed(mean=MEAN, std=STD), "cifar10", "normalize: the network does so itself; drop it"),
+        (own, "cifar10", "normalize: the network does so itself; drop it"),
+        (changed, "cifar", "normalize: 'cifar' is not known; did you mean 'cifar10'? known: "),
+        (changed, ((1, 2), (3, 4, 5)), "normalize: a mean and a std of three numbers each are expected"),
+        (
+            changed,
+            ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+            "normalize: images are in [0, 1], and so are mean and std",
+        ),
+        (changed, ((0.5,) * 3, (0.5, 0.5, 0.0)), "normalize: finite numbers and a std above 0 are expected"),
+        (
+            changed,
+            ((0.5, 0.5, float("nan")), (0.5,) * 3),
+            "normalize: finite numbers and a std above 0 are expected",
+        ),
+        (
+            lambda: changed(mean=MEAN, std=STD * 0),
+            None,
+            "normalize: finite numbers and a std above 0 are expected",
+        ),
+        (lambda: changed(mean=MEAN * 255, std=STD * 255), None, "normalize: images are in [0, 1]"),
+    ],
+)
+def test_normalisation_that_cannot_be(tmp_path: Path, payload: Any, given: Any, words: str) -> None:
+    path = save(tmp_path, payload())
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        load_model(path, normalize=given)
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
+def test_an_own_checkpoint_tells_itself_that_it_does_not_normalise(tmp_path: Path) -> None:
+    plain = own(student=dict(network("resnet8").state_dict()))
+    with pytest.raises(ValueError, match="normalize: the checkpoint records that it was trained without; drop it"):
+        load_model(save(tmp_path, plain), normalize="cifar10")
+
+
+# Odd tensors
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (lambda: torch.ones(64, 10).to_sparse(), "'linear.weight' is a sparse tensor (sparse_coo)"),
+        (lambda: torch.ones(10, 64).to_sparse_csr(), "'linear.weight' is a sparse tensor (sparse_csr)"),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(10, 64), 0.1, 0, torch.qint8),
+            "'linear.weight' is a quantised tensor (qint8)",
+        ),
+        (
+            lambda: torch.empty(10, 64, device="meta"),
+            "'linear.weight' is a tensor without values (on the device meta)",
+        ),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "'linear.weight' is a nested tensor"),
+        (
+            lambda: torch.ones(1, 1).expand(10**6, 10**6),
+            "'linear.weight' is a tensor of 1,000,000,000,000 values, of",
+        ),
+        (
+            lambda: torch.ones(1, 64).expand(10, 64),
+            "'linear.weight' is a tensor of 640 values, of which fewer are there",
+        ),
+        (
+            lambda: torch.ones(10, 64).to(torch.float8_e4m3fn),
+            "'linear.weight' is of torch.float8_e4m3fn, and weights",
+        ),
+        (
+            lambda: torch.ones(10, 64, dtype=torch.complex64),
+            "'linear.weight' is of torch.complex64, and weights are",
+        ),
+        (lambda: torch.ones(10, 64, dtype=torch.bool), "'linear.weight' is of torch.bool, and weights are of"),
+        (lambda: torch.ones(10, 64, dtype=torch.int64), "'linear.weight' is of torch.int64, and weights are of"),
+        (
+            lambda: torch.full((10, 64), torch.inf),
+            "1 tensors hold values that are not finite, the first 'linear.weight'",
+        ),
+        (lambda: torch.ones(10**9, 0), "these are no weights of resnet8"),
+        (lambda: torch.empty(2**62, 0), "these are no weights of resnet8"),
+    ],
+)
+@pytest.mark.parametrize("bare", [True, False])
+def test_odd_tensors_are_refused_by_name(tmp_path: Path, tensor: Any, words: str, bare: bool) -> None:
+    state = changed(linear__weight=tensor())
+    path = save(tmp_path, state if bare else {"state_dict": state})
+    with pytest.raises(ValueError, match=r"^[^\n]{1,300}$") as error:
+        load_model(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
+def test_variances_below_zero_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'bn1.running_var' holds negative variances"):
+        load_model(save(tmp_path, changed(bn1__running_var=torch.full((16,), -1.0))))
+
+
+def test_odd_tensors_beside_the_weights_do_not_matter(tmp_path: Path) -> None:
+    payload = {"state_dict": changed(), "mask": torch.eye(3).to_sparse(), "big": torch.ones(1).expand(10**12)}
+    same_network(load_model(save(tmp_path, payload)), "resnet8")
 
 
 # Errors
@@ -285,7 +480,8 @@ def test_own_checkpoint_of_another_format_or_architecture_is_refused(tmp_path: P
         (
             lambda: {"epoch": 1, "optimizer": {}},
             "holds int under 'epoch', and not a state dict, neither bare nor under one of: "
-            "student, state_dict, net, model, model_state_dict",
+            "student, state_dict, net, model, model_state_dict, network, weights, params, averaged, ema, "
+            "state_dict_ema, model_ema, ema_state_dict, ema_model, swa_state_dict, swa",
         ),
         (lambda: {"net": {3: torch.ones(1)}}, "holds Tensor under 3, and not a state dict, neither"),
         (lambda: [torch.ones(1)], "holds list where a dict of tensors is expected"),
@@ -318,7 +514,7 @@ def test_unrecognised_tensors_ask_for_the_model(tmp_path: Path) -> None:
         load_model(path)
     assert str(error.value) == (
         f"{path}: its 2 tensors (first 'features.0.weight') fit no known architecture; name one to be told what "
-        "differs; known: mobilenetv2, preactresnet18, resnet18, resnet50, resnet8, wrn34-10"
+        "differs; known: mobilenetv2, preactresnet18, preactresnet18-nobn, resnet18, resnet50, resnet8, wrn34-10"
     )
     path = save(tmp_path, {"sub_block1.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="its 0 tensors"):

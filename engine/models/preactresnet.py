@@ -31,11 +31,13 @@ class PreActResNet(nn.Module):
     """A pre-activation CIFAR ResNet: a 3x3 stem of stride 1, four stages, a last BatchNorm and ReLU.
 
     The last BatchNorm, `bn`, is He et al.'s and that of the robust-training literature (Rice et al., 2020; AWP);
-    a widespread variant leaves it out, and its checkpoints do not fit.
+    a widespread variant leaves it and its ReLU out: last_norm False.
     Initialised as PyTorch does by default.
     """
 
-    def __init__(self, widths: tuple[int, int, int, int], num_blocks: int, num_classes: int) -> None:
+    def __init__(
+        self, widths: tuple[int, int, int, int], num_blocks: int, num_classes: int, *, last_norm: bool = True
+    ) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(widths[0], 3)
@@ -43,13 +45,14 @@ class PreActResNet(nn.Module):
         self.layer2 = stage(_Block, widths[0], widths[1], num_blocks, stride=2)
         self.layer3 = stage(_Block, widths[1], widths[2], num_blocks, stride=2)
         self.layer4 = stage(_Block, widths[2], widths[3], num_blocks, stride=2)
-        self.bn = BatchNorm2d(widths[3])
+        self.bn = BatchNorm2d(widths[3]) if last_norm else None
         self.linear = Classifier(widths[3], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = relu(self.bn(x))
+        if self.bn is not None:
+            x = relu(self.bn(x))
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

@@ -9,10 +9,11 @@ import re
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
-from engine.config import Section, nearest, validated
+from engine import yaml_text
+from engine.config import Section, validated
+from engine.names import nearest
 
 _FILES = resources.files(__name__)
 
@@ -49,7 +50,7 @@ def get(name: str) -> Recipe:
         if not same_table:
             raise ValueError(f"recipe: {name!r} is not known; `engine recipes` lists them")
         raise ValueError(f"recipe: {name!r} is not known; {nearest(name, same_table)}")
-    tree = yaml.safe_load(_FILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    tree = yaml_text.read(_FILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     return validated(Recipe, {"name": name, **tree})
 
 

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.contract import LossAndGradients, LossInputs, LossRow
+from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_terms
 from engine.kernels.triton_ops import CHECKED, two_floats
 
 _BLOCK = 1024
+_TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")  # that `_loss` computes, by number
 _PADDING = tl.constexpr(-1e30)  # in place of logits beyond the last class: finite, with an exponential of 0
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _HANDS_NAN_ON = tl.constexpr(tl.PropagateNan.ALL)
@@ -44,6 +45,7 @@ def tile(classes: int) -> Tile:
 
 def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
     """Values of `reference.distill_loss` and its gradients, of logits in float32, float16 or bfloat16."""
+    check_terms("the Triton kernel", _TERMS, row)
     batch, classes = inputs.student.shape
 
     def new(*shape: int) -> Tensor:

@@ -158,7 +158,9 @@ class LossCase:
     @property
     def read(self) -> set[str]:
         """The logits that must be given."""
-        terms = {name for (a, b), reads in zip(self.weights, READS, strict=True) if a or b for name in reads}
+        terms = {
+            name for (a, b), reads in zip(self.weights, READS.values(), strict=True) if a or b for name in reads
+        }
         return terms | ({"t_at_adv"} if any(b for _, b in self.weights) else set()) or {"s_adv"}
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:

@@ -76,7 +76,9 @@ class Loss:
 
     @property
     def read(self) -> set[str]:
-        return {name for pair, reads in zip(self.weights, READS, strict=True) if any(pair) for name in reads}
+        return {
+            name for pair, reads in zip(self.weights, READS.values(), strict=True) if any(pair) for name in reads
+        }
 
     @property
     def values(self) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import models
+from engine.models import normalize
 from engine.models.normalize import CONSTANTS, Normalize, constants
 from engine.models.resnet import ResNet
 from engine.models.resnet50 import BottleneckResNet
 from engine.models.wideresnet import WideResNet
+from engine.weights import architecture_of
 
 State = dict[str, Tensor]
 
@@ -21,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet((16, 32, 64), 3, 10),
     "resnet18": lambda: models.build("resnet18", 10),
     "preactresnet18": lambda: models.build("preactresnet18", 10),
+    "preactresnet18-nobn": lambda: models.build("preactresnet18-nobn", 10),
     "wrn16-2": lambda: WideResNet(16, 2, 10),
     "mobilenetv2": lambda: models.build("mobilenetv2", 10),
     "resnet17": lambda: BottleneckResNet((2, 1, 1, 1), 10),
@@ -101,7 +105,7 @@ def preactresnet18(s: State, x: Tensor, train: bool) -> Tensor:
         first = stage > 1
         x = preact_block(s, f"layer{stage}.0", x, train, 2 if first else 1, "shortcut.0" if first else None)
         x = preact_block(s, f"layer{stage}.1", x, train, 1, None)
-    return head(s, "linear", norm(s, "bn", x, train).relu())
+    return head(s, "linear", norm(s, "bn", x, train).relu() if "bn.weight" in s else x)
 
 
 def wrn16(s: State, x: Tensor, train: bool) -> Tensor:
@@ -149,6 +153,7 @@ REFERENCES: dict[str, Callable[[State, Tensor, bool], Tensor]] = {
     "resnet20": lambda s, x, train: resnet(s, x, train, stages=3, blocks=3),
     "resnet18": lambda s, x, train: resnet(s, x, train, stages=4, blocks=2),
     "preactresnet18": preactresnet18,
+    "preactresnet18-nobn": preactresnet18,
     "wrn16-2": wrn16,
     "mobilenetv2": mobilenetv2,
     "resnet17": resnet17,
@@ -175,7 +180,8 @@ def test_forward_equals_a_functional_transcription(name: str, train: bool) -> No
         ("resnet8", 100, 83_892),
         ("resnet18", 10, 11_173_962),
         ("resnet18", 100, 11_220_132),
-        ("preactresnet18", 10, 11_172_170),  # with the last BatchNorm: 2 * 512 more than 11,171,146 without it
+        ("preactresnet18", 10, 11_172_170),
+        ("preactresnet18-nobn", 10, 11_171_146),  # 2 * 512 less
         ("preactresnet18", 100, 11_218_340),
         ("preactresnet18", 200, 11_269_640),
         ("wrn34-10", 10, 46_160_474),
@@ -218,6 +224,16 @@ def test_names_in_wrn34_10_are_the_published_ones() -> None:
     keys |= {f"block{group}.layer.0.convShortcut.weight" for group in (1, 2, 3)}
     with torch.device("meta"):
         assert set(models.build("wrn34-10", 10).state_dict()) == keys
+
+
+def test_preactresnet18_without_its_last_norm_has_the_102_tensors_of_the_usual_checkpoint() -> None:
+    with torch.device("meta"):
+        state = models.build("preactresnet18-nobn", 10).state_dict()
+        whole = models.build("preactresnet18", 10).state_dict()
+    assert len(state) == 102
+    assert set(whole) - set(state) == bn_keys("bn")
+    assert architecture_of(state) == "preactresnet18-nobn"
+    assert architecture_of(whole) == "preactresnet18"
 
 
 def test_resnet50_is_torchvision_s() -> None:
@@ -346,3 +362,74 @@ def test_build_refuses_what_it_cannot_build() -> None:
         models.build("resnet-18", 10)
     with pytest.raises(ValueError, match=r"^num_classes: a classifier has at least 2 classes, got 1$"):
         models.build("resnet8", 1)
+
+
+class Plain(nn.Module):
+    """A network as people add one: without normalisation, or with one that comes too late or not at all."""
+
+    def __init__(self, num_classes: int, place: str) -> None:
+        super().__init__()
+        self.place, self.linear = place, nn.Linear(3, num_classes)
+        if place != "nowhere":
+            self.normalize = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place == "first":
+            x = self.normalize(x)
+        elif self.place == "later":
+            x = self.normalize(2 * x)
+        out: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("place", ["nowhere", "unused", "later", "first"])
+def test_a_network_that_is_added_normalises_or_is_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.TABLE, "plain", models.Architecture("", lambda classes: Plain(classes, place)))
+    assert models.build("plain", 4)(torch.rand(2, 3, 8, 8)).shape == (2, 4)
+    if place != "first":
+        with pytest.raises(ValueError, match=r"^normalize: plain does not normalise, as its forward [^\n]*$"):
+            models.build("plain", 4, normalize=True, dataset="cifar10")
+        return
+    network, x = models.build("plain", 4, normalize=True, dataset="cifar10"), torch.rand(2, 3, 8, 8)
+    mean, std = (torch.tensor(values) for values in CONSTANTS["cifar10"])
+    expected = network.get_submodule("linear")((x.mean(dim=(2, 3)) - mean) / std)
+    torch.testing.assert_close(network(x), expected)
+
+
+@pytest.mark.parametrize("name", models.TABLE)
+def test_every_network_normalises_on_any_device(name: str) -> None:
+    with torch.device("meta"):
+        network = models.build(name, 3, normalize=True)
+    assert network.training
+    assert {"normalize.mean", "normalize.std"} <= set(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ((None, None, None), None),
+        (("cifar10", None, None), "cifar10"),
+        ((None, "0.1, 0.2,1/4", "51/255,1,0.5"), ((0.1, 0.2, 0.25), (0.2, 1.0, 0.5))),
+    ],
+)
+def test_normalisation_as_it_is_written(texts: Any, found: Any) -> None:
+    assert normalize.from_text(*texts) == found
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (("cifar10", "0.1,0.1,0.1", "0.1,0.1,0.1"), "belong together, and without --normalize"),
+        ((None, "0.1,0.1,0.1", None), "belong together"),
+        ((None, None, "0.1,0.1,0.1"), "belong together"),
+        ((None, "0.1,0.1", "0.1,0.1,0.1"), "three numbers each are expected"),
+        ((None, "a,b,c", "0.1,0.1,0.1"), "--normalize-mean: three numbers are expected"),
+        ((None, "0.1,0.1,0.1", "1/0,1,1"), "--normalize-std: three numbers are expected"),
+        ((None, "0.1,0.1,0.1", "1e400,1,1"), "--normalize-std: three numbers are expected"),
+        ((None, "125,123,114", "0.1,0.1,0.1"), "of [0, 255]?"),
+    ],
+)
+def test_normalisation_that_is_none(texts: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        normalize.from_text(*texts)
+    assert words in str(error.value)

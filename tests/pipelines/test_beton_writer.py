@@ -235,7 +235,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"mode": "png"}, r"^format: 'png' is unknown; known are raw, jpeg$"),
+        ({"mode": "png"}, r"^format: 'png' is not known; known: jpeg, raw$"),
         ({"mode": "jpeg", "quality": 0}, "^quality must be 1 to 100, got 0$"),
         ({"mode": "jpeg", "quality": 101}, "^quality must be 1 to 100, got 101$"),
         ({"quality": 90}, "^quality: raw pixels have none, got 90; give the format jpeg$"),

@@ -122,5 +122,5 @@ def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^on_bad_image: 'ignore' is unknown; known are fail, skip$"):
+    with pytest.raises(ValueError, match=r"^on_bad_image: 'ignore' is not known; known: fail, skip$"):
         encoded(write(tmp_path, image_folder(FILES)), on_bad_image="ignore")

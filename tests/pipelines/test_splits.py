@@ -98,7 +98,7 @@ def test_a_class_of_a_single_image_is_refused() -> None:
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=6), SEED, st.data())
 def test_a_limit_is_balanced_as_far_as_the_classes_reach(sizes: list[int], seed: int, data: st.DataObject) -> None:
     labels = make_split(sizes).labels
-    limit = data.draw(st.integers(len(sizes), len(labels)))
+    limit = data.draw(st.integers(1, len(labels)))
     index = limited(labels, limit, seed, "limit_train")
     assert len(index) == limit
     assert torch.equal(index, index.unique())
@@ -113,11 +113,15 @@ def test_a_limit_of_none_or_above_the_size_is_the_whole() -> None:
         assert limited(labels, limit, 0, "limit_test").tolist() == [0, 1, 2]
 
 
-def test_a_limit_below_the_number_of_classes_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="limit_test: at least one image of each of the 3 classes is needed, got 2"
-    ):
-        limited(torch.tensor([0, 1, 2, 0]), 2, 0, "limit_test")
+def test_a_limit_below_the_number_of_classes_takes_one_of_each_of_the_first() -> None:
+    labels = torch.tensor([2, 1, 2, 0, 1, 0])
+    assert labels[limited(labels, 2, 0, "limit_test")].sort().values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"^limit_test must be 1 or more, got {limit}$"):
+        limited(torch.tensor([0, 1]), limit, 0, "limit_test")
 
 
 def test_a_balanced_part_has_its_own_images_and_labels() -> None:
@@ -125,8 +129,7 @@ def test_a_balanced_part_has_its_own_images_and_labels() -> None:
     part = balanced(whole, 10)
     assert part.labels.bincount().tolist() == [5, 5]
     assert torch.equal(part.labels, whole.labels[indices(part)])
-    with pytest.raises(ValueError, match="size: at least one image"):
-        balanced(whole, 1)
+    assert balanced(whole, 1).labels.tolist() == [0]
 
 
 def test_limits_and_validation_choose_independently() -> None:
