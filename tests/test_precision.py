@@ -251,28 +251,28 @@ def test_where_bfloat16_is_slow_amp_is_float32_to_the_bit(
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
-def test_the_same_command_finds_its_run_whatever_is_measured_later(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Keys of a run that was stopped, where bfloat16 is slow."""
     keys = {"method": "at", "amp": True, "out": str(tmp_path / "run")}
     set_gain(monkeypatch, SLOW)
     with pytest.raises(Interrupted):
         trainer.train(tiny.config(**keys), StopAt(4))
+    return keys
+
+
+def test_the_same_command_finds_its_run_whatever_is_measured_later(
+    tiny: Any, stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forbid_timing(monkeypatch)
-    assert trainer.begin(config.load(tiny.config(**keys)), again=True).run.path == tmp_path / "run"
-    trainer.train(tiny.config(**keys), again=True)
+    assert trainer.begin(config.load(tiny.config(**stopped)), again=True).run.path == tmp_path / "run"
+    trainer.train(tiny.config(**stopped), again=True)
     assert format_of(tmp_path / "run") == "float32"
 
 
-def test_another_format_that_is_asked_for_is_another_run(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = {"method": "at", "amp": True, "out": str(tmp_path / "run")}
-    set_gain(monkeypatch, SLOW)
-    with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys), StopAt(4))
+def test_another_format_that_is_asked_for_is_another_run(tiny: Any, stopped: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="amp_dtype"):
-        trainer.begin(config.load(tiny.config(**keys, amp_dtype="bfloat16")), again=True)
+        trainer.begin(config.load(tiny.config(**stopped, amp_dtype="bfloat16")), again=True)
 
 
 def test_a_finished_configuration_is_taken_as_it_is(
