@@ -7,8 +7,9 @@ TORCH211 ?= .venv-torch211
 # Tests that run at the same time; those of a file stay together, since they share what they set up.
 JOBS ?= 2
 # Tests of what depends on torch's and triton's versions.
-COMPUTING := tests/kernels tests/fake_cuda tests/models tests/bench/test_reference.py tests/bench/test_peaks.py \
-  $(addprefix tests/test_,$(addsuffix .py,attack cuda_step distributed evaluate learner networks precision resume trainer twin))
+COMPUTING := tests/kernels tests/fake_cuda tests/models tests/attacks tests/training tests/evaluation/test_measure.py \
+  tests/system/test_distributed.py tests/system/test_precision.py tests/runs/test_resume.py tests/runs/test_trainer.py \
+  tests/bench/test_reference.py tests/bench/test_peaks.py
 
 .PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint clean
 

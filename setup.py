@@ -115,5 +115,5 @@ setup(
         "dali-cuda12": DALI[12],
         "dali-cuda13": DALI[13],
     },
-    entry_points={"console_scripts": ["engine=engine.cli:main"]},
+    entry_points={"console_scripts": ["engine=engine.commands.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""Whether two checkouts compute the same bits: `python -m bench.bits CHECKOUT --out FILE`, then again `--compare FILE`.
+"""Whether two checkouts compute the same bits: `python -m bench.bits CHECKOUT --out FILE`, then `--compare FILE`.
 
 For each method, reading, precision and number of processes: a run of 20 steps with its teachers, and an evaluation
 of its best checkpoint. Of each a SHA-256 of the weights, of the metrics rows and of the report, timings left out.
@@ -81,7 +81,7 @@ def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
 
 def _tensors(run: Path) -> dict[str, Any]:
     """Student, optimizer and averages of both checkpoints; what tells who wrote them is left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("last.pt", "best.pt"):
         content = torch.load(run / name, map_location="cpu", weights_only=True)
         found |= {f"{name}.{key}": content[key] for key in ("student", "optimizer", "telemetry") if key in content}

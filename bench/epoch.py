@@ -15,12 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, realepoch, results, steps
-from bench.meter import Peaks
-from bench.results import EpochRow
+from bench.lib import csv_rows, machine, real_epoch, step_variants
+from bench.lib.csv_rows import EpochRow
+from bench.lib.meter import Peaks
+from bench.lib.step_variants import TEXTBOOK, VARIANTS, Workload
+from bench.lib.timing import no_garbage_collection, rotated
 from bench.step import STEPS_PER_ROUND, SynchronisedClock, peaks_of_a_process, warmed_up
-from bench.steps import TEXTBOOK, VARIANTS, Workload
-from bench.timing import no_garbage_collection, rotated
 
 EPOCH_IMAGES = 50_000
 # Seconds an epoch and MiB of the paper's Table 14: CIFAR-10, ResNet-18, batch 128, on a GPU that it does not name.
@@ -72,9 +72,9 @@ def main(
         of_run = {"model": model, "batch_size": batch_size, "dataset": dataset, "device": str(device), "amp": True}
         if real:
             keys = of_run | {"limit_train": limit_train}
-            realepoch.check(keys)
+            real_epoch.check(keys)
         else:
-            images = steps.images_of(dataset, batch_size)
+            images = step_variants.images_of(dataset, batch_size)
             workloads = {name: Workload(name, model, batch_size, images, device) for name in chosen}
             variants = variants or (TEXTBOOK, "all" if device.type == "cuda" else "amp")
     except ValueError as error:
@@ -86,7 +86,7 @@ def main(
         rows = real_rows(facts, chosen, keys, budget, path, missing)
     else:
         rows = scaled_rows(facts, workloads, variants, rounds)
-        results.write(path, rows)
+        csv_rows.write(path, rows)
         per_epoch = math.ceil(EPOCH_IMAGES / batch_size)
         console.print(
             f"Scaled from rounds of steps of {batch_size} images to {per_epoch} steps, without evaluation."
@@ -110,14 +110,14 @@ def scaled_rows(
     for (variant, method), seconds in samples.items():
         workload = workloads[method]
         per_epoch = math.ceil(EPOCH_IMAGES / workload.batch_size)
-        ard = results.speedup(samples.get((variant, "ard")), seconds)
+        ard = csv_rows.speedup(samples.get((variant, "ard")), seconds)
         row = _row(
             facts, workload.method, workload.model, workload.batch_size, variant,
             peaks=peaks_of_a_process(workload, variant),
             images=EPOCH_IMAGES,
             steps=per_epoch,
             epoch_s=per_epoch * statistics.median(seconds),
-            quantiles=[per_epoch * one for one in results.quantiles(seconds)],
+            quantiles=[per_epoch * one for one in csv_rows.quantiles(seconds)],
             relative_to_ard=1 / ard if ard else None,
         )  # fmt: skip
         rows.append(row)
@@ -142,7 +142,7 @@ def real_rows(
             continue
         start = time.monotonic()
         try:
-            epoch = realepoch.timed({"method": name, **keys}, left)
+            epoch = real_epoch.timed({"method": name, **keys}, left)
         except ChildProcessError as error:
             missing.append(f"{name}: {error}")
             continue
@@ -158,7 +158,7 @@ def real_rows(
             relative_to_ard=epoch.seconds / ard if ard else None,
         )  # fmt: skip
         rows.append(row)
-        results.write(path, rows)
+        csv_rows.write(path, rows)
     return rows
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import click
 import torch
 
-from bench import passed
-from engine import provenance
-from engine.files import replacing
+from bench.lib import passed
+from engine.common.files import replacing
+from engine.system import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ROOT / "build" / "gate"
@@ -112,9 +112,9 @@ def run(
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "passed.json"
-        environment = os.environ | {passed.VARIABLE: str(report)}
+        variables = os.environ | {passed.VARIABLE: str(report)}
         code = subprocess.run(  # noqa: S603  # no shell
-            [*command, *(str(ROOT / path) for path in paths)], cwd=ROOT, env=environment, check=False
+            [*command, *(str(ROOT / path) for path in paths)], cwd=ROOT, env=variables, check=False
         ).returncode
         names = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
     if code or not names:
@@ -125,7 +125,7 @@ def run(
         click.echo("tests: passed; the sources were changed meanwhile, so there is no mark")
         return True
     tests = tuple(_below_root(Path(name)) for name in names)
-    mark = Mark(began, provenance.commit() or "", state, (*paths,), (*ops,), tests)
+    mark = Mark(began, environment.commit() or "", state, (*paths,), (*ops,), tests)
     click.echo(f"tests: {len(tests)} passed, noted in {leave(mark, device_type)}")
     return True
 
@@ -140,7 +140,7 @@ def state_of(device_type: str) -> State:
     return State(
         sources=digest(),
         library=hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else "",
-        device=torch.cuda.get_device_name() if on_gpu else provenance.processor(),
+        device=torch.cuda.get_device_name() if on_gpu else environment.processor(),
         python=platform.python_version(),
         torch=torch.__version__,
         triton=triton,

@@ -13,10 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, chart, gate, machine, results, targets
-from bench.cases import Case
-from bench.results import COMPILE, COPY, EAGER, Row
-from bench.timing import Candidate, Clock, CudaClock, HostClock, captured, interleaved, preferring, warm_up
+from bench import gate
+from bench.lib import cases, chart, csv_rows, machine, targets
+from bench.lib.cases import Case
+from bench.lib.csv_rows import COMPILE, COPY, EAGER, Row
+from bench.lib.timing import Candidate, Clock, CudaClock, HostClock, captured, interleaved, preferring, warm_up
 from engine.kernels import dispatch
 
 
@@ -47,7 +48,7 @@ def main(out: Path | None, device_name: str, ops: Sequence[str], quick: bool) ->
         if case.op in ops:
             console.print(f"timing {case.op} {case.shape}, {case.setting}, {case.dtype}")
             rows += bench.rows(case, facts)
-            results.write(folder / "kernels.csv", rows)  # each time: a run that is cut short leaves what it has
+            csv_rows.write(folder / "kernels.csv", rows)  # each time: a run that is cut short leaves what it has
     chart.draw(folder / "kernels.png", rows)
     for op in ops:
         console.print(table(op, rows))
@@ -92,7 +93,7 @@ class Bench:
                     what = f"{case.op} {case.shape} {candidate.name} {mode}"
                     self.failures.append(f"{what}: {type(error).__name__} {reason}")
             samples = interleaved(ready, counts, clock, rounds)
-            rows += results.rows(facts, case, mode, samples, self.cache_bytes)
+            rows += csv_rows.rows(facts, case, mode, samples, self.cache_bytes)
         return rows
 
     def _modes(self) -> list[tuple[str, Clock, bool]]:

@@ -21,8 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, convolutions, machine, peakcases, results
-from bench.peakcases import (
+from bench.lib import cases, convolutions, csv_rows, machine, peak_cases
+from bench.lib.csv_rows import COPY, PeakRow
+from bench.lib.peak_cases import (
     BATCH_NORM,
     BENCHMARK,
     BFLOAT16,
@@ -36,8 +37,7 @@ from bench.peakcases import (
     Case,
     Setting,
 )
-from bench.results import COPY, PeakRow
-from bench.timing import Call, Clock, HostClock, QueuedClock, calls_within, no_garbage_collection, rotated
+from bench.lib.timing import Call, Clock, HostClock, QueuedClock, calls_within, no_garbage_collection, rotated
 from engine import config, methods, models
 
 STEP = "step"
@@ -83,9 +83,9 @@ def main(
         for group in timer.timed(groups):
             measured += group
             rows += rows_of(facts, group, measured)
-            results.write(folder / "peaks.csv", rows)  # each time: a run that is cut short leaves what it has
+            csv_rows.write(folder / "peaks.csv", rows)  # each time: a run that is cut short leaves what it has
     rows += steps_of(rows)
-    results.write(folder / "peaks.csv", rows)
+    csv_rows.write(folder / "peaks.csv", rows)
     for table in tables(rows):
         console.print(table)
     for line in (*summary(rows), *notes(measured)):
@@ -116,7 +116,7 @@ def table_of_cases(model: str, batch_size: int, setting: Setting) -> list[list[C
     layers = convolutions.layers(network, images)
     run = config.load({"method": METHOD, "model": model})
     work = convolutions.of_step(layers, methods.get(METHOD, semantics=run.semantics, loss=run.loss), run)
-    return peakcases.groups(layers, peakcases.norms(network, images), work, setting)
+    return peak_cases.groups(layers, peak_cases.norms(network, images), work, setting)
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Timer:
         self._now = now
         self._end = now() + seconds
         # torch keeps what cuDNN chose by thread and shape, however it was chosen: each plan needs its own thread.
-        self._threads = {plan: ThreadPoolExecutor(1) for plan in peakcases.PLANS}
+        self._threads = {plan: ThreadPoolExecutor(1) for plan in peak_cases.PLANS}
 
     def timed(self, groups: Sequence[Sequence[Case]]) -> Iterator[list[Timed]]:
         """Each group when it is done."""
@@ -174,7 +174,7 @@ class Timer:
         if one.note or self._now() >= self._end:
             return
         try:
-            with peakcases.settled(one.case):
+            with peak_cases.settled(one.case):
                 if one.case.plan:
                     self._threads[one.case.plan].submit(work, one).result()
                 else:
@@ -217,7 +217,7 @@ def rows_of(facts: machine.Facts, group: Sequence[Timed], measured: Sequence[Tim
         same = (other for other in measured if (other.case.op, other.case.format) == (MATMUL, one.case.format))
         product = next((other.rate(other.case.flops) for other in same), None)
         rows.append(
-            results.peak_row(facts, one.case, one.seconds, one.note, product, copies[-1] if copies else None)
+            csv_rows.peak_row(facts, one.case, one.seconds, one.note, product, copies[-1] if copies else None)
         )
     return rows
 

@@ -17,9 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import chart, gate, loading, machine, memory, results, targets
-from bench.results import PipelineRow
-from bench.timing import no_garbage_collection, rotated
+from bench import gate
+from bench.lib import chart, csv_rows, loading, machine, memory, targets
+from bench.lib.csv_rows import PipelineRow
+from bench.lib.timing import no_garbage_collection, rotated
 from engine.pipelines.choice import KINDS
 
 TESTS = tuple(gate.ROOT / "tests" / "pipelines" / name for name in ("test_contract.py", "test_tensor.py"))
@@ -56,8 +57,8 @@ def main(out: Path | None, device_name: str, names: Sequence[str], rounds: int, 
                 console.print(line)
             console.print(f"timing {name}: {len(found.epochs)} candidates, {found.images:,} images an epoch")
             samples = measure(found.epochs, rounds, device)
-        rows += results.pipeline_rows(facts, name, found.size, loading.BATCH, found.images, samples)
-        results.write(folder / "pipelines.csv", rows)  # each time: a run that is cut short leaves what it has
+        rows += csv_rows.pipeline_rows(facts, name, found.size, loading.BATCH, found.images, samples)
+        csv_rows.write(folder / "pipelines.csv", rows)  # each time: a run that is cut short leaves what it has
     chart.draw_pipelines(folder / "pipelines.png", rows)
     console.print(table(rows))
     growth = memory.growth_of_a_process() if "cifar10" in names and not quick else None

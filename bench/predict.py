@@ -15,16 +15,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, results, roofline
 from bench.epoch import EPOCH_IMAGES, TABLE_14
-from bench.results import PredictedRow
-from bench.roofline import GPUS, Hardware, Op, Passes
-from bench.timing import repeated
-from engine import config, methods, models, plan
+from bench.lib import csv_rows, machine, roofline
+from bench.lib.csv_rows import PredictedRow
+from bench.lib.roofline import GPUS, Hardware, Op, Passes
+from bench.lib.timing import repeated
+from engine import config, methods, models
+from engine.attacks.twin import Twin
 from engine.config import RunConfig
 from engine.methods import Method
-from engine.precision import Precision
-from engine.twin import Twin
+from engine.system.precision import Precision
+from engine.training import plan
 
 CPU = torch.device("cpu")
 ASSUMPTIONS = (
@@ -105,7 +106,7 @@ def main(
     console.print("The paper does not name its GPU: compare the ratios between methods alone.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        results.write(out / "predicted.csv", rows)
+        csv_rows.write(out / "predicted.csv", rows)
         console.print(f"written: {out / 'predicted.csv'}")
 
 

@@ -24,23 +24,26 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, record_function
 
-from bench import machine
-from engine import adversary, attack, config, methods, models, networks, precision, step
+from bench.lib import machine
+from engine import config, methods, models
+from engine.attacks import adversary, pgd
 from engine.config import RunConfig
 from engine.kernels import dispatch
 from engine.pipelines import tensor
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
-from engine.precision import Precision
-from engine.streams import Lanes
+from engine.system import precision
+from engine.system.precision import Precision
+from engine.system.streams import Lanes
+from engine.training import networks, step
 
 NETWORK, STEP = "network", "rest of the step"
 # Functions that are wrapped where they are called from; within the attack, the innermost range counts.
 FUNCTIONS = (
     (tensor, "crop_flip", "crop_flip"),
     (adversary.Adversary, "__call__", "rest of the attack"),
-    (attack, "random_start", "random_start"),
-    (attack, "pgd_update", "pgd_update"),
+    (pgd, "random_start", "random_start"),
+    (pgd, "pgd_update", "pgd_update"),
     (step, "distill_loss", "distill_loss"),
 )
 REGIONS = (*(region for *_, region in FUNCTIONS), NETWORK, STEP)

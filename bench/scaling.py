@@ -18,19 +18,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bench import machine, predict, results, roofline, steps
-from bench.results import PredictedScalingRow, ScalingRow
-from bench.roofline import GPUS
-from bench.steps import Workload
-from bench.timing import rotated
-from engine import checkpoints, config, distributed, launcher, methods, models, plan, precision
-from engine.attack import bn_mode
-from engine.learner import Learner
+from bench import predict
+from bench.lib import csv_rows, machine, roofline, step_variants
+from bench.lib.csv_rows import PredictedScalingRow, ScalingRow
+from bench.lib.roofline import GPUS
+from bench.lib.step_variants import Workload
+from bench.lib.timing import rotated
+from engine import config, methods, models
+from engine.attacks.pgd import bn_mode
+from engine.common.lookup import is_on
 from engine.models.sync_batch_norm import synchronise
-from engine.names import is_on
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.tensor import TensorPipeline
-from engine.precision import Precision
+from engine.runs import checkpoints
+from engine.system import distributed, launcher, precision
+from engine.system.precision import Precision
+from engine.training import plan
+from engine.training.learner import Learner
 
 WARMUP = 2  # steps that are not counted: the replicas arrange their buckets in the first
 
@@ -101,7 +105,7 @@ def main(
     """Time steps of one global batch by 1, 2, ... processes on the same cores, and predict those of many GPUs."""
     try:
         device = machine.device(device_name)
-        workload = Workload(method, model, batch_size, steps.images_of(dataset, batch_size), device)
+        workload = Workload(method, model, batch_size, step_variants.images_of(dataset, batch_size), device)
         complete = config.load(
             {"method": method, "model": model, "batch_size": batch_size, "amp": True, "loss": {"warmup": 0}},
             {"device": device.type, "sync_bn": "on" if sync_bn else "off"},
@@ -128,7 +132,7 @@ def main(
     rows = []
     for (size, synchronised), found in measured.items():
         seconds = [statistics.median(taken.steps) for taken in found]
-        q10, q90 = results.quantiles(seconds)
+        q10, q90 = csv_rows.quantiles(seconds)
         sent = [taken.sent for taken in found if taken.sent is not None]
         rows.append(
             ScalingRow(
@@ -142,7 +146,7 @@ def main(
                 median_s=statistics.median(seconds),
                 q10_s=q10,
                 q90_s=q90,
-                speedup=results.speedup(first, seconds) or 0.0,
+                speedup=csv_rows.speedup(first, seconds) or 0.0,
                 sent_bytes=statistics.median(sent) if sent else None,
                 ring_bytes=2 * (size - 1) * gradient_bytes(model),
                 save_stall_s=statistics.median(taken.stall for taken in found),
@@ -150,8 +154,8 @@ def main(
             )
         )
     predicted = predictions(complete, gpu, facts)
-    results.write(folder / "scaling.csv", rows)
-    results.write(folder / "scaling-predicted.csv", predicted)
+    csv_rows.write(folder / "scaling.csv", rows)
+    csv_rows.write(folder / "scaling-predicted.csv", predicted)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table(rows))
     console.print(f"PREDICTED for {GPUS[gpu].name}, not measured:")

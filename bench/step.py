@@ -15,14 +15,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import chart, convolutions, gate, machine, results, steps, targets
-from bench.convolutions import Work
-from bench.meter import Peaks
-from bench.results import StepRow
-from bench.steps import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Variant, Workload
-from bench.timing import Call, no_garbage_collection, rotated
-from engine import config, methods, models, precision
-from engine.names import is_on
+from bench import gate
+from bench.lib import chart, convolutions, csv_rows, machine, step_variants, targets
+from bench.lib.convolutions import Work
+from bench.lib.csv_rows import StepRow
+from bench.lib.meter import Peaks
+from bench.lib.step_variants import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Variant, Workload
+from bench.lib.timing import Call, no_garbage_collection, rotated
+from engine import config, methods, models
+from engine.common.lookup import is_on
+from engine.system import precision
 
 TESTS = gate.ROOT / "tests" / "bench" / "test_reference.py"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
@@ -60,7 +62,7 @@ def main(
     names = names or ("ard", "iad1", "akd2", "iad2")
     try:
         device = machine.device(device_name)
-        images = steps.images_of(dataset, batch_size)
+        images = step_variants.images_of(dataset, batch_size)
         models.check(model)
         for name in names:
             methods.get(name)
@@ -79,7 +81,7 @@ def main(
         workload = Workload(name, model, batch_size, images, device)
         console.print(f"timing {name}: {', '.join(variants)}; {rounds} rounds of {count} steps")
         rows += measure(workload, variants, rounds, count, facts, with_memory=not no_memory)
-        results.write(folder / "step.csv", rows)  # each time: a run that is cut short leaves what it has
+        csv_rows.write(folder / "step.csv", rows)  # each time: a run that is cut short leaves what it has
         console.print(table(name, rows))
     chart.draw_steps(folder / "step.png", rows)
     for line in targets.step_verdicts(rows):
@@ -115,7 +117,7 @@ def measure(
                     samples[name].append(clock.seconds(step, count))
             alone.time(clock, max(2, count))
     return [
-        results.step_row(facts, workload, name, samples, count, alone.of_step(VARIANTS[name]), flops[name], peaks)
+        csv_rows.step_row(facts, workload, name, samples, count, alone.of_step(VARIANTS[name]), flops[name], peaks)
         for name in variants
     ]
 
@@ -169,7 +171,7 @@ def _size(workload: Workload) -> tuple[int, ...]:
 
 def executed(call: Call) -> int:
     """Floating-point operations of convolutions and matrix products in one call."""
-    with steps.Flops() as counted:
+    with step_variants.Flops() as counted:
         call()
     total: int = counted.total
     return total
@@ -198,7 +200,7 @@ class SynchronisedClock:
 def peaks_of_a_process(workload: Workload, variant: str) -> Peaks:
     """Measured by a new process."""
     what = (variant, workload.method, workload.model, str(workload.batch_size), str(workload.device))
-    command = [sys.executable, "-m", "bench.steps", *what]
+    command = [sys.executable, "-m", "bench.lib.step_variants", *what]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  # no shell
     return Peaks(**json.loads(done.stdout))
 

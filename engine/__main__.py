@@ -14,6 +14,6 @@ if __name__ == "__main__":
 
         del sys.path[0]
 
-    from engine.cli import main
+    from engine.commands.cli import main
 
     main()

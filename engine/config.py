@@ -23,9 +23,10 @@ from pydantic import (
     ValidationInfo,
 )
 
-from engine import semantics, yaml_text
-from engine.files import expanded, regular
-from engine.names import look_up, nearest
+from engine import semantics
+from engine.common import yaml_text
+from engine.common.files import expanded, regular
+from engine.common.lookup import look_up, nearest
 
 Tree = dict[str, Any]
 _END = "...\n"  # of a YAML document that is a bare value

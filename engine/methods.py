@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.common.lookup import look_up, nearest
 from engine.config import TERMS, LossConfig, check_reading, validated
-from engine.names import look_up, nearest
 
 
 class Weight(NamedTuple):

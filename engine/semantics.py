@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from engine.names import look_up
+from engine.common.lookup import look_up
 
 TEACHER_METHODS = ("st", "at", "trades")
 """Methods that train without a teacher: the published code trains its teachers with its own schedule."""

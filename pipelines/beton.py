@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.files import regular
+from engine.common.files import regular
 from engine.pipelines.encoded import Listing
 from engine.pipelines.folder import Tree
 from engine.pipelines.splits import Request

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.files import replacing
-from engine.names import check_known, look_up
+from engine.common.files import replacing
+from engine.common.lookup import check_known, look_up
 from engine.pipelines import beton
 from engine.pipelines.ahead import make_ahead
 from engine.pipelines.encoded import Listing

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.names import look_up
+from engine.common.lookup import look_up
 from engine.pipelines import beton, beton_writer, dali, ffcv
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import AnySplit, cache_dir

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar, cast
 
-from engine.files import cache_dir, expanded
-from engine.names import nearest
+from engine.common.files import cache_dir, expanded
+from engine.common.lookup import nearest
 from engine.pipelines import beton, readers
 from engine.pipelines.beton import is_beton
 from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.files import regular
+from engine.common.files import regular
 
 _TRAIN = ("train",)
 _TEST = ("test", "val")

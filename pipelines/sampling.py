@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.common.lookup import check_known, look_up
 from engine.kernels.philox import Stream, random_words
-from engine.names import check_known, look_up
 
 _BLOCK = 256  # neighbours on the disk that quasi-random order reads together
 _BLOCKS_PER_WINDOW = 16

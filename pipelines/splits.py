@@ -12,9 +12,9 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engine.common.lookup import check_known, look_up
 from engine.config import LARGEST_IMAGE
 from engine.kernels.philox import Stream, random_words
-from engine.names import check_known, look_up
 
 Progress = Callable[[str, int, int], None]
 """Called as images are decoded with "train" or "test", the images done, and the images of that split."""

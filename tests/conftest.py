@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import checkpoints, config, models, precision, stopping
-from engine.tensor_files import write_tensors
+from engine import config, models
+from engine.common import stopping
+from engine.common.tensor_files import write_tensors
+from engine.runs import checkpoints
+from engine.system import precision
 from tests.fake_cuda import cuda_library as cuda_library
 from tests.fake_cuda import fake_cuda as fake_cuda
 
@@ -145,7 +148,7 @@ Cli = Callable[..., Outcome]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """Runs `engine ARGUMENTS` in this process."""
-    from engine.cli import main
+    from engine.commands.cli import main
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr("sys.argv", ["engine", *arguments])

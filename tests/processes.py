@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from engine import config, distributed
-from engine.distributed import World
+from engine import config
+from engine.system import distributed
+from engine.system.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""The arrow of imports: each module may import only what stands before it."""
+"""The arrow of imports, by wing and inside each wing: a module may import only what stands before it."""
 
 from __future__ import annotations
 
@@ -9,71 +9,231 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-# From the bottom up. A module may import those of its own layer and of the layers above it in this list.
-LAYERS = (
-    ("semantics", "names", "yaml_text", "stopping", "files", "faults", "terminal", "hostmemory"),
-    ("config",),
-    ("methods", "recipes", "kernels", "schedule", "tensor_files"),
-    ("plan", "class_names", "state_dicts"),
-    ("pipelines", "models"),
-    ("precision", "attack", "weights", "rundir", "results", "reporter", "optimizer", "layout"),
-    ("distributed", "twin", "streams", "speed", "masking", "autoattack", "profiling"),
-    ("adversary",),
-    ("networks", "averaging", "awp", "ledger"),
-    ("step", "evaluate", "journal"),
-    ("learner", "telemetry", "checkpoints"),
-    ("plots", "teachers", "resuming"),
-    ("provenance",),
-    ("trainer", "evaluation", "data", "report", "launcher", "doctor"),
-    ("seeds",),
-    ("cli",),
-    ("__main__",),
+import engine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the bottom up: a wing, what belongs into it, and its modules, of which each may import those of its own
+# group and of the groups before it, and everything of the wings before. "" is engine/ itself.
+WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
+    (
+        "common",
+        "what needs nothing else of the engine",
+        (
+            ("lookup", "yaml_text", "stopping", "files", "console", "host_memory"),
+            ("errors", "standard_streams", "tensor_files"),
+        ),
+    ),
+    (
+        "",
+        "what a run is, without torch",
+        (("semantics",), ("config",), ("methods", "recipes")),
+    ),
+    ("kernels", "the ops of a step", ()),
+    ("pipelines", "data", ()),
+    (
+        "models",
+        "networks, and networks from files",
+        (
+            ("layers", "normalize", "class_names", "state_dicts"),
+            ("sync_batch_norm", "resnet", "resnet50", "preactresnet", "wideresnet", "mobilenetv2"),
+            ("__init__",),
+            ("weights",),
+        ),
+    ),
+    (
+        "system",
+        "devices, number formats, processes, streams",
+        (("precision", "streams", "layout"), ("environment", "distributed"), ("launcher",)),
+    ),
+    (
+        "attacks",
+        "attacks on images",
+        (("pgd",), ("autoattack", "masking", "twin"), ("adversary",)),
+    ),
+    (
+        "training",
+        "a training step and what surrounds it",
+        (
+            ("plan", "optimizer", "schedule", "averaging", "awp", "networks", "profiling"),
+            ("speed", "step"),
+            ("learner", "telemetry"),
+        ),
+    ),
+    (
+        "evaluation",
+        "accuracy under attacks",
+        (("partial_results", "reports"), ("measure",), ("checkpoint",)),
+    ),
+    (
+        "runs",
+        "runs from beginning to end",
+        (
+            ("run_directory", "checkpoints", "metrics_writer", "resuming"),
+            ("plots", "teachers", "report"),
+            ("provenance",),
+            ("trainer",),
+        ),
+    ),
+    ("commands", "the command line", (("data", "doctor", "seeds"), ("cli",))),
 )
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+NAMES = tuple(name for name, _, _ in WINGS)
+MOST_ENTRIES = 14
+"""Entries of a folder of engine/, of which a newcomer should take in all."""
+
+
+def wing_of(module: str) -> str:
+    """Name of the wing of a module, e.g. "training" of "engine.training.step"."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in NAMES else ""
+
+
+def rank_in_wing(module: str) -> int:
+    """Number of its group in its wing. Raises AssertionError where it stands in none."""
+    wing = wing_of(module)
+    _, purpose, groups = WINGS[NAMES.index(wing)]
+    parts = module.split(".")
+    own = (parts[2] if len(parts) > 2 else "__init__") if wing else parts[1]
+    for rank, group in enumerate(groups):
+        if own in group:
+            return rank
+    place = f"engine/{wing}" if wing else "engine"
+    raise AssertionError(
+        f"{module} stands in no group of {place} ({purpose}): add it to WINGS in tests/test_architecture.py, or "
+        f"move it where it belongs: {'; '.join(f'{name}: {what}' for name, what, _ in WINGS if name)}"
+    )
 
 
 def imports_of(path: Path) -> set[str]:
-    """First parts of the modules of engine that a file imports, wherever in the file, types aside."""
-    found = set()
+    """Modules of engine that a file imports, wherever in the file, types aside."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
+    found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "engine":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine."):
-            found.add((node.module or "").split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "engine":
+            module = str(node.module)
+            found |= {name if is_module(name := f"{module}.{alias.name}") else module for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("engine.")}
-    return found - {"__version__"}
+            found |= {alias.name for alias in node.names if alias.name.startswith("engine.")}
+    return found - {"engine"}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def modules() -> list[tuple[str, Path]]:
-    files = [(path.stem, path) for path in (ROOT / "engine").glob("*.py") if path.stem != "__init__"]
-    for room in ("kernels", "pipelines", "engine/models", "engine/recipes"):
-        files += [(Path(room).name, path) for path in (ROOT / room).rglob("*.py")]
-    return files
+    """Every module of engine with its file; kernels/ and pipelines/ by the links that lead to them."""
+    files = [path for path in (ROOT / "engine").rglob("*.py") if path.parent != ROOT / "engine"]
+    files += [path for path in (ROOT / "engine").glob("*.py") if path.stem not in ("__init__", "__main__")]
+    for room in ("kernels", "pipelines"):
+        files += (ROOT / "engine" / room).glob("**/*.py")
+    named = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files
+    }
+    return sorted(named.items())
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: getattr(value, "name", value))
+def complaint(module: str, imported: str) -> str:
+    """What is wrong with an import, and where the importing module belongs; empty where nothing is."""
+    mine, theirs = wing_of(module), wing_of(imported)
+    if mine != theirs:
+        if NAMES.index(theirs) < NAMES.index(mine):
+            return ""
+        where = f"engine/{theirs}"
+        return (
+            f"{module} imports {imported}, which stands above it: what needs {where} ({purpose_of(theirs)}) "
+            f"belongs into {where} or a wing after it"
+        )
+    if not WINGS[NAMES.index(mine)][2] or rank_in_wing(imported) <= rank_in_wing(module):
+        return ""
+    return f"{module} imports {imported}, which comes after it in engine/{mine}: see WINGS"
+
+
+def purpose_of(wing: str) -> str:
+    return WINGS[NAMES.index(wing)][1]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: "" if isinstance(value, Path) else value)
 def test_modules_import_only_what_stands_before_them(module: str, path: Path) -> None:
+    if path.name == "__init__.py" and wing_of(module) not in ("models", "kernels", "pipelines"):
+        assert not imports_of(path) or module == "engine.recipes", (
+            f"{module}: the __init__ of a wing imports nothing"
+        )
+        return
+    if WINGS[NAMES.index(wing_of(module))][2]:
+        rank_in_wing(module)
     for imported in imports_of(path):
-        assert RANK[imported] <= RANK[module], f"{module} imports {imported}"
+        assert not complaint(module, imported), complaint(module, imported)
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "told"),
+    [
+        ("engine.attacks.pgd", "engine.training.step", "belongs into engine/training or a wing after it"),
+        ("engine.training.plan", "engine.training.learner", "comes after it in engine/training"),
+        ("engine.common.files", "engine.config", "which stands above it"),
+    ],
+)
+def test_an_import_upwards_is_told_in_a_sentence(module: str, imported: str, told: str) -> None:
+    assert told in complaint(module, imported)
+
+
+def test_a_module_in_no_group_is_told_where_it_may_belong() -> None:
+    with pytest.raises(
+        AssertionError, match=r"stands in no group of engine/training .* runs: runs from beginning"
+    ):
+        rank_in_wing("engine.training.somewhere")
+
+
+def test_every_module_that_is_named_is_there() -> None:
+    for wing, _, groups in WINGS:
+        for name in (name for group in groups for name in group):
+            parts = ("engine", wing, name) if wing else ("engine", name)
+            assert is_module(".".join(part for part in parts if part != "__init__")), (wing, name)
+
+
+@pytest.mark.parametrize("folder", ["engine", *(f"engine/{name}" for name in NAMES if name)])
+def test_a_folder_is_small_enough_to_be_taken_in(folder: str) -> None:
+    hidden = ("__init__.py", "__main__.py", "__pycache__", "py.typed")
+    entries = [path.name for path in (ROOT / folder).iterdir() if path.name not in hidden and path.suffix != ".so"]
+    limit = {"engine/pipelines": 19}.get(folder, MOST_ENTRIES)
+    assert len(entries) <= limit, sorted(entries)
 
 
 @pytest.mark.parametrize("room", ["kernels", "pipelines"])
 def test_rooms_at_the_top_import_little_of_engine(room: str) -> None:
-    allowed = {"kernels": {"kernels"}, "pipelines": {"pipelines", "kernels", "config", "files", "names"}}[room]
+    allowed = {
+        "kernels": ("engine.kernels",),
+        "pipelines": ("engine.pipelines", "engine.kernels", "engine.config"),
+    }
+    common = ("engine.common.files", "engine.common.lookup") if room == "pipelines" else ()
     for path in (ROOT / room).rglob("*.py"):
-        assert imports_of(path) <= allowed, path
+        for imported in imports_of(path):
+            assert imported.startswith(allowed[room]) or imported in common, (path, imported)
+
+
+@pytest.mark.parametrize("earlier", engine.EARLIER_NAMES)
+def test_earlier_names_lead_to_the_same_module(earlier: str) -> None:
+    now = engine.EARLIER_NAMES[earlier]
+    assert is_module(now)
+    assert not is_module(earlier), f"{earlier} is a file again: its earlier name hides nothing"
+    code = (
+        f"import importlib\nearlier = importlib.import_module({earlier!r})\n"
+        f"now = importlib.import_module({now!r})\n"
+        f"assert earlier is now and now.__spec__.name == now.__name__ == {now!r}\n"
+        f"from engine import {earlier.partition('.')[2]} as third\nassert third is now\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["methods"], ["recipes"], ["--version"]])
 def test_help_does_not_wait_for_torch(command: list[str]) -> None:
     code = (
-        "import sys\nfrom engine.cli import main\nsys.argv = ['engine'] + sys.argv[1:]\n"
+        "import sys\nfrom engine.commands.cli import main\nsys.argv = ['engine'] + sys.argv[1:]\n"
         "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code, leaving.code\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

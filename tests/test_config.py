@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine import config, yaml_text
+from engine import config
+from engine.common import yaml_text
+from engine.common.lookup import nearest
 from engine.config import (
     AttackSpec,
     LossConfig,
@@ -26,7 +28,6 @@ from engine.config import (
     validated,
 )
 from engine.methods import TABLE
-from engine.names import nearest
 
 
 def resolved(config: RunConfig) -> Any:

@@ -19,13 +19,15 @@ import torch
 import yaml
 
 import engine
-from engine import attack, config, evaluate, methods, models
-from engine.cli import _KEYS, commands
-from engine.data import Info
-from engine.evaluation import Report
+from engine import config, methods, models
+from engine.attacks import pgd
+from engine.commands.cli import _KEYS, commands
+from engine.commands.data import Info
+from engine.evaluation import measure
+from engine.evaluation.checkpoint import Report
 from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
-from engine.trainer import RunResult
+from engine.runs.trainer import RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -154,14 +156,14 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
         models.check(complete.model)
         datasets.check(complete.dataset)
-        evaluate.check_names((complete.eval.attack, *complete.eval.final))
+        measure.check_names((complete.eval.attack, *complete.eval.final))
         return RunResult(ROOT / "docs", {})
 
     def resume(path: Path, reporter: object, **keys: Any) -> RunResult:
         return RunResult(ROOT / "docs", {})
 
     def run(checkpoint: Path, attacks: list[str], reporter: object, **keys: Any) -> Report:
-        evaluate.check_names(attacks)
+        measure.check_names(attacks)
         models.check(keys["model"] or "resnet8")
         datasets.check(keys["dataset"] or "digits")
         return Report("", {}, None)
@@ -169,15 +171,15 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     def write(dataset: str, *arguments: Any, **keys: Any) -> None:
         datasets.check(dataset)
 
-    monkeypatch.setattr("engine.data.write", write)
-    monkeypatch.setattr("engine.report.write", lambda paths, out: None)
-    monkeypatch.setattr("engine.data.info", lambda path: Info((), (), ()))
-    monkeypatch.setattr("engine.launcher.count", lambda gpus, processes, device: 0)
-    monkeypatch.setattr("engine.rundir.RunDir.existing", lambda path: (None, config.load({})))
-    monkeypatch.setattr("engine.seeds.train", lambda *arguments, **keys: None)
-    monkeypatch.setattr("engine.trainer.train", train)
-    monkeypatch.setattr("engine.trainer.resume", resume)
-    monkeypatch.setattr("engine.evaluation.run", run)
+    monkeypatch.setattr("engine.commands.data.write", write)
+    monkeypatch.setattr("engine.runs.report.write", lambda paths, out: None)
+    monkeypatch.setattr("engine.commands.data.info", lambda path: Info((), (), ()))
+    monkeypatch.setattr("engine.system.launcher.count", lambda gpus, processes, device: 0)
+    monkeypatch.setattr("engine.runs.run_directory.RunDir.existing", lambda path: (None, config.load({})))
+    monkeypatch.setattr("engine.commands.seeds.train", lambda *arguments, **keys: None)
+    monkeypatch.setattr("engine.runs.trainer.train", train)
+    monkeypatch.setattr("engine.runs.trainer.resume", resume)
+    monkeypatch.setattr("engine.evaluation.checkpoint.run", run)
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
     assert outcome.code == 0, outcome.err
@@ -273,9 +275,9 @@ def test_the_configuration_table_names_every_choice() -> None:
 
 def test_the_attacks_are_listed_with_all_their_numbers() -> None:
     documented = {code(row[0])[0]: tuple(row[1:]) for row in rows("evaluation.md", "Attacks")}
-    assert {name: row[0] for name, row in documented.items()} == evaluate.COLUMNS
-    for name, spec in attack.presets().items():
-        assert documented[name][1] == attack.describe(spec)
+    assert {name: row[0] for name, row in documented.items()} == measure.COLUMNS
+    for name, spec in pgd.presets().items():
+        assert documented[name][1] == pgd.describe(spec)
 
 
 def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli: Any) -> None:

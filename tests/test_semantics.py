@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine import semantics
-from engine.attack import presets
+from engine.attacks.pgd import presets
 from engine.config import RunConfig, epochs_of, load
 from engine.methods import TABLE
 

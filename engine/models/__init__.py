@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.common.lookup import nearest
 from engine.models.mobilenetv2 import MobileNetV2
 from engine.models.normalize import Normalize, constants
 from engine.models.preactresnet import PreActResNet
 from engine.models.resnet import ResNet
 from engine.models.resnet50 import BottleneckResNet
 from engine.models.wideresnet import WideResNet
-from engine.names import nearest
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from engine.names import look_up
+from engine.common.lookup import look_up
 
 RGB = tuple[float, float, float]
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from engine import yaml_text
+from engine.common import yaml_text
+from engine.common.lookup import nearest
 from engine.config import Section, validated
-from engine.names import nearest
 
 _FILES = resources.files(__name__)
 

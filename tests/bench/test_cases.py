@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases
-from bench.cases import Case
+from bench.lib import cases
+from bench.lib.cases import Case
 from engine.kernels import reference
 
 CPU = torch.device("cpu")

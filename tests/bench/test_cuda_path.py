@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import cases, machine
 from bench.kernels import Bench
-from bench.timing import CudaClock
+from bench.lib import cases, machine
+from bench.lib.timing import CudaClock
 from engine.kernels import native
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import recorded

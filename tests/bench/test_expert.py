@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import expert, reference, steps
+from bench.lib import expert, reference, step_variants
 
 BATCH, SIZE, NUM_STEPS = 4, 16, 3
 
@@ -24,7 +24,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def made(method: str, compiler: Mapping[str, Any] | None, num_steps: int) -> tuple[nn.Module, expert.Step]:
     """A student and its step."""
-    student, at, st = (reference.plain(network) for network in steps._networks("resnet8", 10))
+    student, at, st = (reference.plain(network) for network in step_variants._networks("resnet8", 10))
     runs, t_at, t_st = (expert.Passes(network, nullcontext, compiler) for network in (student, at, st))
     setting = reference.Setting(method, num_steps=num_steps)
     return student, expert.Step(setting, runs, t_at, t_st, expert.sgd(student, 0.1))
@@ -90,7 +90,7 @@ def test_the_loss_stays_on_the_device() -> None:
 
 
 def test_baselines_are_of_torch_s_own_layers() -> None:
-    network = reference.plain(steps._networks("resnet8", 10)[0])
+    network = reference.plain(step_variants._networks("resnet8", 10)[0])
     layers = {type(module) for module in network.modules() if [*module.parameters(recurse=False)]}
     assert layers == {nn.Conv2d, nn.BatchNorm2d, nn.Linear}
 
@@ -99,7 +99,7 @@ def test_determinism_is_the_engine_s_alone() -> None:
     seen = {}
     cudnn = torch.backends.cudnn
     for name in ("textbook", "expert", "expert-fp32", "fp32", "amp", "all"):
-        with steps.VARIANTS[name].conditions():
+        with step_variants.VARIANTS[name].conditions():
             seen[name] = (cudnn.deterministic, cudnn.benchmark)
     assert seen == {
         "textbook": (False, False),

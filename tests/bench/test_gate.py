@@ -13,8 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import cases, gate, kernels, pipelines, step
+from bench import gate, kernels, pipelines, step
 from bench.gate import Mark, State
+from bench.lib import cases
 from engine.pipelines.choice import KINDS
 
 REAL_RUN, REAL_STATE = subprocess.run, gate.state_of

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import cases, gate, kernels
-from bench.results import Row
+from bench import gate, kernels
+from bench.lib import cases
+from bench.lib.csv_rows import Row
 from engine.kernels import dispatch
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine
-from bench.machine import Facts
+from bench.lib import machine
+from bench.lib.machine import Facts
 
 CPU = torch.device("cpu")
 

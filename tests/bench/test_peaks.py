@@ -15,13 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import peakcases, peaks, results
-from bench.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
-from bench.machine import Facts
-from bench.peakcases import BFLOAT16, FLOAT16, FLOAT32, TF32, Case, Format, Setting
+from bench import peaks
+from bench.lib import csv_rows, peak_cases
+from bench.lib.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from bench.lib.csv_rows import Measured, PeakRow
+from bench.lib.machine import Facts
+from bench.lib.peak_cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Case, Format, Setting
+from bench.lib.timing import Call, HostClock, QueuedClock
 from bench.peaks import Timed, Timer
-from bench.results import Measured, PeakRow
-from bench.timing import Call, HostClock, QueuedClock
 from tests.bench.readme import documented
 from tests.fake_cuda import FakeCuda
 
@@ -126,22 +127,22 @@ def test_operands_have_the_format_and_the_layout_of_the_case(layout: str) -> Non
     call: Any = one.make()
     for operand in call.args[:3]:
         assert operand.dtype == torch.bfloat16
-        assert operand.is_contiguous(memory_format=peakcases.LAYOUTS[layout])
+        assert operand.is_contiguous(memory_format=peak_cases.LAYOUTS[layout])
         assert operand.std() > 0.5  # random: not ones
 
 
 def test_batch_norm_is_timed_in_train_mode_and_against_autograd() -> None:
     torch.manual_seed(0)
     made = {
-        kind: peakcases._norm(kind, (4, 3, 5, 5), torch.float32, CPU.device, torch.channels_last)
-        for kind in (FORWARD, peakcases.BACKWARD)
+        kind: peak_cases._norm(kind, (4, 3, 5, 5), torch.float32, CPU.device, torch.channels_last)
+        for kind in (FORWARD, peak_cases.BACKWARD)
     }
     out: Any = made[FORWARD]()
     weights = out.grad_fn.next_functions[1][0].variable
     biases = out.grad_fn.next_functions[2][0].variable
     torch.testing.assert_close(out.mean((0, 2, 3)), biases)
     torch.testing.assert_close(out.std((0, 2, 3), unbiased=False), weights.abs(), rtol=1e-3, atol=1e-3)
-    gradients: Any = made[peakcases.BACKWARD]()
+    gradients: Any = made[peak_cases.BACKWARD]()
     dx, dw, db = gradients
     assert (dx.shape, dw.shape, db.shape) == ((4, 3, 5, 5), (3,), (3,))
     torch.testing.assert_close(dx.sum((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)  # the mean takes no gradient
@@ -178,7 +179,7 @@ def test_flags_are_the_case_s_and_then_what_they_were(
     inside: list[object] = []
 
     def broken() -> None:
-        with peakcases.settled(case(format=form, plan=plan)):
+        with peak_cases.settled(case(format=form, plan=plan)):
             inside.extend(flags())
             raise ZeroDivisionError
 
@@ -269,13 +270,13 @@ def test_a_time_that_is_none_is_a_failure_not_a_row(told: float, monkeypatch: py
     assert one.failed
     assert one.note == f"failed: RuntimeError: the clock told {told} s"
     with pytest.raises(ValueError, match="no times"):
-        results.peak_row(FACTS, case(), [1.0, told], "", None, None)
+        csv_rows.peak_row(FACTS, case(), [1.0, told], "", None, None)
 
 
 def test_each_plan_has_a_thread_of_its_own() -> None:
     """torch keeps plans by thread, and by a key that does not say how they were chosen."""
     machine = Machine(1.0)
-    plans = list(peakcases.PLANS)
+    plans = list(peak_cases.PLANS)
     timed(machine, 1000.0, [case(f"{plan}{number}", plan=plan) for number in range(2) for plan in plans])
     threads = [{*machine.threads[f"{plan}0"], *machine.threads[f"{plan}1"]} for plan in plans]
     assert [len(one) for one in threads] == [1, 1, 1]
@@ -345,7 +346,7 @@ def test_a_host_that_is_too_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_arithmetic_of_a_row() -> None:
     one = case("forward", flops=3 * 10**12, format=BFLOAT16, layout="channels-last", plan="heuristic", times=7)
-    row = results.peak_row(FACTS, one, [2.0, 1.0, 4.0], "", 6e12, 2**20 * 5.0)
+    row = csv_rows.peak_row(FACTS, one, [2.0, 1.0, 4.0], "", 6e12, 2**20 * 5.0)
     assert dataclasses.asdict(row) == pytest.approx(
         FACTS
         | {
@@ -355,7 +356,7 @@ def test_the_arithmetic_of_a_row() -> None:
             "bytes_moved": 2**20, "gb_per_s": 2**19 / 1e9, "share_of_copy": 0.1, "note": "",
         }
     )  # fmt: skip
-    silent = results.peak_row(FACTS, one, [], "why", 6e12, 1.0)
+    silent = csv_rows.peak_row(FACTS, one, [], "why", 6e12, 1.0)
     assert (silent.median_s, silent.q10_s, silent.tflop_per_s, silent.gb_per_s, silent.share_of_copy) == (
         None,
     ) * 5

@@ -19,9 +19,10 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from bench import chart, gate, loading, memory, photographs, pipelines, results, targets
-from bench.machine import Facts
-from bench.results import PipelineRow
+from bench import gate, pipelines
+from bench.lib import chart, csv_rows, loading, memory, photographs, targets
+from bench.lib.csv_rows import PipelineRow
+from bench.lib.machine import Facts
 from engine.pipelines import beton, ffcv
 from engine.pipelines.splits import Split
 from tests.bench.readme import documented
@@ -34,7 +35,7 @@ FACTS = Facts(
 
 
 def rows(samples: dict[str, Sequence[tuple[float, float]]], images: int = 1000) -> list[PipelineRow]:
-    return results.pipeline_rows(FACTS, "cifar10", 32, 128, images, samples)
+    return csv_rows.pipeline_rows(FACTS, "cifar10", 32, 128, images, samples)
 
 
 def test_a_row_holds_what_its_rounds_say() -> None:
@@ -57,7 +58,7 @@ def test_a_row_holds_what_its_rounds_say() -> None:
 
 
 def test_the_file_has_the_documented_columns(tmp_path: Path) -> None:
-    results.write(tmp_path / "pipelines.csv", rows({"dataloader": [(1, 1), (1, 1)], "ffcv": [(1, 1), (3, 2)]}))
+    csv_rows.write(tmp_path / "pipelines.csv", rows({"dataloader": [(1, 1), (1, 1)], "ffcv": [(1, 1), (3, 2)]}))
     with (tmp_path / "pipelines.csv").open(newline="") as file:
         _, second = csv.DictReader(file)
     shared = [*Facts.__annotations__]

@@ -10,11 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import predict, roofline
-from bench.roofline import GPUS, Hardware, Op, Passes
+from bench import predict
+from bench.lib import roofline
+from bench.lib.roofline import GPUS, Hardware, Op, Passes
 from engine import config, methods, models
-from engine.precision import Precision
-from engine.speed import forward_flops
+from engine.system.precision import Precision
+from engine.training.speed import forward_flops
 
 CPU = torch.device("cpu")
 F32, AMP = Precision(CPU, torch.float32), Precision(CPU, torch.float32, torch.bfloat16)

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from bench import profile
-from bench.machine import Facts
+from bench.lib.machine import Facts
 from bench.profile import NETWORK, NODE, STEP, Line, summed
 from engine import models
 from engine.config import load

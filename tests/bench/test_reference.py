@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import expert, reference
-from engine import config, methods, models, networks, optimizer
-from engine.attack import started
+from bench.lib import expert, reference
+from engine import config, methods, models
+from engine.attacks.pgd import started
 from engine.config import RunConfig
 from engine.pipelines.base import Batch
-from engine.precision import Precision
-from engine.step import training_loss
-from engine.streams import Lanes
+from engine.system.precision import Precision
+from engine.system.streams import Lanes
+from engine.training import networks, optimizer
+from engine.training.step import training_loss
 
 CPU = torch.device("cpu")
 CLASSES, BATCH, SIZE = 4, 6, 8

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import chart, results, targets
-from bench.cases import Case
-from bench.machine import Facts
-from bench.results import Row, quantiles, speedup
+from bench.lib import chart, csv_rows, targets
+from bench.lib.cases import Case
+from bench.lib.csv_rows import Row, quantiles, speedup
+from bench.lib.machine import Facts
 from tests.bench.readme import documented
 
 FACTS = Facts(
@@ -33,7 +33,7 @@ CASE = Case(
 
 
 def row(**changes: Any) -> Row:
-    (made,) = results.rows(
+    (made,) = csv_rows.rows(
         FACTS, replace(CASE, dtype=torch.float32), "call", {"native": [1, 1], "copy": [1, 1]}, 0
     )
     return replace(made, **changes)
@@ -57,7 +57,7 @@ def test_a_row_holds_what_its_rounds_say() -> None:
         "native": [2e-6, 1e-6, 4e-6],
         "copy": [1e-6, 1e-6, 8e-6],
     }
-    rows = {row.implementation: row for row in results.rows(FACTS, CASE, "graph", samples, cache_bytes=2**30)}
+    rows = {row.implementation: row for row in csv_rows.rows(FACTS, CASE, "graph", samples, cache_bytes=2**30)}
     assert rows.keys() == {"eager", "compile", "native"}
     assert asdict(rows["native"]) == pytest.approx(
         FACTS
@@ -88,12 +88,12 @@ def test_what_was_not_timed_is_not_compared_with() -> None:
 ])  # fmt: skip
 def test_beyond_the_cache_is_twice_its_size_and_64_mib(footprint: int, cache: int, beyond: bool) -> None:
     case = replace(CASE, footprint=footprint)
-    (made,) = results.rows(FACTS, case, "call", {"native": [1, 1], "copy": [1, 1]}, cache)
+    (made,) = csv_rows.rows(FACTS, case, "call", {"native": [1, 1], "copy": [1, 1]}, cache)
     assert made.beyond_cache is beyond
 
 
 def test_the_file_has_the_documented_columns_and_the_numbers(tmp_path: Path) -> None:
-    results.write(tmp_path / "kernels.csv", [row(median_s=1.23456789e-5, images_per_s=None), row(setting="a, b")])
+    csv_rows.write(tmp_path / "kernels.csv", [row(median_s=1.23456789e-5, images_per_s=None), row(setting="a, b")])
     with (tmp_path / "kernels.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
     assert list(first) == documented("kernels.csv") == [field.name for field in fields(Row)]

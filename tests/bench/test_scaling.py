@@ -10,10 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import roofline, scaling
-from bench.results import PredictedScalingRow, ScalingRow
+from bench import scaling
+from bench.lib import roofline
+from bench.lib.csv_rows import PredictedScalingRow, ScalingRow
 from bench.scaling import FABRIC, NVLINK
-from engine import config, plan
+from engine import config
+from engine.training import plan
 from tests.bench.readme import documented
 
 RUN = config.load({"method": "iad1", "model": "resnet18", "amp": True, "loss": {"warmup": 0}})

@@ -16,13 +16,16 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from bench import convolutions, epoch, gate, memory, meter, realepoch, results, step, steps, targets
-from bench.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
-from bench.machine import Facts
-from bench.meter import Peaks
-from bench.results import EpochRow, Measured, StepRow
-from engine import config, hostmemory, methods, models, plan
-from engine.speed import forward_flops
+from bench import epoch, gate, step
+from bench.lib import convolutions, csv_rows, memory, meter, real_epoch, step_variants, targets
+from bench.lib.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
+from bench.lib.csv_rows import EpochRow, Measured, StepRow
+from bench.lib.machine import Facts
+from bench.lib.meter import Peaks
+from engine import config, methods, models
+from engine.common import host_memory
+from engine.training import plan
+from engine.training.speed import forward_flops
 from tests.bench.readme import documented
 
 FACTS = Facts(
@@ -32,8 +35,10 @@ FACTS = Facts(
 CPU = torch.device("cpu")
 
 
-def workload(method: str = "iad1", model: str = "resnet8", batch_size: int = 2) -> steps.Workload:
-    return steps.Workload(method, model, batch_size, steps.images_of(steps.RANDOM, batch_size), CPU)
+def workload(method: str = "iad1", model: str = "resnet8", batch_size: int = 2) -> step_variants.Workload:
+    return step_variants.Workload(
+        method, model, batch_size, step_variants.images_of(step_variants.RANDOM, batch_size), CPU
+    )
 
 
 # ---------------------------------------------------------------- a network's convolutions
@@ -108,7 +113,7 @@ def test_seconds_are_weighted_by_their_number() -> None:
 @pytest.mark.parametrize("variant", ["textbook", "fp32", "amp", "amp-recompute", "amp-eval"])
 def test_a_variant_runs_the_operations_of_its_plan(variant: str, bf16: None) -> None:
     work = workload("iad1")
-    run = work.config(steps.VARIANTS[variant])
+    run = work.config(step_variants.VARIANTS[variant])
     row = methods.get("iad1", semantics=run.semantics, loss=run.loss)
     forward, first = forward_flops(models.build("resnet8", 10), (3, 32, 32))
     passes = plan.passes(row, run.attack, run.forwards)
@@ -116,13 +121,13 @@ def test_a_variant_runs_the_operations_of_its_plan(variant: str, bf16: None) -> 
     blocks = forward - first - 2 * 64 * 10
     if variant == "amp-recompute":
         expected += 2 * passes.trained * blocks
-    assert step.executed(work.step(steps.VARIANTS[variant])) == pytest.approx(expected, rel=1e-12)
+    assert step.executed(work.step(step_variants.VARIANTS[variant])) == pytest.approx(expected, rel=1e-12)
 
 
 def test_every_variant_trains(bf16: None) -> None:
     for name in ("textbook", "textbook-paper", "fp32", "amp-malloc", "amp", "amp-eval", "amp-recompute"):
-        run = workload().step(steps.VARIANTS[name])
-        for _ in range(steps.BATCHES + 1):  # beyond an epoch
+        run = workload().step(step_variants.VARIANTS[name])
+        for _ in range(step_variants.BATCHES + 1):  # beyond an epoch
             run()
 
 
@@ -134,7 +139,7 @@ def test_the_peak_of_a_process(bf16: None) -> None:
 
 
 def test_a_peak_can_be_forgotten() -> None:
-    hostmemory.give_back_freed()
+    host_memory.give_back_freed()
     torch.ones(2**26)
     assert memory.mebibytes("VmHWM") - memory.mebibytes("VmRSS") > 200
     memory.forget_peak()
@@ -143,10 +148,10 @@ def test_a_peak_can_be_forgotten() -> None:
 
 def test_variants_settle_how_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(hostmemory, "keep_freed", lambda: said.append("keep"))
-    monkeypatch.setattr(hostmemory, "give_back_freed", lambda: said.append("give back"))
+    monkeypatch.setattr(host_memory, "keep_freed", lambda: said.append("keep"))
+    monkeypatch.setattr(host_memory, "give_back_freed", lambda: said.append("give back"))
     for name in ("textbook", "textbook-paper", "fp32", "amp-malloc", "amp"):
-        steps.VARIANTS[name].settle()
+        step_variants.VARIANTS[name].settle()
     assert said == ["give back", "give back", "keep", "give back", "keep"]
 
 
@@ -158,7 +163,9 @@ def rows(**speeds: Sequence[float]) -> list[StepRow]:
     samples = {name.replace("_", "-"): list(seconds) for name, seconds in speeds.items()}
     work = workload("iad1", "resnet18", 128)
     peaks = {name: Peaks(1000.0 if name == "textbook" else 300.0, 400.0, 500.0) for name in samples}
-    return [results.step_row(FACTS, work, name, samples, 2, [1.0, 2.0, 1.5], 3 * 10**9, peaks) for name in samples]
+    return [
+        csv_rows.step_row(FACTS, work, name, samples, 2, [1.0, 2.0, 1.5], 3 * 10**9, peaks) for name in samples
+    ]
 
 
 def test_the_arithmetic_of_a_row() -> None:
@@ -309,7 +316,7 @@ def test_the_numbers_of_a_real_epoch_are_the_trainer_s(tmp_path: Path, bf16: Non
         "method": "ard", "model": "resnet8", "batch_size": 16, "dataset": "digits", "device": "cpu",
         "limit_train": 40, "limit_test": 10, "attack": {"num_steps": 1}, "eval": {"probe_size": 10},
     }  # fmt: skip
-    found = realepoch.run(keys, tmp_path)
+    found = real_epoch.run(keys, tmp_path)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     of_epochs = [row for row in map(json.loads, lines) if row["event"] == "epoch"]
     assert [row["phase"] for row in of_epochs] == ["ard", "ard"]
@@ -328,13 +335,13 @@ def real(tmp_path: Path, *arguments: object) -> tuple[Any, list[dict[str, str]]]
 
 
 def test_a_method_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(keys: dict[str, Any], timeout: float | None) -> realepoch.Epoch:
+    def timed(keys: dict[str, Any], timeout: float | None) -> real_epoch.Epoch:
         if keys["method"] == "iad1":
             raise ChildProcessError("its process ended with exit code 9")
         assert (keys["amp"], keys["limit_train"], timeout) == (True, 200, None)
-        return realepoch.Epoch(200, 2, {"ard": 4.0, "akd2": 3.0, "iad2": 5.0}[keys["method"]], 1.5, Peaks(7.0))
+        return real_epoch.Epoch(200, 2, {"ard": 4.0, "akd2": 3.0, "iad2": 5.0}[keys["method"]], 1.5, Peaks(7.0))
 
-    monkeypatch.setattr(realepoch, "timed", timed)
+    monkeypatch.setattr(real_epoch, "timed", timed)
     done, written = real(tmp_path, "--limit-train", 200)
     assert done.exit_code == 1
     assert "iad1: its process ended with exit code 9" in done.output
@@ -348,7 +355,7 @@ def test_a_method_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeyp
 def test_what_no_longer_fits_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.0, 0.0, 60.0, 60.0, 60.0, 110.0, 110.0, 110.0])
     monkeypatch.setattr("bench.epoch.time.monotonic", lambda: next(now))
-    monkeypatch.setattr(realepoch, "timed", lambda keys, left: realepoch.Epoch(1, 1, 1.0, 1.0, Peaks(1.0)))
+    monkeypatch.setattr(real_epoch, "timed", lambda keys, left: real_epoch.Epoch(1, 1, 1.0, 1.0, Peaks(1.0)))
     done, written = real(tmp_path, "--budget", 130)
     assert done.exit_code == 1
     assert [row["method"] for row in written] == ["ard", "iad1"]
@@ -365,7 +372,7 @@ def test_options_that_do_not_go_together_are_refused(flags: tuple[object, ...]) 
 def test_a_process_that_fails_is_told_of() -> None:
     keys = {"method": "ard", "dataset": "digits", "model": "no network"}
     with pytest.raises(ChildProcessError, match="exit code 1"):
-        realepoch.timed(keys, None)
+        real_epoch.timed(keys, None)
 
 
 # ---------------------------------------------------------------- what nvidia-smi tells

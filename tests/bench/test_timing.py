@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from bench.timing import Call, Candidate, HostClock, calls_within, interleaved, preferring, rotated, warm_up
+from bench.lib.timing import Call, Candidate, HostClock, calls_within, interleaved, preferring, rotated, warm_up
 
 
 class Script:

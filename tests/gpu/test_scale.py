@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import trainer
-from tests.test_distributed import assert_same_trajectory
+from engine.runs import trainer
+from tests.system.test_distributed import assert_same_trajectory
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import steps
-from engine import networks, precision
+from bench.lib import step_variants
+from engine.system import precision
+from engine.training import networks
 from tests.gpu.stage import no_wait
 
 METHODS = ("at", "trades", "ard", "akd2", "iad1", "iad2")
@@ -19,8 +20,8 @@ STEPS = 4  # the first is warm, the second captures, and two are replayed
 
 def trained(method: str, **keys: Any) -> dict[str, Tensor]:
     """The student after a few steps of ResNet-18 on random images."""
-    images = steps.images_of(steps.RANDOM, 32)
-    workload = steps.Workload(method, "resnet18", 32, images, torch.device("cuda:0"))
+    images = step_variants.images_of(step_variants.RANDOM, 32)
+    workload = step_variants.Workload(method, "resnet18", 32, images, torch.device("cuda:0"))
     with precision.deterministic(), pytest.MonkeyPatch.context() as patch:
         build = networks.build
         students: list[torch.nn.Module] = []
@@ -30,7 +31,7 @@ def trained(method: str, **keys: Any) -> dict[str, Tensor]:
             return build(student, *rest)
 
         patch.setattr(networks, "build", noted)
-        step = workload.step(steps.Variant("", PLAIN | {"amp": True} | keys))
+        step = workload.step(step_variants.Variant("", PLAIN | {"amp": True} | keys))
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
@@ -52,9 +53,9 @@ def test_lanes_have_the_bits_of_one_lane(method: str) -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"graphs": "on", "lanes": "on"}, {"compile": "on"}], ids=str)
 def test_no_step_waits_for_the_device(keys: dict[str, str]) -> None:
-    images = steps.images_of(steps.RANDOM, 32)
-    workload = steps.Workload("iad1", "resnet8", 32, images, torch.device("cuda:0"))
-    step = workload.step(steps.Variant("", PLAIN | {"amp": True} | keys))
+    images = step_variants.images_of(step_variants.RANDOM, 32)
+    workload = step_variants.Workload("iad1", "resnet8", 32, images, torch.device("cuda:0"))
+    step = workload.step(step_variants.Variant("", PLAIN | {"amp": True} | keys))
     for _ in range(3):
         step()
     with no_wait():

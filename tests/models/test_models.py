@@ -13,8 +13,8 @@ from engine.models import normalize
 from engine.models.normalize import CONSTANTS, Normalize, constants
 from engine.models.resnet import ResNet
 from engine.models.resnet50 import BottleneckResNet
+from engine.models.weights import architecture_of
 from engine.models.wideresnet import WideResNet
-from engine.weights import architecture_of
 
 State = dict[str, Tensor]
 

@@ -1,0 +1,91 @@
+"""The attack of the training: x~ against the student as it is now (Eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from engine.attacks.pgd import climb, started
+from engine.attacks.twin import Pass, Twin
+from engine.config import AttackSpec
+from engine.pipelines.base import Batch
+from engine.system.precision import Precision
+
+
+class Adversary:
+    """Crafts adversarial images on a frozen twin of the student.
+
+    seed: of the random starts. counts: (2,) int64, to which the zero and the non-finite entries of all gradients
+    are added. run: makes the twin's pass, e.g. a compiled one.
+    capture: on a GPU, the twin's refresh and all steps of the attack are captured as one CUDA graph at the second
+    batch, and replayed for every batch of its shape; a batch of another shape is attacked op by op.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        spec: AttackSpec,
+        precision: Precision,
+        *,
+        seed: int = 0,
+        counts: Tensor | None = None,
+        run: Callable[[nn.Module], Pass] = lambda module: module,
+        capture: bool = False,
+    ) -> None:
+        self.twin = Twin(student, spec.bn, precision, run)
+        self._spec, self._seed, self._counts = spec, seed, counts
+        self._loss_scale = precision.attack_loss_scale
+        self._capture = capture
+        self._seen: torch.Size | None = None
+        self._graph: _Graph | None = None
+
+    def __call__(self, batch: Batch, epoch: int) -> Tensor:
+        """x_adv (B, C, H, W), detached. A captured one is overwritten by the next call."""
+        with record_function("attack"):
+            return self._craft(batch, epoch)
+
+    def release(self) -> None:
+        """Let go of the captured graph and its memory; another may be captured later."""
+        self._graph = self._seen = None
+
+    def _craft(self, batch: Batch, epoch: int) -> Tensor:
+        x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
+        if not self._capture:
+            self._climb(x_adv, batch.x_nat, batch.labels)
+            return x_adv
+        if self._graph is None and self._seen == x_adv.shape:
+            self._graph = _Graph(self._climb, x_adv, batch.x_nat, batch.labels)
+        if self._graph is not None and self._graph.fits(x_adv):
+            return self._graph.replay(x_adv, batch.x_nat, batch.labels)
+        self._seen = x_adv.shape  # whatever compiles or chooses an algorithm does so in a batch before the capture
+        self._climb(x_adv, batch.x_nat, batch.labels)
+        return x_adv
+
+    def _climb(self, x_adv: Tensor, x_nat: Tensor, labels: Tensor) -> None:
+        self.twin.refresh()
+        climb(self.twin, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self._counts)
+
+
+class _Graph:
+    """A call captured as a CUDA graph, with the tensors that it reads and writes."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor, Tensor], None], *like: Tensor) -> None:
+        self._tensors = [torch.empty_like(tensor) for tensor in like]
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: the threads that load images may allocate meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            call(*self._tensors)
+
+    def fits(self, x_adv: Tensor) -> bool:
+        """Whether it was captured for that shape."""
+        return self._tensors[0].shape == x_adv.shape
+
+    def replay(self, *tensors: Tensor) -> Tensor:
+        """Run it on these values; the first tensor, as it is then."""
+        for own, given in zip(self._tensors, tensors, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._tensors[0]

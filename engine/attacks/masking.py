@@ -1,0 +1,79 @@
+"""Whether gradients are hidden from the attack, so that robustness looks better than it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.attacks.pgd import batch_norm_mode, frozen, pgd, started
+from engine.config import AttackSpec
+from engine.system.precision import Precision, full_precision
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+# What a healthy run stays far away from: docs/performance.md shows measured values.
+MOST_ZEROS = 0.5
+LEAST_AGREEMENT = 0.7
+LARGEST_GAP = 0.05
+# Of the images of an evaluation, those that it could not attack: so much may their accuracy be too high.
+MOST_MASKED = 0.01
+
+
+def probe(
+    student: nn.Module, x_nat: Tensor, labels: Tensor, spec: AttackSpec, precision: Precision, *, seed: int
+) -> dict[str, Any]:
+    """The attack under AMP beside the same attack in full precision, on a fixed set of images, in evaluation mode.
+
+    probe_amp_sign_agreement: share of the entries of the first input gradient that have the same sign.
+    probe_amp_accuracy_gap: accuracy under the attack crafted with AMP less that under the attack crafted without,
+    both measured in full precision. Positive: AMP makes the attack weaker.
+    """
+    start = started(x_nat, spec, seed=seed)
+
+    def crafted(autocast: Autocast, loss_scale: float) -> tuple[Tensor, Tensor]:
+        signs = _gradient(student, start, labels, autocast, loss_scale).sign()
+        x_adv = pgd(student, x_nat, labels, spec, seed=seed, autocast=autocast, loss_scale=loss_scale)
+        with torch.no_grad():
+            return signs, (student(x_adv).argmax(dim=1) == labels).double().mean()
+
+    with batch_norm_mode(student, "eval"), frozen(student), full_precision():
+        signs, accuracy = crafted(nullcontext, 1.0)
+        amp_signs, amp_accuracy = crafted(precision.autocast, precision.attack_loss_scale)
+    agreement, gap = torch.stack([(signs == amp_signs).double().mean(), amp_accuracy - accuracy]).tolist()
+    return {"probe_amp_sign_agreement": agreement, "probe_amp_accuracy_gap": gap}
+
+
+def _gradient(student: nn.Module, images: Tensor, labels: Tensor, autocast: Autocast, loss_scale: float) -> Tensor:
+    """That of the cross-entropy with respect to the images."""
+    images = images.detach().requires_grad_()
+    with autocast():
+        logits_BC = student(images)
+    loss = F.cross_entropy(logits_BC.float(), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss_scale * loss, images)
+    return gradient
+
+
+def complaint(row: Mapping[str, Any]) -> str:
+    """What an epoch's row says against the attack of the training; empty where all is well."""
+    found = []
+    if (zeros := row.get("attack_zero_gradients", 0.0)) > MOST_ZEROS:
+        found.append(f"{zeros:.1%} of the attack's gradients are zero (limit {MOST_ZEROS:.0%})")
+    if (broken := row.get("attack_non_finite_gradients", 0.0)) > 0:
+        found.append(f"{broken:.2%} of the attack's gradients are not finite")
+    if (masked := row.get("robust_masked") or 0.0) > MOST_MASKED:
+        found.append(
+            f"{masked:.1%} of the held-out images kept their class although their gradient was zero "
+            f"(limit {MOST_MASKED:.0%})"
+        )
+    if (agreement := row.get("probe_amp_sign_agreement", 1.0)) < LEAST_AGREEMENT:
+        found.append(
+            f"AMP agrees with full precision on {agreement:.1%} of the signs (limit {LEAST_AGREEMENT:.0%})"
+        )
+    if (gap := row.get("probe_amp_accuracy_gap", 0.0)) > LARGEST_GAP:
+        found.append(f"accuracy under the attack is {gap:.1%} higher with AMP (limit {LARGEST_GAP:.0%})")
+    return "; ".join(found)

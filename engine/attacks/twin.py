@@ -1,0 +1,156 @@
+"""Networks that are run and not trained: the student under attack, and the teachers.
+
+A twin is a network's frozen copy in the form that costs least to run. It needs no gradient of a weight and so
+keeps no activation for one; its weights are converted to half precision once, and not in every pass; in evaluation
+mode BatchNorm has become part of the convolutions; and its mode never changes, so that a compiled or captured pass
+of it stays valid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.attacks.pgd import bn_mode
+from engine.models.layers import Classifier, ImageConv2d, Stage
+from engine.system.precision import Precision
+
+Pass = Callable[[Tensor], Tensor]
+
+
+class _Folded(NamedTuple):
+    """A convolution that has taken in the BatchNorm after it, and the two originals."""
+
+    conv: nn.Conv2d
+    original: nn.Conv2d
+    norm: _BatchNorm
+
+
+class Twin:
+    """A frozen copy of a network. Images (B, 3, H, W) to logits (B, C), in the precision of the run's passes.
+
+    network: the original; its mode and flags stay. bn: how BatchNorm runs, as `AttackSpec.bn`. "eval": by running
+    statistics, folded into the convolution before it where there is one; "train": by those of the batch, and the
+    original's running statistics move; "batch": by those of the batch, and the running ones stay.
+    run: makes the pass of the module, e.g. a compiled one.
+    follows: False lets go of the original, of which nothing that is converted or folded is kept in memory.
+
+    What is neither converted nor folded is shared with the original; the rest is as it was at the last `refresh`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        bn: str,
+        precision: Precision,
+        run: Callable[[nn.Module], Pass] = lambda module: module,
+        *,
+        follows: bool = True,
+    ) -> None:
+        mode = bn_mode(bn)
+        self.module = copy.deepcopy(network).requires_grad_(False).train(mode.by_batch)
+        self._precision = precision
+        self._converted: list[tuple[Tensor, Tensor]] = []
+        self._folded: list[_Folded] = []
+        for name, original in network.named_modules():
+            self._take(original, self.module.get_submodule(name), statistics_move=mode.tracked)
+        for conv, norm in [] if mode.by_batch else conv_bn_pairs(self.module):
+            self._fold(network, conv, norm)
+        self.refresh()
+        if not follows:
+            self._converted, self._folded = [], []
+        self._pass = run(self.module)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of the images, never in half precision."""
+        with self._precision.autocast(cached=False):  # nothing is left to convert
+            logits_BC = self._pass(images)
+        return logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the original's weights, and where BatchNorm is folded its statistics."""
+        if self._converted:
+            own, originals = zip(*self._converted, strict=True)
+            torch._foreach_copy_(own, originals)
+        for conv, original, norm in self._folded:
+            assert conv.bias is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            scale_C = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            conv.weight.copy_(original.weight * scale_C[:, None, None, None])
+            mean_C = norm.running_mean if original.bias is None else norm.running_mean - original.bias
+            conv.bias.copy_(norm.bias - mean_C * scale_C)
+
+    def _take(self, original: nn.Module, own: nn.Module, *, statistics_move: bool) -> None:
+        """Make a module's tensors the original's, or copies in half precision."""
+        if isinstance(own, Stage):
+            own.recompute = False  # of a frozen pass half as much is kept as of one that is trained
+        if isinstance(own, _BatchNorm):
+            own.track_running_stats = own.track_running_stats and statistics_move
+        own._buffers.update(original._buffers)
+        half = self._precision.amp_dtype if _runs_in_half(own) else None
+        for name, value in original.named_parameters(recurse=False):
+            taken = nn.Parameter(value.detach() if half is None else value.detach().to(half), requires_grad=False)
+            own.register_parameter(name, taken)
+            if half is not None:
+                self._converted.append((taken, value))
+
+    def _fold(self, network: nn.Module, conv_name: str, norm_name: str) -> None:
+        conv, original = self.module.get_submodule(conv_name), network.get_submodule(conv_name)
+        norm = network.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(original, nn.Conv2d)
+        assert isinstance(norm, _BatchNorm)
+        self._converted = [pair for pair in self._converted if pair[1] not in set(original.parameters())]
+        conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
+        conv.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
+        self.module.set_submodule(norm_name, nn.Identity())
+        self._folded.append(_Folded(conv, original, norm))
+
+
+def _runs_in_half(module: nn.Module) -> bool:
+    """Autocast would convert its weights."""
+    return isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, ImageConv2d | Classifier)
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network down to its layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def conv_bn_pairs(network: nn.Module) -> list[tuple[str, str]]:
+    """Names of each convolution whose only reader is a BatchNorm with running statistics, and of that BatchNorm.
+
+    There are none in a network whose way depends on its input.
+    """
+    try:
+        nodes = list(_Tracer().trace(network).nodes)
+    except fx.proxy.TraceError:
+        return []
+    calls = [node.target for node in nodes if node.op == "call_module"]
+    pairs = []
+    for node in nodes:
+        if node.op != "call_module" or not node.args or not isinstance(before := node.args[0], fx.Node):
+            continue
+        if before.op != "call_module" or len(before.users) != 1:
+            continue
+        conv, norm = network.get_submodule(str(before.target)), network.get_submodule(str(node.target))
+        if (
+            isinstance(conv, nn.Conv2d)
+            and isinstance(norm, _BatchNorm)
+            and norm.track_running_stats
+            and norm.affine
+            and calls.count(before.target) == calls.count(node.target) == 1
+        ):
+            pairs.append((str(before.target), str(node.target)))
+    return pairs

@@ -1,0 +1,143 @@
+"""Files that are there whole or not at all, files that can be read without waiting, and the engine's own."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_HALF_WRITTEN = ".tmp"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside the given one to write to; at the end it is flushed to the disk and takes the other's place.
+
+    After an exception it is removed, and what was in the place before stays. Raises OSError as `regular` does.
+    """
+    if path.exists():
+        regular(path)  # a device or a FIFO is not taken for a file that may be replaced
+    with _beside(path) as beside:
+        yield beside
+        _flush(beside)
+        beside.replace(path)
+    _flush_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by new content, or leave the old one whole: write beside it, flush to the disk, rename."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write readable JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def create(path: Path, content: bytes) -> None:
+    """Write a new file, whole or not at all. Raises FileExistsError where one is there, however it came there."""
+    with _beside(path) as beside:
+        beside.write_bytes(content)
+        _flush(beside)
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with path.open("xb") as file:
+                file.write(content)
+    _flush_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed left half-written; what others are writing now stays."""
+    for path in folder.glob(f".*{_HALF_WRITTEN}"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new file beside a path, of a name that nobody else has, removed at the end if it is still there.
+
+    It is locked meanwhile: so `remove_leftovers` knows that its process lives, in whatever container.
+    """
+    while True:
+        beside = path.with_name(f".{secrets.token_hex(8)}{_HALF_WRITTEN}")
+        with beside.open("xb") as held:
+            with contextlib.suppress(OSError):  # a file system without locks, where no leftover is removed either
+                fcntl.flock(held, fcntl.LOCK_EX)
+            if not os.fstat(held.fileno()).st_nlink:  # taken for a leftover before it was locked
+                continue
+            try:
+                yield beside
+            finally:
+                beside.unlink(missing_ok=True)
+        return
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """So that a new name in it survives a power failure."""
+    if os.name == "posix":
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def expanded(argument: str, path: str | Path) -> Path:
+    """The path with ~ and ~user replaced. Raises ValueError, naming the argument, where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{argument}: {path} begins with a user who has no home here") from None
+
+
+def regular(path: Path, most: int | None = None) -> Path:
+    """The path itself, of a file that can be read without waiting and has at most so many bytes.
+
+    Raises OSError, with the path, for a FIFO, a device, a socket or a folder, and for a larger file.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a FIFO, a device or a socket, and no file", str(path))
+    if most is not None and status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, and {most:,} are the most", str(path))
+    return path
+
+
+def cache_dir() -> Path:
+    """$ENGINE_CACHE, else iad-engine in $XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("ENGINE_CACHE"):
+        return expanded("ENGINE_CACHE", given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iad-engine"
+
+
+@functools.cache
+def code() -> str:
+    """Hash of the files that run: an edited source tree has the version of the one it was."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    paths = {path for room in (root, root / "kernels", root / "pipelines") for path in room.rglob("*")}
+    for path in sorted(path for path in paths if path.suffix in (".py", ".so")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Accuracy under attacks: measured, kept when stopped, reported."""

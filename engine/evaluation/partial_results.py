@@ -1,0 +1,138 @@
+"""What an evaluation has measured so far, batch by batch, so that one that was stopped does not begin again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from engine.common.stopping import RunFailed
+
+_TRIES = 100
+
+
+class Measured(NamedTuple):
+    """One batch under one attack.
+
+    survived: a digit for each image, how many parts of the attack it stood. excess: how far the farthest image
+    lies outside. entries, zeros, not_finite: of the gradients. masked: images that kept their class although their
+    gradient was mostly zero. flags: a bit for each of AutoAttack's checks.
+    """
+
+    survived: str
+    excess: float
+    seconds: float
+    entries: int
+    zeros: int
+    not_finite: int
+    masked: int
+    flags: int
+
+
+class Ledger:
+    """Notes of several attacks: of each a folder, named by all that decides its numbers, with files that grow.
+
+    Every process of an evaluation writes a file of its own. The main one holds the folders: while it does, no
+    other evaluation of the same removes them.
+    """
+
+    def __init__(self, root: Path, identities: Mapping[str, str], rank: int = 0) -> None:
+        """identities: of each attack, a hash of all that decides its numbers."""
+        self._root = root
+        self._folders = {attack: root / identity[:16] for attack, identity in identities.items()}
+        self._name = f"{rank}-{secrets.token_hex(8)}.jsonl"
+        self._files: dict[str, BinaryIO] = {}
+        self._held: dict[Path, int] = {}
+
+    def hold(self) -> None:
+        """Make the folders, and keep others from removing them. Raises OSError where they cannot be made."""
+        for folder in self._folders.values():
+            if folder not in self._held:
+                self._held[folder] = _held(folder)
+
+    def others(self) -> int:
+        """Evaluations with other settings that have notes here: stopped, or at work."""
+        mine = {folder.name for folder in self._folders.values()}
+        return sum(path.name not in mine for path in self._root.iterdir())
+
+    def known(self, attack: str) -> dict[int, Measured]:
+        """What any process measured, by the batch's number. What is no whole note is left out."""
+        found: dict[int, Measured] = {}
+        for path in sorted(self._folders[attack].glob("*.jsonl")):
+            for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+                if (note := read_note(line)) is not None:
+                    found[note[0]] = note[1]
+        return found
+
+    def add(self, attack: str, batch: int, measured: Measured) -> None:
+        """Note a batch: on the disk when this returns. Raises RunFailed where that cannot be."""
+        try:
+            if attack not in self._files:
+                self._files[attack] = (self._folders[attack] / self._name).open("ab")
+            file = self._files[attack]
+            file.write(note_of(batch, measured) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise RunFailed(
+                f"{self._folders[attack]}: {error.strerror}; what was measured is kept: the same command goes on"
+            ) from None
+
+    def release(self, *, done: bool) -> None:
+        """Let go. done: the results are safe, and so the notes are removed where no other evaluation uses them."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # a full disk, which `add` has told of
+                file.close()
+        for folder, descriptor in self._held.items():
+            with contextlib.suppress(OSError):  # another evaluation is at work in it, or there are notes in it
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if done:
+                    shutil.rmtree(folder)
+                else:
+                    folder.rmdir()
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            self._root.rmdir()
+        self._files, self._held = {}, {}
+
+
+def _held(folder: Path) -> int:
+    """The descriptor of a folder, made where it is not there, that is locked against its removal."""
+    for _ in range(_TRIES):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another evaluation has just removed it
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor
+        os.close(descriptor)
+    raise FileNotFoundError(2, os.strerror(2), str(folder))
+
+
+def note_of(batch: int, measured: Measured) -> bytes:
+    """The line of a batch: a SHA-256, and the JSON that it is of."""
+    text = json.dumps({"batch": batch, **measured._asdict()}).encode()
+    return _digest(text) + b" " + text
+
+
+def read_note(line: bytes) -> tuple[int, Measured] | None:
+    """Number of the batch and what was measured; None of a line that was cut off or changed."""
+    digest, _, text = line.partition(b" ")
+    if digest != _digest(text):
+        return None
+    note = json.loads(text)
+    return note.pop("batch"), Measured(**note)
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()

@@ -1,0 +1,267 @@
+"""Checkpoints: everything that a resumed run needs to go on as if it had not stopped.
+
+Random numbers are pure functions of (seed, epoch, sample) and the learning rate is one of the epoch, so
+progress is all there is to remember of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, StringConstraints
+from torch import Tensor, nn
+
+from engine.config import RunConfig
+from engine.training.learner import Learner
+from engine.common.lookup import check_known
+from engine.pipelines.choice import KINDS
+from engine.training.telemetry import TOTALS, Totals
+from engine.common.tensor_files import fault, read_tensors, shown, write_tensors
+from engine.models.weights import FORMAT, Part, Record, check_own, made_by
+
+Natural = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """{} before the first epoch; else what a run reads of it must be there."""
+    wanted = {"epoch": int, "natural_accuracy": float, "robust_accuracy": float}
+    if row and not all(isinstance(row.get(key), kind) for key, kind in wanted.items()):
+        raise ValueError(f"a row of an epoch has {', '.join(wanted)}")
+    return row
+
+
+def _totals(totals: dict[str, float]) -> dict[str, float]:
+    if totals and set(totals) != set(TOTALS):
+        raise ValueError("they are not the sums of this version")
+    return totals
+
+
+def _kind(kind: str) -> str:
+    check_known("pipeline", kind, KINDS)
+    return kind
+
+
+EpochRow = Annotated[dict[str, JsonValue], AfterValidator(_row)]
+
+
+class Progress(Part):
+    """How far a run has come.
+
+    epoch and step_in_epoch name the next batch; step counts all batches so far. Where step_in_epoch equals the
+    number of steps of an epoch, the epoch is trained and its evaluation is due.
+    totals: telemetry of this epoch, read so far. best and last: epoch rows, {} before the first.
+    rows_size: length of metrics.jsonl that belongs to this state.
+    """
+
+    epoch: Natural = 0
+    step_in_epoch: Natural = 0
+    step: Natural = 0
+    totals: Annotated[Totals, AfterValidator(_totals)] = Field(default_factory=dict)
+    best: EpochRow = Field(default_factory=dict)
+    last: EpochRow = Field(default_factory=dict)
+    rows_size: Natural = 0
+
+
+def _whole(value: object) -> object:
+    """In a file nothing may be left out."""
+    if isinstance(value, dict) and (missing := [key for key in Progress.model_fields if key not in value]):
+        raise ValueError(f"its {missing[0]!r} is missing")
+    return value
+
+
+class Best(Record):
+    """What best.pt holds."""
+
+    progress: Annotated[Progress, BeforeValidator(_whole)]
+    metrics: EpochRow
+
+
+class Sums(Part):
+    """What the telemetry had not read yet."""
+
+    sums: Tensor
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Group(Part):
+    """Parameters that are optimized alike; all else that it holds is in the configuration."""
+
+    lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Optimizer(Part):
+    """The optimizer's state."""
+
+    state: dict[int, dict[str, Tensor | None]]
+    param_groups: Annotated[list[Group], Field(min_length=1, max_length=1)]
+
+
+class Last(Best):
+    """What last.pt holds."""
+
+    optimizer: Optimizer
+    scaler: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    micro_batch: Annotated[int, Field(ge=1)] | None
+    averaged: dict[str, Tensor] | None = None
+    telemetry: Sums
+    pipeline: Annotated[str, AfterValidator(_kind)]
+    data_sha256: Sha256
+    teachers_sha256: dict[str, Sha256]
+    init_sha256: Sha256 | None = None
+
+
+def student_part(student: nn.Module, config: RunConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What every checkpoint holds: the weights under `student`, and what is needed to build the network."""
+    return {
+        "format": FORMAT,
+        "model": {"name": config.model, "num_classes": len(class_names), "normalize": config.normalize},
+        "dataset": config.dataset,
+        "class_names": list(class_names),
+        "config": config.tree(),
+        "made_by": made_by(),
+        "student": student.state_dict(),
+    }
+
+
+def content(part: dict[str, Any], progress: Progress, **parts: object) -> dict[str, Any]:
+    """What a file holds. part: see `student_part`; parts: further state, such as optimizer and scaler."""
+    return part | {"progress": progress.model_dump(), "metrics": progress.last} | parts
+
+
+class Saver:
+    """Writes checkpoints beside the training, one after the other, each atomically.
+
+    A context: at its end everything is written. What goes wrong in writing is raised by the next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+
+    def save(self, *files: tuple[Path, dict[str, Any]]) -> None:
+        """Copy the contents to the host's memory, and have them written in that order; returns before they are.
+
+        Waits only for what the call before gave.
+        """
+        self.wait()
+        copies = [(path, _copy(content)) for path, content in files]
+
+        def write() -> None:
+            for path, content in copies:
+                write_tensors(path, content)
+
+        self._writing = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Return when everything is written. Raises OSError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:  # else what happened before is told
+                raise
+        finally:
+            self._thread.shutdown()
+
+
+def _copy(value: Any) -> Any:
+    """Nested values with their tensors copied to the host's memory."""
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(inner) for inner in value)
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def read(path: Path, kind: type[Best] = Last) -> dict[str, Any]:
+    """Read last.pt, or the best.pt, of a run. Raises ValueError, one line, where it is damaged or is none."""
+    try:
+        content = read_tensors(path)
+        if not isinstance(content.value, dict) or "format" not in content.value:
+            raise ValueError(f"{path}: is no checkpoint of a run: it has no key 'format'")
+        check_own(path, content, kind)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
+    value: dict[str, Any] = content.value
+    return value
+
+
+def check_fit(path: Path, saved: Mapping[str, Any], learner: Learner, steps_per_epoch: int) -> None:
+    """Raise ValueError, one line naming file and key, where a checkpoint's state is not of this very training."""
+    try:
+        progress = Progress(**saved["progress"])
+        if progress.step_in_epoch > steps_per_epoch or (
+            progress.step != progress.epoch * steps_per_epoch + progress.step_in_epoch
+        ):
+            raise ValueError(
+                f"the key 'progress' holds step {progress.step}, epoch {progress.epoch} and "
+                f"{progress.step_in_epoch} steps in it, and an epoch has {steps_per_epoch}"
+            )
+        if (progress.epoch > 0) != bool(progress.best) or bool(progress.best) != bool(progress.last):
+            raise ValueError(f"the key 'progress' holds {progress.epoch} epochs, and no rows that fit them")
+        _same("student", saved["student"], learner.student.state_dict())
+        _momentum_fits(saved["optimizer"]["state"], list(learner.student.parameters()))
+        if learner.average is not None:
+            _same("averaged", saved.get("averaged") or {}, learner.average.state_dict())
+        sums = saved["telemetry"]["sums"]
+        if fault(sums) or sums.dim() != 2 or not len(sums) or sums.shape[1] != len(TOTALS) - 1:
+            raise ValueError(f"the key 'telemetry.sums' holds no table of {len(TOTALS) - 1} sums")
+        scaler = learner.scaler.state_dict()
+        if saved["scaler"] and scaler and set(saved["scaler"]) != set(scaler):
+            raise ValueError(f"the key 'scaler' holds {shown(list(saved['scaler']))}, and not {', '.join(scaler)}")
+    except ValueError as error:
+        raise ValueError(f"--resume: {path}: {error}") from None
+
+
+def load_best(path: Path, network: nn.Module, epoch: object) -> None:
+    """Give the network the weights of best.pt. Raises ValueError, one line, where that is not of this epoch."""
+    saved = read(path, Best)
+    try:
+        if saved["metrics"].get("epoch") != epoch:
+            raise ValueError(f"is of epoch {shown(saved['metrics'].get('epoch'))}, and the best is {epoch}")
+        _same("student", saved["student"], network.state_dict())
+    except ValueError as error:
+        raise ValueError(f"--resume: {path}: {error}") from None
+    network.load_state_dict(saved["student"])
+
+
+def _same(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
+    """The names, shapes and formats are the expected ones, and the values finite numbers."""
+    for key in [*expected, *state]:
+        if key not in state or key not in expected:
+            raise ValueError(f"the key {shown(f'{where}.{key}')} is {'missing' if key in expected else 'unknown'}")
+        _like(f"{where}.{key}", state[key], expected[key])
+
+
+def _like(where: str, value: Tensor, expected: Tensor) -> None:
+    if wrong := fault(value):
+        raise ValueError(f"the key {shown(where)} holds {wrong}")
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        raise ValueError(
+            f"the key {shown(where)} is of shape {tuple(value.shape)} and {value.dtype}, "
+            f"and not {tuple(expected.shape)} and {expected.dtype}"
+        )
+    if not value.isfinite().all():
+        raise ValueError(f"the key {shown(where)} holds values that are not finite")
+
+
+def _momentum_fits(state: Mapping[int, Mapping[str, Tensor | None]], parameters: list[nn.Parameter]) -> None:
+    for index, found in state.items():
+        where = f"optimizer.state.{index}"
+        if not 0 <= index < len(parameters) or list(found) != ["momentum_buffer"]:
+            raise ValueError(
+                f"the key {where!r} holds {shown(list(found))}, and there are {len(parameters)} parameters"
+            )
+        if (value := found["momentum_buffer"]) is not None:
+            _like(f"{where}.momentum_buffer", value, parameters[index])

@@ -1,0 +1,1 @@
+"""A training step and what surrounds it: passes, loss, optimizer, schedule, averages, measurements."""

@@ -1,0 +1,99 @@
+"""The networks of a step, each in the form in which it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.attacks.adversary import Adversary
+from engine.attacks.pgd import bn_mode
+from engine.attacks.twin import Pass, Twin
+from engine.common.lookup import is_on
+from engine.config import RunConfig
+from engine.methods import Method
+from engine.models.layers import recompute
+from engine.models.sync_batch_norm import is_synchronised
+from engine.system import layout
+from engine.system.precision import Precision
+
+MOST_COMPILATIONS = 64
+
+
+class Networks(NamedTuple):
+    """What a step runs. student: the training pass, in train mode. None: what the method does not need."""
+
+    student: Pass
+    adversary: Adversary | None = None
+    teacher_at: Twin | None = None
+    teacher_st: Twin | None = None
+
+
+def build(
+    student: nn.Module,
+    teachers: Mapping[str, nn.Module],
+    method: Method,
+    config: RunConfig,
+    precision: Precision,
+    counts: Tensor | None = None,
+    trained: nn.Module | None = None,
+    usual: Callable[[int], bool] = lambda images: True,
+) -> Networks:
+    """The student's training pass, its adversary and its teachers' twins, as the configuration wants them run.
+
+    teachers: by section of the configuration, "teacher" and "teacher_st". counts: see `Adversary`.
+    trained: the student as its training pass has to be called, see `World.replicate`. usual: see `passes`.
+    """
+    run = passes(config, precision.device, usual)
+    adversary = None
+    # What processes tell each other within the attack is not captured.
+    talks = bn_mode(config.attack.bn).by_batch and is_synchronised(student)
+    if method.needs_x_adv:
+        adversary = Adversary(
+            student,
+            config.attack,
+            precision,
+            seed=config.seed,
+            counts=counts,
+            run=run,
+            capture=is_on("graphs", config.graphs) and precision.device.type == "cuda" and not talks,
+        )
+    twins = {
+        section: Twin(teacher, "eval", precision, run, follows=False) for section, teacher in teachers.items()
+    }
+    if config.checkpoint_activations:
+        recompute(student)
+    if layout.debugging():
+        frozen = [*twins.values(), *([adversary.twin] if adversary is not None else [])]
+        for network in (student, *(twin.module for twin in frozen)):
+            layout.watch(network)
+    return Networks(run(trained or student), adversary, twins.get("teacher"), twins.get("teacher_st"))
+
+
+def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]) -> Callable[[nn.Module], Pass]:
+    """How a module becomes a pass: as it is, or compiled.
+
+    usual: whether a pass over so many images comes often, and is worth a compilation.
+    "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
+    """
+    automatic = device.type == "cuda" and not config.checkpoint_activations
+    if is_on("compile", config.compile, auto=automatic):
+        # Passes of one class count together, and one too many would run op by op with nothing but a warning.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+        return lambda module: _Compiled(module, usual)
+    return lambda module: module
+
+
+class _Compiled:
+    """A pass that is compiled for the usual numbers of images, and run op by op for others."""
+
+    def __init__(self, module: nn.Module, usual: Callable[[int], bool]) -> None:
+        self._module, self._usual = module, usual
+        self._compiled = torch.compile(module, dynamic=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        run = self._compiled if self._usual(len(images)) else self._module
+        logits: Tensor = run(images)
+        return logits

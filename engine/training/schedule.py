@@ -1,0 +1,75 @@
+"""The learning rate as a function of the step: nothing of it has to be saved for a resume. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from engine.common.lookup import look_up
+from engine.config import RunConfig, epochs_of
+
+LINEAR_BATCH = 128
+"""Batch size at which lr_scale "linear" changes nothing: the paper's (Section 5)."""
+
+# One-cycle (Smith and Topin, 2019) as torch's OneCycleLR has it: the part of the run in which the rate rises, how
+# far below its peak it starts, and how far below its start it ends.
+_RISING, _START, _END = 0.3, 25.0, 1e4
+
+
+# How the peak grows with the batch size.
+_SCALES: dict[str, Callable[[int], float]] = {
+    "none": lambda batch_size: 1.0,
+    "linear": lambda batch_size: batch_size / LINEAR_BATCH,
+}
+
+
+def peak(config: RunConfig) -> float:
+    """The rate that the schedule scales: lr, or lr * batch_size / 128 with lr_scale "linear"."""
+    return config.lr * look_up("lr_scale", config.lr_scale, _SCALES)(config.batch_size)
+
+
+def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+    """The rate of the step, counted from 0."""
+    return peak(config) * factor(config, step, steps_per_epoch)
+
+
+def factor(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+    """The rate of the step relative to `peak`."""
+    after_warmup = look_up("optim.schedule", config.optim.schedule, SCHEDULES)
+    warmup = epochs_of(config.optim.lr_warmup, config.epochs) * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / warmup
+    return after_warmup(config, step, warmup, steps_per_epoch)
+
+
+def _milestones(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:
+    reached = 1.0
+    for milestone, lr_factor in zip(config.optim.milestones, config.optim.lr_factors, strict=True):
+        if step // steps_per_epoch >= epochs_of(milestone, config.epochs):
+            reached = lr_factor
+    return reached
+
+
+def _cosine(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:
+    return _wave(1.0, 0.0, (step - warmup) / (config.epochs * steps_per_epoch - warmup))
+
+
+def _one_cycle(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    top = _RISING * total - 1
+    if step <= top:
+        return _wave(1 / _START, 1.0, step / top)
+    return _wave(1.0, 1 / (_START * _END), (step - top) / (total - 1 - top))
+
+
+def _wave(start: float, end: float, part: float) -> float:
+    """From start to end along half a wave; part in [0, 1]."""
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
+SCHEDULES: dict[str, Callable[[RunConfig, int, int, int], float]] = {
+    "milestones": _milestones,
+    "cosine": _cosine,
+    "one-cycle": _one_cycle,
+}
+"""The factor by name, of the configuration, the step, the steps of the warm-up, and those of an epoch."""

@@ -1,0 +1,335 @@
+"""Names: each table knows what the configuration allows, and each of its consumers refuses anything else."""
+
+from __future__ import annotations
+
+import ast
+import re
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from bench.lib import reference as textbook
+from engine import config, methods, models, semantics
+from engine.attacks import adversary
+from engine.attacks import pgd as attack
+from engine.attacks.twin import Twin
+from engine.common import lookup
+from engine.config import RunConfig
+from engine.kernels import contract, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels.contract import LossInputs, LossRow
+from engine.kernels.pgd_update import THREAT_MODELS
+from engine.kernels.random_start import KINDS
+from engine.pipelines import beton_writer, choice, sampling, splits
+from engine.pipelines.base import Batch
+from engine.runs.trainer import Trainer
+from engine.system import precision
+from engine.system.precision import Precision
+from engine.training import averaging, networks, optimizer, plan, profiling, schedule
+from engine.training.learner import Learner
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Precision(torch.device("cpu"), torch.float32)
+UNKNOWN = "unifrom"
+IMAGES = torch.rand(2, 3, 8, 8)
+LABELS = torch.tensor([0, 1])
+
+
+def literals(annotation: Any) -> Iterable[Any]:
+    """The choices of a Literal, wherever it stands in an annotation."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from typing.get_args(annotation)
+        return
+    for inner in typing.get_args(annotation):
+        yield from literals(inner)
+
+
+def choices(key: str) -> set[Any]:
+    section: type[BaseModel] = RunConfig
+    *groups, name = key.split(".")
+    for group in groups:
+        section = typing.cast(type[BaseModel], section.model_fields[group].annotation)
+    return set(literals(section.model_fields[name].annotation))
+
+
+TABLES: dict[str, tuple[Iterable[Any], ...]] = {
+    "semantics": (semantics.NAMES, methods._READINGS),
+    "loss.kl_mean": (methods._KL_DIVISORS,),
+    "attack.threat_model": (attack.THREAT_MODELS, THREAT_MODELS, *KINDS.values()),
+    "attack.random_start": (attack._STARTS, KINDS),
+    "attack.loss": (attack.LOSSES, plan.TARGETS),
+    "attack.bn": (attack.BN_MODES,),
+    "forwards.clean": (plan.CLEAN,),
+    "forwards.idle": (plan.IDLE,),
+    "optim.schedule": (schedule.SCHEDULES,),
+    "optim.implementation": (optimizer.IMPLEMENTATIONS,),
+    "averaging.kind": (averaging.KINDS,),
+    "lr_scale": (schedule._SCALES,),
+    "on_bad_image": (splits.SKIPS,),
+    "pipeline": ({*choice.KINDS, "auto"}, {*choice._FAULTS, "auto"}),
+    "order": (set(sampling.ORDERS) - {"sequential"},),
+}
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_tables_know_what_the_configuration_allows(key: str) -> None:
+    for table in TABLES[key]:
+        assert set(table) == choices(key)
+
+
+def unknown(**keys: Any) -> RunConfig:
+    """A configuration that no file and no flag can give: one name is of a later version, or misspelt."""
+    complete = config.load({"method": "iad1", "model": "resnet8", "device": "cpu", "optim": {"lr_warmup": 2}})
+    for key, value in keys.items():
+        section, _, name = key.partition("__")
+        if name:
+            value = getattr(complete, section).model_copy(update={name: value})
+        complete = complete.model_copy(update={section: value})
+    return complete
+
+
+def row(**loss: Any) -> methods.Method:
+    return methods.get("iad1", loss=config.LossConfig().model_copy(update=loss))
+
+
+def net() -> torch.nn.Module:
+    return models.build("resnet8", 4)
+
+
+def learner(complete: RunConfig) -> Learner:
+    return Learner(net(), {"teacher": net().eval()}, row(), complete, CPU)
+
+
+def learn(complete: RunConfig) -> None:
+    one = learner(complete)
+    one.learn(Batch(IMAGES, LABELS, torch.arange(2)), one.method, 0.1)
+
+
+def guard(name: str) -> None:
+    Trainer._guard(typing.cast(Trainer, SimpleNamespace(config=unknown(masking_guard=name))), {"epoch": 1})
+
+
+def pgd(**keys: Any) -> Tensor:
+    return attack.pgd(net(), IMAGES, LABELS, unknown(**{f"attack__{key}": v for key, v in keys.items()}).attack)
+
+
+def passes(**keys: Any) -> plan.Passes:
+    complete = unknown(**keys)
+    return plan.passes(methods.get("ard"), complete.attack, complete.forwards)
+
+
+def start(kind: str = "uniform", threat_model: str = "Linf") -> Tensor:
+    return random_start(
+        IMAGES, torch.arange(2), kind=kind, threat_model=threat_model, epsilon=0.1, seed=0, counter=0
+    )
+
+
+def build_pipeline(kind: str) -> object:
+    split = splits.Split(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), LABELS, ("a", "b"))
+    return choice.build(
+        kind, split, sampling.Sampling(2, 2), augment=False, flip=False, device=CPU.device, dtype=CPU.dtype,
+        workers=None, batches_ahead=1, say=print,
+    )  # fmt: skip
+
+
+def choose_pipeline(kind: str) -> object:
+    split = splits.Split(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), LABELS, ("a", "b"))
+    return choice.choose(kind, split, CPU.device)
+
+
+def request(**keys: str) -> splits.Request:
+    return splits.Request(**keys)  # type: ignore[arg-type]
+
+
+def step_of_textbook(**keys: str) -> None:
+    student = net()
+    setting = textbook.Setting(**{"method": "ard", **keys})  # type: ignore[arg-type]
+    sgd = torch.optim.SGD(student.parameters())
+    textbook.Step(setting, student, net(), net(), sgd)(IMAGES, LABELS, IMAGES)
+
+
+CONSUMERS: dict[str, Callable[[], object]] = {
+    "method": lambda: methods.get(UNKNOWN),
+    "semantics of a method": lambda: methods.get("iad1", semantics=UNKNOWN),
+    "semantics of defaults": lambda: semantics.defaults("iad1", UNKNOWN, 200),
+    "semantics of a loss": lambda: config.check_reading(UNKNOWN, config.LossConfig()),
+    "term of a method": lambda: methods.get("iad1", weights={UNKNOWN: 1}),
+    "loss.kl_mean": lambda: row(kl_mean=UNKNOWN).weights_of(4),
+    "loss.kl_mean in a step": lambda: Learner(
+        net(), {"teacher": net().eval()}, row(kl_mean=UNKNOWN), unknown(), CPU
+    ).learn(Batch(IMAGES, LABELS, torch.arange(2)), row(kl_mean=UNKNOWN), 0.1),
+    "attack.loss of an attack": lambda: pgd(loss=UNKNOWN),
+    "attack.loss of an attack of no step": lambda: pgd(loss=UNKNOWN, num_steps=0),
+    "attack.loss in words": lambda: attack.describe(unknown(attack__loss=UNKNOWN).attack),
+    "attack.loss in passes": lambda: passes(attack__loss=UNKNOWN),
+    "attack.loss in a step": lambda: learn(unknown(attack__loss=UNKNOWN)),
+    "attack.random_start": lambda: pgd(random_start=UNKNOWN),
+    "attack.random_start in words": lambda: attack.describe(unknown(attack__random_start=UNKNOWN).attack),
+    "kind of a start": lambda: start(kind=UNKNOWN),
+    "threat model of a start": lambda: start(threat_model=UNKNOWN),
+    "threat model of no start": lambda: start("none", UNKNOWN),
+    "threat model of a gaussian start": lambda: start("gaussian", UNKNOWN),
+    "attack.threat_model": lambda: pgd(threat_model=UNKNOWN),
+    "attack.threat_model in words": lambda: attack.describe(unknown(attack__threat_model=UNKNOWN).attack),
+    "threat model of a step": lambda: pgd_update(
+        IMAGES.clone(), IMAGES, IMAGES, threat_model=UNKNOWN, epsilon=1, step_size=1
+    ),
+    "threat model of presets": lambda: attack.presets(threat_model=UNKNOWN),
+    "preset": lambda: attack.preset(UNKNOWN, 0.1),
+    "attack.bn": lambda: pgd(bn=UNKNOWN),
+    "attack.bn of a twin": lambda: Twin(net(), UNKNOWN, CPU),
+    "attack.bn of an adversary": lambda: adversary.Adversary(net(), unknown(attack__bn=UNKNOWN).attack, CPU),
+    "attack.bn of networks": lambda: networks.build(
+        net(), {}, methods.get("st"), unknown(attack__bn=UNKNOWN), CPU
+    ),
+    "forwards.clean in passes": lambda: passes(forwards__clean=UNKNOWN),
+    "forwards.clean in a step": lambda: learn(unknown(forwards__clean=UNKNOWN)),
+    "forwards.idle in passes": lambda: passes(forwards__idle=UNKNOWN),
+    "forwards.idle in a step": lambda: learn(unknown(forwards__idle=UNKNOWN)),
+    "optim.schedule": lambda: schedule.factor(unknown(optim__schedule=UNKNOWN), 100, 1),
+    "optim.schedule in its warm-up": lambda: schedule.factor(unknown(optim__schedule=UNKNOWN), 0, 1),
+    "lr_scale": lambda: schedule.learning_rate(unknown(lr_scale=UNKNOWN), 0, 1),
+    "optim.implementation": lambda: optimizer.sgd(net().parameters(), unknown(optim__implementation=UNKNOWN)),
+    "averaging.kind": lambda: averaging.build(net(), unknown(averaging__kind=UNKNOWN)),
+    "averaging.kind of a learner": lambda: learner(unknown(averaging__kind=UNKNOWN)),
+    "micro_batch": lambda: learner(unknown(micro_batch=UNKNOWN)),
+    "lanes": lambda: learner(unknown(lanes=UNKNOWN)),
+    "graphs": lambda: learner(unknown(graphs=UNKNOWN)),
+    "compile": lambda: learner(unknown(compile=UNKNOWN)),
+    "a switch": lambda: lookup.is_on("sync_bn", UNKNOWN),
+    "masking_guard": lambda: guard(UNKNOWN),
+    "order": lambda: sampling.Sampling(4, 2, order=UNKNOWN),
+    "last": lambda: sampling.Sampling(4, 2, last=UNKNOWN),
+    "pipeline": lambda: choose_pipeline(UNKNOWN),
+    "kind of a pipeline": lambda: build_pipeline(UNKNOWN),
+    "on_bad_image": lambda: request(on_bad_image=UNKNOWN),
+    "resident": lambda: request(resident=UNKNOWN),
+    "part": lambda: request().of(UNKNOWN, splits.Split(IMAGES, LABELS, ("a", "b"))),
+    "format": lambda: beton_writer.Format(UNKNOWN),
+    "op": lambda: dispatch.choose(UNKNOWN, CPU.device),
+    "implementation": lambda: dispatch.fused(UNKNOWN, "pgd_update", "pgd_update"),
+    "implementation that is missing": lambda: dispatch.missing(UNKNOWN, "cpu"),
+    "dtype": lambda: precision.choose(unknown(dtype=UNKNOWN)),
+    "amp_dtype": lambda: precision.choose(unknown(amp=True, amp_dtype=UNKNOWN)),
+    "textbook's method": lambda: step_of_textbook(method=UNKNOWN),
+    "textbook's semantics": lambda: step_of_textbook(semantics=UNKNOWN),
+    "textbook's BatchNorm": lambda: step_of_textbook(bn=UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_the_unknown_is_refused(consumer: str) -> None:
+    with pytest.raises(ValueError, match=UNKNOWN) as refusal:
+        CONSUMERS[consumer]()
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_known_is_taken() -> None:
+    """The consumers above refuse the name, and not whatever they are given."""
+    learn(unknown())
+    for key in ("loss", "random_start", "bn", "threat_model"):
+        for name in choices(f"attack.{key}"):
+            assert pgd(**{key: name, "num_steps": 1}).shape == IMAGES.shape
+    for name in choices("forwards.idle"):
+        learn(unknown(forwards__idle=name))
+    for name in choices("forwards.clean"):
+        learn(unknown(forwards__clean=name))
+
+
+def test_automatic_is_no_answer_of_a_switch() -> None:
+    with pytest.raises(ValueError, match="^sync_bn: 'auto' is not known; known: off, on$"):
+        lookup.is_on("sync_bn", "auto")
+    assert lookup.is_on("compile", "auto", auto=True)
+
+
+# ---------------------------------------------------------------- terms of the loss
+
+LOSSES: dict[str, Callable[[LossInputs, LossRow], object]] = {
+    "reference": reference.distill_loss,
+    "native": lambda inputs, of: native.loss_and_gradients(inputs, of, True, True),
+    "triton": lambda inputs, of: dispatch.fused("triton", "distill_loss", "loss_and_gradients")(
+        inputs, of, True, True
+    ),
+}
+
+
+def loss_of(implementation: str, weights: int) -> None:
+    if implementation != "reference" and (reason := dispatch.missing(implementation, "cpu")):
+        pytest.skip(reason)
+    logits = torch.randn(2, 4)
+    given = LossInputs(logits, logits, logits, logits, logits, LABELS, None)
+    of = LossRow(((1.0, 0.0),) * weights, 1.0, 1.0, 0.1, False, 0.0)
+    LOSSES[implementation](given, of)
+
+
+def test_the_terms_are_those_of_the_configuration() -> None:
+    assert tuple(contract.READS) == tuple(methods._IS_DIVERGENCE) == config.TERMS
+
+
+@pytest.mark.parametrize("implementation", LOSSES)
+@pytest.mark.parametrize("change", ["one more", "one more weight", "another order", "another name"])
+def test_a_term_that_an_implementation_does_not_compute_is_refused(
+    implementation: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, weights = dict(contract.READS), 6
+    if change == "one more":
+        reads, weights = reads | {"entropy": ("s_adv",)}, 7
+    elif change == "one more weight":
+        weights = 7
+    elif change == "another order":
+        reads = dict(reversed(reads.items()))
+    else:
+        reads = {name.replace("kl_st_adv", "js_st_adv"): read for name, read in reads.items()}
+    monkeypatch.setattr(contract, "READS", reads)
+    with pytest.raises(ValueError, match="^weights: the .* computes ce_nat, ce_adv"):
+        loss_of(implementation, weights)
+
+
+def test_the_native_library_numbers_terms_logits_and_formats_as_python_does() -> None:
+    text = (ROOT / "kernels" / "csrc" / "cpu.h").read_text(encoding="utf-8")
+
+    def members(enum: str) -> list[str]:
+        (body,) = re.findall(rf"enum {enum}\b[^{{]*{{([^}}]*)}}", text)
+        return [member.partition("=")[0].strip().lower() for member in body.split(",")]
+
+    assert members("Term") == [*config.TERMS, "terms"]
+    assert members("Logits") == [*LossInputs._fields[:5], "logits"]
+    formats = {str(dtype).removeprefix("torch."): number for dtype, number in native._DTYPES.items()}
+    assert formats == {name: number for number, name in enumerate(members("DType"))}
+
+
+@pytest.mark.skipif(bool(native.missing("cpu")), reason=native.missing("cpu") or "there")
+def test_a_format_that_the_native_library_does_not_read_is_refused() -> None:
+    logits = torch.randn(2, 4, dtype=torch.float64)
+    of = LossRow(((0.0, 0.0), (1.0, 0.0), *((0.0, 0.0),) * 4), 1.0, 1.0, 0.1, False, 0.0)
+    with pytest.raises(ValueError, match="^dtype: torch.float64 is unknown"):
+        native.loss_and_gradients(LossInputs(logits, None, None, None, None, LABELS, None), of, True, False)
+    images = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="^dtype: torch.float64 is unknown"):
+        native.pgd_update(images, images.double(), images, False, 0.1, 0.1, None)
+
+
+def test_a_row_of_more_weights_than_terms_is_refused() -> None:
+    logits = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="^weights: 6 pairs"):
+        distill_loss(logits, LABELS, weights=[(1.0, 0.0)] * 7)
+
+
+# ---------------------------------------------------------------- ranges of a profile
+
+
+def test_every_range_of_a_step_is_in_the_profile_s_table() -> None:
+    found = set()
+    for path in (ROOT / "engine").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record_function":
+                (name,) = node.args
+                assert isinstance(name, ast.Constant), f"{path.name}: a range without a fixed name"
+                found.add(name.value)
+    assert found == set(profiling.PHASES)

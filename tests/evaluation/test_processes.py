@@ -1,0 +1,121 @@
+"""Evaluation by several processes, and evaluation that was stopped: the numbers of one that was neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.common.console import Reporter
+from engine.common.stopping import Interrupted, Stop
+from engine.evaluation import checkpoint as evaluation
+from engine.evaluation.measure import COLUMNS, evaluate
+from engine.evaluation.partial_results import Measured, note_of, read_note
+from engine.evaluation.reports import read
+from engine.system.distributed import World
+from tests.conftest import write_checkpoint
+from tests.processes import together
+from tests.system.test_survival import launched
+
+ATTACKS = list(COLUMNS)
+DIGITS: dict[str, Any] = {"dataset": "digits", "limit": 12, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("network") / "at.pt", 1, 10)
+
+
+def evaluate_here(world: World, checkpoint: str, out: str) -> None:
+    """What was measured is kept, and every process writes what it was told of all."""
+    shutil.rmtree = lambda folder: None  # type: ignore[assignment]  # in a process of its own
+    report = evaluation.run(
+        Path(checkpoint), ATTACKS, Reporter(), out=Path(out), world=world, device="cpu", **DIGITS
+    )
+    (Path(out).parent / f"result-{world.rank}.json").write_text(json.dumps(report.results))
+
+
+def notes(root: Path) -> list[tuple[str, int, Measured]]:
+    """Of all attacks: name of its folder, number of the batch, what was measured."""
+    files = sorted(root.glob("*/*.jsonl"))
+    found = [(path.parent.name, read_note(line)) for path in files for line in path.read_bytes().splitlines()]
+    return [(folder, *note) for folder, note in found if note is not None]
+
+
+def measured(root: Path) -> set[frozenset[tuple[Any, ...]]]:
+    """What any process found under each attack, but for the time; every batch must be there once."""
+    found = notes(root)
+    assert len(found) == len({(folder, batch) for folder, batch, _ in found}) == len(ATTACKS) * 3
+    return {
+        frozenset((batch, *note._replace(seconds=0)) for folder, batch, note in found if folder == name)
+        for name, _, _ in found
+    }
+
+
+def test_the_numbers_do_not_depend_on_the_number_of_processes(checkpoint: Path, tmp_path: Path) -> None:
+    """To the last bit of how far each batch's farthest image lies from its origin: the noise is the same."""
+    found = {}
+    for size in (1, 2):
+        root = tmp_path / str(size)
+        root.mkdir()
+        together(size, evaluate_here, str(checkpoint), str(root / "report.json"))
+        found[size] = measured(root / "report.partial")
+        assert [entry["attack"] for entry in read(root / "report.json")] == ATTACKS
+        results = [json.loads((root / f"result-{rank}.json").read_text()) for rank in range(size)]
+        assert all(result == results[0] for result in results)
+        assert [result["n"] for result in results[0].values()] == [12] * len(ATTACKS)
+    assert found[1] == found[2]
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_another_number_of_processes(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copy(checkpoint, tmp_path / "at.pt")
+    arguments = ["eval", str(tmp_path / "at.pt"), "--attacks", "natural,pgd20,cw,aa", "--dataset", "digits"]
+    arguments += ["--limit", "12", "--batch-size", "4", "--device", "cpu"]
+    partial, report = tmp_path / "at.pt.eval.partial", tmp_path / "at.pt.eval.json"
+    with launched(arguments, tmp_path) as running:
+        while len(notes(partial)) < 5:
+            assert running.process.poll() is None, running.process.communicate()
+        for process in (running.process.pid, *running.workers()):
+            os.kill(process, signal.SIGKILL)
+        running.process.communicate()
+    before = notes(partial)
+    assert 5 <= len(before) < 4 * 3
+    # What is remembered is taken: a time that no batch has shows it.
+    victim = next(iter(partial.glob("*/*.jsonl")))
+    first, *others = victim.read_bytes().splitlines()
+    known = read_note(first)
+    assert known is not None
+    marked = note_of(known[0], known[1]._replace(seconds=1e6))
+    victim.write_bytes(b"\n".join([marked, *others, first[:90]]))
+    with launched(arguments, tmp_path, 1) as running:
+        code, printed = running.ends()
+    assert code == 0, printed
+    assert not partial.exists()
+    found = {entry["attack"]: entry for entry in read(report)}
+    assert sum(entry["seconds"] > 1e6 for entry in found.values()) == 1
+    whole = evaluation.run(checkpoint, list(found), Reporter(), device="cpu", **DIGITS)
+    for attack, result in found.items():
+        for key in whole.results[attack].keys() - {"seconds"}:
+            assert result[key] == whole.results[attack][key], (attack, key)
+
+
+def test_a_stop_is_looked_at_after_each_batch() -> None:
+    stop, done = Stop(), []
+
+    def ask(name: str, count: int, total: int) -> None:
+        done.append(count)
+        stop.requested = count == 10
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 5))
+    data = torch.rand(30, 3, 4, 4), torch.arange(30) % 5
+    with pytest.raises(Interrupted):
+        evaluate(model, data, ["natural"], batch_size=5, on_batch=ask, stop=stop)
+    assert done == [5, 10]

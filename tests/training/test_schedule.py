@@ -1,0 +1,70 @@
+"""The learning rate, against torch's own schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from engine import config
+from engine.training import schedule
+
+EPOCHS, STEPS = 10, 7
+
+
+def rates(**keys: Any) -> list[float]:
+    complete = config.load({"method": "at", "epochs": EPOCHS, "lr": 0.2}, keys)
+    return [schedule.learning_rate(complete, step, STEPS) for step in range(EPOCHS * STEPS)]
+
+
+def torchs(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], lr: float = 0.2) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
+    scheduler, found = make(optimizer), []
+    for _ in range(EPOCHS * STEPS):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_milestones() -> None:
+    expected = torchs(lambda sgd: lr_scheduler.MultiStepLR(sgd, [5 * STEPS, 8 * STEPS], 0.1))
+    assert rates(optim={"milestones": [0.5, 0.75]}) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine() -> None:
+    expected = torchs(lambda sgd: lr_scheduler.CosineAnnealingLR(sgd, EPOCHS * STEPS))
+    assert rates(optim={"schedule": "cosine"}) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_cycle() -> None:
+    expected = torchs(lambda sgd: lr_scheduler.OneCycleLR(sgd, 0.2, EPOCHS * STEPS, cycle_momentum=False))
+    assert rates(optim={"schedule": "one-cycle"}) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["milestones", "cosine"])
+def test_the_warm_up_rises_linearly_and_then_the_schedule_begins(kind: str) -> None:
+    warmup = 2 * STEPS
+    found = rates(optim={"schedule": kind, "lr_warmup": 2})
+    linear = torchs(lambda sgd: lr_scheduler.LinearLR(sgd, 1 / warmup, 1.0, warmup - 1))
+    assert found[:warmup] == pytest.approx(linear[:warmup], rel=1e-9)
+    assert found[warmup] == 0.2
+    if kind == "cosine":
+        rest = torchs(lambda sgd: lr_scheduler.CosineAnnealingLR(sgd, EPOCHS * STEPS - warmup))
+        assert found[warmup:] == pytest.approx(rest[: len(found) - warmup], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["milestones", "cosine", "one-cycle"])
+def test_a_linear_scale_multiplies_by_batches_of_128(kind: str) -> None:
+    plain = rates(optim={"schedule": kind}, batch_size=512)
+    scaled = rates(optim={"schedule": kind}, batch_size=512, lr_scale="linear")
+    assert scaled == pytest.approx([4 * lr for lr in plain])
+    assert rates(optim={"schedule": kind}, lr_scale="linear") == rates(optim={"schedule": kind})
+
+
+def test_a_one_cycle_has_a_warm_up_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"optim\.lr_warmup"):
+        rates(optim={"schedule": "one-cycle", "lr_warmup": 1})
