@@ -192,14 +192,21 @@ def _run(world: distributed.World, complete: config.RunConfig, workload: Workloa
     for number in range(WARMUP + count):
         batch = next(batches)
         if number == WARMUP:
-            world.meet()
+            world.barrier()
             before = loopback_bytes()
         _wait(at)
         begin = time.perf_counter()
-        learner.learn(batch, method, 0.1, epoch=0, whole=complete.batch_size, seen=lambda output, labels: None)
+        learner.learn(
+            batch,
+            method,
+            0.1,
+            epoch=0,
+            global_batch_size=complete.batch_size,
+            on_output=lambda output, labels: None,
+        )
         _wait(at)
         seconds.append(time.perf_counter() - begin)
-    world.meet()
+    world.barrier()
     sent = loopback_bytes() - before
     # The slowest process decides, and all others wait for it.
     slowest = world.gather(torch.tensor(seconds[WARMUP:], dtype=torch.float64)).amax(0).tolist()

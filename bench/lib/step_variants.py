@@ -165,7 +165,7 @@ class Workload:
             def seen(output: StepOutput, labels: Tensor) -> None:
                 telemetry.update(output, labels, number)
 
-            learner.learn(batch, method, run.lr, epoch=0, whole=len(batch.labels), seen=seen)
+            learner.learn(batch, method, run.lr, epoch=0, global_batch_size=len(batch.labels), on_output=seen)
             if number % run.log_every == 0:
                 telemetry.read()
 

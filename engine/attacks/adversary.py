@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from engine.attacks.pgd import climb, started
-from engine.attacks.twin import Pass, Twin
+from engine.attacks.twin import Forward, Twin
 from engine.config import AttackSpec
 from engine.pipelines.base import Batch
 from engine.system.precision import Precision
@@ -32,7 +32,7 @@ class Adversary:
         *,
         seed: int = 0,
         counts: Tensor | None = None,
-        run: Callable[[nn.Module], Pass] = lambda module: module,
+        run: Callable[[nn.Module], Forward] = lambda module: module,
         capture: bool = False,
     ) -> None:
         self.twin = Twin(student, spec.bn, precision, run)

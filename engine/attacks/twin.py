@@ -20,7 +20,7 @@ from engine.attacks.pgd import bn_mode
 from engine.models.layers import Classifier, ImageConv2d, Stage
 from engine.system.precision import Precision
 
-Pass = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 class _Folded(NamedTuple):
@@ -48,7 +48,7 @@ class Twin:
         network: nn.Module,
         bn: str,
         precision: Precision,
-        run: Callable[[nn.Module], Pass] = lambda module: module,
+        run: Callable[[nn.Module], Forward] = lambda module: module,
         *,
         follows: bool = True,
     ) -> None:

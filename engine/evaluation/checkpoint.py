@@ -166,13 +166,13 @@ class _Evaluation:
         kept = Ledger(results.notes_of(out), self._identities(parameters, record), self.world.rank)
         done = False
         try:
-            if others := self.world.from_main(lambda: _prepared(out, kept)):
+            if others := self.world.broadcast_from_main(lambda: _prepared(out, kept)):
                 self.reporter.message(
                     f"Note: {results.notes_of(out)} has notes of {others} attacks with other settings as well"
                 )
             found = {name: result.as_dict() for name, result in self._measured(names, kept).items()}
             entries = [{**record, **result, "parameters": parameters[name]} for name, result in found.items()]
-            for line in self.world.from_main(lambda: _written(out, entries)):
+            for line in self.world.broadcast_from_main(lambda: _written(out, entries)):
                 self.reporter.message(line)
             done = True
         finally:

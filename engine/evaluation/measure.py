@@ -159,7 +159,7 @@ def evaluate(
         if name == "natural":
             return _Attack(name, "no attack", lambda x_nat, labels_B, sample_B: x_nat)
         if name == "aa":
-            aa = AutoAttack(model, num_classes, (threat_model, epsilon), seed, world.beat)
+            aa = AutoAttack(model, num_classes, (threat_model, epsilon), seed, world.heartbeat)
             given = f"{aa.description}, {len(sample_N)} images, batch {batch_size}, seed {seed}"
             return _Attack(name, given, lambda x_nat, labels_B, sample_B: aa(x_nat, labels_B), autoattack.PARTS)
         spec, counter = specs[name], zlib.crc32(name.encode())
@@ -301,7 +301,7 @@ class _Run:
         batches = torch.split(sample_N, batch_size)
         table = _Table([len(sample_B) for sample_B in batches])
         world = self._world
-        known = {} if self._ledger is None else world.from_main(lambda: self._known(attack))
+        known = {} if self._ledger is None else world.broadcast_from_main(lambda: self._known(attack))
         if world.is_main:
             for number, values in known.items():
                 table.put(number, Measured(*values))
@@ -318,7 +318,7 @@ class _Run:
             if self._on_batch is not None:
                 self._on_batch(attack.name, min(done, total), total)
             world.check(self._stop)
-        world.meet(self._stop)
+        world.barrier(self._stop)
         return table.gathered(world, attack, sample_N)
 
     def _known(self, attack: _Attack) -> dict[int, list[Any]]:

@@ -75,7 +75,7 @@ def obtain(
         return _teacher(loaded, precision, f"checkpoint {wanted.checkpoint}")
     teacher_config = run_config(config, section)
     before = _with_earlier_defaults(teacher_config)
-    if before != teacher_config and world.from_main(lambda: _is_of(before, run_dir / section, known, dataset)):
+    if before != teacher_config and world.broadcast_from_main(lambda: _is_of(before, run_dir / section, known, dataset)):
         teacher_config = before
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
@@ -84,7 +84,7 @@ def obtain(
         return _teacher(load_model(place, class_names=dataset.class_names), precision, source)
 
     with _reserved(cached, say, world, stop):
-        if world.from_main(cached.exists):
+        if world.broadcast_from_main(cached.exists):
             return opened(cached, f"teacher cache, {cached}")
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
         best = train_run(teacher_config, run_dir / section)
@@ -97,7 +97,7 @@ def obtain(
                 return error.strerror or str(error)
             return ""
 
-        if fault := world.from_main(keep):
+        if fault := world.broadcast_from_main(keep):
             say(f"The teacher cannot be kept for later runs: {cached}: {fault}")
             return opened(best, f"trained for this run, {best}")
         return opened(cached, f"trained for this run, kept as {cached}")
@@ -123,10 +123,10 @@ def _reserved(cached: Path, say: Callable[[str], None], world: World, stop: Stop
         return True
 
     try:
-        if not world.from_main(free):
+        if not world.broadcast_from_main(free):
             say("Another run trains this teacher: waiting for it")
-            while not world.from_main(free):
-                if world.from_main(lambda: stop.requested):
+            while not world.broadcast_from_main(free):
+                if world.broadcast_from_main(lambda: stop.requested):
                     raise Interrupted
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         yield

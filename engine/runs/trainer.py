@@ -83,7 +83,7 @@ def train(
         mine.append(begin(complete, again=again, processes=world.size, say=say))
         return str(mine[0].run.path), dict(mine[0].changes)
 
-    path, changes = world.from_main(begun)
+    path, changes = world.broadcast_from_main(begun)
     with mine[0].or_nothing() if mine else nullcontext():
         return resume(path, reporter, profile=profile, world=world, **changes)
 
@@ -121,11 +121,11 @@ def resume(
     run, begun = RunDir.existing(Path(path))
     reporter, world = reporter or Reporter(), world or World()
     complete = resuming.carried_on(begun, resuming.changed(begun, changes))
-    if summary := world.from_main(lambda: run.result(complete)):
+    if summary := world.broadcast_from_main(lambda: run.result(complete)):
         reporter.message(f"{path} is finished: nothing to resume")
         return RunResult(run.path, summary)
     if complete.amp and complete.amp_dtype == "auto":  # config.yaml is older than the key
-        kept = world.from_main(lambda: provenance.amp_dtype(run) or precision.settled(complete).amp_dtype)
+        kept = world.broadcast_from_main(lambda: provenance.amp_dtype(run) or precision.settled(complete).amp_dtype)
         complete = complete.model_copy(update={"amp_dtype": kept})
     return _until_stopped(run, complete, reporter, profile, world)
 
@@ -176,7 +176,7 @@ def _run(
     trainer = None
     try:
         with precision.deterministic(amp=complete.amp), ExitStack() as held:
-            world.from_main(lambda: held.enter_context(run.locked()))
+            world.broadcast_from_main(lambda: held.enter_context(run.locked()))
             trainer = Trainer(run, complete, reporter, stop, world, dataset)
             if profile and world.is_main:
                 trainer.profiler = Profiler(profile, run.path, trainer.precision.device, reporter)
@@ -210,9 +210,9 @@ class Trainer:
         world: World,
         dataset: datasets.AnyDataset | None = None,
     ) -> None:
-        saved = checkpoints.read(run.last) if world.from_main(run.last.exists) else None
+        saved = checkpoints.read(run.last) if world.broadcast_from_main(run.last.exists) else None
         complete = _carried_on(run, saved, complete, reporter)
-        world.from_main(run.sessions)  # a damaged provenance.json is told of before the work
+        world.broadcast_from_main(run.sessions)  # a damaged provenance.json is told of before the work
         self.run, self.config, self.reporter, self.stop, self.world = run, complete, reporter, stop, world
         self.method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
         # Standard training has no robustness to choose by: what little there is falls as the network learns.
@@ -237,7 +237,7 @@ class Trainer:
         training, self.held_out, self.selected_on = hold_out(self.dataset, complete.validation)
         if dataset is None and (warning := few_images(len(self.held_out))):  # a teacher's are its student's
             reporter.message(f"Warning: the best epoch is chosen on {self.selected_on} images, {warning}")
-        told = world.from_main(lambda: tuple(choice.choose(wanted, training, self.precision.device)))
+        told = world.broadcast_from_main(lambda: tuple(choice.choose(wanted, training, self.precision.device)))
         self.pipeline_choice = choice.Choice(*told)
         reporter.message(f"Pipeline: {self.pipeline_choice.kind} ({self.pipeline_choice.reason})")
         self.sampling = Sampling(
@@ -315,7 +315,7 @@ class Trainer:
                     self._train_epoch()
                     self._finish_epoch()
         except Interrupted:
-            self.world.meet()  # nobody leaves while the main process still writes: the launcher would end it
+            self.world.barrier()  # nobody leaves while the main process still writes: the launcher would end it
             raise
         return self._finish_run()
 
@@ -329,11 +329,11 @@ class Trainer:
             lr = schedule.learning_rate(self.config, progress.step, steps)
             whole = self.sampling.size_of(progress.step_in_epoch)
             if self.learner.seeks_micro_batch:
-                size = self.learner.find_micro_batch(batch, method, epoch=epoch, whole=whole)
+                size = self.learner.find_micro_batch(batch, method, epoch=epoch, global_batch_size=whole)
                 self.reporter.message(f"Micro-batches of {size} images fit into the memory")
             progress.step_in_epoch += 1
             progress.step += 1
-            self.learner.learn(batch, method, lr, epoch=epoch, whole=whole, seen=self._note)
+            self.learner.learn(batch, method, lr, epoch=epoch, global_batch_size=whole, on_output=self._note)
             self.reporter.advance(progress.step)
             if self.profiler is not None:
                 self.profiler.step()
@@ -386,7 +386,7 @@ class Trainer:
             "robust_masked": accuracies[attack].masked,
             "measured_on": self.selected_on,
         }
-        row |= self.world.from_main(self._probe)
+        row |= self.world.broadcast_from_main(self._probe)
         self._write(row)
         self.reporter.epoch(row, self.config.epochs)
         progress.last = row
@@ -612,7 +612,7 @@ class Trainer:
                 )
             return True
 
-        finished = self.world.from_main(begin)
+        finished = self.world.broadcast_from_main(begin)
         with begun.or_nothing():
             if not finished:
                 _run(run, complete, self.reporter, self.stop, self.world, self.dataset)

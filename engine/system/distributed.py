@@ -113,7 +113,7 @@ class World:
         assert self._given_store is not None
         return self._given_store
 
-    def from_main(self, make: Callable[[], Value]) -> Value:
+    def broadcast_from_main(self, make: Callable[[], Value]) -> Value:
         """What the main process made, on all of them: plain values, sequences, dicts and paths.
 
         An error there is raised on all of them, and TypeError for what cannot be sent. One without a line for the
@@ -168,7 +168,7 @@ class World:
 
     def check_same(self, what: str, mine: str) -> None:
         """Raise ValueError where a process has another value than the main one, naming the process."""
-        main = self.from_main(lambda: mine)
+        main = self.broadcast_from_main(lambda: mine)
         same = self.gather(torch.tensor(mine == main))
         if not same.all():
             ranks = ", ".join(str(rank) for rank in (~same).nonzero().flatten().tolist())
@@ -191,7 +191,7 @@ class World:
         work.wait()
         return bool(answer)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show that this process works, while others wait for it in `meet`."""
         now = time.monotonic()
         if self.size > 1 and now - self._last_beat > min(1.0, self.timeout / 10):
@@ -200,7 +200,7 @@ class World:
 
     def check(self, stop: Stop) -> None:
         """Raise Interrupted where any process was asked to stop: for work that is not done in common steps."""
-        self.beat()
+        self.heartbeat()
         if self.size > 1:
             if stop.requested:
                 self._store.set("stop", "")
@@ -208,7 +208,7 @@ class World:
                 stop.requested = True
         stop.check()
 
-    def meet(self, stop: Stop | None = None) -> None:
+    def barrier(self, stop: Stop | None = None) -> None:
         """Wait for all processes, however long each works: one whose heart does not beat is lost.
 
         Raises ProcessLost, naming it, and Interrupted where a process was asked to stop before it came here.
@@ -233,7 +233,7 @@ class World:
                     raise ProcessLost(_lost([rank], self.size, self.timeout))
             if stop is not None:
                 self.check(stop)
-            self.beat()
+            self.heartbeat()
             time.sleep(0.05)
 
     def leave(self) -> None:
@@ -361,7 +361,7 @@ def joined(config: RunConfig, timeout: float = SECONDS_TO_ANSWER) -> Iterator[Wo
             if str(told) and store.add("engine/said", 1) > 1:
                 told = type(told)("")
         raise told from None
-    world.meet()
+    world.barrier()
     world.gather(torch.zeros(1))  # without the store, which may live in the main process: it leaves last
     world.leave()
 

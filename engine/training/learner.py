@@ -20,9 +20,9 @@ from engine.system.distributed import Statistics, World, without_reduction
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
 from engine.training import averaging, awp, networks, optimizer
-from engine.training.step import Given, StepOutput, attack_and_teach, student_loss, update
+from engine.training.step import StepOutput, TeacherOutputs, attack_and_teach, student_loss, update
 
-Seen = Callable[[StepOutput, Tensor], None]
+OnOutput = Callable[[StepOutput, Tensor], None]
 """Is told the output of each part of a batch, and its labels."""
 
 
@@ -73,28 +73,30 @@ class Learner:
         lr: float,
         *,
         epoch: int = 0,
-        whole: int | None = None,
-        seen: Seen = lambda output, labels: None,
+        global_batch_size: int | None = None,
+        on_output: OnOutput = lambda output, labels: None,
     ) -> None:
         """One update. method: the row to train with now, after the warm-up `self.method`.
 
-        batch: this process's part of one of `whole` images, by default all of it. epoch: counts the random starts.
+        batch: this process's part of one of `global_batch_size` images, by default all of it. epoch: counts the random starts.
         """
-        whole = len(batch.labels) if whole is None else whole
+        global_batch_size = len(batch.labels) if global_batch_size is None else global_batch_size
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parts = self._parts(batch, whole)
+        parts = self._parts(batch, global_batch_size)
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
             with nullcontext() if last else without_reduction(self._replica):
                 given = attack_and_teach(self.networks, part, method, self.lanes, epoch=epoch)
                 # Gradients are averaged over processes: a part counts by its images, and not as a process.
-                weight = len(part.labels) * self.world.size / whole
+                weight = len(part.labels) * self.world.size / global_batch_size
                 with self._perturbed(part, given, method, weight, epoch):
                     output = self._loss(part, given, method, self.config.forwards)
-                    with self._statistics.averaged(len(batch.labels) / whole) if last else nullcontext():
+                    with (
+                        self._statistics.averaged(len(batch.labels) / global_batch_size) if last else nullcontext()
+                    ):
                         self._backward(output.loss.loss, weight)
-            seen(output, part.labels)
+            on_output(output, part.labels)
         update(self.optimizer, self.scaler, self.config.optim.clip_norm)
         if self.average is not None:
             self.average.after_step(epoch)
@@ -104,12 +106,12 @@ class Learner:
         """Whether the size of micro-batches is still to be found."""
         return self.config.micro_batch == "auto" and self.micro_batch is None
 
-    def find_micro_batch(self, batch: Batch, method: Method, *, epoch: int, whole: int) -> int:
+    def find_micro_batch(self, batch: Batch, method: Method, *, epoch: int, global_batch_size: int) -> int:
         """Halve the micro-batch until a step fits into the memory of every process; the step leaves no trace.
 
         Raises RunFailed where not even one image fits.
         """
-        size = -(-whole // self.world.size)
+        size = -(-global_batch_size // self.world.size)
         while not self.world.gather(torch.tensor(self._fits(batch, size, method, epoch))).all():
             if size == 1:
                 raise RunFailed("the memory does not hold the networks and one image")
@@ -143,16 +145,16 @@ class Learner:
             torch.cuda.empty_cache()
         return fits
 
-    def _parts(self, batch: Batch, whole: int) -> list[Batch]:
+    def _parts(self, batch: Batch, global_batch_size: int) -> list[Batch]:
         """As many on every process, since some of the work in a part may be common."""
-        count = self._count_parts(whole)
+        count = self._count_parts(global_batch_size)
         split = (tensor.tensor_split(count) for tensor in (batch.x_nat, batch.labels, batch.sample))
         return [Batch(*tensors) for tensors in zip(*split, strict=True)]
 
-    def _count_parts(self, whole: int) -> int:
+    def _count_parts(self, global_batch_size: int) -> int:
         if self.micro_batch is None:
             return 1
-        largest = -(-whole // self.world.size)
+        largest = -(-global_batch_size // self.world.size)
         return max(1, -(-largest // self.micro_batch))
 
     def _is_usual(self, images: int) -> bool:
@@ -164,7 +166,7 @@ class Learner:
         share = full // self.world.size
         return images in (share // count, -(-share // count))
 
-    def _loss(self, batch: Batch, given: Given, method: Method, forwards: ForwardsConfig) -> StepOutput:
+    def _loss(self, batch: Batch, given: TeacherOutputs, method: Method, forwards: ForwardsConfig) -> StepOutput:
         return student_loss(
             self.networks, batch, given, method, forwards, self.precision, self.lanes,
             in_warmup=method is not self.method,
@@ -175,7 +177,9 @@ class Learner:
             self.scaler.scale(loss if weight == 1 else loss * weight).backward()
 
     @contextmanager
-    def _perturbed(self, batch: Batch, given: Given, method: Method, weight: float, epoch: int) -> Iterator[None]:
+    def _perturbed(
+        self, batch: Batch, given: TeacherOutputs, method: Method, weight: float, epoch: int
+    ) -> Iterator[None]:
         """The weights' own attack, where it is on; it leaves no trace on the running statistics."""
         gamma = self.config.awp.gamma
         if not gamma or epoch < epochs_of(self.config.awp.start, self.config.epochs):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.attacks.adversary import Adversary
 from engine.attacks.pgd import bn_mode
-from engine.attacks.twin import Pass, Twin
+from engine.attacks.twin import Forward, Twin
 from engine.common.lookup import is_on
 from engine.config import RunConfig
 from engine.methods import Method
@@ -25,7 +25,7 @@ MOST_COMPILATIONS = 64
 class Networks(NamedTuple):
     """What a step runs. student: the training pass, in train mode. None: what the method does not need."""
 
-    student: Pass
+    student: Forward
     adversary: Adversary | None = None
     teacher_at: Twin | None = None
     teacher_st: Twin | None = None
@@ -72,7 +72,9 @@ def build(
     return Networks(run(trained or student), adversary, twins.get("teacher"), twins.get("teacher_st"))
 
 
-def passes(config: RunConfig, device: torch.device, usual: Callable[[int], bool]) -> Callable[[nn.Module], Pass]:
+def passes(
+    config: RunConfig, device: torch.device, usual: Callable[[int], bool]
+) -> Callable[[nn.Module], Forward]:
     """How a module becomes a pass: as it is, or compiled.
 
     usual: whether a pass over so many images comes often, and is worth a compilation.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from engine.attacks.twin import Pass
+from engine.attacks.twin import Forward
 from engine.config import ForwardsConfig
 from engine.kernels import DistillLoss, distill_loss
 from engine.methods import Method, Weight
@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
     t_at_adv: Tensor | None
 
 
-class Given(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What the student's passes are given: x~, and the teachers' logits that they are compared with."""
 
     x_adv: Tensor | None
@@ -64,7 +64,9 @@ def training_loss(
     return student_loss(networks, batch, given, method, forwards, precision, lanes, in_warmup=in_warmup)
 
 
-def attack_and_teach(networks: Networks, batch: Batch, method: Method, lanes: Lanes, *, epoch: int) -> Given:
+def attack_and_teach(
+    networks: Networks, batch: Batch, method: Method, lanes: Lanes, *, epoch: int
+) -> TeacherOutputs:
     """The first half of a step: x~, and the teachers' passes, of which some may still run on their lane."""
     x_nat = batch.x_nat
     x_adv = t_at_nat = t_at_adv = t_st_adv = None
@@ -78,13 +80,13 @@ def attack_and_teach(networks: Networks, batch: Batch, method: Method, lanes: La
                 t_at_adv = _given(networks.teacher_at)(x_adv)
             if method.needs_t_st_adv:
                 t_st_adv = _given(networks.teacher_st)(x_adv)
-    return Given(x_adv, t_at_nat, t_at_adv, t_st_adv)
+    return TeacherOutputs(x_adv, t_at_nat, t_at_adv, t_st_adv)
 
 
 def student_loss(
     networks: Networks,
     batch: Batch,
-    given: Given,
+    given: TeacherOutputs,
     method: Method,
     forwards: ForwardsConfig,
     precision: Precision,
@@ -126,7 +128,7 @@ def _weights(method: Method, *logits: Tensor | None) -> tuple[Weight, ...]:
 
 
 @torch.no_grad()
-def _run_idly(student: Pass, batches: Sequence[Tensor]) -> None:
+def _run_idly(student: Forward, batches: Sequence[Tensor]) -> None:
     """Forwards that move BatchNorm's running statistics, and nothing else."""
     for images in batches:
         student(images)

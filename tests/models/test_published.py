@@ -219,7 +219,7 @@ def test_the_mean_over_elements_is_that_of_kldivloss(method: str) -> None:
     student, teacher = network(0).train(), network(1).eval()
     learner = Learner(student, {"teacher": teacher, "teacher_st": network(2).eval()}, row, complete, F64)
     seen: list[Any] = []
-    learner.learn(batch(0), row, LR, seen=lambda output, labels: seen.append(output))
+    learner.learn(batch(0), row, LR, on_output=lambda output, labels: seen.append(output))
     (output,) = seen
 
     def mean(target: Tensor, tau: float) -> Tensor:

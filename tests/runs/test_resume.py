@@ -468,7 +468,7 @@ def by_hand(tiny: Any, tmp_path: Path, keys: dict[str, Any], epochs: list[dict[s
         assert method is not None
         for number, batch in enumerate(told.pipeline.epoch(epoch)):
             whole = told.sampling.size_of(number)
-            told.learner.learn(batch, method, next(rates), epoch=epoch, whole=whole, seen=lambda *seen: None)
+            told.learner.learn(batch, method, next(rates), epoch=epoch, global_batch_size=whole, on_output=lambda *seen: None)
     told.pipeline.close()
     student: dict[str, Any] = told.learner.student.state_dict()
     return student

@@ -172,7 +172,9 @@ def learner_of(world: World, method: str = "at", **keys: Any) -> Learner:
 
 
 def learn(learner: Learner, batch: Batch, whole: int) -> None:
-    learner.learn(batch, learner.method, 0.1, epoch=5, whole=whole, seen=lambda output, labels: None)
+    learner.learn(
+        batch, learner.method, 0.1, epoch=5, global_batch_size=whole, on_output=lambda output, labels: None
+    )
 
 
 def step_of_two(world: World, out: str) -> None:
@@ -316,7 +318,7 @@ def one_hangs(world: World, out: str) -> None:
         time.sleep(8)
     try:
         world.timeout = 2.0
-        world.meet()
+        world.barrier()
     except ProcessLost as error:
         Path(f"{out}-{world.rank}").write_text(str(error))
     world.timeout = 60.0
@@ -336,7 +338,7 @@ def one_is_asked_to_stop(world: World, out: str) -> None:
     try:
         for _ in range(1000):
             world.check(stop)
-        world.meet(stop)
+        world.barrier(stop)
         interrupted = False
     except Interrupted:
         interrupted = True
@@ -443,7 +445,7 @@ def errors_of_main(world: World, out: str) -> None:
         fails(OSError("unreadable")), lambda: {1}, lambda: Path("there"),
     ):  # fmt: skip
         try:
-            found.append(str(world.from_main(make)))
+            found.append(str(world.broadcast_from_main(make)))
         except Exception as error:
             found.append(f"{type(error).__name__}: {error}"[:40])
     with pytest.raises(ValueError, match="the data set of process 1 differs from that of process 0"):
@@ -475,7 +477,7 @@ try:
         if sys.argv[1] == "all":
             distributed.check_timeout(0)
         if sys.argv[1] == "main":
-            world.from_main(lambda: [][1])
+            world.broadcast_from_main(lambda: [][1])
         world.check_same("the device", "")
 except Exception as error:
     print(type(error).__name__, error)
@@ -526,7 +528,7 @@ def test_a_process_by_itself_asks_nobody() -> None:
     assert world.is_main
     assert world.any_of_last_time(True)
     assert world.gather(torch.tensor([1.0, 2.0])).tolist() == [[1.0, 2.0]]
-    world.meet()
+    world.barrier()
     student = student_of()
     assert world.replicate(student, F64.device, every_backward=True) is student
     assert not distributed.is_launched()

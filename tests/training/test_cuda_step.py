@@ -64,7 +64,7 @@ class Training:
     def step(self) -> None:
         batch = next(self.batches)
         whole = len(batch.labels)
-        self.learner.learn(batch, self.method, self.run.lr, epoch=0, whole=whole, seen=self.note)
+        self.learner.learn(batch, self.method, self.run.lr, epoch=0, global_batch_size=whole, on_output=self.note)
 
     def note(self, output: StepOutput, labels: torch.Tensor) -> None:
         self.telemetry.update(output, labels, 1)

@@ -50,7 +50,9 @@ def learner(method: str = "iad1", student: nn.Module | None = None, **keys: Any)
 def learn(one: Learner, given: Batch, epoch: int = 5, lr: float = 0.1) -> list[Any]:
     seen: list[Any] = []
     whole = len(given.labels)
-    one.learn(given, one.method, lr, epoch=epoch, whole=whole, seen=lambda *output: seen.append(output))
+    one.learn(
+        given, one.method, lr, epoch=epoch, global_batch_size=whole, on_output=lambda *output: seen.append(output)
+    )
     return seen
 
 
@@ -119,7 +121,7 @@ def test_auto_finds_the_micro_batch_that_fits_and_leaves_no_trace(most: int, fou
     one = learner("iad1", Small(network(0).train(), most), micro_batch="auto")
     before, given = weights(one), batch()
     assert one.seeks_micro_batch
-    assert one.find_micro_batch(given, one.method, epoch=5, whole=SIZE) == found
+    assert one.find_micro_batch(given, one.method, epoch=5, global_batch_size=SIZE) == found
     assert not one.seeks_micro_batch
     assert one.networks.adversary is not None
     assert all(torch.equal(value, before[name]) for name, value in weights(one).items())
@@ -135,7 +137,7 @@ def test_auto_finds_the_micro_batch_that_fits_and_leaves_no_trace(most: int, fou
 def test_no_memory_for_one_image_is_said() -> None:
     one = learner("at", Small(network(0).train(), 0), micro_batch="auto")
     with pytest.raises(RunFailed, match="memory"):
-        one.find_micro_batch(batch(), one.method, epoch=0, whole=SIZE)
+        one.find_micro_batch(batch(), one.method, epoch=0, global_batch_size=SIZE)
 
 
 def test_what_auto_found_holds_for_the_whole_run(

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from engine import config, methods, models
 from engine.attacks.pgd import climb
-from engine.attacks.twin import Pass, Twin
+from engine.attacks.twin import Forward, Twin
 from engine.models.layers import Stage
 from engine.pipelines.base import Batch
 from engine.system.distributed import World
@@ -95,11 +95,11 @@ def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
     student = precision.place(models.build(name, 4))
     graphs = CompileCounterWithBackend("eager")
 
-    def run(module: nn.Module) -> Pass:
-        compiled: Pass = torch.compile(module, dynamic=False, backend=graphs)
+    def run(module: nn.Module) -> Forward:
+        compiled: Forward = torch.compile(module, dynamic=False, backend=graphs)
         return compiled
 
-    passes: tuple[Pass, ...] = (Twin(student, "train", precision, run), run(student))
+    passes: tuple[Forward, ...] = (Twin(student, "train", precision, run), run(student))
     images = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     torch._dynamo.reset()
     for count, a_pass in enumerate(passes, 1):
@@ -155,7 +155,7 @@ def trained(world: World, keys: dict[str, Any]) -> nn.Module:
         x = torch.rand(whole, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(whole))
         labels = sample = torch.arange(whole)
         batch = Batch(x[mine], labels[mine] % 4, sample[mine])
-        learner.learn(batch, method, 0.1, epoch=0, whole=whole, seen=lambda output, labels: None)
+        learner.learn(batch, method, 0.1, epoch=0, global_batch_size=whole, on_output=lambda output, labels: None)
     return student
 
 
