@@ -78,7 +78,8 @@ class Learner:
     ) -> None:
         """One update. method: the row to train with now, after the warm-up `self.method`.
 
-        batch: this process's part of one of `global_batch_size` images, by default all of it. epoch: counts the random starts.
+        batch: this process's part of one of `global_batch_size` images, by default all of it. epoch: counts the
+        random starts. on_output: is told the output of each part of the batch, and its labels.
         """
         global_batch_size = len(batch.labels) if global_batch_size is None else global_batch_size
         for group in self.optimizer.param_groups:
