@@ -1,0 +1,1 @@
+"""Runs: their directory, checkpoints, teachers, epochs, resuming, reports."""
