@@ -1,4 +1,5 @@
 # Everything a fresh machine needs: `make demo` to see it work, `make test` to check it.
+# Which Python and where to: make test PYTHON=python3.13 VENV=.venv313
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,16 +9,19 @@ TORCH211 ?= .venv-torch211
 JOBS ?= 2
 # Tests of what depends on torch's and triton's versions.
 COMPUTING := tests/kernels tests/fake_cuda tests/models tests/attacks tests/training tests/evaluation/test_measure.py \
-  tests/system/test_distributed.py tests/system/test_precision.py tests/runs/test_resume.py tests/runs/test_trainer.py \
-  tests/bench/test_reference.py tests/bench/test_peaks.py
+  tests/system/test_distributed.py tests/system/test_precision.py tests/runs/test_resume.py tests/runs/test_lifecycle.py \
+  tests/runs/test_trainer.py tests/bench/lib/test_textbook.py tests/bench/test_peaks.py
 
-.PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint clean
+.PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint docs hooks clean
 
 help:
 	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-torch211  those of what computes, with the oldest torch and triton that are supported"
+	@echo "make lint       ruff and mypy alone"
+	@echo "make docs       the documentation as a site in build/site"
+	@echo "make hooks      ruff and mypy before each commit"
 	@echo "make install    the virtual environment $(VENV) with the engine in it"
 	@echo "make setup-ffcv FFCV in it, with the system's packages that its build needs"
 	@echo "make native     the native library alone, which make install builds where it can"
@@ -26,7 +30,7 @@ help:
 install: $(VENV)/.installed
 
 # Without CMake or a compiler this installs all the same, and the ops are served by torch.
-$(VENV)/.installed: setup.py constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
@@ -75,6 +79,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# From docs/, README.md and the docstrings; a link that leads nowhere is an error.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+hooks: $(VENV)/.installed-dev
+	$(BIN)/pre-commit install
+
 # Triton's interpreter takes a process of its own: the variable is read when triton is imported.
 test: $(VENV)/.installed-loaders lint
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" --ignore tests/interpreter
@@ -84,7 +95,7 @@ test-slow: $(VENV)/.installed-loaders
 	$(BIN)/pytest -m slow
 
 # The oldest torch that is supported, and the triton that came with it.
-$(TORCH211)/.installed: setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+$(TORCH211)/.installed: setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(TORCH211)
 	$(TORCH211)/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 --editable '.[test]'
 	@touch $@

@@ -1,18 +1,16 @@
-"""Build script: the package `engine` with its two rooms kernels/ and pipelines/ reached through links.
+"""Build of the native library, where CMake and a C++ compiler are found; all else stands in pyproject.toml.
 
-It holds the native library where CMake and a C++ compiler are found, and is pure Python elsewhere.
 `ENGINE_NATIVE=1` makes a build without the library an error, `ENGINE_NATIVE=0` leaves it out.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -43,9 +41,8 @@ class BuildNative(build_ext):  # type: ignore[misc]
         if not shutil.which("cmake"):
             raise CompileError("cmake is not installed")
         folder = Path(self.build_temp).resolve() / "native"
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # another build's choices, of a compiler for instance, do not hold
+        # Another build's choices, of a compiler for instance, do not hold.
+        shutil.rmtree(folder, ignore_errors=True)
         generator = ("-G", "Ninja") if shutil.which("ninja") else ()
         for command in (
             ("-S", str(ROOT), "-B", str(folder), *generator),
@@ -65,6 +62,8 @@ class Wheel(bdist_wheel):  # type: ignore[misc]
     """One wheel serves every Python: for one platform with the library in it, for all of them without."""
 
     def run(self) -> None:
+        # Modules of an earlier build, moved since, must not get into this wheel.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build_ext")
         library = self.get_finalized_command("build_ext").get_ext_fullpath(LIBRARY)
         if not Path(library).is_file():
@@ -76,44 +75,7 @@ class Wheel(bdist_wheel):  # type: ignore[misc]
         return ("py3", "none", super().get_tag()[2])
 
 
-VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "engine" / "__init__.py").read_text(), re.MULTILINE)[0]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"]
-LINT = ["ruff", "mypy", "types-PyYAML"]
-DALI = {cuda: [f"nvidia-dali-cuda{cuda}0>=2.2"] for cuda in (12, 13)}
-
 setup(
-    name="iad-engine",
-    version=VERSION,
-    description="A fast training engine for adversarially robust image classifiers by adversarial distillation",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    python_requires=">=3.10",
-    packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine": ["py.typed", "recipes/*.yaml"]},
     ext_modules=[] if NATIVE == "0" else [Extension(LIBRARY, [], optional=NATIVE == "auto")],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-    install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",
-        "numpy",
-        "pillow",
-        "pydantic>=2.7",
-        "pyyaml",
-        "click>=8.1",
-        "rich>=13",
-        "matplotlib",
-        "tensorboard",
-        "scikit-learn",
-        "pyautoattack>=0.2",
-    ],
-    extras_require={
-        "test": TEST,
-        "dev": TEST + LINT,
-        "ffcv": ["ffcv>=1.0.2"],
-        "dali": DALI[13],
-        "dali-cuda12": DALI[12],
-        "dali-cuda13": DALI[13],
-    },
-    entry_points={"console_scripts": ["engine=engine.commands.cli:main"]},
 )

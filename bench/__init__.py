@@ -1,1 +1,1 @@
-"""Measurements: `bench.kernels` times the ops, `bench.profile` lists the ops of a training step."""
+"""Measurements, one command a module: `python -m bench` lists them."""

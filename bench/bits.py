@@ -1,7 +1,8 @@
-"""Whether two checkouts compute the same bits: `python -m bench.bits CHECKOUT --out FILE`, then `--compare FILE`.
+"""Compare two checkouts bit for bit: `python -m bench.bits CHECKOUT --out FILE`, then `--compare FILE`.
 
-For each method, reading, precision and number of processes: a run of 20 steps with its teachers, and an evaluation
-of its best checkpoint. Of each a SHA-256 of the weights, of the metrics rows and of the report, timings left out.
+For each method, semantics, precision and number of processes: a run of 20 steps with its teachers, and an
+evaluation of its best checkpoint. Of each a SHA-256 of the weights, of the metrics rows and of the report,
+timings left out.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import click
 import torch
 from torch import Tensor
 
-METHODS = ("st", "at", "trades", "ard", "akd2", "iad1", "iad1-down", "iad2")
+from bench.lib import command
+from engine import methods
+
 SEMANTICS = ("paper", "official")
 PRECISIONS = {"float32": (), "bfloat16": ("--amp", "--set", "amp_dtype=bfloat16")}
 PROCESSES = {1: (), 2: ("--procs", "2")}
-SETTINGS = (
+RUN_FLAGS = (
     "--dataset", "digits", "--model", "resnet8", "--device", "cpu", "--epochs", "2", "--batch-size", "16",
     "--limit-train", "178", "--limit-test", "60", "--set", "validation=0.1", "--set", "attack.num_steps=3",
     "--set", "attack.epsilon=28/255", "--set", "attack.step_size=14/255", "--set", "log_every=5",
@@ -33,17 +36,18 @@ SETTINGS = (
     "--set", "eval.final=[natural, pgd10]",
 )  # fmt: skip
 EVALUATION = ("--attacks", "natural,fgsm,pgd20,cw", "--limit", "60", "--device", "cpu")
-MEASURED = frozenset(("seconds", "images_per_second", "share_of_peak"))
+TIMINGS = frozenset(("seconds", "images_per_second", "share_of_peak"))
 """Keys of rows and reports whose values are timings."""
 RESULT = ("attack", "correct", "n", "description", "zero_gradients", "non_finite_gradients", "masked", "parts")
+"""Keys of a report's entry that are compared, beside the hash of the weights."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command.command
 @click.argument("checkout", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), help="Write the digests there, as JSON.")
 @click.option("--compare", type=click.Path(path_type=Path, exists=True), help="Digests of another checkout.")
 def main(checkout: Path, out: Path | None, compare: Path | None) -> None:
-    """Digest what the engine of a checkout computes; exit 1 where it differs from another's."""
+    """Digest what the engine of a checkout computes; exit code 1 where it differs from another's."""
     with tempfile.TemporaryDirectory() as folder:
         digests = dict(digests_of(checkout.resolve(), Path(folder)))
     if out is not None:
@@ -53,7 +57,8 @@ def main(checkout: Path, out: Path | None, compare: Path | None) -> None:
         different = [name for name in sorted(before.keys() | digests) if before.get(name) != digests.get(name)]
         for name in different:
             click.echo(f"differs: {name}")
-        click.echo(f"{len(digests) - len(different)} of {len(before)} digests are equal")
+        equal = sum(digests.get(name) == value for name, value in before.items())
+        click.echo(f"{equal} of {len(before)} digests are equal")
         sys.exit(bool(different))
 
 
@@ -62,17 +67,17 @@ def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
     environment = {**os.environ, "ENGINE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def engine(*arguments: str) -> None:
-        command = (sys.executable, str(checkout / "engine" / "__main__.py"), *arguments)
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603
+        line = (sys.executable, str(checkout / "engine" / "__main__.py"), *arguments)
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
-            raise click.ClickException(f"{' '.join(command)}\n{done.stderr}")
+            raise click.ClickException(f"{' '.join(line)}\n{done.stderr}")
 
-    for method, semantics, amp, processes in itertools.product(METHODS, SEMANTICS, PRECISIONS, PROCESSES):
+    for method, semantics, amp, processes in itertools.product(methods.TABLE, SEMANTICS, PRECISIONS, PROCESSES):
         name = f"{method} {semantics} {amp} {processes}"
         run = folder / name.replace(" ", "-")
         click.echo(name)
-        reading = ("--method", method, "--semantics", semantics)
-        engine("train", *reading, *SETTINGS, *PRECISIONS[amp], *PROCESSES[processes], "--out", run.name)
+        keys = ("--method", method, "--semantics", semantics)
+        engine("train", *keys, *RUN_FLAGS, *PRECISIONS[amp], *PROCESSES[processes], "--out", run.name)
         engine("eval", run.name, *EVALUATION, *PROCESSES[processes])
         yield f"{name} weights", digest(_tensors(run))
         yield f"{name} rows", digest(_rows(run))
@@ -80,11 +85,11 @@ def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _tensors(run: Path) -> dict[str, Any]:
-    """Student, optimizer and averages of both checkpoints; what tells who wrote them is left out."""
+    """Student and momentum of the last checkpoint, student of the best one."""
     found: dict[str, Any] = {}
     for name in ("last.pt", "best.pt"):
         content = torch.load(run / name, map_location="cpu", weights_only=True)
-        found |= {f"{name}.{key}": content[key] for key in ("student", "optimizer", "telemetry") if key in content}
+        found |= {f"{name}.{key}": content[key] for key in ("student", "optimizer") if key in content}
     return found
 
 
@@ -100,12 +105,12 @@ def _report(run: Path) -> Any:
 
 def _untimed(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _untimed(value) for key, value in tree.items() if key not in MEASURED}
+        return {key: _untimed(value) for key, value in tree.items() if key not in TIMINGS}
     return [_untimed(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 of nested dicts, lists, numbers, texts and tensors, of these the bytes and the dtype."""
+    """SHA-256 of nested dicts, lists, numbers, texts and tensors, of these the bytes, the dtype and the shape."""
     hashed = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -114,10 +119,12 @@ def digest(tree: Any) -> str:
             for key in sorted(value, key=str):
                 add(str(key))
                 add(value[key])
+            hashed.update(b"}")
         elif isinstance(value, list | tuple):
             hashed.update(b"[")
             for one in value:
                 add(one)
+            hashed.update(b"]")
         elif isinstance(value, Tensor):
             hashed.update(f"{value.dtype} {tuple(value.shape)}".encode())
             hashed.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What this machine has and what it lacks: `python -m bench.environment`. Needs nothing but Python itself."""
+"""List of what this machine has and lacks: `python -m bench.environment`. Needs nothing but Python itself."""
 
 from __future__ import annotations
 

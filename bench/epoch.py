@@ -1,24 +1,26 @@
-"""Seconds an epoch, beside the paper's Table 14: `python -m bench.epoch`. README.md says how."""
+"""Time epochs, beside the paper's Table 14: `python -m bench.epoch`. README.md says how."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.lib import csv_rows, machine, real_epoch, step_variants
-from bench.lib.csv_rows import EpochRow
-from bench.lib.meter import Peaks
-from bench.lib.step_variants import TEXTBOOK, VARIANTS, Workload
+from bench.lib import command, machine
+from bench.lib.memory import Peaks
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import EpochRow
+from bench.lib.steps import real_epoch
+from bench.lib.steps.variants import TEXTBOOK, VARIANTS, Workload, images_of
 from bench.lib.timing import no_garbage_collection, rotated
 from bench.step import STEPS_PER_ROUND, SynchronisedClock, peaks_of_a_process, warmed_up
 
@@ -28,15 +30,16 @@ TABLE_14 = {"ard": (156.12, 3253), "iad1": (182.01, 3977), "akd2": (147.10, 2397
 REAL = "real"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+# many parameters: one for each option
+@command.command
 @click.option("--table14", "scaled", is_flag=True, help="Some steps of each method, scaled to an epoch.")
 @click.option("--real", is_flag=True, help="Two whole epochs of each by the trainer; the second counts.")
 @click.option("--method", "names", multiple=True, type=click.Choice(list(TABLE_14)), help="Repeatable. [all]")
 @click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Repeatable.")
-@click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@command.model_option()
+@command.batch_size_option()
 @click.option("--dataset", default="cifar10", show_default=True, help="Of the images; with --table14 also random.")
-@click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@command.device_option()
 @click.option(
     "--steps", "rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds of each."
 )
@@ -44,7 +47,7 @@ REAL = "real"
 @click.option(
     "--budget", type=click.IntRange(min=1), help="Seconds of --real: a method that no longer fits waits."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
+@command.out_option()
 def main(
     scaled: bool,
     real: bool,
@@ -53,58 +56,58 @@ def main(
     model: str,
     batch_size: int,
     dataset: str,
-    device_name: str,
+    device: torch.device,
     rounds: int,
     limit_train: int | None,
     budget: int | None,
     out: Path | None,
 ) -> None:
-    """Seconds an epoch of the methods of the paper's Table 14, after their warm-up: --table14 or --real."""
+    """Time an epoch of the methods of the paper's Table 14, after their warm-up: --table14 or --real."""
     if scaled == real:
         raise click.UsageError("one of --table14 and --real is needed")
     if (real and variants) or (scaled and (limit_train or budget)):
         raise click.UsageError("--variant belongs to --table14, --limit-train and --budget belong to --real")
     chosen = [name for name in TABLE_14 if name in (names or TABLE_14)]
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    try:
-        device = machine.device(device_name)
-        facts = machine.facts(device)
-        of_run = {"model": model, "batch_size": batch_size, "dataset": dataset, "device": str(device), "amp": True}
-        if real:
-            keys = of_run | {"limit_train": limit_train}
-            real_epoch.check(keys)
-        else:
-            images = step_variants.images_of(dataset, batch_size)
-            workloads = {name: Workload(name, model, batch_size, images, device) for name in chosen}
-            variants = variants or (TEXTBOOK, "all" if device.type == "cuda" else "amp")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    path = (out or machine.results_folder(facts)) / ("epoch-real.csv" if real else "epoch.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
     missing: list[str] = []
     if real:
-        rows = real_rows(facts, chosen, keys, budget, path, missing)
+        keys = {
+            "model": model, "batch_size": batch_size, "dataset": dataset, "device": str(device), "amp": True,
+            "limit_train": limit_train,
+        }  # fmt: skip
+        with command.refused():
+            real_epoch.check(keys)
+        with command.results(device, out) as results:
+            show(real_rows(results, chosen, keys, budget, missing), results.console)
     else:
-        rows = scaled_rows(facts, workloads, variants, rounds)
-        csv_rows.write(path, rows)
-        per_epoch = math.ceil(EPOCH_IMAGES / batch_size)
-        console.print(
-            f"Scaled from rounds of steps of {batch_size} images to {per_epoch} steps, without evaluation."
-        )
+        with command.refused():
+            images = images_of(dataset, batch_size)
+        workloads = {name: Workload(name, model, batch_size, images, device) for name in chosen}
+        variants = variants or (TEXTBOOK, "all" if device.type == "cuda" else "amp")
+        with command.results(device, out) as results:
+            rows = scaled_rows(results.facts, workloads, variants, rounds)
+            results.write("epoch.csv", rows)
+            steps = math.ceil(EPOCH_IMAGES / batch_size)
+            results.console.print(
+                f"Scaled from rounds of steps of {batch_size} images to {steps} steps, without evaluation."
+            )
+            show(rows, results.console)
+    if missing:
+        raise click.ClickException("; ".join(missing))
+
+
+def show(rows: Sequence[EpochRow], console: Console) -> None:
+    """Print the rows beside the paper's, and what cannot be compared."""
     if rows:
         console.print(table(rows))
         console.print(
             "The paper names no GPU, and its MiB hold context and allocator: across hardware compare ratios."
         )
-        console.print(f"written: {path}")
-    if missing:
-        raise click.ClickException("; ".join(missing))
 
 
 def scaled_rows(
     facts: machine.Facts, workloads: Mapping[str, Workload], variants: Sequence[str], rounds: int
 ) -> list[EpochRow]:
-    """So many rounds of steps of each method, scaled to an epoch of 50,000 images."""
+    """Rows of each method: so many rounds of steps, scaled to an epoch of 50,000 images."""
     samples = measure(workloads, variants, rounds)
     rows = []
     for (variant, method), seconds in samples.items():
@@ -125,14 +128,13 @@ def scaled_rows(
 
 
 def real_rows(
-    facts: machine.Facts,
+    results: command.Results,
     names: Sequence[str],
     keys: Mapping[str, Any],
     budget: float | None,
-    path: Path,
     missing: list[str],
 ) -> list[EpochRow]:
-    """A row of each method, written to the path as soon as it is there. missing: takes the others, and why."""
+    """A row of each method, written as soon as it is there. missing: takes the others, and why."""
     rows: list[EpochRow] = []
     began, longest = time.monotonic(), 0.0
     for name in names:
@@ -149,7 +151,7 @@ def real_rows(
         longest = max(longest, time.monotonic() - start)
         ard = next((row.epoch_s for row in rows if row.method == "ard"), epoch.seconds if name == "ard" else None)
         row = _row(
-            facts, name, keys["model"], keys["batch_size"], REAL,
+            results.facts, name, keys["model"], keys["batch_size"], REAL,
             peaks=epoch.peaks,
             images=epoch.images,
             steps=epoch.steps,
@@ -158,7 +160,7 @@ def real_rows(
             relative_to_ard=epoch.seconds / ard if ard else None,
         )  # fmt: skip
         rows.append(row)
-        csv_rows.write(path, rows)
+        results.write("epoch-real.csv", rows)
     return rows
 
 
@@ -174,7 +176,7 @@ def _row(
     evaluation_s: float | None = None,
     **measured: Any,
 ) -> EpochRow:
-    """With what Table 14 says of the method."""
+    """Row of a method, beside its figures in Table 14."""
     seconds, mebibytes = TABLE_14[method]
     return EpochRow(
         **facts,
@@ -216,7 +218,7 @@ def measure(
 
 
 def table(rows: Sequence[EpochRow]) -> Table:
-    """Ours beside the paper's."""
+    """Table of our epochs beside the paper's."""
     first = rows[0]
     where = first.processor if first.device == "cpu" else first.device
     title = f"{first.model}, batch of {first.batch_size}, {where}, beside Table 14"

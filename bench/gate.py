@@ -1,13 +1,12 @@
-"""The tests that must pass before anything is timed: a fast wrong answer is worth nothing.
+"""Run the tests that the benchmarks ask for: `python -m bench.gate`.
 
-`python -m bench.gate` runs all of them once and leaves a mark, which `tests_pass` accepts instead of running its
-part of them again: as long as sources, native library, device and versions are those of the mark.
+A benchmark times nothing while one of its tests fails. Tests that passed leave a mark, which `tests_pass` accepts
+instead of running them again, as long as sources, native library, device and versions are those of the mark.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,15 +23,16 @@ from typing import Any
 import click
 import torch
 
-from bench.lib import passed
+from bench.lib import command, passed_tests
+from engine.common import optional
 from engine.common.files import replacing
 from engine.system import environment
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKS = ROOT / "build" / "gate"
-LIBRARY = ROOT / "kernels" / "_native.so"
+CHECKOUT = Path(__file__).resolve().parent.parent
+MARKS = CHECKOUT / "build" / "gate"
+NATIVE_LIBRARY = CHECKOUT / "kernels" / "_native.so"
 ROOMS = ("engine", "kernels", "pipelines", "bench", "tests")
-SETTINGS = ("pyproject.toml", "CMakeLists.txt")
+BUILD_FILES = ("pyproject.toml", "CMakeLists.txt")
 NO_SOURCES = {"__pycache__", "results"}  # folders
 MOST_JOBS = 8
 # Everything that a bench asks for, by the device that it is asked for.
@@ -41,16 +41,16 @@ TESTS = {
         *(f"tests/kernels/test_{name}.py" for name in ("distill_loss", "pgd_update", "crop_flip", "table")),
         "tests/pipelines/test_contract.py",
         "tests/pipelines/test_tensor.py",
-        "tests/bench/test_reference.py",
+        "tests/bench/lib/test_textbook.py",
     ),
-    "cuda": ("tests/gpu", "tests/bench/test_cuda_clock.py"),
+    "cuda": ("tests/gpu", "tests/bench/lib/test_cuda_clock.py"),
 }
 SELECTED = {"cpu": "not slow and not gpu", "cuda": "not slow"}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a test's result depends on. sources, library: SHA-256 of contents; of the library empty without one."""
+    """State that a test's result depends on. sources, library: SHA-256 of contents; empty without a library."""
 
     sources: str
     library: str
@@ -75,21 +75,21 @@ class Mark:
     passed: tuple[str, ...]
 
     def covers(self, paths: Sequence[str], ops: Sequence[str]) -> bool:
-        """Whether these tests were all among those asked for, and one of them passed."""
+        """True if these tests were all among those that ran, and one of them passed."""
         within = all(any(Path(path).is_relative_to(mine) for mine in self.paths) for path in paths)
         named = not self.ops or (bool(ops) and {*ops} <= {*self.ops})
         return within and named and any(_belongs(test, paths, ops) for test in self.passed)
 
 
 def checks(ops: Sequence[str], device_type: str) -> list[Path]:
-    """Where the tests of the ops lie, in the implementations that serve on a device."""
+    """Paths of the tests of the ops, in the implementations that serve on a device."""
     if device_type == "cuda":
-        return [ROOT / "tests" / "gpu"]
-    return [ROOT / "tests" / "kernels" / f"test_{name}.py" for name in (*ops, "table")]
+        return [CHECKOUT / "tests" / "gpu"]
+    return [CHECKOUT / "tests" / "kernels" / f"test_{name}.py" for name in (*ops, "table")]
 
 
 def tests_pass(paths: Sequence[Path], ops: Sequence[str], device_type: str) -> bool:
-    """Whether the fast tests there that name one of the ops pass; to find none is to fail.
+    """True if the fast tests there that name one of the ops pass; False if there are none.
 
     A mark that covers them counts, else they run, in a process of its own.
     """
@@ -106,15 +106,25 @@ def run(
     paths: Sequence[str], ops: Sequence[str], device_type: str, state: State, options: Sequence[str] = ()
 ) -> bool:
     """Run the tests in a process of its own; leave a mark if one passed and none failed, else remove the marks."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", passed.__name__, "-m", SELECTED[device_type], *options]
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        passed_tests.__name__,
+        "-m",
+        SELECTED[device_type],
+        *options,
+    ]
     if ops:
-        command += ["-k", " or ".join(ops)]
+        line += ["-k", " or ".join(ops)]
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "passed.json"
-        variables = os.environ | {passed.VARIABLE: str(report)}
+        report = Path(folder) / "passed_tests.json"
+        variables = os.environ | {passed_tests.VARIABLE: str(report)}
         code = subprocess.run(  # noqa: S603  # no shell
-            [*command, *(str(ROOT / path) for path in paths)], cwd=ROOT, env=variables, check=False
+            [*line, *(str(CHECKOUT / path) for path in paths)], cwd=CHECKOUT, env=variables, check=False
         ).returncode
         names = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
     if code or not names:
@@ -131,19 +141,15 @@ def run(
 
 
 def state_of(device_type: str) -> State:
-    """That of this checkout, on this machine."""
+    """State of this checkout, on this machine."""
     on_gpu = device_type == "cuda" and torch.cuda.is_available()
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = ""
     return State(
         sources=digest(),
-        library=hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else "",
+        library=hashlib.sha256(NATIVE_LIBRARY.read_bytes()).hexdigest() if NATIVE_LIBRARY.exists() else "",
         device=torch.cuda.get_device_name() if on_gpu else environment.processor(),
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=triton,
+        triton=optional.version("triton") or "",
     )
 
 
@@ -152,15 +158,15 @@ def digest() -> str:
     found = hashlib.sha256()
     for path in sources():
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.update(f"{path.relative_to(ROOT).as_posix()} {content}\n".encode())
+        found.update(f"{path.relative_to(CHECKOUT).as_posix()} {content}\n".encode())
     return found.hexdigest()
 
 
 def sources() -> Iterator[Path]:
-    """Whatever a result may depend on, and no file that a test or a measurement writes."""
-    yield from (ROOT / name for name in SETTINGS)
+    """Every file that a result may depend on, and none that a test or a measurement writes."""
+    yield from (CHECKOUT / name for name in BUILD_FILES)
     for room in ROOMS:
-        for folder, folders, files in os.walk(ROOT / room):  # links to folders are not followed
+        for folder, folders, files in os.walk(CHECKOUT / room):  # links to folders are not followed
             folders[:] = sorted({*folders} - NO_SOURCES)
             for name in sorted(files):
                 if not name.startswith(".") and not name.endswith((".md", ".pyc", ".so", ".part")):
@@ -168,7 +174,7 @@ def sources() -> Iterator[Path]:
 
 
 def marks(device_type: str) -> Iterator[tuple[Path, Mark]]:
-    """Those that can be read; of others it is said."""
+    """Marks that can be read, with their paths; a line for each other one."""
     for path in sorted(MARKS.glob(f"{device_type}-*.json")):
         try:
             yield path, _mark(json.loads(path.read_text(encoding="utf-8")))
@@ -187,7 +193,7 @@ def leave(mark: Mark, device_type: str) -> Path:
 
 
 def _mark(found: object) -> Mark:
-    """Raises TypeError or ValueError where it is none."""
+    """The mark of a file's content. Raises TypeError or ValueError where it is none."""
     if not isinstance(found, dict):
         raise ValueError("it holds no table")
     lists: dict[str, Any] = {name: found.pop(name, None) for name in ("paths", "ops", "passed")}
@@ -203,12 +209,12 @@ def _mark(found: object) -> Mark:
 
 
 def _below_root(path: Path) -> str:
-    """Relative to the root where it lies there."""
-    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+    """Path relative to the checkout where it lies there."""
+    return (path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path).as_posix()
 
 
 def _belongs(test: str, paths: Sequence[str], ops: Sequence[str]) -> bool:
-    """Whether a run of the tests in the paths that name one of the ops would have had this one."""
+    """True if a run of the tests in the paths that name one of the ops would have had this one."""
     file = test.partition("::")[0]
     named = test[file.rfind("/") + 1 :].lower()
     return any(Path(file).is_relative_to(path) for path in paths) and (
@@ -216,7 +222,7 @@ def _belongs(test: str, paths: Sequence[str], ops: Sequence[str]) -> bool:
     )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command.command
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes at the same time. [processors, 8 at most]")
 def main(device: str, jobs: int | None) -> None:

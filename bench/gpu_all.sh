@@ -89,7 +89,7 @@ stages() {
   local teacher=(--teacher "$out/train-at/best.pt")
   local check=(compute-sanitizer --error-exitcode 9 --target-processes all env PYTORCH_NO_CUDA_MEMORY_CACHING=1)
   local counters=(ncu --clock-control none --set detailed --launch-count 30
-    --kernel-name 'regex:^_(linf|l2|loss|scale|crop_flip|uniform_start)$|^(pgd_update|crop_flip)')
+    --kernel-name 'regex:^_(linf|l2|loss|scale|crop_flip|random_start)$|^(pgd_update|crop_flip)')
   $each 1 environment 15 5 '' "${run[@]}" bench.environment
   $each 1 native 60 30 '' make native
   $each 2 tests-cuda 300 - '' "${run[@]}" bench.gate --device cuda

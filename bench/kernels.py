@@ -1,8 +1,7 @@
-"""Time the ops: `python -m bench.kernels`. The protocol stands in README.md."""
+"""Time the ops: `python -m bench.kernels`. README.md says how."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,51 +9,45 @@ from pathlib import Path
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bench import gate
-from bench.lib import cases, chart, csv_rows, machine, targets
-from bench.lib.cases import Case
-from bench.lib.csv_rows import COMPILE, COPY, EAGER, Row
+from bench.lib import command, machine
+from bench.lib.calls import op_cases
+from bench.lib.calls.op_cases import COMPILE, COPY, EAGER, OpCase
+from bench.lib.output import chart, csv_rows, targets
+from bench.lib.output.csv_rows import OpRow
 from bench.lib.timing import Candidate, Clock, CudaClock, HostClock, captured, interleaved, preferring, warm_up
 from engine.kernels import dispatch
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
-@click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--op", "ops", type=click.Choice(cases.OPS), multiple=True, help="This op alone; repeatable. [all]")
+@command.command
+@command.out_option()
+@command.device_option()
+@click.option(
+    "--op", "ops", type=click.Choice(op_cases.OPS), multiple=True, help="This op alone; repeatable. [all]"
+)
 @click.option("--quick", is_flag=True, help="Tiny sizes, no torch.compile: to see that it works, not how fast.")
-def main(out: Path | None, device_name: str, ops: Sequence[str], quick: bool) -> None:
+def main(out: Path | None, device: torch.device, ops: Sequence[str], quick: bool) -> None:
     """Time the ops, each implementation forward and backward, once their tests have passed."""
-    try:
-        device = machine.device(device_name)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    ops = ops or cases.OPS
+    ops = ops or op_cases.OPS
     if not gate.tests_pass(gate.checks(ops, device.type), ops, device.type):
         raise click.ClickException("the ops' tests do not pass, so nothing is timed")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    facts = machine.facts(device)
-    folder = out or machine.results_folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    console.print(dispatch.describe(device))
-    for line in absent(ops, device):
-        console.print(line)
     bench = Bench(device, quick=quick)
-    rows: list[Row] = []
-    for case in cases.table(bench.cache_bytes, quick=quick):
-        if case.op in ops:
-            console.print(f"timing {case.op} {case.shape}, {case.setting}, {case.dtype}")
-            rows += bench.rows(case, facts)
-            csv_rows.write(folder / "kernels.csv", rows)  # each time: a run that is cut short leaves what it has
-    chart.draw(folder / "kernels.png", rows)
-    for op in ops:
-        console.print(table(op, rows))
-    for line in targets.verdicts(rows):
-        console.print(line)
-    console.print(f"written: {folder / 'kernels.csv'} and kernels.png")
+    with command.results(device, out) as results:
+        for line in (dispatch.describe(device), *absent(ops, device)):
+            results.console.print(line)
+        rows: list[OpRow] = []
+        for case in op_cases.table(bench.cache_bytes, quick=quick):
+            if case.op in ops:
+                results.console.print(f"timing {case.op} {case.shape}, {case.setting}, {case.dtype}")
+                rows += bench.rows(case, results.facts)
+                results.write("kernels.csv", rows)
+        chart.draw(results.path("kernels.png"), rows)
+        for op in ops:
+            results.console.print(table(op, rows))
+        for line in targets.verdicts(rows):
+            results.console.print(line)
     if bench.failures:
         raise click.ClickException("failed, and so not timed: " + "; ".join(bench.failures))
 
@@ -71,12 +64,12 @@ class Bench:
     def cache_bytes(self) -> int:
         return machine.cache_bytes(self.device)
 
-    def rows(self, case: Case, facts: machine.Facts) -> list[Row]:
+    def rows(self, case: OpCase, facts: machine.Facts) -> list[OpRow]:
         """Warm up, time and compare the candidates of a case, in each mode."""
         rounds, seconds = (3, 0.001) if self.quick else (15, 0.02)
         torch._dynamo.reset()  # or the compiler gives up after so many sizes
         candidates = list(self._candidates(case))
-        rows: list[Row] = []
+        rows: list[OpRow] = []
         for mode, clock, in_graph in self._modes():
             ready, counts = [], []
             for candidate in candidates:
@@ -97,13 +90,13 @@ class Bench:
         return rows
 
     def _modes(self) -> list[tuple[str, Clock, bool]]:
-        """By name: the clock, and whether a call is captured as a CUDA graph."""
+        """Name of each mode, its clock, and True if a call is captured as a CUDA graph."""
         if self.device.type == "cpu":
             return [("call", HostClock(), False)]
         idle, busy = CudaClock(self.device, idle=True), CudaClock(self.device, idle=False)
         return [("call", idle, False), ("graph", busy, True)]
 
-    def _candidates(self, case: Case) -> Iterator[Candidate]:
+    def _candidates(self, case: OpCase) -> Iterator[Candidate]:
         calls = case.calls(self.device)
         yield Candidate(EAGER, calls.eager)
         if not self.quick:
@@ -111,12 +104,12 @@ class Bench:
         for name in fused(case.op, self.device):
             if not dispatch.missing(name, self.device.type):
                 yield Candidate(name, calls.public, preference=name)
-        yield Candidate(COPY, cases.copy(case.footprint, self.device))
+        yield Candidate(COPY, op_cases.copy(case.footprint, self.device))
 
 
 def fused(op: str, device: torch.device) -> list[str]:
     """The implementations that an op has for a device, the reference aside."""
-    return [name for name in dispatch.TABLE[op][device.type] if name != "reference"]
+    return [name for name in dispatch.SERVED_BY[op][device.type] if name != "reference"]
 
 
 def absent(ops: Sequence[str], device: torch.device) -> list[str]:
@@ -125,8 +118,8 @@ def absent(ops: Sequence[str], device: torch.device) -> list[str]:
     return [f"not timed: {op} by {name}: {reason}" for (op, name), reason in reasons.items() if reason]
 
 
-def table(op: str, rows: Sequence[Row]) -> Table:
-    """What a reader wants of an op's rows."""
+def table(op: str, rows: Sequence[OpRow]) -> Table:
+    """Table of an op's rows."""
     result = Table(title=op, title_justify="left", box=box.SIMPLE)
     for heading in ("shape", "", "by"):
         result.add_column(heading, no_wrap=True)
@@ -145,12 +138,12 @@ def table(op: str, rows: Sequence[Row]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """In microseconds below a millisecond."""
+    """Text of a duration: microseconds below a millisecond."""
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 def number(value: float | None) -> str:
-    """With two decimals; nothing where there is none."""
+    """Text of a number: two decimals, empty for None."""
     return "" if value is None else f"{value:.2f}"
 
 

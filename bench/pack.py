@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import sys
 import tarfile
@@ -38,7 +39,7 @@ def pack(results: Path, to: Path, wanted: Sequence[Path] = ()) -> list[str]:
     pieces: dict[str, bytes] = {}
     for path in (path for path in wanted if path.exists()):
         content, name = path.read_bytes(), "-".join(path.relative_to(results).parts)
-        count = -(-len(content) // PIECE_BYTES)
+        count = math.ceil(len(content) / PIECE_BYTES)
         if count > files or len(content) > room:
             lines.append(f"left out: {path.relative_to(results)}, {len(content) / MIB:.1f} MiB, for want of room")
             continue

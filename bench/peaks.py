@@ -1,4 +1,4 @@
-"""What this machine reaches: `python -m bench.peaks`. The protocol stands in README.md.
+"""Time what torch reaches on this machine: `python -m bench.peaks`. README.md says how.
 
 Unlike the other benchmarks it runs no tests first: nothing of the engine is timed, only torch.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,12 @@ from pathlib import Path
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from bench.lib import cases, convolutions, csv_rows, machine, peak_cases
-from bench.lib.csv_rows import COPY, PeakRow
-from bench.lib.peak_cases import (
+from bench.lib import command, machine
+from bench.lib.calls import convolutions, op_cases, peak_cases
+from bench.lib.calls.op_cases import COPY
+from bench.lib.calls.peak_cases import (
     BATCH_NORM,
     BENCHMARK,
     BFLOAT16,
@@ -34,11 +33,14 @@ from bench.lib.peak_cases import (
     FLOAT32,
     MATMUL,
     STEM,
-    Case,
-    Setting,
+    PeakCase,
+    PeakSetting,
 )
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import PeakRow
 from bench.lib.timing import Call, Clock, HostClock, QueuedClock, calls_within, no_garbage_collection, rotated
-from engine import config, methods, models
+from engine import config, models
+from engine.runs import assemble
 
 STEP = "step"
 METHOD = "iad1"
@@ -47,8 +49,8 @@ MIN_ROUNDS = 3
 MAX_OPERANDS, MAX_QUEUED = 16, 64
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@command.command
+@command.device_option()
 @click.option(
     "--seconds",
     default=60.0,
@@ -57,65 +59,58 @@ MAX_OPERANDS, MAX_QUEUED = 16, 64
     help="For everything.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images of a pass. [128 on a GPU, 8 on a CPU]")
-@click.option("--model", default="resnet18", show_default=True, help="Whose convolutions and BatchNorms.")
+@command.model_option("Whose convolutions and BatchNorms.")
 @click.option("--quick", is_flag=True, help="Tiny sizes: to see that it works, not how fast.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
+@command.out_option()
 def main(
-    device_name: str, seconds: float, batch_size: int | None, model: str, quick: bool, out: Path | None
+    device: torch.device, seconds: float, batch_size: int | None, model: str, quick: bool, out: Path | None
 ) -> None:
     """Time copies, matrix products, and a network's convolutions and BatchNorms, each alone, in plain torch."""
-    try:
-        device = machine.device(device_name)
-        models.check(model)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
     setting = sizes(device, quick=quick)
     groups = table_of_cases(model, batch_size or usual_batch(device, quick=quick), setting)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    facts = machine.facts(device)
-    folder = out or machine.results_folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
     timer = Timer(setting, QueuedClock(device) if device.type == "cuda" else HostClock(), seconds)
-    console.print(f"timing {sum(map(len, groups))} cases within {seconds:g} s, shapes of {model}")
     measured: list[Timed] = []
-    rows: list[PeakRow] = []
-    with no_garbage_collection():
-        for group in timer.timed(groups):
-            measured += group
-            rows += rows_of(facts, group, measured)
-            csv_rows.write(folder / "peaks.csv", rows)  # each time: a run that is cut short leaves what it has
-    rows += steps_of(rows)
-    csv_rows.write(folder / "peaks.csv", rows)
-    for table in tables(rows):
-        console.print(table)
-    for line in (*summary(rows), *notes(measured)):
-        console.print(line)
-    console.print(f"written: {folder / 'peaks.csv'}")
+    with command.results(device, out) as results:
+        results.console.print(f"timing {sum(map(len, groups))} cases within {seconds:g} s, shapes of {model}")
+        rows: list[PeakRow] = []
+        with no_garbage_collection():
+            for group in timer.timed(groups):
+                measured += group
+                rows += rows_of(results.facts, group, measured)
+                results.write("peaks.csv", rows)
+        rows += steps_of(rows)
+        results.write("peaks.csv", rows)
+        for shown in (*tables(rows), *summary(rows), *notes(measured)):
+            results.console.print(shown)
     if any(one.failed for one in measured):
         raise click.ClickException("cases failed, and so were not timed: see above")
 
 
-def sizes(device: torch.device, *, quick: bool) -> Setting:
-    """What is large for the device."""
+def sizes(device: torch.device, *, quick: bool) -> PeakSetting:
+    """Sizes that are large for the device."""
     if quick:
-        return Setting(device, 64, 2**16, MIN_ROUNDS, 1e-3)
-    beyond = cases.beyond(machine.cache_bytes(device))
-    return Setting(device, 8192, beyond, sample_s=1e-3) if device.type == "cuda" else Setting(device, 512, beyond)
+        return PeakSetting(device, 64, 2**16, MIN_ROUNDS, 1e-3)
+    beyond = op_cases.beyond(machine.cache_bytes(device))
+    return (
+        PeakSetting(device, 8192, beyond, sample_s=1e-3)
+        if device.type == "cuda"
+        else PeakSetting(device, 512, beyond)
+    )
 
 
 def usual_batch(device: torch.device, *, quick: bool) -> int:
-    """Images of a pass, if nothing else is said."""
+    """Default of --batch-size."""
     return 2 if quick else 128 if device.type == "cuda" else 8
 
 
-def table_of_cases(model: str, batch_size: int, setting: Setting) -> list[list[Case]]:
-    """Of a network on images of 32x32 pixels, or of the size that it is made for."""
+def table_of_cases(model: str, batch_size: int, setting: PeakSetting) -> list[list[PeakCase]]:
+    """Groups of cases of a network, on images of 32x32 pixels or of the size that it is made for."""
     meant = models.TABLE[model].input_sizes
     side = 32 if 32 in meant else meant[0]
     network, images = models.build(model, 10), (batch_size, 3, side, side)
     layers = convolutions.layers(network, images)
     run = config.load({"method": METHOD, "model": model})
-    work = convolutions.of_step(layers, methods.get(METHOD, semantics=run.semantics, loss=run.loss), run)
+    work = convolutions.of_step(layers, assemble.method_of(run), run)
     return peak_cases.groups(layers, peak_cases.norms(network, images), work, setting)
 
 
@@ -123,7 +118,7 @@ def table_of_cases(model: str, batch_size: int, setting: Setting) -> list[list[C
 class Timed:
     """A case, its seconds in each round, or why there are none. failed: it should have run."""
 
-    case: Case
+    case: PeakCase
     seconds: list[float] = field(default_factory=list)
     note: str = ""
     failed: bool = False
@@ -131,7 +126,7 @@ class Timed:
     count: int = 1
 
     def rate(self, amount: int | None) -> float | None:
-        """Of that amount in a call, by the second."""
+        """Amount a second, of that amount in a call."""
         return amount / statistics.median(self.seconds) if amount and self.seconds else None
 
 
@@ -139,7 +134,7 @@ class Timer:
     """Times groups of cases; the time that is left is divided over the cases that are left. now: in seconds."""
 
     def __init__(
-        self, setting: Setting, clock: Clock, seconds: float, now: Callable[[], float] = time.monotonic
+        self, setting: PeakSetting, clock: Clock, seconds: float, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._setting = setting
         self._clock = clock
@@ -148,8 +143,8 @@ class Timer:
         # torch keeps what cuDNN chose by thread and shape, however it was chosen: each plan needs its own thread.
         self._threads = {plan: ThreadPoolExecutor(1) for plan in peak_cases.PLANS}
 
-    def timed(self, groups: Sequence[Sequence[Case]]) -> Iterator[list[Timed]]:
-        """Each group when it is done."""
+    def timed(self, groups: Sequence[Sequence[PeakCase]]) -> Iterator[list[Timed]]:
+        """Time the groups, and give each when it is done."""
         left = sum(map(len, groups))
         for group in groups:
             share = (self._end - self._now()) * len(group) / left
@@ -205,7 +200,7 @@ class Timer:
 
 
 def first_line(error: Exception) -> str:
-    """What it says first."""
+    """First line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
@@ -278,7 +273,7 @@ SHOWN: dict[str, tuple[str, Callable[[PeakRow], float | None]]] = {
 
 
 def tables(rows: Sequence[PeakRow]) -> Iterator[Table]:
-    """Of each op: a line for a shape, a column for a way to run it."""
+    """Table of each op: a line for a shape, a column for a way to run it."""
     for op, (unit, shown) in SHOWN.items():
         mine = [row for row in rows if row.op == op]
         ways = dict.fromkeys(_way(row) for row in mine)
@@ -299,7 +294,7 @@ def _way(row: PeakRow) -> tuple[str, str, str]:
 
 
 def summary(rows: Sequence[PeakRow]) -> list[str]:
-    """What decides what is built next."""
+    """Lines that compare plans, formats and layouts."""
     return [*_plans(rows), *_formats(rows), *_layouts(rows), *_stems(rows)]
 
 

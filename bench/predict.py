@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,18 +11,19 @@ from typing import NamedTuple
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bench.epoch import EPOCH_IMAGES, TABLE_14
-from bench.lib import csv_rows, machine, roofline
-from bench.lib.csv_rows import PredictedRow
-from bench.lib.roofline import GPUS, Hardware, Op, Passes
+from bench.lib import command, machine, roofline
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import PredictedRow
+from bench.lib.roofline import GPUS, Hardware, Op, PassOps
 from bench.lib.timing import repeated
-from engine import config, methods, models
+from engine import config, models
 from engine.attacks.twin import Twin
 from engine.config import RunConfig
 from engine.methods import Method
+from engine.runs import assemble
 from engine.system.precision import Precision
 from engine.training import plan
 
@@ -38,7 +38,7 @@ ASSUMPTIONS = (
 
 
 class Prediction(NamedTuple):
-    """Of one step. Seconds of an eager host, of one lane that waits for no launch, and of lanes; MiB; launches."""
+    """Seconds of a step by an eager host, by one lane that waits for no launch, and by lanes; MiB; launches."""
 
     eager_s: float
     device_s: float
@@ -48,58 +48,29 @@ class Prediction(NamedTuple):
     share_of_convolutions: float
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command.command
 @click.option("--gpu", type=click.Choice(list(GPUS)), help="Which one.")
-@click.option("--method", "names", multiple=True, help="Repeatable. [ard, iad1, akd2, iad2]")
-@click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@command.methods_option(tuple(TABLE_14))
+@command.model_option()
+@command.batch_size_option()
 @click.option("--amp/--no-amp", default=True, show_default=True, help="Passes in bfloat16, else in TF32.")
 @click.option("--validate", is_flag=True, help="Predict this processor from its own peaks, and measure it.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for predicted.csv. [none is written]")
+@command.out_option("Folder for predicted.csv. [none is written]")
 def main(
     gpu: str | None, names: Sequence[str], model: str, batch_size: int, amp: bool, validate: bool, out: Path | None
 ) -> None:
     """Predict seconds and memory of a step by a roofline: nothing is run on a GPU."""
     if (gpu is None) != validate:
         raise click.UsageError(f"give either --gpu (known: {', '.join(GPUS)}) or --validate")
-    names = names or tuple(TABLE_14)
-    try:
-        models.check(model)
-        runs = [config.load({"method": name, "model": model, "batch_size": batch_size}) for name in names]
-        rows_of_weights = [methods.get(run.method, semantics=run.semantics, loss=run.loss) for run in runs]
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = command.new_console()
     precision = Precision(CPU, torch.float32, torch.bfloat16 if amp else None)
     if gpu is None:
         console.print(validation(model, batch_size, precision))
         return
-    hardware = GPUS[gpu]
-    rows = []
-    facts = machine.facts(CPU)
-    for run, method in zip(runs, rows_of_weights, strict=True):
-        passes = roofline.passes(model, batch_size, precision, bn=run.attack.bn)
-        step = predict(run, method, passes, hardware, precision)
-        steps = math.ceil(EPOCH_IMAGES / batch_size)
-        rows.append(
-            PredictedRow(
-                date=facts["date"],
-                commit=facts["commit"],
-                torch=facts["torch"],
-                gpu=hardware.name,
-                method=run.method,
-                model=model,
-                batch_size=batch_size,
-                amp=amp,
-                eager_epoch_s=steps * step.eager_s,
-                device_epoch_s=steps * step.device_s,
-                lanes_epoch_s=steps * step.lanes_s,
-                peak_mib=step.peak_mib,
-                launches=step.launches,
-                share_of_convolutions=step.share_of_convolutions,
-            )
-        )
-    console.print(f"PREDICTED for one {hardware.name}, not measured: {model}, batch of {batch_size}")
+    with command.refused():
+        runs = [config.load({"method": name, "model": model, "batch_size": batch_size}) for name in names]
+    rows = predicted_rows(runs, GPUS[gpu], precision)
+    console.print(f"PREDICTED for one {GPUS[gpu].name}, not measured: {model}, batch of {batch_size}")
     console.print(table(rows))
     for assumption in ASSUMPTIONS:
         console.print(f"assumed: {assumption}")
@@ -110,10 +81,40 @@ def main(
         console.print(f"written: {out / 'predicted.csv'}")
 
 
+def predicted_rows(runs: Sequence[RunConfig], hardware: Hardware, precision: Precision) -> list[PredictedRow]:
+    """Row of each configuration."""
+    facts = machine.facts(CPU)
+    rows = []
+    for run in runs:
+        method = assemble.method_of(run)
+        passes = roofline.passes(run.model, run.batch_size, precision, bn=run.attack.bn)
+        step = predict(run, method, passes, hardware, precision)
+        steps = math.ceil(EPOCH_IMAGES / run.batch_size)
+        rows.append(
+            PredictedRow(
+                date=facts["date"],
+                commit=facts["commit"],
+                torch=facts["torch"],
+                gpu=hardware.name,
+                method=run.method,
+                model=run.model,
+                batch_size=run.batch_size,
+                amp=precision.amp_dtype is not None,
+                eager_epoch_s=steps * step.eager_s,
+                device_epoch_s=steps * step.device_s,
+                lanes_epoch_s=steps * step.lanes_s,
+                peak_mib=step.peak_mib,
+                launches=step.launches,
+                share_of_convolutions=step.share_of_convolutions,
+            )
+        )
+    return rows
+
+
 def predict(
-    run: RunConfig, method: Method, passes: Passes, hardware: Hardware, precision: Precision
+    run: RunConfig, method: Method, passes: PassOps, hardware: Hardware, precision: Precision
 ) -> Prediction:
-    """A step of the method after its warm-up."""
+    """Predict a step of the method after its warm-up."""
     count = plan.passes(method, run.attack, run.forwards)
     beside_attack = int(method.needs_t_at_nat)
     beside_student = method.needs_t_at_adv + method.needs_t_st_adv
@@ -154,7 +155,7 @@ def optimizer(parameters: int) -> list[Op]:
     return [Op("sgd", 0.0, 5 * 4.0 * parameters, torch.float32)]
 
 
-def peak_bytes(method: Method, count: plan.Passes, passes: Passes, precision: Precision) -> float:
+def peak_bytes(method: Method, count: plan.Passes, passes: PassOps, precision: Precision) -> float:
     """The larger of the two peaks: before the backward, all trained passes are kept; in the attack one is.
 
     Weights and momentum in float32, the student's twin and the teachers in the format of the passes; gradients and
@@ -194,7 +195,7 @@ def table(rows: Sequence[PredictedRow]) -> Table:
 
 
 def validation(model: str, batch_size: int, precision: Precision) -> Table:
-    """Each kind of pass on this processor, predicted from its measured peaks, and measured."""
+    """Table of each kind of pass on this processor: predicted from its measured peaks, and measured."""
     hardware = roofline.measured_cpu(precision)
     predicted = roofline.passes(model, batch_size, precision, bn="train")
     student = precision.place(models.build(model, 10))

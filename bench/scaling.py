@@ -1,46 +1,39 @@
-"""A step by several processes, and what it would be on many GPUs: `python -m bench.scaling`; see README.md."""
+"""Time steps by several processes, and predict those of many GPUs: `python -m bench.scaling`; see README.md."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from bench import predict
-from bench.lib import csv_rows, machine, roofline, step_variants
-from bench.lib.csv_rows import PredictedScalingRow, ScalingRow
+from bench.lib import command, machine, roofline
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import PredictedScalingRow, ScalingRow
 from bench.lib.roofline import GPUS
-from bench.lib.step_variants import Workload
+from bench.lib.steps import several_processes
+from bench.lib.steps.several_processes import Taken
+from bench.lib.steps.variants import images_of
 from bench.lib.timing import rotated
-from engine import config, methods, models
+from engine import config, models
 from engine.attacks.pgd import bn_mode
-from engine.common.lookup import is_on
-from engine.models.sync_batch_norm import synchronise
-from engine.pipelines.sampling import Sampling
-from engine.pipelines.tensor import TensorPipeline
-from engine.runs import checkpoints
-from engine.system import distributed, launcher, precision
+from engine.runs import assemble
 from engine.system.precision import Precision
 from engine.training import plan
-from engine.training.learner import Learner
 
-WARMUP = 2  # steps that are not counted: the replicas arrange their buckets in the first
+Group = tuple[int, bool]
+"""Number of processes, and whether their BatchNorm is synchronised."""
 
 
 class Network(NamedTuple):
-    """What carries gradients. bandwidth: bytes a second from a GPU, each way; latency: seconds of a message."""
+    """Connection of GPUs. bandwidth: bytes a second from a GPU, each way; latency: seconds of a message."""
 
     bandwidth: float
     latency: float
@@ -53,7 +46,7 @@ LAST_BUCKET = 25 * 2**20  # torch's default: what is sent when the backward is o
 # Counted for IAD-I with ResNet-18 under AMP on a mock of the CUDA runtime, attack captured, nothing compiled:
 # 856 launches beside the graph and 2,481 nodes, where the model of bench.predict sees 465 and 1,430 ops.
 KERNELS_PER_OP = (856 + 2481) / (465 + 1430)
-ASSUMPTIONS = (
+SCALING_ASSUMPTIONS = (
     "an op takes its time by the roofline of bench.predict, and at least that of 1.8 kernels: 1.6 us each in the",
     "graph of the attack, 5 us each elsewhere, launched by the host; ops one after the other, no lanes",
     "BatchNorm over each GPU's own images",
@@ -64,203 +57,109 @@ ASSUMPTIONS = (
 )
 
 
-class Taken(NamedTuple):
-    """Of a group of processes: seconds of each step, bytes sent in one; seconds that saving stalls, and takes."""
-
-    steps: list[float]
-    sent: float | None
-    stall: float
-    writing: float
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+# many parameters: one for each option
+@command.command
 @click.option("--procs", "sizes", type=click.IntRange(min=1), multiple=True, help="Repeatable. [1 and 2]")
 @click.option("--method", default="iad1", show_default=True)
-@click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Of all processes.")
+@command.model_option()
+@command.batch_size_option(32, "Of all processes.")
 @click.option("--dataset", default="random", show_default=True, help="Of the images, or random.")
-@click.option("--device", "device_name", default="auto", show_default=True, help="cpu, or cuda: a GPU a process.")
+@command.device_option("cpu, or cuda: a GPU a process.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2))
 @click.option("--steps", "count", default=3, show_default=True, type=click.IntRange(min=1), help="Of a round.")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="To predict for.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
-@click.option(
-    "--process", "answer", type=click.Path(path_type=Path), hidden=True, help="Where one of them answers."
-)
-@click.option("--sync-bn", is_flag=True, hidden=True, help="Its BatchNorm is synchronised.")
+@command.out_option()
 def main(
     sizes: Sequence[int],
     method: str,
     model: str,
     batch_size: int,
     dataset: str,
-    device_name: str,
+    device: torch.device,
     rounds: int,
     count: int,
     gpu: str,
     out: Path | None,
-    answer: Path | None,
-    sync_bn: bool,
 ) -> None:
     """Time steps of one global batch by 1, 2, ... processes on the same cores, and predict those of many GPUs."""
-    try:
-        device = machine.device(device_name)
-        workload = Workload(method, model, batch_size, step_variants.images_of(dataset, batch_size), device)
-        complete = config.load(
-            {"method": method, "model": model, "batch_size": batch_size, "amp": True, "loss": {"warmup": 0}},
-            {"device": device.type, "sync_bn": "on" if sync_bn else "off"},
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if answer is not None:
-        with distributed.joined(complete) as world:
-            taken = _run(world, complete, workload, count)
-            if world.is_main:
-                answer.write_text(json.dumps(taken))
-        return
+    keys = {
+        "method": method, "model": model, "batch_size": batch_size, "amp": True, "loss": {"warmup": 0},
+        "device": device.type,
+    }  # fmt: skip
+    with command.refused():
+        images_of(dataset, batch_size)
+        run = config.load(keys)
     groups = [(size, sync) for size in sizes or (1, 2) for sync in (False, True)[: 1 if size == 1 else 2]]
-    arguments = ["--method", method, "--model", model, "--batch-size", str(batch_size), "--dataset", dataset]
-    arguments += ["--device", device.type, "--steps", str(count)]
-    measured: dict[tuple[int, bool], list[Taken]] = {key: [] for key in groups}
-    for turn in range(rounds):
-        for key in rotated(groups, turn):
-            measured[key].append(group(key[0], [*arguments, *["--sync-bn"][: key[1]]]))
-    facts = machine.facts(device)
-    folder = out or machine.results_folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    first = [statistics.median(taken.steps) for taken in measured[groups[0]]]
+    taken: dict[Group, list[Taken]] = {group: [] for group in groups}
+    with command.results(device, out) as results:
+        for turn in range(rounds):
+            for size, sync in rotated(groups, turn):
+                sync_bn = {"sync_bn": "on" if sync else "off"}
+                taken[size, sync].append(several_processes.timed(size, keys | sync_bn, dataset, count))
+        rows, predicted = measured_rows(results.facts, run, taken), predictions(run, gpu, results.facts)
+        results.write("scaling.csv", rows)
+        results.write("scaling-predicted.csv", predicted)
+        results.console.print(table(rows))
+        results.console.print(f"PREDICTED for {GPUS[gpu].name}, not measured:")
+        results.console.print(predicted_table(predicted))
+        for assumption in SCALING_ASSUMPTIONS:
+            results.console.print(f"assumed: {assumption}")
+
+
+def measured_rows(
+    facts: machine.Facts, run: config.RunConfig, taken: Mapping[Group, Sequence[Taken]]
+) -> list[ScalingRow]:
+    """Row of each group, beside the first one. taken: in each round."""
     rows = []
-    for (size, synchronised), found in measured.items():
-        seconds = [statistics.median(taken.steps) for taken in found]
+    first: list[float] = []
+    for (size, synchronised), found in taken.items():
+        seconds = [statistics.median(one.steps) for one in found]
+        first = first or seconds
         q10, q90 = csv_rows.quantiles(seconds)
-        sent = [taken.sent for taken in found if taken.sent is not None]
+        sent = [one.sent for one in found if one.sent is not None]
         rows.append(
             ScalingRow(
                 **facts,
-                method=method,
-                model=model,
-                batch_size=batch_size,
+                method=run.method,
+                model=run.model,
+                batch_size=run.batch_size,
                 processes=size,
                 sync_bn=synchronised,
-                rounds=rounds,
+                rounds=len(found),
                 median_s=statistics.median(seconds),
                 q10_s=q10,
                 q90_s=q90,
                 speedup=csv_rows.speedup(first, seconds) or 0.0,
                 sent_bytes=statistics.median(sent) if sent else None,
-                ring_bytes=2 * (size - 1) * gradient_bytes(model),
-                save_stall_s=statistics.median(taken.stall for taken in found),
-                save_write_s=statistics.median(taken.writing for taken in found),
+                ring_bytes=2 * (size - 1) * gradient_bytes(run.model),
+                save_stall_s=statistics.median(one.stall for one in found),
+                save_write_s=statistics.median(one.writing for one in found),
             )
         )
-    predicted = predictions(complete, gpu, facts)
-    csv_rows.write(folder / "scaling.csv", rows)
-    csv_rows.write(folder / "scaling-predicted.csv", predicted)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table(rows))
-    console.print(f"PREDICTED for {GPUS[gpu].name}, not measured:")
-    console.print(predicted_table(predicted))
-    for assumption in ASSUMPTIONS:
-        console.print(f"assumed: {assumption}")
-    console.print(f"written: {folder}/scaling.csv, {folder}/scaling-predicted.csv")
-
-
-def group(size: int, arguments: Sequence[str]) -> Taken:
-    """What so many processes of this benchmark measured together, which share the cores of this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "taken.json"
-        command = [sys.executable, "-m", "bench.scaling", "--process", str(answer), *arguments]
-        if launcher.launch(size, command, None, max_restarts=0):
-            raise RuntimeError(f"{size} processes of the benchmark failed")
-        return Taken(*json.loads(answer.read_text()))
-
-
-def _run(world: distributed.World, complete: config.RunConfig, workload: Workload, count: int) -> Taken:
-    """Steps of this process, with all others."""
-    at = precision.choose(complete, world.local_rank)
-    method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
-    torch.manual_seed(0)
-    networks = [at.place(models.build(complete.model, 10)) for _ in range(3)]
-    if is_on("sync_bn", complete.sync_bn) and world.size > 1:
-        networks[0] = synchronise(networks[0], at.device)
-    teachers = {"teacher": networks[1].eval(), "teacher_st": networks[2].eval()}
-    learner = Learner(networks[0].train(), teachers, method, complete, at, world)
-    sampling = Sampling(len(workload.images), complete.batch_size, last="drop", shard=world.shard)
-    pipeline = TensorPipeline(workload.images, sampling, augment=True, flip=True, device=at.device, dtype=at.dtype)
-    batches = (batch for epoch in range(10**9) for batch in pipeline.epoch(epoch))
-    seconds = []
-    for number in range(WARMUP + count):
-        batch = next(batches)
-        if number == WARMUP:
-            world.barrier()
-            before = loopback_bytes()
-        _wait(at)
-        begin = time.perf_counter()
-        learner.learn(
-            batch,
-            method,
-            0.1,
-            epoch=0,
-            global_batch_size=complete.batch_size,
-            on_output=lambda output, labels: None,
-        )
-        _wait(at)
-        seconds.append(time.perf_counter() - begin)
-    world.barrier()
-    sent = loopback_bytes() - before
-    # The slowest process decides, and all others wait for it.
-    slowest = world.gather(torch.tensor(seconds[WARMUP:], dtype=torch.float64)).amax(0).tolist()
-    stall, writing = _saving(learner) if world.is_main else (0.0, 0.0)
-    on_wire = None if at.device.type == "cuda" or world.size == 1 else sent / count
-    return Taken(slowest, on_wire, stall, writing)
-
-
-def _saving(learner: Learner) -> tuple[float, float]:
-    """Seconds for which saving holds up the training, and until all is written."""
-    with tempfile.TemporaryDirectory() as folder, checkpoints.Saver() as saver:
-        content = learner.state_dict() | {"student": learner.student.state_dict()}
-        begin = time.perf_counter()
-        saver.save((Path(folder) / "last.pt", content))
-        stall = time.perf_counter() - begin
-        saver.wait()
-        return stall, time.perf_counter() - begin
-
-
-def _wait(at: Precision) -> None:
-    if at.device.type == "cuda":
-        torch.cuda.synchronize(at.device)
-
-
-def loopback_bytes() -> int:
-    """Bytes that this machine sent to itself since it was started."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, numbers = line.partition(":")
-        if name.strip() == "lo":
-            return int(numbers.split()[8])
-    return 0
+    return rows
 
 
 def gradient_bytes(model: str) -> int:
-    """Of all gradients of a network, in float32."""
+    """Bytes of all gradients of a network, in float32."""
     with torch.device("meta"):
         return 4 * sum(value.numel() for value in models.build(model, 10).parameters())
 
 
-def predictions(complete: config.RunConfig, gpu: str, facts: machine.Facts) -> list[PredictedScalingRow]:
-    """One node and sixteen; with the paper's 128 images a step in all, and with as many on each GPU."""
+def predictions(run: config.RunConfig, gpu: str, facts: machine.Facts) -> list[PredictedScalingRow]:
+    """Predict one node and sixteen; with the paper's 128 images a step in all, and with as many on each GPU."""
     rows = []
     for per_gpu, gpus in ((128, 1), (128, 8), (128, 128), (16, 8)):
         for sync_bn in (False, True) if gpus > 1 else (False,):
-            step_s, exposed_s = predicted_step(complete, gpu, per_gpu, gpus, sync_bn=sync_bn)
-            alone_s = predicted_step(complete, gpu, 128, 1, sync_bn=False)[0]
+            step_s, exposed_s = predicted_step(run, gpu, per_gpu, gpus, sync_bn=sync_bn)
+            alone_s = predicted_step(run, gpu, 128, 1, sync_bn=False)[0]
             rows.append(
                 PredictedScalingRow(
                     date=facts["date"],
                     commit=facts["commit"],
                     torch=facts["torch"],
                     gpu=GPUS[gpu].name,
-                    method=complete.method,
-                    model=complete.model,
+                    method=run.method,
+                    model=run.model,
                     gpus=gpus,
                     batch_size=per_gpu * gpus,
                     sync_bn=sync_bn,
@@ -273,13 +172,13 @@ def predictions(complete: config.RunConfig, gpu: str, facts: machine.Facts) -> l
 
 
 def predicted_step(
-    complete: config.RunConfig, gpu: str, per_gpu: int, gpus: int, *, sync_bn: bool
+    run: config.RunConfig, gpu: str, per_gpu: int, gpus: int, *, sync_bn: bool
 ) -> tuple[float, float]:
     """Seconds of a step, and of those in which nothing but gradients and statistics travels."""
     at = Precision(torch.device("cpu"), torch.float32, torch.bfloat16)
-    method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
-    passes = roofline.passes(complete.model, per_gpu, at, bn=complete.attack.bn)
-    count = plan.passes(method, complete.attack, complete.forwards)
+    method = assemble.method_of(run)
+    passes = roofline.passes(run.model, per_gpu, at, bn=run.attack.bn)
+    count = plan.passes(method, run.attack, run.forwards)
     alone = step_alone(passes, count, GPUS[gpu])
     if gpus == 1:
         return alone, 0.0
@@ -288,16 +187,14 @@ def predicted_step(
     exposed = max(last, whole - backward)
     if sync_bn:
         with torch.device("meta"):
-            layers = sum(
-                isinstance(module, nn.BatchNorm2d) for module in models.build(complete.model, 10).modules()
-            )
-        attacked = count.attacked if bn_mode(complete.attack.bn).by_batch else 0
+            layers = sum(isinstance(module, nn.BatchNorm2d) for module in models.build(run.model, 10).modules())
+        attacked = count.attacked if bn_mode(run.attack.bn).by_batch else 0
         latency = (NVLINK if gpus <= GPUS_PER_NODE else FABRIC).latency
         exposed += 2 * latency * layers * 2 * (attacked + count.trained)
     return alone + exposed, exposed
 
 
-def step_alone(passes: roofline.Passes, count: plan.Passes, hardware: roofline.Hardware) -> float:
+def step_alone(passes: roofline.PassOps, count: plan.Passes, hardware: roofline.Hardware) -> float:
     """Seconds of a step of one GPU: the attack a graph, everything else launched by the host."""
     attack = passes.attacked * count.attacked
     rest = passes.trained * count.trained + passes.forward * count.forward + predict.optimizer(passes.parameters)
@@ -316,7 +213,7 @@ def travel(size: float, gpus: int) -> float:
 
 
 def table(rows: Sequence[ScalingRow]) -> Table:
-    """What was measured."""
+    """Table of the measured groups."""
     first = rows[0]
     title = f"{first.method} {first.model}, global batch of {first.batch_size}, {first.processor}, the same cores"
     result = Table(title=title, title_justify="left", box=box.SIMPLE)
@@ -335,7 +232,7 @@ def table(rows: Sequence[ScalingRow]) -> Table:
 
 
 def predicted_table(rows: Sequence[PredictedScalingRow]) -> Table:
-    """What was not."""
+    """Table of the predictions."""
     result = Table(box=box.SIMPLE)
     for heading in ("GPUs", "global batch", "sync BN", "ms/step", "of it exposed", "efficiency"):
         result.add_column(heading, justify="right")

@@ -12,32 +12,44 @@ from pathlib import Path
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bench import gate
-from bench.lib import chart, convolutions, csv_rows, machine, step_variants, targets
-from bench.lib.convolutions import Work
-from bench.lib.csv_rows import StepRow
-from bench.lib.meter import Peaks
-from bench.lib.step_variants import ON_CPU, ON_CUDA, TEXTBOOK, VARIANTS, Variant, Workload
+from bench.lib import command, machine
+from bench.lib.calls import convolutions
+from bench.lib.calls.convolutions import Work
+from bench.lib.memory import Peaks
+from bench.lib.output import chart, csv_rows, targets
+from bench.lib.output.csv_rows import StepRow
+from bench.lib.steps.variants import (
+    ON_CPU,
+    ON_CUDA,
+    TEXTBOOK,
+    VARIANTS,
+    Flops,
+    Variant,
+    Workload,
+    images_of,
+)
 from bench.lib.timing import Call, no_garbage_collection, rotated
-from engine import config, methods, models
+from engine import config, models
 from engine.common.lookup import is_on
+from engine.runs import assemble
 from engine.system import precision
 
-TESTS = gate.ROOT / "tests" / "bench" / "test_reference.py"
+STEP_TESTS = gate.CHECKOUT / "tests" / "bench" / "lib" / "test_textbook.py"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
 WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is captured at the second or third step
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--method", "names", multiple=True, help="Repeatable. [ard, iad1, akd2, iad2]")
+# many parameters: one for each option
+@command.command
+@command.methods_option(("ard", "iad1", "akd2", "iad2"))
 @click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="Repeatable.")
-@click.option("--model", default="resnet18", show_default=True, help="Student and teachers.")
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@command.model_option()
+@command.batch_size_option()
 @click.option("--dataset", default="cifar10", show_default=True, help="Of the images, or random.")
-@click.option("--device", "device_name", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@command.device_option()
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Of each that count.")
 @click.option(
     "--steps-per-round",
@@ -45,48 +57,37 @@ WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is captured at the second or thi
     help="Between two waits for the device. [10 on a GPU, 1 on a CPU]",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory, a process for each variant.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the results. [bench/results/NAME-DATE]")
+@command.out_option()
 def main(
     names: Sequence[str],
     variants: Sequence[str],
     model: str,
     batch_size: int,
     dataset: str,
-    device_name: str,
+    device: torch.device,
     rounds: int,
     steps_per_round: int | None,
     no_memory: bool,
     out: Path | None,
 ) -> None:
     """Time a training step of each method in each variant, once the engine's step equals the textbook's."""
-    names = names or ("ard", "iad1", "akd2", "iad2")
-    try:
-        device = machine.device(device_name)
-        images = step_variants.images_of(dataset, batch_size)
-        models.check(model)
-        for name in names:
-            methods.get(name)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if not gate.tests_pass([TESTS], ["textbook"], "cpu"):
+    with command.refused():
+        images = images_of(dataset, batch_size)
+    if not gate.tests_pass([STEP_TESTS], ["textbook"], "cpu"):
         raise click.ClickException("the engine's step is not the textbook's, so nothing is timed")
     variants = (TEXTBOOK, *(name for name in variants or _usual(device) if name != TEXTBOOK))
     count = steps_per_round or STEPS_PER_ROUND[device.type]
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    facts = machine.facts(device)
-    folder = out or machine.results_folder(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows: list[StepRow] = []
-    for name in names:
-        workload = Workload(name, model, batch_size, images, device)
-        console.print(f"timing {name}: {', '.join(variants)}; {rounds} rounds of {count} steps")
-        rows += measure(workload, variants, rounds, count, facts, with_memory=not no_memory)
-        csv_rows.write(folder / "step.csv", rows)  # each time: a run that is cut short leaves what it has
-        console.print(table(name, rows))
-    chart.draw_steps(folder / "step.png", rows)
-    for line in targets.step_verdicts(rows):
-        console.print(line)
-    console.print(f"written: {folder / 'step.csv'} and step.png")
+    with command.results(device, out) as results:
+        rows: list[StepRow] = []
+        for name in names:
+            workload = Workload(name, model, batch_size, images, device)
+            results.console.print(f"timing {name}: {', '.join(variants)}; {rounds} rounds of {count} steps")
+            rows += measure(workload, variants, rounds, count, results.facts, with_memory=not no_memory)
+            results.write("step.csv", rows)
+            results.console.print(table(name, rows))
+        chart.draw_steps(results.path("step.png"), rows)
+        for line in targets.step_verdicts(rows):
+            results.console.print(line)
 
 
 def _usual(device: torch.device) -> tuple[str, ...]:
@@ -123,9 +124,9 @@ def measure(
 
 
 def warmed_up(workload: Workload, name: str) -> tuple[Call, int | None]:
-    """A variant's step once all is compiled, captured and allocated; the operations that it executes.
+    """A variant's step once all is compiled, captured and allocated, and its floating-point operations.
 
-    None: compilation hides them.
+    None where compilation hides them.
     """
     variant = VARIANTS[name]
     with variant.conditions():
@@ -159,7 +160,7 @@ class Alone:
     def of_step(self, variant: Variant) -> list[float]:
         """Seconds of the convolutions of a variant's step in each round."""
         run = self._workload.config(variant)
-        method = methods.get(run.method, semantics=run.semantics, loss=run.loss)
+        method = assemble.method_of(run)
         work = convolutions.of_step(self._layers, method, run)
         return [convolutions.seconds(work, one) for one in self._seconds[self._formats[run.amp]]]
 
@@ -171,7 +172,7 @@ def _size(workload: Workload) -> tuple[int, ...]:
 
 def executed(call: Call) -> int:
     """Floating-point operations of convolutions and matrix products in one call."""
-    with step_variants.Flops() as counted:
+    with Flops() as counted:
         call()
     total: int = counted.total
     return total
@@ -184,7 +185,7 @@ class SynchronisedClock:
         self._device = device
 
     def seconds(self, call: Call, count: int) -> float:
-        """Of one call, the mean over count calls."""
+        """Seconds of one call, the mean over count calls."""
         self._wait()
         start = time.perf_counter()
         for _ in range(count):
@@ -198,15 +199,15 @@ class SynchronisedClock:
 
 
 def peaks_of_a_process(workload: Workload, variant: str) -> Peaks:
-    """Measured by a new process."""
+    """Peak memory of a variant, measured by a new process."""
     what = (variant, workload.method, workload.model, str(workload.batch_size), str(workload.device))
-    command = [sys.executable, "-m", "bench.lib.step_variants", *what]
+    command = [sys.executable, "-m", "bench.lib.steps.variants", *what]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  # no shell
     return Peaks(**json.loads(done.stdout))
 
 
 def table(method: str, rows: Sequence[StepRow]) -> Table:
-    """What a reader wants of a method's rows."""
+    """Table of a method's rows."""
     result = Table(
         title=f"{method}, {rows[-1].model}, batch of {rows[-1].batch_size}", title_justify="left", box=box.SIMPLE
     )

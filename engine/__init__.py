@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "train"]
 
 if TYPE_CHECKING:
-    from engine.runs.trainer import train
+    from engine.runs.lifecycle import train
 
 EARLIER_NAMES = {
     "engine.attack": "engine.attacks.pgd",
@@ -24,7 +24,7 @@ EARLIER_NAMES = {
     "engine.precision": "engine.system.precision",
     "engine.reporter": "engine.common.console",
     "engine.stopping": "engine.common.stopping",
-    "engine.trainer": "engine.runs.trainer",
+    "engine.trainer": "engine.runs.lifecycle",
     "engine.weights": "engine.models.weights",
 }
 """Modules that may still be imported by a name that they had, and what they are called."""
@@ -33,7 +33,7 @@ EARLIER_NAMES = {
 def __getattr__(name: str) -> object:
     # Lazy: `engine --help` and the configuration must not wait for torch.
     if name == "train":
-        from engine.runs.trainer import train
+        from engine.runs.lifecycle import train
 
         return train
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The ops that a training step calls. Imports torch, and triton where a kernel of its runs; nothing of engine."""
+"""The ops of a training step. Imports torch, triton where one of its kernels runs, and nothing else of engine."""
 
 from engine.kernels.contract import DistillLoss
 from engine.kernels.crop_flip import crop_flip

@@ -1,4 +1,4 @@
-"""What the implementations of an op share: their inputs, their outputs, and what a row of weights reads.
+"""Shared by the implementations of an op: inputs, outputs, checks, and the logits that each term reads.
 
 Shape suffixes: B batch, C classes, K the six terms.
 """
@@ -28,7 +28,7 @@ MAX_CLASSES = 4096
 
 
 class DistillLoss(NamedTuple):
-    """What `distill_loss` returns; only `loss` carries a gradient.
+    """The result of `distill_loss`; only `loss` carries a gradient.
 
     loss: scalar, mean over the batch. alpha: (B,), trust in the teacher, 1 where no T_at(x~) is given.
     terms: (6,), batch means of the unweighted terms, 0 for a term of zero weight. per_sample: (B,), whose mean is
@@ -54,7 +54,7 @@ class LossInputs(NamedTuple):
 
     @property
     def student(self) -> Tensor:
-        """Logits of the student, whichever are there."""
+        """Logits of the student: s_adv, or s_nat where s_adv is absent."""
         given = self.s_adv if self.s_adv is not None else self.s_nat
         assert given is not None
         return given
@@ -72,12 +72,12 @@ class LossRow(NamedTuple):
 
     @property
     def active(self) -> tuple[bool, ...]:
-        """Which of the six terms weigh anything."""
+        """True for each of the six terms that has a nonzero weight."""
         return tuple(bool(a or b) for a, b in self.weights)
 
 
 class LossAndGradients(NamedTuple):
-    """What a fused implementation computes in one pass, all in float32.
+    """The output of a fused implementation, computed in one pass, all in float32.
 
     grad_adv, grad_nat: (B, C) contiguous, the gradient of `loss` to s_adv and s_nat; None where not asked for.
     """
@@ -91,14 +91,14 @@ class LossAndGradients(NamedTuple):
 
 
 def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
-    """The table's entry of that name. Raises ValueError where it has none: there is no other case."""
+    """The table's entry of that name. Raises ValueError where it has none."""
     if name not in table:
         raise ValueError(f"{argument}: {name!r} is unknown; known are {', '.join(map(str, table))}")
     return table[name]
 
 
 def check_terms(implementation: str, computed: tuple[str, ...], row: LossRow) -> None:
-    """Raises ValueError where an implementation computes other terms than the loss and the row have."""
+    """Raise ValueError where an implementation computes other terms than the loss and the row have."""
     if computed != tuple(READS) or len(computed) != len(row.weights):
         raise ValueError(
             f"weights: {implementation} computes {', '.join(computed)}; "
@@ -107,7 +107,7 @@ def check_terms(implementation: str, computed: tuple[str, ...], row: LossRow) ->
 
 
 def check_labels(inputs: LossInputs) -> None:
-    """Raises ValueError for a label out of range on a CPU.
+    """Raise ValueError for a label out of range on a CPU.
 
     On an accelerator the kernel asserts that on the device: a check here would wait for it.
     """
@@ -118,20 +118,20 @@ def check_labels(inputs: LossInputs) -> None:
             raise ValueError(f"labels: expected 0 <= label < {classes}, got {low}..{high}")
 
 
-def check_places(sample_B: Tensor, index_B: Tensor | None, count: int) -> None:
-    """Raises IndexError on a CPU where there is no image among `count` at a sample's index, or at its number.
+def check_indices(sample_B: Tensor, index_B: Tensor | None, count: int) -> None:
+    """Raise IndexError on a CPU for an index, or a sample where none is given, that is none of `count` images.
 
     On an accelerator the kernel asserts that on the device.
     """
-    name, place_B = ("sample_B", sample_B) if index_B is None else ("index_B", index_B)
-    if place_B.device.type == "cpu":
-        wrong_X = place_B[(place_B < 0) | (place_B >= count)]
+    name, image_B = ("sample_B", sample_B) if index_B is None else ("index_B", index_B)
+    if image_B.device.type == "cpu":
+        wrong_X = image_B[(image_B < 0) | (image_B >= count)]
         if len(wrong_X):
             raise IndexError(f"{name}: there is no image {int(wrong_X[0])} among {count}")
 
 
 def check_device(**given: Tensor | None) -> None:
-    """Raises ValueError for tensors on several devices: a kernel would follow addresses of another one."""
+    """Raise ValueError for tensors on several devices: a kernel would read addresses of another device."""
     devices = {name: tensor.device for name, tensor in given.items() if tensor is not None}
     first, device = next(iter(devices.items()))
     for name, other in devices.items():

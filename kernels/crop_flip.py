@@ -1,4 +1,7 @@
-"""Random crop and horizontal flip of images that live on the device as uint8. N data set, B batch, C, H, W."""
+"""Random crop and horizontal flip of uint8 images on the device.
+
+Shape suffixes: N data set, B batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device, check_places
+from engine.kernels.contract import check_device, check_indices
 
 
+# many parameters: all but the first three are given by name
 def crop_flip(
     images_NHWC: Tensor,
     labels_N: Tensor,
@@ -64,6 +68,7 @@ def crop_flip(
     return out
 
 
+# many parameters: those of the op, in one order for all implementations
 def _crop_flip(
     x_BCHW: Tensor,
     labels_B: Tensor,
@@ -77,7 +82,7 @@ def _crop_flip(
     augment: bool,
     index_B: Tensor | None,
 ) -> None:
-    """The views by the implementation that serves here. seed: as a signed number of 64 bits."""
+    """The crops by the implementation that serves here. seed: as a signed number of 64 bits."""
     fused = x_BCHW.dtype == torch.float32 and images_NHWC.is_contiguous() and labels_N.is_contiguous()
     implementation = dispatch.choose("crop_flip", images_NHWC.device, fused=fused)
     arguments = (
@@ -94,14 +99,15 @@ def _crop_flip(
         None if index_B is None else index_B.contiguous(),
     )
     if implementation == "reference":
-        check_places(sample_B, index_B, len(images_NHWC))
+        check_indices(sample_B, index_B, len(images_NHWC))
         reference.crop_flip(*arguments)
         return
     dispatch.fused(implementation, "crop_flip", "crop_flip")(*arguments)
-    # Autograd does not see what a kernel writes, and must not use the old values.
+    # Autograd does not see what a kernel writes: it must refuse to use the old values.
     increment_version((x_BCHW, labels_B))
 
 
+# many parameters: the schema of an op is flat
 @torch.library.custom_op("engine::crop_flip", mutates_args=("x_BCHW", "labels_B"))
 def _op(
     x_BCHW: Tensor,

@@ -1,4 +1,4 @@
-"""The loss of every method: six terms per sample, weighted by how far the teacher can be trusted.
+"""The loss of every method: six terms per sample, weighted by the trust in the teacher.
 
 Shape suffixes: B batch, C classes, K the six terms.
 """
@@ -27,6 +27,7 @@ _LOGITS = ("s_adv", "s_nat", "t_at_nat", "t_at_adv", "t_st_adv")
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# many parameters: all but the first two are given by name
 def distill_loss(
     s_adv: Tensor | None,
     labels: Tensor,
@@ -63,26 +64,12 @@ def distill_loss(
     row = LossRow(
         tuple((float(a), float(b)) for a, b in weights), tau, tau_self, beta, detach_self, label_smoothing
     )
-    _check(LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights), row)
-    needed = {name for reads, active in zip(READS.values(), row.active, strict=True) if active for name in reads}
-    # alpha is told wherever it can be, whether or not a weight depends on it.
-    inputs = LossInputs(
-        s_adv if "s_adv" in needed else None,
-        s_nat if "s_nat" in needed else None,
-        t_at_nat if "t_at_nat" in needed else None,
-        t_at_adv,
-        t_st_adv if "t_st_adv" in needed else None,
-        labels,
-        sample_weights,
-    )
-    if inputs.s_adv is None and inputs.s_nat is None:  # no term weighs anything
-        inputs = inputs._replace(s_adv=s_adv, s_nat=s_nat)
-    grad_enabled = torch.is_grad_enabled()
-    want_adv = grad_enabled and inputs.s_adv is not None and inputs.s_adv.requires_grad
-    want_nat = grad_enabled and inputs.s_nat is not None and inputs.s_nat.requires_grad
-    want_nat = want_nat and (row.active[0] or not detach_self)
+    given = LossInputs(s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv, labels, sample_weights)
+    _check(given, row)
+    inputs = _needed(given, row)
+    want_adv, want_nat = _wanted_gradients(inputs, row)
     compiling = torch.compiler.is_compiling()
-    if _implementation(inputs) == "reference":  # which the compiler can fuse
+    if _implementation(inputs) == "reference":  # the compiler can fuse it
         if not compiling:
             check_labels(inputs)
         return reference.distill_loss(inputs, row)
@@ -91,6 +78,28 @@ def distill_loss(
         return DistillLoss(*_op(*inputs, flat, *row[1:], want_adv, want_nat)[:4])
     function = FusedDistillLoss if torch._C._are_functorch_transforms_active() else _Fused
     return DistillLoss(*function.apply(*inputs, row, want_adv, want_nat)[:4])
+
+
+def _needed(given: LossInputs, row: LossRow) -> LossInputs:
+    """The inputs without logits that no term of nonzero weight reads; T_at(x~) stays, for alpha is returned."""
+    needed = {name for reads, active in zip(READS.values(), row.active, strict=True) if active for name in reads}
+    inputs = given._replace(
+        s_adv=given.s_adv if "s_adv" in needed else None,
+        s_nat=given.s_nat if "s_nat" in needed else None,
+        t_at_nat=given.t_at_nat if "t_at_nat" in needed else None,
+        t_st_adv=given.t_st_adv if "t_st_adv" in needed else None,
+    )
+    if inputs.s_adv is None and inputs.s_nat is None:  # all weights are 0
+        inputs = inputs._replace(s_adv=given.s_adv, s_nat=given.s_nat)
+    return inputs
+
+
+def _wanted_gradients(inputs: LossInputs, row: LossRow) -> tuple[bool, bool]:
+    """True where autograd wants the gradient to s_adv, and to s_nat."""
+    enabled = torch.is_grad_enabled()
+    want_adv = enabled and inputs.s_adv is not None and inputs.s_adv.requires_grad
+    want_nat = enabled and inputs.s_nat is not None and inputs.s_nat.requires_grad
+    return want_adv, want_nat and (row.active[0] or not row.detach_self)
 
 
 def _implementation(inputs: LossInputs) -> str:
@@ -116,7 +125,7 @@ def _scale(
     dtype_adv: torch.dtype,
     dtype_nat: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The backward: the gradients of the forward times the gradient from above, in the dtypes of the logits."""
+    """`upstream * grad`, the backward: the gradients of the forward, scaled, in the dtypes of the logits."""
     given = grad_adv if grad_adv is not None else grad_nat
     if (
         given is not None
@@ -132,14 +141,14 @@ def _scale(
     )
 
 
-# ---------------------------------------------------------------- autograd, eager: without the dispatcher's cost
+# ---------------------------------------------------------------- autograd, eager, which needs no dispatcher
 
 
 _ELSEWHERE = "the reference has one (ENGINE_KERNELS=reference)"
 
 
 class _Fused(torch.autograd.Function):
-    """Both gradients are made in the forward pass; the backward scales them."""
+    """Autograd function whose forward pass computes both gradients; the backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -157,7 +166,7 @@ class _Fused(torch.autograd.Function):
         scaled = _scale(upstream, grad_adv, grad_nat, *_dtypes(s_adv, s_nat))
         if not torch.is_grad_enabled():
             return *scaled, *(None,) * 8
-        # create_graph: a gradient must not pass for a constant.
+        # create_graph: a second derivative must raise, not treat the gradient as a constant.
         return *(None if grad is None else _Gradient.apply(grad, s_adv, s_nat) for grad in scaled), *(None,) * 8
 
     @staticmethod
@@ -166,7 +175,7 @@ class _Fused(torch.autograd.Function):
 
 
 class FusedDistillLoss(_Fused):
-    """The same in the form that torch.func asks for. In eager mode it would take as long again as all the rest."""
+    """The same with `setup_context`, which torch.func needs and which would double the time of an eager call."""
 
     @staticmethod
     def forward(*arguments: Any) -> LossAndGradients:  # type: ignore[override]
@@ -180,7 +189,7 @@ class FusedDistillLoss(_Fused):
 
 
 class _Gradient(torch.autograd.Function):
-    """A gradient as a function of the logits, of which no derivative is known."""
+    """A gradient as a function of the logits that has no derivative: asked for one, it raises RuntimeError."""
 
     @staticmethod
     def forward(grad: Tensor, s_adv: Tensor | None, s_nat: Tensor | None) -> Tensor:
@@ -205,6 +214,7 @@ def _dtypes(s_adv: Tensor | None, s_nat: Tensor | None) -> tuple[torch.dtype, to
 # ---------------------------------------------------------------- the same as registered ops, for torch.compile
 
 
+# many parameters: the schema of an op is flat
 @torch.library.custom_op("engine::distill_loss", mutates_args=())
 def _op(
     s_adv: Tensor | None,

@@ -1,4 +1,4 @@
-"""The native library: where it lies, what it can do, and the calls into it.
+"""The native library: loading it, its instruction set, and the calls into it.
 
 The library knows neither Python nor torch: it is called through ctypes, and given torch's own parallel loop.
 """
@@ -19,14 +19,14 @@ from engine.kernels.contract import (
     LossAndGradients,
     LossInputs,
     LossRow,
+    check_indices,
     check_labels,
-    check_places,
     check_terms,
     look_up,
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 3  # of csrc/library.cpp
+_INTERFACE = 4  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 
@@ -41,7 +41,7 @@ _START: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_flo
 
 @functools.cache
 def missing(device_type: str) -> str:
-    """Why the library cannot serve on a device; empty where it can."""
+    """Reason why the library cannot serve on a type of device; empty where it can."""
     if not _FILE.is_file():
         return "the native library is not built (make native)"
     try:
@@ -54,7 +54,7 @@ def missing(device_type: str) -> str:
 
 
 def description(device_type: str) -> str:
-    """What of the processor or the device the library uses, for the user."""
+    """Instruction set and threads, or CUDA C++, in words for the user."""
     if device_type == "cuda":
         return "CUDA C++"
     threads = torch.get_num_threads()
@@ -63,7 +63,7 @@ def description(device_type: str) -> str:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises OSError where it is not one of these sources."""
+    """The loaded library. Raises OSError where it was built from other sources."""
     library = ctypes.CDLL(str(_FILE))
     if not hasattr(library, "engine_interface") or library.engine_interface() != _INTERFACE:
         raise OSError(f"{_FILE} was built from other sources")
@@ -71,7 +71,7 @@ def _library() -> ctypes.CDLL:
     library.engine_cpu_distill_loss.argtypes = [c_char_p]
     library.engine_cpu_pgd_update.argtypes = _UPDATE
     library.engine_cpu_crop_flip.argtypes = _CROP
-    library.engine_cpu_uniform_start.argtypes = _START
+    library.engine_cpu_random_start.argtypes = _START
     if hasattr(library, "engine_cuda_error"):
         library.engine_cuda_error.restype = c_char_p
         library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
@@ -83,7 +83,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(op: str, device: torch.device, *arguments: object) -> int:
-    """Calls engine_cpu_{op} and returns its status, or engine_cuda_{op} on the current stream."""
+    """Call engine_cpu_{op} and return its status, or engine_cuda_{op} on the current stream, and return 0."""
     library = _library()
     if device.type == "cpu":
         status: int = getattr(library, f"engine_cpu_{op}")(*arguments)
@@ -99,7 +99,7 @@ def _call(op: str, device: torch.device, *arguments: object) -> int:
 
 
 def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
-    """`reference.loss_and_gradients` on a CPU, in float32."""
+    """Values of `reference.distill_loss` and its gradients on a CPU, of logits in float32, float16 or bfloat16."""
     check_terms("the native library", _TERMS, row)
     student, sample_weights = inputs.student, inputs.sample_weights
     batch, classes = student.shape
@@ -161,6 +161,7 @@ def pgd_update(
     )
 
 
+# many parameters: those of the op, in one order for all implementations
 def crop_flip(
     x_BCHW: Tensor,
     labels_B: Tensor,
@@ -178,14 +179,14 @@ def crop_flip(
     tensors = (x_BCHW, labels_B, images_NHWC, labels_N, sample_B, index_B)
     numbers = (len(sample_B), *images_NHWC.shape, seed, epoch, padding, flip, augment)
     if _call("crop_flip", x_BCHW.device, *map(_pointer, tensors), *numbers) == _OUT_OF_RANGE:
-        check_places(sample_B, index_B, len(images_NHWC))
+        check_indices(sample_B, index_B, len(images_NHWC))
 
 
-def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
-    """`reference.uniform_start` on a CPU, into dense float32."""
+def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+    """`reference.random_start`, the uniform start in an L-inf ball, on a CPU, into dense float32."""
     batch, channels = noise.shape[:2]
     _call(
-        "uniform_start",
+        "random_start",
         noise.device,
         noise.data_ptr(),
         sample_B.data_ptr(),

@@ -1,4 +1,4 @@
-"""The step of a projected-gradient attack (Eq. 2).
+"""One step of a projected-gradient attack (Eq. 2).
 
 Shape suffixes: B batch; an image may have any shape after it. L2 norms are taken per sample.
 """
@@ -12,8 +12,8 @@ from torch.autograd.graph import increment_version
 from engine.kernels import dispatch, reference
 from engine.kernels.contract import check_device, dense_layout, look_up
 
-# Whether a step goes along the gradient by its norm, else by its sign.
-THREAT_MODELS = {"Linf": False, "L2": True}
+# True where a step goes along the gradient divided by its L2 norm, False where along its sign.
+IS_L2 = {"Linf": False, "L2": True}
 
 
 def pgd_update(
@@ -26,9 +26,9 @@ def pgd_update(
     step_size: float,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """One ascent step, projected onto the ball around x_nat and onto [0, 1]; x_adv is changed and returned.
+    """x_adv <- clamp(project(x_adv + step_size * sign(grad))), in place, and returned.
 
-    L-inf: clamp(project(x_adv + step_size * sign(grad))). L2: the gradient is divided by its norm instead.
+    project: onto the epsilon-ball around x_nat. clamp: to [0, 1]. L2: grad / |grad| in place of the sign.
     A sample whose gradient is zero stays where it is. Where a gradient is NaN, in L-inf the pixel stays, and in
     L2 the sample becomes NaN.
 
@@ -36,7 +36,7 @@ def pgd_update(
     counts: (2,) int64 on the device, to which the zero and the non-finite entries of grad are added: where most
     are zero the gradient is masked, and robustness looks better than it is.
     """
-    l2 = look_up("threat_model", threat_model, THREAT_MODELS)
+    l2 = look_up("threat_model", threat_model, IS_L2)
     if not x_adv.shape == grad.shape == x_nat.shape:
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv, grad and x_nat must have one shape, got {shapes}")
@@ -59,7 +59,7 @@ def pgd_update(
 def _update(
     x_adv: Tensor, grad: Tensor, x_nat: Tensor, l2: bool, epsilon: float, step_size: float, counts: Tensor | None
 ) -> None:
-    """The step by the implementation that serves here; a fused one walks a dense x_adv in the order of memory."""
+    """The step by the implementation that serves here; a fused one reads and writes memory in its order."""
     layout = dense_layout(x_adv)
     fused = layout is not None and x_adv.dtype == torch.float32 and grad.dtype in _GRADIENTS
     implementation = dispatch.choose("pgd_update", x_adv.device, fused=fused)
@@ -69,7 +69,7 @@ def _update(
     grad, x_nat = grad.contiguous(memory_format=layout), x_nat.contiguous(memory_format=layout)
     serve = dispatch.fused(implementation, "pgd_update", "pgd_update")
     serve(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
-    # Autograd does not see what a kernel writes, and must not use the old values of either.
+    # Autograd does not see what a kernel writes: it must refuse to use the old values of either.
     increment_version(x_adv if counts is None else (x_adv, counts))
 
 

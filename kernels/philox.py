@@ -1,7 +1,7 @@
-"""A counter-based random generator, Philox-4x32-10 (Salmon et al., SC 2011, "Random123").
+"""Philox-4x32-10, a counter-based random generator (Salmon et al., SC 2011, "Random123").
 
-A number is a pure function of (seed, counter). Nothing is stored, so nothing has to be saved for a resume, and a
-sample's randomness does not depend on the batch, the device or the number of processes it is drawn in.
+A number is a pure function of (seed, counter): there is no state to save, and a sample's numbers do not depend on
+the batch, the device or the number of processes they are drawn in.
 Each use of randomness has a `Stream` of its own.
 """
 
@@ -19,7 +19,7 @@ _ROUNDS = 10
 
 
 class Stream(enum.IntEnum):
-    """What the numbers are for; two streams of one seed are independent."""
+    """Use of the numbers, the last word of the counter; two streams of one seed are independent."""
 
     AUGMENT = 0
     ATTACK_START = 1
@@ -36,7 +36,7 @@ def random_words(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count:
     Returns int64 of shape (B, count) with values in [0, 2**32), on the device of sample_B.
     """
     device = sample_B.device
-    block_J = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
+    block_J = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
     c0 = block_J.expand(sample_B.shape[0], -1)
     c1 = (sample_B & _MASK)[:, None].expand_as(c0)
     c2 = torch.full_like(c0, epoch)
@@ -62,7 +62,7 @@ def uniform(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int)
 
 def normal(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int) -> Tensor:
     """Standard normal numbers by Box and Muller's transform; float32 of shape (B, count)."""
-    half = -(-count // 2)
+    half = (count + 1) // 2
     u_BN = uniform(seed, stream, epoch, sample_B, 2 * half)
     radius = (-2 * torch.log1p(-u_BN[:, :half])).sqrt()  # 1 - u lies in (0, 1]: the logarithm is finite
     angle = 2 * torch.pi * u_BN[:, half:]

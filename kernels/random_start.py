@@ -36,12 +36,12 @@ def random_start(
         raise ValueError(
             f"sample_B: expected int64 ({len(x_nat)},), got {sample_B.dtype} of {tuple(sample_B.shape)}"
         )
-    start = look_up("threat_model", threat_model, look_up("random_start", kind, KINDS))
-    return start(x_nat, sample_B, Numbers(epsilon, gaussian_std, seed, counter))
+    start = look_up("threat_model", threat_model, look_up("random_start", kind, STARTS))
+    return start(x_nat, sample_B, StartParameters(epsilon, gaussian_std, seed, counter))
 
 
-class Numbers(NamedTuple):
-    """The numbers of one call."""
+class StartParameters(NamedTuple):
+    """The numbers of one call of `random_start`."""
 
     epsilon: float
     gaussian_std: float
@@ -49,21 +49,21 @@ class Numbers(NamedTuple):
     counter: int
 
 
-def _none(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+def _none(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:
     return torch.zeros_like(x_nat)
 
 
-def _gaussian(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+def _gaussian(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:
     return _like(x_nat, numbers.gaussian_std * _normal(x_nat, sample_B, numbers))
 
 
-def _uniform_l2(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+def _uniform_l2(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:
     noise_BN = _normal(x_nat, sample_B, numbers)
     radius_B1 = uniform(numbers.seed, Stream.ATTACK_SCALE, numbers.counter, sample_B, 1)
     return _like(x_nat, numbers.epsilon * radius_B1 * noise_BN / noise_BN.norm(dim=1, keepdim=True))
 
 
-def _normal(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
+def _normal(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:
     count = math.prod(x_nat.shape[1:])
     return normal(numbers.seed, Stream.ATTACK_START, numbers.counter, sample_B, count)
 
@@ -73,8 +73,11 @@ def _like(x_nat: Tensor, noise_BN: Tensor) -> Tensor:
     return torch.empty_like(x_nat).copy_(noise_BN.view(x_nat.shape))
 
 
-def _uniform_linf(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
-    """The start of every PGD step by default, by the implementation that serves here: the same bits from all."""
+def _uniform_linf(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:
+    """`epsilon * U(-1, 1)`, the default start, by the implementation that serves here: the same bits from all.
+
+    The one kind that the fused implementations have, under the name of the op.
+    """
     noise = torch.empty_like(x_nat)
     fused = (
         noise.dtype == torch.float32
@@ -83,15 +86,15 @@ def _uniform_linf(x_nat: Tensor, sample_B: Tensor, numbers: Numbers) -> Tensor:
         and not torch.compiler.is_compiling()
     )
     implementation = dispatch.choose("random_start", x_nat.device, fused=fused)
-    serve = reference.uniform_start
+    serve = reference.random_start
     if implementation != "reference":
-        serve, sample_B = dispatch.fused(implementation, "uniform_start", "uniform_start"), sample_B.contiguous()
+        serve, sample_B = dispatch.fused(implementation, "random_start", "random_start"), sample_B.contiguous()
     serve(noise, sample_B, numbers.epsilon, numbers.seed, numbers.counter)
     return noise
 
 
 # By kind and threat model.
-KINDS: dict[str, dict[str, Callable[[Tensor, Tensor, Numbers], Tensor]]] = {
+STARTS: dict[str, dict[str, Callable[[Tensor, Tensor, StartParameters], Tensor]]] = {
     "none": {"Linf": _none, "L2": _none},
     "uniform": {"Linf": _uniform_linf, "L2": _uniform_l2},
     "gaussian": {"Linf": _gaussian, "L2": _gaussian},

@@ -1,6 +1,6 @@
-"""The ops in eager torch: what the others are held against, and what serves where no other implementation does.
+"""The ops in eager torch: the standard of the other implementations, and the fallback where none of them serves.
 
-Shape suffixes: B batch, C classes, K the six terms; N data set, H, W.
+Shape suffixes: B batch, C classes or channels, K the six terms; N data set, H height, W width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.kernels.contract import DistillLoss, LossInputs, LossRow, check_terms
 from engine.kernels.philox import Stream, random_words, uniform
 
-# Torch passes over the label -100 unless told of another: here that is as wrong as any beyond the classes.
+# torch ignores the label -100 by default: here that is an error, like any other label that is no class.
 _NO_LABEL = torch.iinfo(torch.int64).min
 
 
@@ -73,7 +73,7 @@ def distill_loss(inputs: LossInputs, row: LossRow) -> DistillLoss:
 
 
 def trust(t_at_adv: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """How far the teacher is trusted on each sample: alpha_i = softmax(T_at(x~_i))[y_i] ** beta (Eq. 4).
+    """alpha_i = softmax(T_at(x~_i))[y_i] ** beta, the trust in the teacher on each sample (Eq. 4).
 
     t_at_adv: logits (B, C). labels: (B,) int64. Returns (B,), in [0, 1].
     """
@@ -102,12 +102,16 @@ def pgd_update(
     x_adv.copy_(torch.clamp(x_nat + delta * (epsilon / _norm(delta).clamp_min(tiny)).clamp_max(1), 0, 1))
 
 
-def uniform_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
-    """`engine.kernels.random_start`, uniform in an L-inf ball, into `noise`; numbers run in (C, H, W) order."""
+def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+    """`engine.kernels.random_start` of the kind "uniform" in an L-inf ball, into `noise`.
+
+    Numbers run in (C, H, W) order whatever the strides of noise.
+    """
     uniform_BN = uniform(seed, Stream.ATTACK_START, counter, sample_B, math.prod(noise.shape[1:]))
     noise.copy_((epsilon * (2 * uniform_BN - 1)).view(noise.shape))
 
 
+# many parameters: those of the op, in one order for all implementations
 def crop_flip(
     x_BCHW: Tensor,
     labels_B: Tensor,

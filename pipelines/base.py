@@ -1,4 +1,4 @@
-"""What every data pipeline gives: batches of images in [0,1]. B batch, C channels, H, W."""
+"""Batches of images in [0,1], and the protocol of every pipeline. B batch, C channels, H, W."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The pipeline that NVIDIA DALI loads: arrays in the host's memory, or files that it decodes, cuts and resizes.
+"""Pipeline of NVIDIA DALI: arrays in the host's memory, or files that it decodes, crops and resizes.
 
-Order, windows and views come from outside, as functions of (seed, epoch, sample). So an epoch starts at any step,
+Order, crops and views come from outside, as functions of (seed, epoch, sample). So an epoch starts at any step,
 and DALI's own checkpoints have nothing to save. B batch, C channels, H, W.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,18 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from engine.pipelines.ahead import make_ahead
-from engine.pipelines.encoded import EncodedImages
+from engine.common import optional
+from engine.pipelines.crops import Crops
+from engine.pipelines.prefetching import PrefetchingPipeline, prefetched
+from engine.pipelines.reading.encoded import EncodedImages
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
-from engine.pipelines.streamed import StreamedPipeline
-from engine.pipelines.windows import Windows
 
-_OLDEST = (2, 2)  # before it, decoders of windows turned images by their EXIF orientation
+_MISSING = "pipeline: dali needs `pip install 'iad-engine[dali]'` ({reason})"
+_OLDEST = (2, 2)  # older ones rotate images by their EXIF orientation in `image_slice`
 
 
-class DALIPipeline(StreamedPipeline):
-    """`StreamedPipeline` on a CPU or a GPU by one definition: a GPU, where there is one, decodes and resizes.
+class DALIPipeline(PrefetchingPipeline):
+    """`PrefetchingPipeline` on a CPU or a GPU by one definition: a GPU, where there is one, decodes and resizes.
 
     A bad image ends the epoch up to twice batches_ahead batches early. Raises ValueError too where DALI is not
     installed.
@@ -37,30 +39,32 @@ class DALIPipeline(StreamedPipeline):
     def __init__(self, data: Split | EncodedImages, sampling: Sampling, **options: Any) -> None:
         check_installed()
         super().__init__(data, sampling, **options)
-        self._source: Source = Arrays(data.images) if isinstance(data, Split) else Files(data, self._windows)
+        self._source: Source
+        if isinstance(data, Split):
+            self._source = ArraySource(data.images)
+        else:
+            self._source = FileSource(data, self._crops)
 
     def _images(self, epoch: int, batches: list[Tensor]) -> Generator[Tensor]:
-        with ThreadPoolExecutor(self._batches_ahead) as pool:
+        with ThreadPoolExecutor(self._batches_ahead) as pool, ExitStack() as stack:
             pipeline = define(
                 self._source,
-                make_ahead(pool, partial(self._source.read, epoch), batches, self._batches_ahead),
+                prefetched(pool, partial(self._source.read, epoch), batches, self._batches_ahead),
                 batch_size=max(map(len, batches)),
                 num_threads=self._workers,
                 prefetch=self._batches_ahead,
                 on_gpu=self._device.type == "cuda",
                 device_id=self._device.index,
             )
-            try:
-                for sample_B in batches:
-                    try:
-                        (images,) = pipeline.run(_stream(self._device))
-                    except RuntimeError as error:
-                        self._name_culprit(epoch, sample_B, error)
-                        raise
-                    yield from_dlpack(images.as_tensor())
-            finally:
-                pool.shutdown(cancel_futures=True)
-                pipeline.__del__()  # now: a traceback may hold the pipeline, and that its threads
+            stack.callback(pipeline._shutdown)  # DALI has no public close, and a traceback may hold the pipeline
+            stack.callback(pool.shutdown, cancel_futures=True)
+            for sample_B in batches:
+                try:
+                    (images,) = pipeline.run(_stream(self._device))
+                except RuntimeError as error:
+                    self._name_culprit(epoch, sample_B, error)
+                    raise
+                yield from_dlpack(images.as_tensor())
 
     def _name_culprit(self, epoch: int, sample_B: Tensor, error: RuntimeError) -> None:
         """Raise ValueError for the image that DALI cannot decode, which DALI does not name."""
@@ -73,7 +77,7 @@ class DALIPipeline(StreamedPipeline):
 
 
 class Source(Protocol):
-    """What DALI is given, and what it makes of that."""
+    """Images for DALI: its inputs, and its graph from inputs to images."""
 
     num_inputs: int
 
@@ -84,11 +88,11 @@ class Source(Protocol):
         """The node of the images (uint8 HWC) from the nodes of the inputs."""
 
     def where(self, sample: int) -> str:
-        """How a message calls an image."""
+        """Name of an image in a message."""
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
+class ArraySource:
     """Images in memory: uint8 NHWC."""
 
     images_NHWC: Tensor
@@ -106,22 +110,22 @@ class Arrays:
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
-    """Images in files. windows: of them, by epoch, samples, heights and widths."""
+class FileSource:
+    """Images in files. crops: a function of epoch, samples, heights and widths."""
 
     images: EncodedImages
-    windows: Callable[[int, Tensor, Tensor, Tensor], Windows]
+    crops: Callable[[int, Tensor, Tensor, Tensor], Crops]
     num_inputs = 4
 
     def read(self, epoch: int, sample_B: Tensor) -> tuple[Any, ...]:
-        """Encoded images, (top, left) and (height, width) of their windows, and 1 where these are mirrored."""
+        """Encoded images, (top, left) and (height, width) of their crops, and 1 for a mirrored one."""
         encoded, heights, widths = zip(*map(self.images.read, sample_B.tolist()), strict=True)
-        windows = self.windows(epoch, sample_B, torch.tensor(heights), torch.tensor(widths))
+        crops = self.crops(epoch, sample_B, torch.tensor(heights), torch.tensor(widths))
         return (
             [np.frombuffer(data, np.uint8) for data in encoded],
-            torch.stack((windows.top, windows.left), dim=1).int().numpy(),
-            torch.stack((windows.height, windows.width), dim=1).int().numpy(),
-            windows.flip.int().numpy(),
+            torch.stack((crops.top, crops.left), dim=1).int().numpy(),
+            torch.stack((crops.height, crops.width), dim=1).int().numpy(),
+            crops.flip.int().numpy(),
         )
 
     def graph(self, *inputs: Any, on_gpu: bool) -> Any:
@@ -171,20 +175,12 @@ def define(
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The one that what follows runs on; DALI's outputs are then waited for there, and not by the host."""
+    """The current stream, which then waits for DALI's outputs in place of the host; None for a CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def check_installed() -> None:
     """Raise ValueError where there is no DALI, or too old a one."""
-    try:
-        import nvidia.dali
-
-        version = nvidia.dali.__version__
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-    else:
-        if tuple(map(int, version.split(".")[:2])) >= _OLDEST:
-            return
-        reason = f"version {version} is too old"
-    raise ValueError(f"pipeline: dali needs `pip install 'iad-engine[dali]'` ({reason})")
+    version = optional.load("nvidia.dali", missing=_MISSING).__version__
+    if tuple(map(int, version.split(".")[:2])) < _OLDEST:
+        raise ValueError(_MISSING.replace("{reason}", f"version {version} is too old"))

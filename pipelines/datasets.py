@@ -1,4 +1,4 @@
-"""The data sets that exist, and where each is looked for."""
+"""Table of the data sets, and the search for each in its places."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Generic, TypeVar, cast
 
-from engine.common.files import cache_dir, expanded
+from engine.common import host_memory
+from engine.common.files import cache_dir, expand_user
 from engine.common.lookup import nearest
-from engine.pipelines import beton, readers
-from engine.pipelines.beton import is_beton
-from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
-from engine.pipelines.folder import image_folder
-from engine.pipelines.memory import free_memory
-from engine.pipelines.readers import Absent
+from engine.pipelines.reading import beton, published
+from engine.pipelines.reading.beton import is_beton
+from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
+from engine.pipelines.reading.folder import image_folder
+from engine.pipelines.reading.published import Absent
 from engine.pipelines.splits import Progress, Request, Split, balanced, split_validation
 
 __all__ = [
@@ -41,13 +41,13 @@ __all__ = [
 
 AnySplit = Split | EncodedImages
 Kind = TypeVar("Kind", bound=AnySplit, covariant=True)
-Found = tuple[AnySplit, AnySplit, str]
-"""The train and test splits, and where they were found, in words."""
+FoundSplits = tuple[AnySplit, AnySplit, str]
+"""The train and test splits, and their source in words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset(Generic[Kind]):
-    """A data set. flip: a mirrored image is still of its class. source: where it was found, in words."""
+    """A data set. flip: a mirrored image is still of its class. source: its place in words."""
 
     name: str
     train: Kind
@@ -67,7 +67,7 @@ class Dataset(Generic[Kind]):
 
     @cached_property
     def train_sha256(self) -> str:
-        """The same of the training split alone."""
+        """`sha256` of the training split alone."""
         return self._hash(self.train)
 
     def _hash(self, *splits: AnySplit) -> str:
@@ -82,7 +82,7 @@ AnyDataset = Dataset[AnySplit]
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a data set before it is read; None: it depends on the user's folder.
+    """Facts of a data set that are known before it is read; None: it depends on the user's folder.
 
     find: gives train, test and source, from the path given by the user, if any.
     """
@@ -92,7 +92,7 @@ class Entry:
     num_classes: int | None
     image_size: int | None
     flip: bool
-    find: Callable[[str | None, Request], Found]
+    find: Callable[[str | None, Request], FoundSplits]
 
 
 def check(name: str) -> None:
@@ -121,7 +121,7 @@ def load(
 
 
 def find(name: str, data: str | None, request: Request) -> AnyDataset:
-    """The data set as it is asked for: images of folders and .beton files may stay there.
+    """Read or list a data set as requested: images of folders and .beton files may stay there.
 
     data: as in `load`, or a .beton file. Raises ValueError as `load` does.
     """
@@ -134,8 +134,8 @@ def find(name: str, data: str | None, request: Request) -> AnyDataset:
     return Dataset(name, train, test, train.class_names, DATASETS[name].flip, source)
 
 
-def _found(name: str, data: str | None, request: Request) -> Found:
-    place = expanded("data", data) if data is not None else None
+def _found(name: str, data: str | None, request: Request) -> FoundSplits:
+    place = expand_user("data", data) if data is not None else None
     if place is not None and is_beton(place):
         return _beton(name, place, request)
     if request.image_size is not None and name != "folder":
@@ -143,17 +143,17 @@ def _found(name: str, data: str | None, request: Request) -> Found:
     return DATASETS[name].find(data, request)
 
 
-def _embedded(data: str | None, request: Request) -> Found:
+def _embedded(data: str | None, request: Request) -> FoundSplits:
     if data is not None:
         raise ValueError(f"data: the dataset digits is embedded and is not read from a path, got {data!r}")
-    return readers.digits(request)
+    return published.digits(request)
 
 
-def _folder(data: str | None, request: Request) -> Found:
+def _folder(data: str | None, request: Request) -> FoundSplits:
     given = data or os.environ.get("ENGINE_DATA")
     if not given:
         raise ValueError("data: the dataset folder needs the path of an image folder (or $ENGINE_DATA), got none")
-    path = expanded("data", given)
+    path = expand_user("data", given)
     if is_beton(path):
         return _beton("folder", path, request)
     train, test = image_folder(path, only_test=request.only_test)
@@ -162,9 +162,9 @@ def _folder(data: str | None, request: Request) -> Found:
     ), f"image folder {path}"
 
 
-def _beton(name: str, path: Path, request: Request) -> Found:
+def _beton(name: str, path: Path, request: Request) -> FoundSplits:
     train, test = beton.splits(path, request)
-    readers.check_classes(name, train.class_names, str(path))
+    published.check_classes(name, train.class_names, str(path))
     if name == "digits":
         raise ValueError(f"data: the dataset digits is embedded and is not read from a path, got {str(path)!r}")
     return *_in_memory_or_not(train, test, request), str(path)
@@ -174,7 +174,7 @@ def _in_memory_or_not(train: Listing, test: Listing, request: Request) -> tuple[
     if request.image_size is None and request.resident_share:
         height, width = _first_size(train if len(train) else test, request)
         needed = (len(train) + len(test)) * height * width * 3
-        if needed <= request.resident_share * max(free_memory("cpu"), 1):
+        if needed <= request.resident_share * max(host_memory.available(), 1):
             return read_splits(train, test, request)
     return encoded_splits(train, test, request)
 
@@ -192,14 +192,14 @@ def _first_size(images: Listing, request: Request) -> tuple[int, int]:
 
 def _search(
     name: str,
-    read: Callable[[Path, Request], Found],
+    read: Callable[[Path, Request], FoundSplits],
     download: Callable[[Path], None],
     data: str | None,
     request: Request,
-) -> Found:
+) -> FoundSplits:
     """Read from the first place that holds the data set; a place that holds it damaged ends the search."""
     if data is not None:
-        place = expanded("data", data)
+        place = expand_user("data", data)
         if not place.exists():
             raise ValueError(f"data: {place} does not exist")
         try:
@@ -208,7 +208,7 @@ def _search(
             raise ValueError(f"data: {name} is not in {place}: it has {error}") from None
     cache = cache_dir() / "data"
     given = os.environ.get("ENGINE_DATA")
-    places = [*([expanded("ENGINE_DATA", given)] if given else []), Path("data").absolute(), cache]
+    places = [*([expand_user("ENGINE_DATA", given)] if given else []), Path("data").absolute(), cache]
     for place in places:
         try:
             return read(place, request)
@@ -235,8 +235,8 @@ def _download_into(cache: Path, download: Callable[[Path], None]) -> None:
 
 
 def _searched(
-    name: str, read: Callable[[Path, Request], Found], download: Callable[[Path], None]
-) -> Callable[[str | None, Request], Found]:
+    name: str, read: Callable[[Path, Request], FoundSplits], download: Callable[[Path], None]
+) -> Callable[[str | None, Request], FoundSplits]:
     return partial(_search, name, read, download)
 
 
@@ -255,7 +255,9 @@ DATASETS: dict[str, Entry] = {
         num_classes=10,
         image_size=32,
         flip=True,
-        find=_searched("cifar10", partial(readers.cifar, "cifar10"), partial(readers.download_cifar, "cifar10")),
+        find=_searched(
+            "cifar10", partial(published.cifar, "cifar10"), partial(published.download_cifar, "cifar10")
+        ),
     ),
     "cifar100": Entry(
         summary="60,000 photographs of 100 kinds of things",
@@ -264,7 +266,7 @@ DATASETS: dict[str, Entry] = {
         image_size=32,
         flip=True,
         find=_searched(
-            "cifar100", partial(readers.cifar, "cifar100"), partial(readers.download_cifar, "cifar100")
+            "cifar100", partial(published.cifar, "cifar100"), partial(published.download_cifar, "cifar100")
         ),
     ),
     "svhn": Entry(
@@ -273,7 +275,7 @@ DATASETS: dict[str, Entry] = {
         num_classes=10,
         image_size=32,
         flip=False,
-        find=_searched("svhn", readers.svhn, readers.download_svhn),
+        find=_searched("svhn", published.svhn, published.download_svhn),
     ),
     "tiny-imagenet": Entry(
         summary="110,000 photographs of ImageNet's classes; its val images are the test split",
@@ -281,7 +283,7 @@ DATASETS: dict[str, Entry] = {
         num_classes=200,
         image_size=64,
         flip=True,
-        find=_searched("tiny-imagenet", readers.tiny_imagenet, readers.download_tiny_imagenet),
+        find=_searched("tiny-imagenet", published.tiny_imagenet, published.download_tiny_imagenet),
     ),
     "folder": Entry(
         summary="your images: train/<class>/* and test/<class>/* (or val/), folders, zips or a .beton file",

@@ -1,4 +1,4 @@
-"""Which samples stand in which batch, on every rank: the order that all pipelines share.
+"""Order of the samples, and their division into batches and among ranks, shared by all pipelines.
 
 A pure function of (seed, epoch): nothing has to be saved for a resume, and the batches of N ranks, put together,
 are those of one. N data set, B batch.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.common.lookup import check_known, look_up
+from engine.common.numbers import ceil_div
 from engine.kernels.philox import Stream, random_words
 
 _BLOCK = 256  # neighbours on the disk that quasi-random order reads together
@@ -24,7 +25,7 @@ def _random(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
 
 
 def _quasi_random(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
-    """First whole blocks are shuffled, by the words of their first samples; then samples within a window."""
+    """Shuffle whole blocks, by the words of their first samples; then the samples within a window of blocks."""
     word_N = _words(sample_N, seed, epoch)
     blocks = word_N[::_BLOCK].argsort(stable=True)
     block_N = torch.empty_like(blocks)
@@ -44,14 +45,14 @@ def _words(sample_N: Tensor, seed: int, epoch: int) -> Tensor:
 ORDERS = {"random": _random, "quasi-random": _quasi_random, "sequential": _sequential}
 
 
-class Last(NamedTuple):
-    """A batch that the samples do not fill: whether it counts as a step, and whether it is filled up."""
+class LastBatch(NamedTuple):
+    """Treatment of a batch that the samples do not fill: it counts as a step or not, and is filled up or not."""
 
     counts: bool
     is_filled: bool
 
 
-LASTS = {"keep": Last(True, False), "drop": Last(False, False), "pad": Last(True, True)}
+LAST_BATCHES = {"keep": LastBatch(True, False), "drop": LastBatch(False, False), "pad": LastBatch(True, True)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_known("order", self.order, ORDERS)
-        last = look_up("last", self.last, LASTS)
+        last = look_up("last", self.last, LAST_BATCHES)
         if self.num_samples < 1:
             raise ValueError("images: a pipeline needs at least one image, got none")
         if self.batch_size < 1:
@@ -101,12 +102,14 @@ class Sampling:
     def steps_per_epoch(self) -> int:
         """Batches of one epoch."""
         whole, left = divmod(self.num_samples, self.batch_size)
-        return whole + (left > 0 and look_up("last", self.last, LASTS).counts)
+        return whole + (left > 0 and look_up("last", self.last, LAST_BATCHES).counts)
 
     def size_of(self, step: int) -> int:
         """Images in that batch of an epoch, of all ranks together; one that is padded counts whole."""
         left = self.num_samples - step * self.batch_size
-        return self.batch_size if look_up("last", self.last, LASTS).is_filled else min(self.batch_size, left)
+        return (
+            self.batch_size if look_up("last", self.last, LAST_BATCHES).is_filled else min(self.batch_size, left)
+        )
 
     def samples(self, epoch: int) -> Tensor:
         """The epoch's samples in the order of all ranks together: int64 N."""
@@ -114,20 +117,20 @@ class Sampling:
 
     def batches(self, epoch: int, start_step: int = 0) -> list[Tensor]:
         """The samples of this rank in each step from start_step on."""
-        return [self._of_this_rank(whole_B) for whole_B in self._whole(epoch)[start_step:]]
+        return [self._of_this_rank(global_B) for global_B in self._global_batches(epoch)[start_step:]]
 
-    def _whole(self, epoch: int) -> list[Tensor]:
+    def _global_batches(self, epoch: int) -> list[Tensor]:
         order_N = self.samples(epoch)
-        if look_up("last", self.last, LASTS).is_filled:
+        if look_up("last", self.last, LAST_BATCHES).is_filled:
             missing = self.steps_per_epoch * self.batch_size - self.num_samples
-            order_N = torch.cat((order_N, order_N.repeat(-(-missing // self.num_samples))[:missing]))
+            order_N = torch.cat((order_N, order_N.repeat(ceil_div(missing, self.num_samples))[:missing]))
         return list(order_N.split(self.batch_size)[: self.steps_per_epoch])
 
-    def _of_this_rank(self, whole_B: Tensor) -> Tensor:
-        return whole_B.tensor_split(self.shard.world)[self.shard.rank]
+    def _of_this_rank(self, global_B: Tensor) -> Tensor:
+        return global_B.tensor_split(self.shard.world)[self.shard.rank]
 
 
-def moved(batches: list[Tensor], device: torch.device | str) -> list[Tensor]:
-    """The batches on that device, by one copy."""
+def to_device(batches: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """The batches on that device, by one copy for all."""
     sizes = [len(sample_B) for sample_B in batches]
     return list(torch.cat(batches).to(device).split(sizes)) if batches else []

@@ -16,6 +16,7 @@ from engine.common.lookup import check_known, look_up
 from engine.config import LARGEST_IMAGE
 from engine.kernels.philox import Stream, random_words
 
+SPLIT_NAMES = ("train", "test")
 Progress = Callable[[str, int, int], None]
 """Called as images are decoded with "train" or "test", the images done, and the images of that split."""
 
@@ -31,8 +32,8 @@ class Indexable(Protocol):
         """uint8 BHWC."""
 
 
-class Part(Protocol):
-    """Labelled images, in memory or not, of which parts can be taken."""
+class Splittable(Protocol):
+    """Images with labels, in memory or not, from which a subset can be taken."""
 
     def __len__(self) -> int: ...
 
@@ -44,11 +45,11 @@ class Part(Protocol):
     def class_names(self) -> tuple[str, ...]:
         """The name of each label."""
 
-    def take(self: AnyPart, index: Tensor) -> AnyPart:
+    def take(self: AnySplittable, index: Tensor) -> AnySplittable:
         """The images of those indices, in that order."""
 
 
-AnyPart = TypeVar("AnyPart", bound=Part)
+AnySplittable = TypeVar("AnySplittable", bound=Splittable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Split:
     labels: Tensor
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-    windows: ClassVar[bool] = False  # views are of the whole images
+    any_size: ClassVar[bool] = False  # views are of the whole images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,18 +84,19 @@ class Split:
         digest.update(self.labels.contiguous().numpy())
 
 
-# Whether an image that cannot be read is left out.
+# on_bad_image -> an image that cannot be read is left out.
 SKIPS = {"fail": False, "skip": True}
+# resident -> share of the free memory that decoded images may take.
 RESIDENT_SHARES = {"always": math.inf, "never": 0.0, "if it fits": 0.5}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set.
+    """Request for a data set: how many of its images, of what size, and where they are kept.
 
-    limit_train, limit_test: at most so many images; seed: which ones. progress: whom to tell. on_bad_image: "fail"
-    at an image that cannot be read, or "skip" it. image_size: of the views that are cut from images of any size;
-    None: all images are of one size. resident: whether images of one size are decoded into memory: "always",
+    limit_train, limit_test: at most so many images; seed: which ones. progress: called as images are decoded.
+    on_bad_image: "fail" at an image that cannot be read, or "skip" it. image_size: of the views, crops of images
+    of any size; None: all images are of one size. resident: images of one size are decoded into memory "always",
     "never", or "if it fits" into half of what is free. only_test: no training images are read, nor need be there.
     """
 
@@ -115,25 +117,25 @@ class Request:
 
     @property
     def skips_bad_images(self) -> bool:
-        """What cannot be read is left out."""
+        """True if images that cannot be read are left out."""
         return look_up("on_bad_image", self.on_bad_image, SKIPS)
 
     @property
     def resident_share(self) -> float:
-        """How much of the free memory images may take; 0: they stay in their files."""
+        """Share of the free memory that images may take; 0: they stay in their files."""
         return look_up("resident", self.resident, RESIDENT_SHARES)
 
-    def of(self, part: str, images: AnyPart) -> AnyPart:
-        """The images wanted of "train" or "test"; all of them are not copied."""
-        limit = look_up("part", part, {"train": self.limit_train, "test": self.limit_test})
-        if part == "train" and self.only_test:
+    def of(self, name: str, images: AnySplittable) -> AnySplittable:
+        """The images wanted of the split "train" or "test", without a copy where that is all of them."""
+        limit = look_up("part", name, dict(zip(SPLIT_NAMES, (self.limit_train, self.limit_test), strict=True)))
+        if name == "train" and self.only_test:
             return images.take(torch.arange(0))
         if limit is None or limit >= len(images):
             return images
-        return images.take(limited(images.labels, limit, self.seed, f"limit_{part}"))
+        return images.take(limited(images.labels, limit, self.seed, f"limit_{name}"))
 
 
-def split_validation(split: AnyPart, fraction: float, seed: int = 0) -> tuple[AnyPart, AnyPart]:
+def split_validation(split: AnySplittable, fraction: float, seed: int = 0) -> tuple[AnySplittable, AnySplittable]:
     """(train, validation): round(fraction N) images held out, every class by its share and at least one of each.
 
     Raises ValueError where fraction is not in [0,1) or a class has a single image.
@@ -154,7 +156,7 @@ def split_validation(split: AnyPart, fraction: float, seed: int = 0) -> tuple[An
     return split.take((~held_N).nonzero()[:, 0]), split.take(held_N.nonzero()[:, 0])
 
 
-def balanced(split: AnyPart, size: int) -> AnyPart:
+def balanced(split: AnySplittable, size: int) -> AnySplittable:
     """At most `size` images, chosen as `limited` does."""
     return split.take(limited(split.labels, size, 0, "size"))
 
@@ -181,7 +183,7 @@ def _class_sizes(labels_N: Tensor) -> dict[int, int]:
 
 
 def _apportion(total: int, shares: dict[int, float], most: dict[int, int]) -> dict[int, int]:
-    """Counts from 1 to most that sum to total and follow the shares; the largest remainders round up."""
+    """Counts from 1 to `most` that sum to `total` and follow the shares; the largest remainders round up."""
     counts = {label: min(max(int(share), 1), most[label]) for label, share in shares.items()}
     missing = total - sum(counts.values())
     step = 1 if missing > 0 else -1
@@ -212,5 +214,5 @@ def _choose(labels_N: Tensor, counts: dict[int, int], seed: int, epoch: int) -> 
     wanted_C = torch.zeros_like(sizes_C)
     wanted_C[list(counts)] = torch.tensor(list(counts.values()))
     labels_N = labels_N[by_class_N]
-    place_N = sample_N - (sizes_C.cumsum(0) - sizes_C)[labels_N]  # among those of its class
+    place_N = sample_N - (sizes_C.cumsum(0) - sizes_C)[labels_N]  # within its class
     return by_class_N[place_N < wanted_C[labels_N]].sort().values

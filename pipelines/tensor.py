@@ -1,14 +1,15 @@
-"""The pipeline of images that live on the device as uint8: nothing is loaded, a batch is one pass over memory."""
+"""Pipeline of uint8 images in the device's memory: nothing is loaded, a batch is one pass over memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import record_function
 
 from engine.kernels import crop_flip
 from engine.pipelines.base import Batch
-from engine.pipelines.sampling import Sampling, moved
+from engine.pipelines.sampling import Sampling, to_device
 from engine.pipelines.splits import Split
 
 
@@ -48,18 +49,19 @@ class TensorPipeline:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from start_step on, of this rank; one without samples is empty."""
-        for sample_B in moved(self._sampling.batches(epoch, start_step), self._labels_N.device):
-            x_nat, labels_B = crop_flip(
-                self._images_NHWC,
-                self._labels_N,
-                sample_B,
-                seed=self._sampling.seed,
-                epoch=epoch,
-                flip=self._flip,
-                augment=self._augment,
-                dtype=self._dtype,
-            )
+        for sample_B in to_device(self._sampling.batches(epoch, start_step), self._labels_N.device):
+            with record_function("crop_flip"):
+                x_nat, labels_B = crop_flip(
+                    self._images_NHWC,
+                    self._labels_N,
+                    sample_B,
+                    seed=self._sampling.seed,
+                    epoch=epoch,
+                    flip=self._flip,
+                    augment=self._augment,
+                    dtype=self._dtype,
+                )
             yield Batch(x_nat, labels_B, sample_B)
 
     def close(self) -> None:
-        """Nothing runs between batches."""
+        """Do nothing: no thread runs between batches."""

@@ -28,10 +28,11 @@ from engine.config import (
     validated,
 )
 from engine.methods import TABLE
+from tests import key_tables
 
 
 def resolved(config: RunConfig) -> Any:
-    """What a run writes as config.yaml, read again."""
+    """Read again what a run writes as config.yaml."""
     return yaml_text.read(yaml_text.write(config.tree()))
 
 
@@ -289,7 +290,7 @@ BAD_VALUES: list[tuple[str, object]] = [
     ("averaging.kind", "mean"),
     ("averaging.decay", 1),
     ("awp.gamma", -0.1),
-    ("optim.schedule", "linear"),
+    ("optim.schedule", "cubic"),
     ("optim.clip_norm", 0),
     ("seed", -1),
     ("seed", 2**63),
@@ -403,11 +404,28 @@ def test_something_is_known_of_every_key() -> None:
 
 def test_a_key_of_which_nothing_is_known_is_no_key() -> None:
     class Forgetful(config.Section):
-        told: Annotated[int, config.OWN] = 1
+        told: Annotated[int, config.own("a number")] = 1
         forgotten: int = 2
 
-    with pytest.raises(AssertionError, match=r"^Forgetful\.forgotten: annotate it with one Key$"):
-        dict(config._keys(Forgetful))
+    with pytest.raises(ValueError, match=r"^Forgetful\.forgotten: annotate it with one Key$"):
+        dict(config.collect(Forgetful))
+
+
+def test_null_needs_a_meaning() -> None:
+    class Vague(config.Section):
+        length: Annotated[int | None, config.own("a number")] = None
+
+    with pytest.raises(ValueError, match=r"^Vague\.length: say in its Key what null means$"):
+        dict(config.collect(Vague))
+
+
+def test_a_key_needs_a_text_and_a_flag_a_group() -> None:
+    with pytest.raises(ValueError, match="needs a text"):
+        config.Key("")
+    with pytest.raises(ValueError, match="--fast"):
+        config.Key("how fast", flag="--fast")
+    with pytest.raises(ValueError, match="speed"):
+        config.Key("how fast", group="speed")
 
 
 def test_what_is_known_fits_together() -> None:
@@ -473,3 +491,9 @@ def test_what_is_of_a_checkpoint_needs_one(section: str, key: str, value: str) -
     with pytest.raises(ValueError, match=rf"\A{section}\.{key}: [^\n]*{section}\.checkpoint names none\Z"):
         load({section: {key: value}})
     assert getattr(getattr(load({section: {key: value, "checkpoint": "a.pt"}}), section), key) == value
+
+
+def test_the_tables_of_keys_are_those_of_the_configuration() -> None:
+    page = key_tables.PAGE.read_text(encoding="utf-8")
+    assert key_tables.written(page) == page, "run python -m tests.key_tables"
+    assert all(page.count(f"\n| `{name}` |") == 1 for name in config.KEYS)

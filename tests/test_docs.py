@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import yaml
@@ -21,13 +24,14 @@ import yaml
 import engine
 from engine import config, methods, models
 from engine.attacks import pgd
-from engine.commands.cli import _KEYS, commands
+from engine.commands.cli import commands
 from engine.commands.data import Info
 from engine.evaluation import measure
-from engine.evaluation.checkpoint import Report
+from engine.evaluation.checkpoint import EvaluationConfig, Report
 from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
-from engine.runs.trainer import RunResult
+from engine.runs.lifecycle import RunResult
+from tests import module_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -162,10 +166,10 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     def resume(path: Path, reporter: object, **keys: Any) -> RunResult:
         return RunResult(ROOT / "docs", {})
 
-    def run(checkpoint: Path, attacks: list[str], reporter: object, **keys: Any) -> Report:
-        measure.check_names(attacks)
-        models.check(keys["model"] or "resnet8")
-        datasets.check(keys["dataset"] or "digits")
+    def run(checkpoint: Path, wanted: EvaluationConfig, reporter: object, **keys: Any) -> Report:
+        measure.check_names(wanted.attacks)
+        models.check(wanted.model or "resnet8")
+        datasets.check(wanted.dataset or "digits")
         return Report("", {}, None)
 
     def write(dataset: str, *arguments: Any, **keys: Any) -> None:
@@ -177,8 +181,8 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.system.launcher.count", lambda gpus, processes, device: 0)
     monkeypatch.setattr("engine.runs.run_directory.RunDir.existing", lambda path: (None, config.load({})))
     monkeypatch.setattr("engine.commands.seeds.train", lambda *arguments, **keys: None)
-    monkeypatch.setattr("engine.runs.trainer.train", train)
-    monkeypatch.setattr("engine.runs.trainer.resume", resume)
+    monkeypatch.setattr("engine.runs.lifecycle.train", train)
+    monkeypatch.setattr("engine.runs.lifecycle.resume", resume)
     monkeypatch.setattr("engine.evaluation.checkpoint.run", run)
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
@@ -191,6 +195,11 @@ def test_the_scripts_are_scripts(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
+def parameters_of(command: click.Command) -> list[click.Parameter]:
+    """Of a command, the options of keys included."""
+    return command.get_params(click.Context(command))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_assignments_within_a_sentence_exist(page: Path) -> None:
     for span in code(_FENCE.sub("", read(page))):
@@ -198,7 +207,9 @@ def test_commands_and_assignments_within_a_sentence_exist(page: Path) -> None:
         if words[:1] == ["engine"] and words[1].rstrip(",").isalpha():
             command = commands.commands[words[1].rstrip(",")]
             known = {
-                option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+                option
+                for parameter in parameters_of(command)
+                for option in (*parameter.opts, *parameter.secondary_opts)
             }
             assert {word for word in words if word.startswith("-")} <= known | {"--help", "-h"}, span
         if "--set" in words and "KEY=VALUE" not in words:
@@ -243,10 +254,8 @@ def test_the_configuration_table_lists_every_key_with_its_default() -> None:
 
 def test_the_configuration_table_lists_every_flag() -> None:
     documented = {key: code(row[0])[0] for key, row in documented_keys().items() if row[0]}
-    parameters = commands.commands["train"].params
-    not_keys = ("config_file", "assignments", "resume", "profile", "gpus", "procs", "timeout", "seed_list")
-    keys = [p for p in parameters if p.name not in not_keys]
-    assert documented == {_KEYS.get(str(p.name), str(p.name)): p.opts[0] for p in keys}
+    parameters = parameters_of(commands.commands["train"])
+    assert documented == {str(p.name): p.opts[0] for p in parameters if p.name in config.KEYS}
 
 
 def test_the_configuration_table_names_every_choice() -> None:
@@ -378,21 +387,23 @@ def constants(text: str) -> dict[str, object]:
 # ---------------------------------------------------------------- the others
 
 
-def test_the_picture_of_the_rooms_names_every_file() -> None:
-    (picture,) = [block.text for block in blocks(ROOT / "docs" / "architecture.md", "") if "cli.py" in block.text]
-    listed, room = set(), ""
-    for line in picture.splitlines():
-        name = line.split()[0]
-        if line.startswith(" "):
-            listed.add(room + name.rstrip("/"))
-        else:
-            room = name
-    paths = [path for room in ("engine", "kernels", "pipelines") for path in (ROOT / room).iterdir()]
-    assert listed == {
-        path.relative_to(ROOT).as_posix()
-        for path in paths
-        if not path.name.startswith("_") and path.name != "py.typed"
-    }
+def test_the_tables_of_modules_are_those_of_the_wings_and_the_docstrings() -> None:
+    page = module_tables.PAGE.read_text(encoding="utf-8")
+    assert page == module_tables.written(page), "run python -m tests.module_tables"
+
+
+def test_the_tree_of_the_readme_names_every_folder() -> None:
+    (tree,) = [block.text for block in blocks(ROOT / "README.md", "") if "kernels/" in block.text]
+    listed = set()
+    for line in tree.splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split()
+        listed |= {f"engine/{name}" if line.startswith(" ") else name for name in names}
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    engine_folder = [path for path in (ROOT / "engine").iterdir() if not path.name.startswith("_")]
+    inside = {f"engine/{path.name}/" for path in engine_folder if path.is_dir() and not path.is_symlink()}
+    inside |= {f"engine/{path.name}" for path in engine_folder if path.suffix == ".py"}
+    top = {"engine/", "kernels/", "pipelines/", "bench/", "tests/", "docs/", "examples/"}
+    assert listed == inside | top
 
 
 def test_the_page_of_the_kernels_tells_how_many_classes_they_take() -> None:
@@ -406,3 +417,89 @@ def test_versions_agree() -> None:
     (paper,) = citation["references"]
     assert (paper["title"], paper["year"]) == ("Reliable Adversarial Distillation with Unreliable Teachers", 2022)
     assert len(paper["authors"]) == 9
+
+
+# ---------------------------------------------------------------- names of files and of code
+
+FOLDERS = ("engine", "kernels", "pipelines", "bench", "tests", "docs", "examples", ".github")
+FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+EXAMPLES = {"yaml.py", "tests/kernels/test_NAME.py"}
+"""Spans that look like files of the project, and stand for others."""
+
+
+def spans(pattern: str) -> list[Any]:
+    """Spans of code in a page's prose that a pattern matches, each once for a page."""
+    pages = [*PAGES, ROOT / "bench" / "README.md"]
+    found = {
+        (page, span) for page in pages for span in code(_FENCE.sub("", read(page))) if re.match(pattern, span)
+    }
+    assert found
+    return [pytest.param(span, id=f"{page.parent.name}/{page.name}:{span[:40]}") for page, span in sorted(found)]
+
+
+def resolved(dotted: str) -> Any:
+    """The module of that name, or what stands in one. Raises AttributeError or ImportError where there is none."""
+    parts = dotted.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for position, part in enumerate(parts[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            found = importlib.import_module(".".join(parts[:position]))
+    return found
+
+
+@pytest.mark.parametrize("span", spans(rf"({'|'.join(map(re.escape, FOLDERS))})/|[\w/]+\.py$"))
+def test_a_file_that_is_named_exists(span: str) -> None:
+    if span not in EXAMPLES:
+        name = span.rstrip("/")
+        assert (ROOT / name).exists() or sum(file.endswith(f"/{name}") for file in FILES) == 1
+
+
+@pytest.mark.parametrize("span", spans(r"(engine|bench)(\.\w+)+"))
+def test_a_name_of_the_code_exists_and_takes_the_arguments_that_are_told(span: str) -> None:
+    match = re.match(r"([\w.]+)(\(.*\))?", span, re.DOTALL)
+    assert match
+    found = resolved(match[1])
+    if match[2]:
+        known = inspect.signature(found).parameters
+        told = arguments(match[2])
+        assert told <= known.keys() or any(known[name].kind is inspect.Parameter.VAR_KEYWORD for name in known)
+
+
+def arguments(text: str) -> set[str]:
+    """Names of the arguments in parentheses, of a definition or of a call."""
+    try:
+        (function,) = ast.parse(f"def f{text}: ...").body
+    except SyntaxError:
+        (call,) = ast.parse(f"f{text}").body
+        assert isinstance(call, ast.Expr)
+        assert isinstance(call.value, ast.Call)
+        return {str(keyword.arg) for keyword in call.value.keywords}
+    assert isinstance(function, ast.FunctionDef)
+    given = function.args
+    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return {argument.arg for argument in every if argument is not None}
+
+
+def test_earlier_names_of_modules_are_listed() -> None:
+    (row,) = [line for line in read(ROOT / "docs" / "api.md").split("\n\n") if "earlier" in line]
+    names = [name for name in code(row) if name.startswith("engine.") and name != "engine.EARLIER_NAMES"]
+    assert sorted(names) == sorted(engine.EARLIER_NAMES)
+
+
+# ---------------------------------------------------------------- the site
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Pages, navigation, links, anchors, and the pages of docstrings."""
+    pytest.importorskip("mkdocstrings_handlers.python")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    built = load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path))
+    build(built)
+    for wing in (path.parent.name for path in (ROOT / "engine").glob("*/__init__.py")):
+        assert (tmp_path / "api" / wing / "index.html").is_file()
+    page = (tmp_path / "api" / "attacks" / "index.html").read_text(encoding="utf-8")
+    assert 'id="engine.attacks.pgd.pgd"' in page

@@ -143,7 +143,7 @@ ROWS_PER_TABLE = {2: 20, 3: 20, 4: 10, 5: 10, 6: 10, 7: 2, 8: 3, 9: 10, 10: 5, 1
 
 @dataclass(frozen=True)
 class Setting:
-    """What the paper says of a row; the defaults are Section 5.1's. warmup and milestones in epochs."""
+    """Values of a row in the paper; the defaults are Section 5.1's. warmup and milestones in epochs."""
 
     method: str
     dataset: str = "cifar10"

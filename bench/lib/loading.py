@@ -1,4 +1,4 @@
-"""What `bench.pipelines` times: an epoch of each pipeline, and of the DataLoader that users have today."""
+"""Epochs that `bench.pipelines` times: of each pipeline, and of torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.lib import photographs
-from engine.pipelines import beton, beton_writer, datasets
+from engine.pipelines import datasets
 from engine.pipelines.base import Batch, Pipeline
-from engine.pipelines.beton_writer import Format
 from engine.pipelines.dali import DALIPipeline
-from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits, listing
-from engine.pipelines.ffcv import FFCVPipeline
-from engine.pipelines.folder import image_folder
+from engine.pipelines.ffcv import FFCVPipeline, beton_writer
+from engine.pipelines.ffcv.beton_writer import BetonFormat
+from engine.pipelines.reading import beton
+from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits, listing
+from engine.pipelines.reading.folder import image_folder
 from engine.pipelines.sampling import Sampling
-from engine.pipelines.splits import Request, Split
+from engine.pipelines.splits import SPLIT_NAMES, Request, Split
 from engine.pipelines.tensor import TensorPipeline
 
 BASELINE = "dataloader"
 WORKERS = 2  # of the baseline
-BATCH = 128
+BATCH_SIZE = 128
 PHOTOGRAPHS = 2048
 
 
@@ -56,9 +57,9 @@ def cifar10(scratch: Path, device: torch.device, count: int | None = None) -> Ca
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
     found = Candidates(len(train), 32)
-    found.epochs[BASELINE] = baseline(Arrays(train, transform), device)
+    found.epochs[BASELINE] = baseline(ArrayImages(train, transform), device)
     given: Any = {"augment": True, "flip": True, "device": device}
-    sampling = Sampling(len(train), BATCH)
+    sampling = Sampling(len(train), BATCH_SIZE)
     found.offer("tensor", lambda: TensorPipeline(train, sampling, **given))
     found.offer("ffcv", lambda: FFCVPipeline(in_beton(train, scratch / "cifar10.beton"), sampling, **given))
     found.offer("dali", lambda: DALIPipeline(train, sampling, **given))
@@ -76,17 +77,17 @@ def jpeg224(scratch: Path, device: torch.device, count: int | None = None) -> Ca
     )
     request = Request(image_size=size)
     train, test = (
-        listing(files, part, request) for files, part in zip(image_folder(folder), beton.PARTS, strict=True)
+        listing(files, part, request) for files, part in zip(image_folder(folder), SPLIT_NAMES, strict=True)
     )
     files, _ = encoded_splits(train, test, request)
     found = Candidates(len(train), size)
     found.epochs[BASELINE] = baseline(ImageFolder(folder / "train", transform), device)
     given: Any = {"augment": True, "flip": True, "device": device}
-    sampling = Sampling(len(train), BATCH)
+    sampling = Sampling(len(train), BATCH_SIZE)
     found.offer(
         "ffcv",
         lambda: FFCVPipeline(
-            in_beton(train, scratch / "photographs.beton", Format("jpeg"), request), sampling, **given
+            in_beton(train, scratch / "photographs.beton", BetonFormat("jpeg"), request), sampling, **given
         ),
     )
     found.offer("dali", lambda: DALIPipeline(files, sampling, **given))
@@ -96,7 +97,7 @@ def jpeg224(scratch: Path, device: torch.device, count: int | None = None) -> Ca
 DATA = {"cifar10": cifar10, "jpeg224": jpeg224}
 
 
-class Arrays(Dataset[tuple[Tensor, int]]):
+class ArrayImages(Dataset[tuple[Tensor, int]]):
     """Images in memory as torchvision's CIFAR10 gives them."""
 
     def __init__(self, images: Split, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -111,7 +112,7 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 
 def baseline(dataset: Dataset[Any], device: torch.device) -> Callable[[int], Iterator[Batch]]:
     """Torch's DataLoader; its workers start with each epoch and end with it, as they do unless told otherwise."""
-    loader = DataLoader(dataset, BATCH, shuffle=True, num_workers=WORKERS, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=WORKERS, pin_memory=device.type == "cuda")
 
     def epoch(number: int) -> Iterator[Batch]:
         for images, labels in loader:
@@ -121,7 +122,10 @@ def baseline(dataset: Dataset[Any], device: torch.device) -> Callable[[int], Ite
 
 
 def in_beton(
-    images: Split | Listing, path: Path, form: Format = beton_writer.RAW, request: Request | None = None
+    images: Split | Listing,
+    path: Path,
+    form: BetonFormat = beton_writer.RAW_FORMAT,
+    request: Request | None = None,
 ) -> EncodedImages:
     """The images in a .beton file, which is written."""
     beton_writer.write(path, [images], form)

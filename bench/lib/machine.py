@@ -1,4 +1,4 @@
-"""What a measurement was made with: hardware, versions, date, commit."""
+"""Facts of a measurement: hardware, versions, date, commit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from engine.system import environment, precision
 from engine.system.precision import Precision
 
+BENCH = Path(__file__).resolve().parents[1]
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -29,7 +30,7 @@ class Facts(TypedDict):
 
 
 def facts(device: torch.device) -> Facts:
-    """What `provenance.json` records of a run, as far as it decides a time."""
+    """Entries of a run's `provenance.json` that decide a time."""
     session = environment.session(Precision(device, torch.float32))
     versions, hardware = session["versions"], session["hardware"]
     return Facts(
@@ -61,7 +62,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def results_folder(facts: Facts) -> Path:
-    """Where results go that were given no folder: bench/results/DEVICE-DATE."""
+    """bench/results/DEVICE-DATE: the folder of results that were given none."""
     name = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{slug}-{facts['date'][:10]}"
+    return BENCH / "results" / f"{slug}-{facts['date'][:10]}"

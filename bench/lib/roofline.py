@@ -1,4 +1,4 @@
-"""What the ops of a network pass must do and move, and how long a device with given peaks needs at least.
+"""Roofline: operations and bytes of a pass's ops, and the seconds that they need on a device of given peaks.
 
 Nothing is computed: the passes run on fake tensors, through the engine's own twins and layers.
 """
@@ -93,11 +93,11 @@ class _Recorder(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the memory behind it: an expanded tensor is read from little."""
+    """Bytes of the memory behind a tensor: less than its values where it is expanded."""
     return int(min(tensor.numel() * tensor.dtype.itemsize, tensor.untyped_storage().nbytes()))
 
 
-class Passes(NamedTuple):
+class PassOps(NamedTuple):
     """Ops of one pass of each kind, as `training.plan.Passes` counts them, and bytes kept for a backward."""
 
     attacked: list[Op]
@@ -108,7 +108,7 @@ class Passes(NamedTuple):
     parameters: int
 
 
-def passes(model: str, batch_size: int, precision: Precision, *, bn: str, size: int = 32) -> Passes:
+def passes(model: str, batch_size: int, precision: Precision, *, bn: str, size: int = 32) -> PassOps:
     """The passes of a model. bn: BatchNorm's mode in the attack; teachers are folded."""
     student = precision.place(models.build(model, 10))
     attacked, teacher = Twin(student, bn, precision), Twin(student, "eval", precision)
@@ -133,7 +133,7 @@ def passes(model: str, batch_size: int, precision: Precision, *, bn: str, size: 
         with torch.no_grad():
             forward_ops, _ = _recorded(lambda: teacher(images), lambda _: None)
     parameters = sum(value.numel() for value in weights)
-    return Passes(attacked_ops, trained_ops, forward_ops, kept_attacked, kept_trained, parameters)
+    return PassOps(attacked_ops, trained_ops, forward_ops, kept_attacked, kept_trained, parameters)
 
 
 def _recorded(forward: Callable[[], Tensor], backward: Callable[[Tensor], object]) -> tuple[list[Op], int]:
@@ -170,7 +170,7 @@ def share_of_convolutions(ops: Sequence[Op], hardware: Hardware) -> float:
 
 
 def measured_cpu(precision: Precision) -> Hardware:
-    """Of the processor: its best convolution in each format, and its copy. What is measured is reached."""
+    """Peaks of this processor: its best convolution in each format, and its copy; all of it counts as reached."""
 
     def best(call: Call) -> float:
         return min(repeated(call))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ class CudaClock:
 
 
 def _beyond_cache(device: torch.device) -> torch.Tensor:
-    """So large that it takes the device longer to overwrite than the host to queue a graph."""
+    """Bytes that the device overwrites more slowly than the host queues a graph."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device=device)
 
@@ -129,7 +130,7 @@ def repeated(call: Call, count: int = 5) -> list[float]:
 
 
 def warm_up(candidate: Candidate, clock: Clock, seconds: float) -> int:
-    """Pay for compilation; how many calls then last about that many seconds, the clock's own work included."""
+    """Number of calls that last about that many seconds, the clock's work included, when all is compiled."""
     with preferring(candidate.preference):
         candidate.call()
         clock.seconds(candidate.call, 3)
@@ -139,7 +140,7 @@ def warm_up(candidate: Candidate, clock: Clock, seconds: float) -> int:
 
 
 def calls_within(seconds: float, seconds_per_call: float) -> int:
-    """How many calls last about that many seconds, at least one."""
+    """Number of calls that last about that many seconds, at least one."""
     return max(1, min(MAX_CALLS, round(seconds / seconds_per_call)))
 
 
@@ -162,9 +163,15 @@ def rotated(items: Sequence[Anything], turn: int) -> list[Anything]:
     return [*items[start:], *items[:start]]
 
 
+def processor_seconds() -> float:
+    """Seconds of processors, of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 @contextmanager
 def preferring(implementation: str) -> Iterator[None]:
-    """ENGINE_KERNELS is that inside."""
+    """Set ENGINE_KERNELS inside."""
     before = os.environ.get("ENGINE_KERNELS")
     os.environ["ENGINE_KERNELS"] = implementation
     try:
@@ -178,7 +185,7 @@ def preferring(implementation: str) -> Iterator[None]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Python's collector does not run inside, at random for one candidate or another."""
+    """Keep Python's collector from running inside, at random for one candidate or another."""
     gc.collect()
     gc.disable()
     try:

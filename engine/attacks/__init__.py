@@ -1,1 +1,1 @@
-"""Attacks on images: PGD, AutoAttack, frozen copies to attack, and whether gradients are masked."""
+"""Attacks on images: PGD, AutoAttack, frozen copies to attack, checks for masked gradients."""

@@ -19,7 +19,7 @@ class Adversary:
     """Crafts adversarial images on a frozen twin of the student.
 
     seed: of the random starts. counts: (2,) int64, to which the zero and the non-finite entries of all gradients
-    are added. run: makes the twin's pass, e.g. a compiled one.
+    are added. make_forward: makes the twin's pass, e.g. a compiled one.
     capture: on a GPU, the twin's refresh and all steps of the attack are captured as one CUDA graph at the second
     batch, and replayed for every batch of its shape; a batch of another shape is attacked op by op.
     """
@@ -32,14 +32,15 @@ class Adversary:
         *,
         seed: int = 0,
         counts: Tensor | None = None,
-        run: Callable[[nn.Module], Forward] = lambda module: module,
+        make_forward: Callable[[nn.Module], Forward] = lambda module: module,
         capture: bool = False,
     ) -> None:
-        self.twin = Twin(student, spec.bn, precision, run)
-        self._spec, self._seed, self._counts = spec, seed, counts
+        self.twin = Twin(student, spec.bn, precision, make_forward)
+        self.counts = counts
+        self._spec, self._seed = spec, seed
         self._loss_scale = precision.attack_loss_scale
         self._capture = capture
-        self._seen: torch.Size | None = None
+        self._last_shape: torch.Size | None = None
         self._graph: _Graph | None = None
 
     def __call__(self, batch: Batch, epoch: int) -> Tensor:
@@ -49,24 +50,24 @@ class Adversary:
 
     def release(self) -> None:
         """Let go of the captured graph and its memory; another may be captured later."""
-        self._graph = self._seen = None
+        self._graph = self._last_shape = None
 
     def _craft(self, batch: Batch, epoch: int) -> Tensor:
         x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
         if not self._capture:
             self._climb(x_adv, batch.x_nat, batch.labels)
             return x_adv
-        if self._graph is None and self._seen == x_adv.shape:
+        if self._graph is None and self._last_shape == x_adv.shape:
             self._graph = _Graph(self._climb, x_adv, batch.x_nat, batch.labels)
         if self._graph is not None and self._graph.fits(x_adv):
             return self._graph.replay(x_adv, batch.x_nat, batch.labels)
-        self._seen = x_adv.shape  # whatever compiles or chooses an algorithm does so in a batch before the capture
+        self._last_shape = x_adv.shape  # what compiles or chooses an algorithm does so before the capture
         self._climb(x_adv, batch.x_nat, batch.labels)
         return x_adv
 
     def _climb(self, x_adv: Tensor, x_nat: Tensor, labels: Tensor) -> None:
         self.twin.refresh()
-        climb(self.twin, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self._counts)
+        climb(self.twin, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self.counts)
 
 
 class _Graph:
@@ -80,12 +81,12 @@ class _Graph:
             call(*self._tensors)
 
     def fits(self, x_adv: Tensor) -> bool:
-        """Whether it was captured for that shape."""
+        """True if it was captured for that shape."""
         return self._tensors[0].shape == x_adv.shape
 
     def replay(self, *tensors: Tensor) -> Tensor:
         """Run it on these values; the first tensor, as it is then."""
-        for own, given in zip(self._tensors, tensors, strict=True):
-            own.copy_(given)
+        for own, value in zip(self._tensors, tensors, strict=True):
+            own.copy_(value)
         self._graph.replay()
         return self._tensors[0]

@@ -5,12 +5,10 @@ Shape suffix: B batch.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib import metadata
 from io import StringIO
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attacks.pgd import THREAT_MODELS
+from engine.attacks.pgd import NORMS
+from engine.common import optional
 
 LEAST_CLASSES = 4
-PARTS = ("natural", "apgd-ce", "apgd-t", "fab-t", "square")
-"""What an image has to stand, in this order: the attacks of version "standard" after no attack at all."""
+AA_PARTS = ("natural", "apgd-ce", "apgd-t", "fab-t", "square")
+"""No attack, and those of version "standard", in the order in which an image has to stand them."""
 
 
 class Flag(NamedTuple):
@@ -51,7 +50,7 @@ _MOST_BY_SQUARE, _FEWEST_BY_SQUARE = 0.002, 2
 
 
 class Outcome(NamedTuple):
-    """x_adv: BCHW. survived_B: int8, how many of `PARTS` each image stood. flags: a bit for each of `FLAGS`."""
+    """Attacked batch. x_adv: BCHW. survived_B: int8, number of `AA_PARTS` stood. flags: a bit for each flag."""
 
     x_adv: Tensor
     survived_B: Tensor
@@ -61,12 +60,12 @@ class Outcome(NamedTuple):
 class AutoAttack:
     """Version "standard", with as many target classes as there are, at most 9; images are attacked in float32.
 
-    beat: called in every pass, since a batch may take hours.
+    heartbeat: called in every pass, since a batch may take hours.
     Raises ValueError where no package has it, and below 4 classes.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, ball: tuple[str, float], seed: int, beat: Callable[[], None]
+        self, model: nn.Module, num_classes: int, ball: tuple[str, float], seed: int, heartbeat: Callable[[], None]
     ) -> None:
         check_classes(num_classes)
         self._package, self._module = installed()
@@ -76,7 +75,7 @@ class AutoAttack:
         dtype = next(model.parameters(), torch.empty(0)).dtype
 
         def logits(images: Tensor) -> Tensor:
-            beat()
+            heartbeat()
             out: Tensor = model(images.to(dtype))
             return out.float()
 
@@ -86,8 +85,8 @@ class AutoAttack:
     def description(self) -> str:
         """Parts, target classes, ball and package in words."""
         parts = f"APGD-CE, APGD-T and FAB-T with {self._targets} target classes, Square"
-        norm = THREAT_MODELS[self._threat_model]
-        package = f"{self._package} {version()}"
+        norm = NORMS[self._threat_model]
+        package = f"{self._package} {optional.version(self._package)}"
         return f"AutoAttack standard ({parts}), {norm.name}, epsilon {norm.length(self._epsilon)}, {package}"
 
     def __call__(self, x_nat: Tensor, labels_B: Tensor) -> Outcome:
@@ -109,8 +108,8 @@ class AutoAttack:
             x_adv = images.clone()
             survived_B = torch.zeros_like(labels_B, dtype=torch.int8)
             left = torch.arange(len(images), device=images.device)
-            for part in PARTS:
-                if part != PARTS[0]:
+            for part in AA_PARTS:
+                if part != AA_PARTS[0]:
                     attack.attacks_to_run = [part]
                     size = {size_argument: len(left)}
                     out = attack.run_standard_evaluation(images[left], labels_B[left], **size)
@@ -132,7 +131,7 @@ def check_classes(num_classes: int) -> None:
 
 
 def complaints(flags: int, stood: Sequence[int]) -> list[str]:
-    """What the checks say, in words. stood: images that stood each of `PARTS` and those before."""
+    """Warnings of the checks, in words. stood: images that stood each of `AA_PARTS` and those before."""
     found = [flag.meaning for place, flag in enumerate(FLAGS.values()) if flags >> place & 1]
     *_, before, square = stood
     by_square, n = before - square, stood[0]
@@ -143,17 +142,8 @@ def complaints(flags: int, stood: Sequence[int]) -> list[str]:
 
 def installed() -> tuple[str, ModuleType]:
     """The package that has AutoAttack. Raises ValueError where there is none."""
-    for package in _PACKAGES:
-        try:
-            return package, importlib.import_module(package)
-        except ImportError:
-            continue
-    raise ValueError("aa: AutoAttack is not installed; pip install pyautoattack")
-
-
-def version() -> str:
-    """Of the package that is installed. Raises ValueError where there is none."""
-    return metadata.version(installed()[0])
+    module = optional.load(*_PACKAGES, missing="aa: AutoAttack is not installed; pip install pyautoattack")
+    return module.__name__, module
 
 
 class _Handler(logging.Handler):
@@ -167,7 +157,7 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def _heard(module: Any) -> Iterator[list[str]]:
-    """What the package warns of inside, by its log or its output; what is no check's goes to standard error."""
+    """Warnings of the package inside, by its log or its output; those of no check go to standard error."""
     texts: list[str] = []
     printed, logger, trace = StringIO(), logging.getLogger(_LOGGER), sys.gettrace()
     handler, propagates = _Handler(texts), logger.propagate

@@ -1,4 +1,4 @@
-"""Whether gradients are hidden from the attack, so that robustness looks better than it is."""
+"""Checks for masked gradients, with which robustness looks better than it is."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from engine.system.precision import Precision, full_precision
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
-# What a healthy run stays far away from: docs/performance.md shows measured values.
+# Limits of a healthy run, whose values stay far below or above: docs/performance.md shows measured ones.
 MOST_ZEROS = 0.5
 LEAST_AGREEMENT = 0.7
 LARGEST_GAP = 0.05
-# Of the images of an evaluation, those that it could not attack: so much may their accuracy be too high.
+# Share of an evaluation's images that it could not attack: the accuracy may be too high by as much.
 MOST_MASKED = 0.01
 
 
 def probe(
     student: nn.Module, x_nat: Tensor, labels: Tensor, spec: AttackSpec, precision: Precision, *, seed: int
 ) -> dict[str, Any]:
-    """The attack under AMP beside the same attack in full precision, on a fixed set of images, in evaluation mode.
+    """Compare the attack under AMP with that in full precision, on a fixed set of images, in evaluation mode.
 
     probe_amp_sign_agreement: share of the entries of the first input gradient that have the same sign.
     probe_amp_accuracy_gap: accuracy under the attack crafted with AMP less that under the attack crafted without,
@@ -49,7 +49,7 @@ def probe(
 
 
 def _gradient(student: nn.Module, images: Tensor, labels: Tensor, autocast: Autocast, loss_scale: float) -> Tensor:
-    """That of the cross-entropy with respect to the images."""
+    """Gradient of the cross-entropy with respect to the images."""
     images = images.detach().requires_grad_()
     with autocast():
         logits_BC = student(images)
@@ -59,7 +59,7 @@ def _gradient(student: nn.Module, images: Tensor, labels: Tensor, autocast: Auto
 
 
 def complaint(row: Mapping[str, Any]) -> str:
-    """What an epoch's row says against the attack of the training; empty where all is well."""
+    """Signs in an epoch's row that the attack of the training is masked, in words; empty where there is none."""
     found = []
     if (zeros := row.get("attack_zero_gradients", 0.0)) > MOST_ZEROS:
         found.append(f"{zeros:.1%} of the attack's gradients are zero (limit {MOST_ZEROS:.0%})")

@@ -22,7 +22,7 @@ from engine.models.layers import running_statistics_stay
 
 Logits = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor], Tensor]
-"""What the attack maximises, of images, summed over the batch: a gradient must not depend on the batch size."""
+"""Loss of images that the attack maximises, a sum over the batch: gradients must not depend on the batch size."""
 
 
 def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, AttackSpec]:
@@ -35,8 +35,8 @@ def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, A
     """
 
     def spec(num_steps: int, step_size: float, **keys: object) -> AttackSpec:
-        given = {"threat_model": threat_model, "epsilon": epsilon, "num_steps": num_steps, "step_size": step_size}
-        return validated(AttackSpec, {"bn": "eval"} | given | keys)
+        lengths = {"epsilon": epsilon, "num_steps": num_steps, "step_size": step_size}
+        return validated(AttackSpec, {"bn": "eval", "threat_model": threat_model} | lengths | keys)
 
     return {
         "fgsm": spec(1, epsilon, random_start="none"),
@@ -58,17 +58,17 @@ def in_255(value: float) -> str:
     return f"{value * 255:.4g}/255"
 
 
-class ThreatModel(NamedTuple):
-    """A norm: its name and its lengths in words, and its order."""
+class Norm(NamedTuple):
+    """Norm of a threat model: its name and its lengths in words, and its order."""
 
     name: str
     length: Callable[[float], str]
     order: float
 
 
-THREAT_MODELS = {
-    "Linf": ThreatModel("L-inf", in_255, torch.inf),
-    "L2": ThreatModel("L2", "{:g}".format, 2),
+NORMS = {
+    "Linf": Norm("L-inf", in_255, torch.inf),
+    "L2": Norm("L2", "{:g}".format, 2),
 }
 _STARTS: dict[str, Callable[[AttackSpec], str]] = {
     "none": lambda spec: "from x",
@@ -82,12 +82,13 @@ def describe(spec: AttackSpec) -> str:
     start = look_up("attack.random_start", spec.random_start, _STARTS)(spec)
     if spec.random_start != "none" and not spec.clamp_start:
         start += " not clamped"
-    loss = look_up("attack.loss", spec.loss, LOSSES).describe(spec)
-    norm = look_up("attack.threat_model", spec.threat_model, THREAT_MODELS)
+    loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES).describe(spec)
+    norm = look_up("attack.threat_model", spec.threat_model, NORMS)
     steps = f"{spec.num_steps} step{'s' * (spec.num_steps != 1)} of {norm.length(spec.step_size)}"
     return f"{norm.name}, epsilon {norm.length(spec.epsilon)}, {steps}, {start}, {loss}, BN {spec.bn}"
 
 
+# many parameters: a public function, whose users want any one of them alone.
 def pgd(
     model: nn.Module,
     x_nat: Tensor,
@@ -133,20 +134,21 @@ def started(
     sample: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Where the attack begins: new images at x_nat plus a random start. Arguments as of `pgd`."""
+    """x_nat + random start, in new images: the start of an attack. Arguments as of `pgd`."""
     if sample is None:
         sample = torch.arange(x_nat.shape[0], device=x_nat.device)
     if start is None:
-        start = random_start(
-            x_nat,
-            sample,
-            kind=spec.random_start,
-            threat_model=spec.threat_model,
-            epsilon=spec.epsilon,
-            gaussian_std=spec.gaussian_std,
-            seed=seed,
-            counter=counter,
-        )
+        with record_function("random_start"):
+            start = random_start(
+                x_nat,
+                sample,
+                kind=spec.random_start,
+                threat_model=spec.threat_model,
+                epsilon=spec.epsilon,
+                gaussian_std=spec.gaussian_std,
+                seed=seed,
+                counter=counter,
+            )
     x_adv = x_nat + start
     return x_adv.clamp_(0, 1) if spec.clamp_start else x_adv
 
@@ -162,7 +164,7 @@ def climb(
     counts: Tensor | None = None,
 ) -> None:
     """The steps of the attack, in place in x_adv. logits: the network, frozen and in the mode of the attack."""
-    objective = look_up("attack.loss", spec.loss, LOSSES).against(logits, x_nat, labels, spec)
+    objective = look_up("attack.loss", spec.loss, ATTACK_LOSSES).against(logits, x_nat, labels, spec)
     for _ in range(spec.num_steps):
         with torch.enable_grad():
             images = x_adv.detach().requires_grad_()
@@ -212,23 +214,23 @@ def _divergence(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec)
     )
 
 
-class Loss(NamedTuple):
-    """A loss of the attack: in words, and as an objective against a network, given x_nat, labels and the spec."""
+class AttackLoss(NamedTuple):
+    """Loss of the attack: in words, and as an objective: against(network, x_nat, labels, spec)."""
 
     describe: Callable[[AttackSpec], str]
     against: Callable[[Logits, Tensor, Tensor, AttackSpec], Objective]
 
 
-LOSSES = {
-    "ce": Loss(lambda spec: "cross-entropy", _cross_entropy),
-    "kl": Loss(lambda spec: "KL to S(x)", _divergence),
-    "cw": Loss(lambda spec: f"CW margin, kappa {spec.kappa:g}", _carlini_wagner),
-    "dlr": Loss(lambda spec: "DLR", _difference_of_logits_ratio),
+ATTACK_LOSSES = {
+    "ce": AttackLoss(lambda spec: "cross-entropy", _cross_entropy),
+    "kl": AttackLoss(lambda spec: "KL to S(x)", _divergence),
+    "cw": AttackLoss(lambda spec: f"CW margin, kappa {spec.kappa:g}", _carlini_wagner),
+    "dlr": AttackLoss(lambda spec: "DLR", _difference_of_logits_ratio),
 }
 
 
 def _margin(logits_BC: Tensor, labels: Tensor) -> Tensor:
-    """How far the true class leads the best other one."""
+    """z_y - max_{c != y} z_c."""
     true_B1 = logits_BC.gather(1, labels[:, None])
     others_BC = logits_BC.scatter(1, labels[:, None], -torch.inf)
     return true_B1.squeeze(1) - others_BC.amax(dim=1)
@@ -262,7 +264,7 @@ BN_MODES = {
 
 
 def bn_mode(name: str) -> BatchNormMode:
-    """How BatchNorm runs during an attack. Raises ValueError for an unknown name."""
+    """Mode of BatchNorm during an attack. Raises ValueError for an unknown name."""
     return look_up("attack.bn", name, BN_MODES)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import record_function
 
 from engine.attacks.pgd import bn_mode
 from engine.models.layers import Classifier, ImageConv2d, Stage
@@ -37,7 +38,7 @@ class Twin:
     network: the original; its mode and flags stay. bn: how BatchNorm runs, as `AttackSpec.bn`. "eval": by running
     statistics, folded into the convolution before it where there is one; "train": by those of the batch, and the
     original's running statistics move; "batch": by those of the batch, and the running ones stay.
-    run: makes the pass of the module, e.g. a compiled one.
+    make_forward: makes the pass of the module, e.g. a compiled one.
     follows: False lets go of the original, of which nothing that is converted or folded is kept in memory.
 
     What is neither converted nor folded is shared with the original; the rest is as it was at the last `refresh`.
@@ -48,7 +49,7 @@ class Twin:
         network: nn.Module,
         bn: str,
         precision: Precision,
-        run: Callable[[nn.Module], Forward] = lambda module: module,
+        make_forward: Callable[[nn.Module], Forward] = lambda module: module,
         *,
         follows: bool = True,
     ) -> None:
@@ -64,12 +65,12 @@ class Twin:
         self.refresh()
         if not follows:
             self._converted, self._folded = [], []
-        self._pass = run(self.module)
+        self._forward = make_forward(self.module)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of the images, never in half precision."""
-        with self._precision.autocast(cached=False):  # nothing is left to convert
-            logits_BC = self._pass(images)
+        with record_function("network"), self._precision.autocast(cached=False):  # nothing is left to convert
+            logits_BC = self._forward(images)
         return logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
 
     @torch.no_grad()

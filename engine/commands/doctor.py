@@ -7,17 +7,22 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 
-import torch
-import torch.distributed as dist
+import click
 
-from engine.evaluation.measure import check_names
-from engine.kernels import dispatch, native
-from engine.pipelines import dali, ffcv
-from engine.pipelines.datasets import cache_dir
-from engine.system import environment, precision
-from engine.training.optimizer import check_apex
+
+@click.command()
+def doctor() -> None:
+    """Tell what this machine offers, what is missing, and how to get it."""
+    from engine.common import standard_streams
+    from engine.common.console import ConsoleReporter
+
+    reporter = ConsoleReporter()
+    for one in examine():
+        reporter.message(f"{'yes' if one.is_there else 'no':4} {one.name:20} {one.detail}")
+        if one.how:
+            reporter.message(f"{'':25} to get it: {one.how}")
+    standard_streams.check_stdout()
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which a user asks for them."""
+    import torch
+    import torch.distributed as dist
+
+    from engine.evaluation.measure import check_names
+    from engine.kernels import dispatch
+    from engine.pipelines import dali, ffcv
+    from engine.pipelines.datasets import cache_dir
+    from engine.system import environment, precision
+    from engine.training.optimizer import check_apex
+
     has_gpu, usable = precision.count_gpus() > 0, len(os.sched_getaffinity(0))
     given = [os.environ["ENGINE_DATA"]] if "ENGINE_DATA" in os.environ else []
     gain = precision.bfloat16_gain()
@@ -45,9 +60,9 @@ def examine() -> list[Finding]:
         ),
         Finding(
             "bfloat16 on the CPU",
-            gain >= precision.LEAST_GAIN,
+            gain >= precision.MIN_GAIN,
             f"convolutions at {gain:.2f}x of float32: "
-            + ("--amp is faster" if gain >= precision.LEAST_GAIN else "--amp gains nothing, and stays in float32"),
+            + ("--amp is faster" if gain >= precision.MIN_GAIN else "--amp gains nothing, and stays in float32"),
         ),
         *_gpus(),
         Finding("gloo", dist.is_available() and dist.is_gloo_available(), "between CPUs: --procs"),
@@ -76,6 +91,10 @@ def examine() -> list[Finding]:
 
 
 def _gpus() -> list[Finding]:
+    import torch
+
+    from engine.system import precision
+
     if not precision.count_gpus():
         built = (
             f"torch is built for CUDA {torch.version.cuda}"
@@ -95,6 +114,9 @@ def _gpus() -> list[Finding]:
 
 
 def _nccl(has_gpu: bool) -> Finding:
+    import torch
+    import torch.distributed as dist
+
     if not (dist.is_available() and dist.is_nccl_available()):
         return Finding("NCCL", False, "torch is built without it; between GPUs: --gpus")
     version = ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else "in torch"
@@ -102,6 +124,8 @@ def _nccl(has_gpu: bool) -> Finding:
 
 
 def _native(device_type: str, name: str) -> Finding:
+    from engine.kernels import native
+
     if reason := native.missing(device_type):
         return Finding(name, False, reason, "make native")
     return Finding(name, True, native.description(device_type))
@@ -109,17 +133,14 @@ def _native(device_type: str, name: str) -> Finding:
 
 def _checked(name: str, check: Callable[[], object], packages: tuple[str, ...], how: str = "") -> Finding:
     """check: raises ValueError, `WHAT: reason; advice`, where it is missing. packages: whose version is told."""
+    from engine.common import optional
+
     try:
         check()
     except ValueError as error:
         reason = str(error).partition(": ")[2] or str(error)
         return Finding(name, False, reason.partition("; ")[0], how)
-    for package in packages:
-        try:
-            return Finding(name, True, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            continue
-    return Finding(name, True, "")
+    return Finding(name, True, optional.version(*packages) or "")
 
 
 def _raise(reason: str) -> None:

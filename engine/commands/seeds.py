@@ -16,13 +16,19 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from engine import config
 from engine.common.console import ConsoleReporter
-from engine.common.stopping import EXIT_INTERRUPTED, EXIT_USER_ERROR, RELAYED, Interrupted, RunFailed, hearing
-from engine.config import RunConfig
+from engine.common.stopping import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    RELAYED,
+    Interrupted,
+    RunFailed,
+    signal_handler,
+)
+from engine.config import RunConfig, assignments, with_absolute_paths
 from engine.evaluation.measure import COLUMNS
-from engine.runs import trainer
-from engine.runs.run_directory import Begun, RunDir
+from engine.runs import lifecycle
+from engine.runs.run_directory import PreparedRun, RunDir
 from engine.system import launcher
 
 MOST = 1000
@@ -70,9 +76,9 @@ def slots(count: int, *, gpus: bool) -> list[dict[str, str]]:
 
 
 @dataclass(eq=False)
-class _Run:
+class _SeedRun:
     seed: int
-    begun: Begun | None = None
+    begun: PreparedRun | None = None
     began: float = 0.0
     code: int | None = None  # None: not ended
 
@@ -86,18 +92,18 @@ class _Run:
         assert self.begun is not None
         return self.begun.run.path
 
-    def begin(self, complete: RunConfig, say: Callable[[str], None], *, again: bool) -> None:
-        """Find or make the run directory. Raises ValueError as `trainer.begin` does."""
-        out = None if complete.out is None else str(Path(complete.out) / f"seed-{self.seed}")
-        mine = config.with_absolute_paths(complete.model_copy(update={"seed": self.seed, "out": out}))
+    def begin(self, config: RunConfig, say: Callable[[str], None], *, again: bool) -> None:
+        """Find or make the run directory. Raises ValueError as `lifecycle.begin` does."""
+        out = None if config.out is None else str(Path(config.out) / f"seed-{self.seed}")
+        mine = with_absolute_paths(config.model_copy(update={"seed": self.seed, "out": out}))
         found = RunDir.find(mine, finished=True) if again else None
-        self.begun = found or trainer.begin(mine, say=say)
+        self.begun = found or lifecycle.begin(mine, say=say)
 
     def start(self, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
         """The process that trains it; what it prints goes to the log."""
         assert self.begun is not None
         self.began = time.monotonic()
-        changes = config.assignments(self.begun.changes)
+        changes = assignments(self.begun.changes)
         command = launcher.command("train", "--resume", str(self.path), "--profile", str(profile), *changes)
         with self.log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603  # this program
@@ -122,14 +128,14 @@ class _Run:
         """summary.json of a finished run."""
         return None if self.begun is None else self.begun.run.read_summary()
 
-    def take_back(self) -> None:
+    def remove_if_unused(self) -> None:
         """Remove what failed before it began, with its log."""
         if self.begun is not None:
-            self.begun.take_back(LOG)
+            self.begun.remove_if_unused(LOG)
 
 
 def train(
-    complete: RunConfig,
+    config: RunConfig,
     seeds: Sequence[int],
     places: Sequence[Mapping[str, str]],
     reporter: ConsoleReporter,
@@ -144,15 +150,15 @@ def train(
     Raises ValueError where runs failed by what the user can mend, RunFailed where one failed otherwise, and
     Interrupted after a signal, when all are saved.
     """
-    runs = [_Run(seed) for seed in seeds]
-    heard = launcher.Heard()
-    with hearing(heard.hear):
-        _train_all(runs, complete, list(places), reporter, heard, again=again, profile=profile)
+    runs = [_SeedRun(seed) for seed in seeds]
+    heard = launcher.SignalFlags()
+    with signal_handler(heard.handle):
+        _train_all(runs, config, list(places), reporter, heard, again=again, profile=profile)
     finished = {run.seed: found for run in runs if run.code == 0 and (found := run.summary()) is not None}
     if finished:
         for which in ("best", "last"):
             reporter.table(table(finished, which))
-    if heard.any or any(run.code in _STOPPED for run in runs):
+    if heard.received or any(run.code in _STOPPED for run in runs):
         raise Interrupted(
             f"interrupted, all saved; {len(finished)} of {len(runs)} runs are finished; to continue: the same "
             "command with --resume auto"
@@ -164,26 +170,26 @@ def train(
 
 
 def _train_all(
-    runs: Sequence[_Run],
-    complete: RunConfig,
+    runs: Sequence[_SeedRun],
+    config: RunConfig,
     free: list[Mapping[str, str]],
     reporter: ConsoleReporter,
-    heard: launcher.Heard,
+    heard: launcher.SignalFlags,
     *,
     again: bool,
     profile: int,
 ) -> None:
     waiting = list(runs)
-    at_work: dict[_Run, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
-    while at_work or (waiting and not heard.any):
-        while free and waiting and not heard.any:
+    at_work: dict[_SeedRun, tuple[subprocess.Popen[bytes], Mapping[str, str]]] = {}
+    while at_work or (waiting and not heard.received):
+        while free and waiting and not heard.received:
             run = waiting.pop(0)
-            process = _start(run, complete, free[0], reporter, again=again, profile=profile)
+            process = _start(run, config, free[0], reporter, again=again, profile=profile)
             if process is not None:
                 at_work[run] = process, free.pop(0)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if heard.untold:
-            heard.untold = False
+        if heard.pending:
+            heard.pending = False
             reporter.message(f"Stopping {len(at_work)} runs at their next safe point")
             for process, _ in at_work.values():
                 process.send_signal(signal.SIGTERM)
@@ -196,8 +202,8 @@ def _train_all(
 
 
 def _start(
-    run: _Run,
-    complete: RunConfig,
+    run: _SeedRun,
+    config: RunConfig,
     environment: Mapping[str, str],
     reporter: ConsoleReporter,
     *,
@@ -206,7 +212,7 @@ def _start(
 ) -> subprocess.Popen[bytes] | None:
     """The process of a run; None where it is finished already, or cannot begin."""
     try:
-        run.begin(complete, lambda line: reporter.message(f"seed {run.seed}: {line}"), again=again)
+        run.begin(config, lambda line: reporter.message(f"seed {run.seed}: {line}"), again=again)
         if run.summary() is not None:
             run.code = 0
             reporter.message(f"seed {run.seed}: finished before, {run.path}")
@@ -214,7 +220,7 @@ def _start(
         process = run.start(environment, profile)
     except (ValueError, OSError) as error:
         run.code = EXIT_USER_ERROR
-        run.take_back()
+        run.remove_if_unused()
         reporter.message(f"seed {run.seed}: failed: {' '.join(str(error).split())}")
         return None
     gpu = environment.get("CUDA_VISIBLE_DEVICES")
@@ -222,8 +228,8 @@ def _start(
     return process
 
 
-def _tell(run: _Run, reporter: ConsoleReporter) -> None:
-    """How a process ended."""
+def _tell(run: _SeedRun, reporter: ConsoleReporter) -> None:
+    """Report how a process ended."""
     seconds = f"{time.monotonic() - run.began:,.0f} s"
     if run.code == 0:
         summary = run.summary()
@@ -234,11 +240,11 @@ def _tell(run: _Run, reporter: ConsoleReporter) -> None:
         reporter.message(f"seed {run.seed}: stopped after {seconds}")
     else:
         reporter.message(f"seed {run.seed}: failed after {seconds}, {run.why()}")
-        run.take_back()
+        run.remove_if_unused()
 
 
 def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
-    """Of the "best" or "last" epoch, by attack: on the test images, where they were not asked on held-out ones."""
+    """Accuracies of the "best" or "last" epoch, by attack: on test images, else on held-out ones."""
     if tested := summary.get(f"test_of_{which}"):
         return {COLUMNS[name]: result["accuracy"] for name, result in tested.items()}
     row = summary[which]

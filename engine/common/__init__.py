@@ -1,1 +1,1 @@
-"""What needs nothing else of the engine: files, names, errors, signals, the terminal."""
+"""Modules that need nothing else of the engine: files, names, errors, signals, the terminal."""

@@ -1,4 +1,4 @@
-"""What a run says while it works: a progress bar on a terminal, plain lines elsewhere."""
+"""Messages and progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ SECONDS_BETWEEN_LINES = 15
 
 
 class Reporter:
-    """Says nothing: the reporter of runs that are started from Python."""
+    """Receiver of a run's messages and progress. This one drops them: for runs that are started from Python."""
 
     def message(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """A task of `total` steps starts or goes on."""
+        """Start a task of `total` steps, or go on with one."""
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A log interval of training is over."""
+        """Report a log interval of training."""
 
     def advance(self, done: int) -> None:
-        """That many steps of the task are done."""
+        """Report that so many steps of the task are done."""
 
     def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
-        """An epoch is trained and evaluated."""
+        """Report an epoch that is trained and evaluated."""
 
     def end(self) -> None:
-        """The task is over."""
+        """End the task."""
 
-    def by_part(self, doing: str) -> Callable[[str, int, int], None]:
-        """Who is told of a part of the data ("train" or "test"), its images done, and all its images."""
+    def part_progress(self, doing: str) -> Callable[[str, int, int], None]:
+        """Callback for a part of the data ("train" or "test"), its images done, and all its images."""
         current = ""
 
         def progress(part: str, done: int, total: int) -> None:
@@ -48,14 +48,14 @@ class Reporter:
         return progress
 
     def skipped(self, part: str, names: Sequence[str]) -> None:
-        """Say which images of a part were left out, if any."""
+        """Report the images of a part that were left out, if any."""
         if names:
             more = ", ..." if len(names) > 3 else ""
             self.message(f"Skipped: {len(names):,} unreadable {part} images: {', '.join(names[:3])}{more}")
 
 
 class ConsoleReporter(Reporter):
-    """Speaks to standard output. share_of_peak: tells of the speed in units of the device's, too."""
+    """Reporter on standard output. share_of_peak: print speed as a fraction of the device's peak, too."""
 
     def __init__(self, *, share_of_peak: bool = False) -> None:
         self.console = Console(markup=False, emoji=False, highlight=False)  # names of files are shown as they are
@@ -96,16 +96,16 @@ class ConsoleReporter(Reporter):
         if self._bar is not None:
             self._bar.update(self._task, status=status)
         else:
-            self._say_now_and_then(f"{row['step']}/{self._total}  epoch {row['epoch']}  {status}")
+            self._print_at_intervals(f"{row['step']}/{self._total}  epoch {row['epoch']}  {status}")
 
     def advance(self, done: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
         else:
-            self._say_now_and_then(f"{done}/{self._total}")
+            self._print_at_intervals(f"{done}/{self._total}")
 
-    def _say_now_and_then(self, text: str) -> None:
-        """A log file needs no line per step, yet a slow run must be seen to live."""
+    def _print_at_intervals(self, text: str) -> None:
+        """Print a line if the last one is old enough: in a log file, which needs none for each step."""
         if time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             self.message(f"{self._what}: {text}")

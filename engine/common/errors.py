@@ -1,4 +1,4 @@
-"""Exceptions that end a command, each as one line for the user; what nobody foresaw leaves its trace in a file."""
+"""Exceptions that end a command, each as one line for the user; the trace of an unexpected one goes to a file."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ MOST_TRACES = 20
 """Traces that a folder keeps: the newest."""
 
 _PREFIX = "engine-trace-"
-_MENDABLE = (
+_USER_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO,
 )  # fmt: skip
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
-class Unforeseen(RunFailed):
-    """Ended by what nobody foresaw. Started again, the run may come further."""
+class UnexpectedError(RunFailed):
+    """A run ended by an unexpected exception. Started again, it may come further."""
 
 
-def told(error: Exception) -> ValueError | RunFailed | Interrupted:
+def as_user_error(error: Exception) -> ValueError | RunFailed | Interrupted:
     """The exception as one that has a line for the user, itself where it is one.
 
-    ValueErrors are, where this package raised them; of files and folders, those of permissions, names and room.
-    Everything else becomes an Unforeseen with the path of its saved trace.
+    Those are ValueErrors that this package raised, and OSErrors of permissions, names and room.
+    Everything else becomes an UnexpectedError with the path of its saved trace.
     """
-    if isinstance(error, RunFailed | Interrupted) or (isinstance(error, ValueError) and is_ours(error)):
+    if isinstance(error, RunFailed | Interrupted) or (isinstance(error, ValueError) and raised_by_engine(error)):
         return error
-    if isinstance(error, OSError) and error.errno in (*_MENDABLE, *_FULL):
+    if isinstance(error, OSError) and error.errno in (*_USER_ERRNOS, *_DISK_ERRNOS):
         line = ": ".join(printable(part) for part in (error.filename, error.strerror) if part)
-        if error.errno in _FULL:
+        if error.errno in _DISK_ERRNOS:
             return RunFailed(line)
         if error.filename:
             return ValueError(line)
-    return Unforeseen(unforeseen(error))
+    return UnexpectedError(describe_unexpected(error))
 
 
-def unforeseen(error: BaseException) -> str:
-    """The line of an exception that nobody foresaw; its trace is saved. With ENGINE_DEBUG it is printed too."""
+def describe_unexpected(error: BaseException) -> str:
+    """One line about an unexpected exception, whose trace is saved, and with ENGINE_DEBUG printed, too."""
     if os.environ.get("ENGINE_DEBUG"):
         traceback.print_exception(error)
     path = _save(error)
@@ -62,23 +62,23 @@ def unforeseen(error: BaseException) -> str:
         hint = "its trace could not be saved; ENGINE_DEBUG=1 shows it"
     else:
         hint = f"please report it with its trace, {path}"
-    return f"unforeseen {_short(error)}{_place(error)}; {hint}"
+    return f"unforeseen {_short(error)}{_location(error)}; {hint}"
 
 
 @contextmanager
-def told_of_threads(say: Callable[[str], object]) -> Iterator[None]:
-    """Exceptions that end a thread, or that nobody can catch, are told in one line each inside."""
+def report_thread_errors(say: Callable[[str], object]) -> Iterator[None]:
+    """Report each exception inside that ends a thread, or that no code can catch, in one line."""
 
-    def of_thread(ending: threading.ExceptHookArgs) -> None:
+    def in_thread(ending: threading.ExceptHookArgs) -> None:
         if ending.exc_value is not None and not isinstance(ending.exc_value, SystemExit):
-            say(unforeseen(ending.exc_value))
+            say(describe_unexpected(ending.exc_value))
 
-    def of_nobody(ending: sys.UnraisableHookArgs) -> None:
+    def uncatchable(ending: sys.UnraisableHookArgs) -> None:
         if ending.exc_value is not None and not isinstance(ending.exc_value, KeyboardInterrupt):
-            say(unforeseen(ending.exc_value))
+            say(describe_unexpected(ending.exc_value))
 
     before = threading.excepthook, sys.unraisablehook
-    threading.excepthook, sys.unraisablehook = of_thread, of_nobody
+    threading.excepthook, sys.unraisablehook = in_thread, uncatchable
     try:
         yield
     finally:
@@ -86,7 +86,7 @@ def told_of_threads(say: Callable[[str], object]) -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """Text in one line, of characters that a terminal shows and does not obey."""
+    """The text in one line without control characters: those are escaped."""
     line = " ".join(os.fsdecode(text).split() if isinstance(text, bytes) else str(text).split())
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
@@ -107,20 +107,20 @@ def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
         trace = trace.tb_next
 
 
-def is_ours(error: Exception) -> bool:
-    """Whether this package raised it on purpose: that of another one says nothing of what the user gave."""
+def raised_by_engine(error: Exception) -> bool:
+    """True for a ValueError of this package: that of another one says nothing about what the user gave."""
     raised_in = next(reversed(list(_frames(error))), ("engine", 0))[0]
     return type(error) is ValueError and raised_in.partition(".")[0] == "engine"
 
 
-def _place(error: BaseException) -> str:
-    """Where in this package it was raised, or what of another one was called."""
+def _location(error: BaseException) -> str:
+    """Line of this package that raised it, or called the other package that did."""
     ours = [(module, line) for module, line in _frames(error) if module.partition(".")[0] == "engine"]
     return f" ({ours[-1][0]}, line {ours[-1][1]})" if ours else ""
 
 
 def _save(error: BaseException) -> Path | None:
-    """The file of its trace, in the user's cache or else in the system's temporary folder; None: nowhere."""
+    """Write the trace to the user's cache, else to the temporary folder; None where neither is writable."""
     with contextlib.suppress(Exception):
         return _save_in(cache_dir() / "traces", error)
     with contextlib.suppress(Exception):

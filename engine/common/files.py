@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, files that can be read without waiting, and the engine's own."""
+"""Atomic writes, files that can be read without waiting, the cache folder, and the hash of the code."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _HALF_WRITTEN = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside the given one to write to; at the end it is flushed to the disk and takes the other's place.
+    """Context with a path beside the given one; at its end that file is flushed and renamed over the given one.
 
-    After an exception it is removed, and what was in the place before stays. Raises OSError as `regular` does.
+    After an exception it is removed, and the old file stays. Raises OSError as `regular` does.
     """
     if path.exists():
-        regular(path)  # a device or a FIFO is not taken for a file that may be replaced
+        regular_file(path)  # a device or a FIFO must not be replaced
     with _beside(path) as beside:
         yield beside
         _flush(beside)
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content, or leave the old one whole: write beside it, flush to the disk, rename."""
+    """Replace the content of a file, or leave the old one whole: write beside it, flush to the disk, rename."""
     with replacing(path) as beside:
         beside.write_bytes(content)
 
@@ -45,7 +45,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def create(path: Path, content: bytes) -> None:
-    """Write a new file, whole or not at all. Raises FileExistsError where one is there, however it came there."""
+    """Write a new file, whole or not at all. Raises FileExistsError where there is one, or comes one meanwhile."""
     with _beside(path) as beside:
         beside.write_bytes(content)
         _flush(beside)
@@ -60,7 +60,7 @@ def create(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed left half-written; what others are writing now stays."""
+    """Remove half-written files of processes that were killed; files that are being written stay."""
     for path in folder.glob(f".*{_HALF_WRITTEN}"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,16 +69,16 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A new file beside a path, of a name that nobody else has, removed at the end if it is still there.
+    """A new file beside a path, with a name of its own, removed at the end if it is still there.
 
-    It is locked meanwhile: so `remove_leftovers` knows that its process lives, in whatever container.
+    It is locked meanwhile, by which `remove_leftovers` knows that its process lives, in whatever container.
     """
     while True:
         beside = path.with_name(f".{secrets.token_hex(8)}{_HALF_WRITTEN}")
         with beside.open("xb") as held:
-            with contextlib.suppress(OSError):  # a file system without locks, where no leftover is removed either
+            with contextlib.suppress(OSError):  # a file system without locks: no leftover is removed there
                 fcntl.flock(held, fcntl.LOCK_EX)
-            if not os.fstat(held.fileno()).st_nlink:  # taken for a leftover before it was locked
+            if not os.fstat(held.fileno()).st_nlink:  # removed as a leftover before it was locked
                 continue
             try:
                 yield beside
@@ -93,7 +93,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that a new name in it survives a power failure."""
+    """Flush a folder, so that a new name in it survives a power failure."""
     if os.name == "posix":
         directory = os.open(folder, os.O_RDONLY)
         try:
@@ -102,7 +102,7 @@ def _flush_folder(folder: Path) -> None:
             os.close(directory)
 
 
-def expanded(argument: str, path: str | Path) -> Path:
+def expand_user(argument: str, path: str | Path) -> Path:
     """The path with ~ and ~user replaced. Raises ValueError, naming the argument, where there is no such user."""
     try:
         return Path(path).expanduser()
@@ -110,8 +110,8 @@ def expanded(argument: str, path: str | Path) -> Path:
         raise ValueError(f"{argument}: {path} begins with a user who has no home here") from None
 
 
-def regular(path: Path, most: int | None = None) -> Path:
-    """The path itself, of a file that can be read without waiting and has at most so many bytes.
+def regular_file(path: Path, most: int | None = None) -> Path:
+    """The path itself, if it is of a regular file, which is read without waiting, of at most so many bytes.
 
     Raises OSError, with the path, for a FIFO, a device, a socket or a folder, and for a larger file.
     """
@@ -128,13 +128,13 @@ def regular(path: Path, most: int | None = None) -> Path:
 def cache_dir() -> Path:
     """$ENGINE_CACHE, else iad-engine in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("ENGINE_CACHE"):
-        return expanded("ENGINE_CACHE", given)
+        return expand_user("ENGINE_CACHE", given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iad-engine"
 
 
 @functools.cache
-def code() -> str:
-    """Hash of the files that run: an edited source tree has the version of the one it was."""
+def code_hash() -> str:
+    """SHA-256 of the files that run: the version of an edited source tree does not tell."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     paths = {path for room in (root, root / "kernels", root / "pipelines") for path in room.rglob("*")}
     for path in sorted(path for path in paths if path.suffix in (".py", ".so")):

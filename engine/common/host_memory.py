@@ -1,25 +1,35 @@
-"""What the C library does with memory that was freed. It decides a tenth of a training step on a CPU."""
+"""The host's memory: how much is available, and what glibc does with freed memory: a tenth of a training step."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 # glibc's names in malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _MAX_INT = 2**31 - 1
 
 
-def keep_freed() -> bool:
-    """Keep freed memory for the next tensor, for the whole process; whether the C library is glibc, which can.
+def available() -> int:
+    """Bytes that new data may take, as Linux estimates them; elsewhere more than there can be."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 1 << 62
 
-    As it is, glibc maps each large array anew and the kernel fills its pages with zeros, in every pass.
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory of the process for its next tensors. Returns False where the C library is not glibc.
+
+    By default glibc maps each large array anew, and the kernel fills its pages with zeros, in every pass.
     The peak of a training stays about the same: every step needs what the step before has freed.
     """
     return _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _MAX_INT})
 
 
-def give_back_freed() -> bool:
-    """What glibc does in a process that has freed arrays of 32 MiB: larger ones are mapped and unmapped."""
+def return_freed_memory() -> bool:
+    """Undo `keep_freed_memory`: glibc as it is after arrays of 32 MiB were freed, mapping larger ones anew."""
     return _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}, trim=True)
 
 

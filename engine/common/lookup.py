@@ -25,11 +25,11 @@ def check_known(argument: str, name: object, known: Iterable[object]) -> None:
 
 
 def look_up(argument: str, name: typing.Any, table: Mapping[typing.Any, Entry]) -> Entry:
-    """The table's entry of that name. Raises ValueError, one line, where it has none: there is no other case."""
+    """The table's entry of that name. Raises ValueError, one line, where it has none."""
     check_known(argument, name, table)
     return table[name]
 
 
 def is_on(argument: str, switch: str, *, auto: bool | None = None) -> bool:
-    """What "on" and "off" mean, and "auto" where it has a meaning. Raises ValueError for anything else."""
+    """True for "on", False for "off", `auto` for "auto" where it is given. Raises ValueError for anything else."""
     return look_up(argument, switch, {"on": True, "off": False} | ({} if auto is None else {"auto": auto}))

@@ -1,4 +1,4 @@
-"""Standard output and standard error that end no command, whatever becomes of them."""
+"""Standard output and standard error whose faults (closed, full disk, reader gone) end no command."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, TextIO, cast
 from engine.common.stopping import RunFailed
 
 
-class Stream:
-    """A standard stream of which is lost what cannot be written: its reader has left, its disk is full.
+class GuardedStream:
+    """A standard stream that drops text it cannot write, because its reader has left or its disk is full.
 
-    fault: why something was lost; "" where nothing was, None where its reader has left.
+    fault: reason of the last loss; "" where nothing was lost, None where the reader has left.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -27,39 +27,39 @@ class Stream:
             self._stream.reconfigure(errors="backslashreplace")  # letters that a terminal does not have
 
     def write(self, text: str) -> int:
-        """Write, or lose it."""
-        with self._losing():
+        """Write the text, or drop it."""
+        with self._dropping():
             return self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or lose what is not flushed."""
-        with self._losing():
+        """Flush, or drop what is buffered."""
+        with self._dropping():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _losing(self) -> Iterator[None]:
+    def _dropping(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             self.fault = None if error.errno == errno.EPIPE else error.strerror or str(error)
-            with suppress(OSError, ValueError):  # what is still buffered must have somewhere to go
+            with suppress(OSError, ValueError):  # the buffered text is flushed later, to this
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Standard output and error are `Stream`s inside; where they were closed, no other file gets their numbers."""
+def guarded() -> Iterator[None]:
+    """Make standard output and error `GuardedStream`s inside. No other file gets the numbers of closed ones."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
     before = sys.stdout, sys.stderr
-    ours = tuple(Stream(stream) for stream in before)
+    ours = tuple(GuardedStream(stream) for stream in before)
     sys.stdout, sys.stderr = cast(tuple[TextIO, TextIO], ours)
     try:
         yield
@@ -69,8 +69,8 @@ def kept() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def check_shown() -> None:
-    """Raise RunFailed where standard output was lost: for commands that make nothing else."""
+def check_stdout() -> None:
+    """Raise RunFailed where some of standard output was lost: for commands that make nothing else."""
     sys.stdout.flush()
     fault = getattr(sys.stdout, "fault", "")
     if fault != "":

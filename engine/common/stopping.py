@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to by a signal, at the next safe point, or because it cannot go on."""
+"""Early ends of a run: at the next safe point after a signal, or because it cannot go on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 """Exit codes of the command line: a run cannot go on; the user can mend it; all is saved, go on with --resume."""
 
 RELAYED = "ENGINE_RELAYED_SIGNALS"
-"""Set in the environment of a process whose parent tells it of the signals that it hears itself."""
+"""Environment variable of a process whose parent passes on the signals that reach both."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a process to end: Ctrl-C, a cluster, and a terminal that is closed."""
+"""Requests to end: of Ctrl-C, of a cluster, and of a terminal that is closed."""
 
-SECONDS_OF_ECHO = 10.0
-"""How long after a signal a launched process takes another for the same one.
+ECHO_SECONDS = 10.0
+"""Time within which a launched process takes a second signal for the first one.
 
-A cluster tells all processes, and the launcher among them tells the others again."""
+A cluster signals all processes, and the launcher passes the signal on to the others."""
 
 
 class Interrupted(Exception):  # like KeyboardInterrupt, no error
@@ -39,7 +39,7 @@ class ProcessLost(RunFailed):
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """A flag: the run was asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -52,36 +52,36 @@ class Stop:
 
 @contextmanager
 def graceful_stop(say: Callable[[str], None], *, launched: bool = False) -> Iterator[Stop]:
-    """Signals set the flag of the `Stop` inside; a second one interrupts at once.
+    """Set the flag of the `Stop` at a signal inside; a second signal raises KeyboardInterrupt.
 
-    say: tells the user that the first one was heard. launched: as one of several, which hear the first one twice;
-    so does a process with `RELAYED` in its environment.
+    say: called with a line at the first signal. launched: True for one of several processes, which get the first
+    signal twice, as does a process with `RELAYED` in its environment.
     Outside the main thread signals stay as they are.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    hears_twice = launched or RELAYED in os.environ
-    heard: list[float] = []
+    is_relayed = launched or RELAYED in os.environ
+    times: list[float] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        heard.append(time.monotonic())
-        if len(heard) == 1:
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        times.append(time.monotonic())
+        if len(times) == 1:
             stop.requested = True
             say(f"{signal.Signals(number).name}: stopping at the next safe point; once more to stop at once")
-        elif not hears_twice or heard[-1] - heard[0] > SECONDS_OF_ECHO:
+        elif not is_relayed or times[-1] - times[0] > ECHO_SECONDS:
             raise KeyboardInterrupt
 
-    with hearing(ask):
+    with signal_handler(on_signal):
         yield stop
 
 
 @contextmanager
-def hearing(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, signals are heard by that handler; one that the process ignores, as SIGHUP under nohup, stays so.
+def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle `SIGNALS` by that handler inside; SIGHUP stays ignored where the process ignores it, as under nohup.
 
-    A command (`heed_signals`) that leaves with Interrupted has nothing left to stop: it hears no more of them.
+    A command (`interrupt_on_signals`) that leaves with Interrupted ignores further ones: nothing is left to stop.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, known in before.items():
@@ -95,9 +95,9 @@ def hearing(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if leaves and known is _end else known or signal.SIG_DFL)
 
 
-def heed_signals() -> None:
-    """For a command: any signal ends it as Ctrl-C does, by KeyboardInterrupt."""
-    if "LOCAL_RANK" in os.environ:  # one of several: the launcher says for all that they were ended
+def interrupt_on_signals() -> None:
+    """Raise KeyboardInterrupt at any signal, as Ctrl-C does: for commands."""
+    if "LOCAL_RANK" in os.environ:  # one of several: the launcher reports for all that they were ended
         return
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -105,7 +105,7 @@ def heed_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """For a command that is on its way out: a further signal must not change its exit code."""
+    """Ignore signals: for a command that ends, whose exit code no further signal may change."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

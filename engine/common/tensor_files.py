@@ -1,4 +1,4 @@
-"""Files of tensors and plain values: sealed by a checksum as they are written, checked before they are believed.
+"""Files of tensors and plain values: sealed by a checksum as they are written, checked as they are read.
 
 torch.load compares no checksum of a file, and lets a tensor claim more memory than the file has bytes.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.common.files import regular, replacing
+from engine.common.files import regular_file, replacing
 
 _ZIP = b"PK\x03\x04"
 _END_OF_ZIP, _END_LENGTH = b"PK\x05\x06", 22  # without a comment
@@ -30,9 +30,9 @@ _MOST_DEPTH, _MOST_VALUES = 32, 1_000_000
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds. sealed: its checksum was there, and fits. sha256: of the file.
+    """Content of a file. sealed: its checksum was there, and fits. sha256: of the file.
 
-    note: what could not be checked, "" where all was.
+    note: names what could not be checked, "" where all was.
     """
 
     value: Any
@@ -67,7 +67,7 @@ def read_tensors(path: str | Path) -> Content:
     tensor nor a plain value, or claims more than its bytes can hold.
     """
     try:
-        data = regular(Path(path)).read_bytes()
+        data = regular_file(Path(path)).read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except MemoryError:
@@ -81,8 +81,8 @@ def read_tensors(path: str | Path) -> Content:
     return Content(value, sealed, hashlib.sha256(data).hexdigest(), note)
 
 
-def fault(value: object) -> str:
-    """Why a value is no plain tensor whose values are all there; "" where it is one."""
+def tensor_fault(value: object) -> str:
+    """Reason why a value is no plain tensor whose values are all there; "" where it is one."""
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} and no tensor"
     if type(value) not in (Tensor, nn.Parameter):
@@ -101,7 +101,7 @@ def fault(value: object) -> str:
 
 
 class _Shown(reprlib.Repr):
-    """Short, and no more of a tensor, or of what else has a long or costly repr, than its type."""
+    """Short reprs: of tensors, and of all that has a long or costly repr, the type alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class _Shown(reprlib.Repr):
         return repr(value) if plain else type(value).__name__
 
 
-def shown(value: object) -> str:
-    """How a message shows a value of unknown size: one short line."""
+def short_repr(value: object) -> str:
+    """One short line for a value of unknown size, for messages."""
     try:
         text = _Shown().repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -126,7 +126,7 @@ def _name(value: object) -> str:
 
 
 def _check_records(path: str | Path, data: bytes, *, sealed: bool) -> str:
-    """Refuse an archive whose records are not as they were written; a note where that cannot be seen."""
+    """Refuse an archive whose records are not as they were written. Returns a note where that cannot be seen."""
     if not data.startswith(_ZIP):
         return "a file of torch's older format, which has no checksums: damage to it cannot be seen"
     checked = True
@@ -140,7 +140,7 @@ def _check_records(path: str | Path, data: bytes, *, sealed: bool) -> str:
                 wrong = "is no checkpoint: its records claim more bytes than it has"
             else:
                 wrong = "" if sealed or not checked else _first_damaged(archive)
-    except Exception:  # what a damaged archive leads zipfile to is manifold
+    except Exception:  # a damaged archive may raise anything in zipfile
         wrong = "is no checkpoint, or a damaged one"
     if wrong:
         raise ValueError(f"{path}: {wrong}")
@@ -154,7 +154,7 @@ def _first_damaged(archive: zipfile.ZipFile) -> str:
                 while file.read(1 << 20):
                     pass
         except zipfile.BadZipFile:
-            return f"is damaged: its record {shown(record.filename)} does not fit its checksum"
+            return f"is damaged: its record {short_repr(record.filename)} does not fit its checksum"
     return ""
 
 
@@ -163,17 +163,17 @@ def _load(path: str | Path, data: bytes) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about how the file was written
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind may make torch's reader stumble anywhere
+    except Exception as error:  # a file of another kind may raise anything in torch's reader
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path}: holds the Python object {shown(refused[1])[1:-1]}, and loading it could run code; "
+                f"{path}: holds the Python object {short_repr(refused[1])[1:-1]}, and loading it could run code; "
                 "save the network's state_dict() alone"
             ) from None
         raise ValueError(f"{path}: is no checkpoint, or a damaged one") from None
 
 
 def _check_extent(path: str | Path, value: object) -> None:
-    """Refuse containers that are endless for who walks them. What is in several places counts in each."""
+    """Refuse containers that are too deep or too large to walk. A value in several places counts in each."""
     left, count = [(value, 0)], 0
     while left:
         found, depth = left.pop()

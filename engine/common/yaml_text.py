@@ -14,7 +14,7 @@ from yaml import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.events import AliasEvent
 
 MOST_BYTES = 1 << 16
-"""Of a file: a configuration with every key has 3 kB, and PyYAML reads some 100 kB a second."""
+"""Limit of a file: a configuration with every key has 3 kB, and PyYAML reads some 100 kB a second."""
 
 _MOST_DEPTH = 20
 _MOST_DIGITS = 30

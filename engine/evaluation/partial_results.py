@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, batch by batch, so that one that was stopped does not begin again."""
+"""Results of single batches on the disk, from which a stopped evaluation goes on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _TRIES = 100
 class Measured(NamedTuple):
     """One batch under one attack.
 
-    survived: a digit for each image, how many parts of the attack it stood. excess: how far the farthest image
-    lies outside. entries, zeros, not_finite: of the gradients. masked: images that kept their class although their
-    gradient was mostly zero. flags: a bit for each of AutoAttack's checks.
+    survived: a digit for each image, the parts of the attack it survived. excess: distance of the farthest image
+    from the ball and from [0, 1]. entries, zeros, not_finite: of the gradients. masked: images that kept their
+    class although their gradient was mostly zero. flags: a bit for each of AutoAttack's checks.
     """
 
     survived: str
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     flags: int
 
 
-class Ledger:
+class PartialResults:
     """Notes of several attacks: of each a folder, named by all that decides its numbers, with files that grow.
 
     Every process of an evaluation writes a file of its own. The main one holds the folders: while it does, no
@@ -63,7 +63,7 @@ class Ledger:
         return sum(path.name not in mine for path in self._root.iterdir())
 
     def known(self, attack: str) -> dict[int, Measured]:
-        """What any process measured, by the batch's number. What is no whole note is left out."""
+        """Results of all processes, by number of the batch. Lines that were cut off are left out."""
         found: dict[int, Measured] = {}
         for path in sorted(self._folders[attack].glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n") if path.is_file() else ():

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.common.files import regular, write_json
+from engine.common.files import regular_file, write_json
 
-FORMAT = 2
+REPORT_FORMAT = 2
 SUFFIX = ".eval.json"
 _TRIES = 100
 
@@ -34,7 +34,7 @@ def path_of(checkpoint: Path, folder: Path | None) -> Path:
 
 
 def notes_of(path: Path) -> Path:
-    """Where an evaluation notes what it has measured until the report is written."""
+    """Folder of the partial results, until the report is written."""
     return path.with_name(path.name.removesuffix(".json") + ".partial")
 
 
@@ -44,7 +44,7 @@ def read(path: Path) -> list[Entry]:
     Raises ValueError for a file that is no report, and that therefore stays as it is.
     """
     try:
-        content = json.loads(regular(path).read_bytes())
+        content = json.loads(regular_file(path).read_bytes())
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -55,10 +55,10 @@ def read(path: Path) -> list[Entry]:
     if isinstance(results, dict) and "format" not in content and all(map(_is_dict, results.values())):
         record = {key: value for key, value in content.items() if key != "results"}
         results = [record | {"attack": name} | result for name, result in results.items()]
-    elif not isinstance(content, dict) or content.get("format") != FORMAT:
+    elif not isinstance(content, dict) or content.get("format") != REPORT_FORMAT:
         results = None
     if not isinstance(results, list) or not all(map(_is_entry, results)):
-        raise ValueError(f"{path} is no report of evaluations of format {FORMAT}; move it away")
+        raise ValueError(f"{path} is no report of evaluations of format {REPORT_FORMAT}; move it away")
     return results
 
 
@@ -82,7 +82,7 @@ def add(path: Path, entries: Sequence[Entry]) -> list[str]:
             said.append(
                 f"Note: {count} results in {path} are of an earlier content of the checkpoint (its sha256)"
             )
-        write_json(path, {"format": FORMAT, "results": [*kept, *new]})
+        write_json(path, {"format": REPORT_FORMAT, "results": [*kept, *new]})
     return said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.common.lookup import look_up
-from engine.common.tensor_files import fault, shown
+from engine.common.tensor_files import short_repr, tensor_fault
 
 CONTAINERS = ("student", "state_dict", "net", "model", "model_state_dict", "network", "weights", "params")
 """Where a checkpoint keeps its state dict, if not bare; the first is this project's own."""
@@ -48,12 +48,12 @@ def choose(path: str | Path, payload: Mapping[Any, Any], wanted: str | None) -> 
     else:
         name, state = min(found.items(), key=lambda item: _rank(item[0])) if found else ("", _only(path, payload))
     for key, value in state.items():
-        if wrong := fault(value):
-            raise ValueError(f"{path}: {shown(key)} is {wrong}")
-    others = [shown(other) for other in found if other != name]
+        if wrong := tensor_fault(value):
+            raise ValueError(f"{path}: {short_repr(key)} is {wrong}")
+    others = [short_repr(other) for other in found if other != name]
     if not others:
         return name, dict(state), ()
-    note = f"the weights under {shown(name)} are taken, and the file also has {', '.join(others)} (weights)"
+    note = f"the weights under {short_repr(name)} are taken, and the file also has {', '.join(others)} (weights)"
     return name, dict(state), (note,)
 
 
@@ -93,7 +93,7 @@ def _only(path: str | Path, payload: Mapping[Any, Any]) -> State:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"{path}: holds {type(value).__name__} under {shown(key)}, and not a state dict, "
+                f"{path}: holds {type(value).__name__} under {short_repr(key)}, and not a state dict, "
                 f"neither bare nor under one of: {', '.join((*CONTAINERS, *AVERAGES))}"
             )
     return dict(state)
@@ -106,11 +106,12 @@ def split_normalisation(path: str | Path, state: State) -> tuple[State, State]:
     if not means and not stds:
         return network, {}
     if len(means) != 1 or len(stds) != 1:
-        raise ValueError(f"{path}: one mean and one std are expected for normalisation, got {shown(means + stds)}")
+        found = short_repr(means + stds)
+        raise ValueError(f"{path}: one mean and one std are expected for normalisation, got {found}")
     for key in (means[0], stds[0]):
         if tuple(state[key].shape) not in ((3,), (3, 1, 1), (1, 3, 1, 1)):
             raise ValueError(
-                f"{path}: normalisation needs 3 channels, {shown(key)} has shape {tuple(state[key].shape)}"
+                f"{path}: normalisation needs 3 channels, {short_repr(key)} has shape {tuple(state[key].shape)}"
             )
     mean, std = (state[key].reshape(3, 1, 1) for key in (means[0], stds[0]))
     return network, {"normalize.mean": mean, "normalize.std": std}

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
 from engine import __version__
-from engine.common.files import code
-from engine.common.tensor_files import Content, read_tensors, shown
+from engine.common.files import code_hash
+from engine.common.tensor_files import Content, read_tensors, short_repr
 from engine.models import TABLE, build, state_dicts
 from engine.models import class_names as names_of_classes
 from engine.models.normalize import RGB, normalisation
@@ -130,18 +130,20 @@ def checked(kind: type[Part], content: Mapping[Any, Any]) -> None:
         kind.model_validate(dict(content))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = shown(".".join(str(part) for part in first["loc"]))
+        key = short_repr(".".join(str(part) for part in first["loc"]))
         if first["type"] == "missing":
             raise ValueError(f"the key {key} is missing") from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"the key {key} holds {shown(first['input'])}: {message}") from None
+        raise ValueError(f"the key {key} holds {short_repr(first['input'])}: {message}") from None
 
 
 def check_own(path: str | Path, content: Content, kind: type[Part] = Record) -> None:
     """Raise ValueError, one line with the path, where a file of this project does not hold what it should."""
     found = content.value.get("format")
     if type(found) is not int or found not in (1, FORMAT):
-        raise ValueError(f"{path}: the key 'format' holds {shown(found)}, and this version reads 1 and {FORMAT}")
+        raise ValueError(
+            f"{path}: the key 'format' holds {short_repr(found)}, and this version reads 1 and {FORMAT}"
+        )
     if found >= FORMAT and not content.sealed:
         raise ValueError(f"{path}: is damaged: its checksum is missing")
     try:
@@ -150,12 +152,14 @@ def check_own(path: str | Path, content: Content, kind: type[Part] = Record) -> 
         raise ValueError(f"{path}: {error}") from None
     names, count = content.value["class_names"], content.value["model"]["num_classes"]
     if len(names) != count or len(set(names)) != count:
-        raise ValueError(f"{path}: the key 'class_names' holds {shown(names)}, and the model has {count} classes")
+        raise ValueError(
+            f"{path}: the key 'class_names' holds {short_repr(names)}, and the model has {count} classes"
+        )
 
 
 def made_by() -> dict[str, str]:
     """What writes checkpoints now: versions, and a hash of this project's files."""
-    return {"engine": __version__, "code": code()[:12], "torch": str(torch.__version__)}
+    return {"engine": __version__, "code": code_hash()[:12], "torch": str(torch.__version__)}
 
 
 def origin(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -231,8 +235,8 @@ def load_model(
     name = model or found.model
     if name is None:
         raise ValueError(
-            f"{path}: its {len(found.state)} tensors (first {shown(next(iter(found.state), None))}) fit no known "
-            f"architecture; name one to be told what differs; known: {', '.join(sorted(TABLE))}"
+            f"{path}: its {len(found.state)} tensors (first {short_repr(next(iter(found.state), None))}) fit no "
+            f"known architecture; name one to be told what differs; known: {', '.join(sorted(TABLE))}"
         )
     if num_classes is not None and found.num_classes not in (None, num_classes):
         raise ValueError(
@@ -352,8 +356,8 @@ def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         if key in state and state[key].shape != expected[key].shape
     ]
     parts = [
-        f"{len(missing)} keys missing, the first {shown(missing[0])}" if missing else "",
-        f"{len(extra)} unknown keys, the first {shown(extra[0])}" if extra else "",
+        f"{len(missing)} keys missing, the first {short_repr(missing[0])}" if missing else "",
+        f"{len(extra)} unknown keys, the first {short_repr(extra[0])}" if extra else "",
         f"{len(shapes)} of another shape, the first {shapes[0]}" if shapes else "",
     ]
     return "; ".join(part for part in parts if part)

@@ -14,13 +14,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, StringConstraints
 from torch import Tensor, nn
 
-from engine.config import RunConfig
-from engine.training.learner import Learner
 from engine.common.lookup import check_known
-from engine.pipelines.choice import KINDS
-from engine.training.telemetry import TOTALS, Totals
-from engine.common.tensor_files import fault, read_tensors, shown, write_tensors
+from engine.common.tensor_files import read_tensors, short_repr, tensor_fault, write_tensors
+from engine.config import RunConfig
 from engine.models.weights import FORMAT, Part, Record, check_own, made_by
+from engine.pipelines.selection import PIPELINE_KINDS
+from engine.training.learner import Learner
+from engine.training.telemetry import TOTALS, Totals
 
 Natural = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -41,7 +41,7 @@ def _totals(totals: dict[str, float]) -> dict[str, float]:
 
 
 def _kind(kind: str) -> str:
-    check_known("pipeline", kind, KINDS)
+    check_known("pipeline", kind, PIPELINE_KINDS)
     return kind
 
 
@@ -49,7 +49,7 @@ EpochRow = Annotated[dict[str, JsonValue], AfterValidator(_row)]
 
 
 class Progress(Part):
-    """How far a run has come.
+    """Progress of a run.
 
     epoch and step_in_epoch name the next batch; step counts all batches so far. Where step_in_epoch equals the
     number of steps of an epoch, the epoch is trained and its evaluation is due.
@@ -73,41 +73,41 @@ def _whole(value: object) -> object:
     return value
 
 
-class Best(Record):
-    """What best.pt holds."""
+class BestCheckpoint(Record):
+    """Contents of best.pt."""
 
     progress: Annotated[Progress, BeforeValidator(_whole)]
     metrics: EpochRow
 
 
-class Sums(Part):
-    """What the telemetry had not read yet."""
+class TelemetryState(Part):
+    """Sums of steps that no row tells of yet."""
 
     sums: Tensor
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Group(Part):
-    """Parameters that are optimized alike; all else that it holds is in the configuration."""
+class ParamGroup(Part):
+    """Parameters that are optimized alike; all else that the optimizer keeps of them is in the configuration."""
 
     lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Optimizer(Part):
-    """The optimizer's state."""
+class OptimizerState(Part):
+    """State of the optimizer."""
 
     state: dict[int, dict[str, Tensor | None]]
-    param_groups: Annotated[list[Group], Field(min_length=1, max_length=1)]
+    param_groups: Annotated[list[ParamGroup], Field(min_length=1, max_length=1)]
 
 
-class Last(Best):
-    """What last.pt holds."""
+class LastCheckpoint(BestCheckpoint):
+    """Contents of last.pt."""
 
-    optimizer: Optimizer
+    optimizer: OptimizerState
     scaler: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     micro_batch: Annotated[int, Field(ge=1)] | None
     averaged: dict[str, Tensor] | None = None
-    telemetry: Sums
+    telemetry: TelemetryState
     pipeline: Annotated[str, AfterValidator(_kind)]
     data_sha256: Sha256
     teachers_sha256: dict[str, Sha256]
@@ -115,7 +115,7 @@ class Last(Best):
 
 
 def student_part(student: nn.Module, config: RunConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What every checkpoint holds: the weights under `student`, and what is needed to build the network."""
+    """Contents of every checkpoint: the weights under `student`, and what is needed to build the network."""
     return {
         "format": FORMAT,
         "model": {"name": config.model, "num_classes": len(class_names), "normalize": config.normalize},
@@ -128,7 +128,7 @@ def student_part(student: nn.Module, config: RunConfig, class_names: tuple[str, 
 
 
 def content(part: dict[str, Any], progress: Progress, **parts: object) -> dict[str, Any]:
-    """What a file holds. part: see `student_part`; parts: further state, such as optimizer and scaler."""
+    """Contents of a file. part: see `student_part`; parts: further state, such as optimizer and scaler."""
     return part | {"progress": progress.model_dump(), "metrics": progress.last} | parts
 
 
@@ -184,7 +184,7 @@ def _copy(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
-def read(path: Path, kind: type[Best] = Last) -> dict[str, Any]:
+def read(path: Path, kind: type[BestCheckpoint] = LastCheckpoint) -> dict[str, Any]:
     """Read last.pt, or the best.pt, of a run. Raises ValueError, one line, where it is damaged or is none."""
     try:
         content = read_tensors(path)
@@ -215,21 +215,23 @@ def check_fit(path: Path, saved: Mapping[str, Any], learner: Learner, steps_per_
         if learner.average is not None:
             _same("averaged", saved.get("averaged") or {}, learner.average.state_dict())
         sums = saved["telemetry"]["sums"]
-        if fault(sums) or sums.dim() != 2 or not len(sums) or sums.shape[1] != len(TOTALS) - 1:
+        if tensor_fault(sums) or sums.dim() != 2 or not len(sums) or sums.shape[1] != len(TOTALS) - 1:
             raise ValueError(f"the key 'telemetry.sums' holds no table of {len(TOTALS) - 1} sums")
         scaler = learner.scaler.state_dict()
         if saved["scaler"] and scaler and set(saved["scaler"]) != set(scaler):
-            raise ValueError(f"the key 'scaler' holds {shown(list(saved['scaler']))}, and not {', '.join(scaler)}")
+            raise ValueError(
+                f"the key 'scaler' holds {short_repr(list(saved['scaler']))}, and not {', '.join(scaler)}"
+            )
     except ValueError as error:
         raise ValueError(f"--resume: {path}: {error}") from None
 
 
 def load_best(path: Path, network: nn.Module, epoch: object) -> None:
     """Give the network the weights of best.pt. Raises ValueError, one line, where that is not of this epoch."""
-    saved = read(path, Best)
+    saved = read(path, BestCheckpoint)
     try:
         if saved["metrics"].get("epoch") != epoch:
-            raise ValueError(f"is of epoch {shown(saved['metrics'].get('epoch'))}, and the best is {epoch}")
+            raise ValueError(f"is of epoch {short_repr(saved['metrics'].get('epoch'))}, and the best is {epoch}")
         _same("student", saved["student"], network.state_dict())
     except ValueError as error:
         raise ValueError(f"--resume: {path}: {error}") from None
@@ -240,20 +242,22 @@ def _same(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Any]) 
     """The names, shapes and formats are the expected ones, and the values finite numbers."""
     for key in [*expected, *state]:
         if key not in state or key not in expected:
-            raise ValueError(f"the key {shown(f'{where}.{key}')} is {'missing' if key in expected else 'unknown'}")
+            raise ValueError(
+                f"the key {short_repr(f'{where}.{key}')} is {'missing' if key in expected else 'unknown'}"
+            )
         _like(f"{where}.{key}", state[key], expected[key])
 
 
 def _like(where: str, value: Tensor, expected: Tensor) -> None:
-    if wrong := fault(value):
-        raise ValueError(f"the key {shown(where)} holds {wrong}")
+    if wrong := tensor_fault(value):
+        raise ValueError(f"the key {short_repr(where)} holds {wrong}")
     if value.shape != expected.shape or value.dtype != expected.dtype:
         raise ValueError(
-            f"the key {shown(where)} is of shape {tuple(value.shape)} and {value.dtype}, "
+            f"the key {short_repr(where)} is of shape {tuple(value.shape)} and {value.dtype}, "
             f"and not {tuple(expected.shape)} and {expected.dtype}"
         )
     if not value.isfinite().all():
-        raise ValueError(f"the key {shown(where)} holds values that are not finite")
+        raise ValueError(f"the key {short_repr(where)} holds values that are not finite")
 
 
 def _momentum_fits(state: Mapping[int, Mapping[str, Tensor | None]], parameters: list[nn.Parameter]) -> None:
@@ -261,7 +265,7 @@ def _momentum_fits(state: Mapping[int, Mapping[str, Tensor | None]], parameters:
         where = f"optimizer.state.{index}"
         if not 0 <= index < len(parameters) or list(found) != ["momentum_buffer"]:
             raise ValueError(
-                f"the key {where!r} holds {shown(list(found))}, and there are {len(parameters)} parameters"
+                f"the key {where!r} holds {short_repr(list(found))}, and there are {len(parameters)} parameters"
             )
         if (value := found["momentum_buffer"]) is not None:
             _like(f"{where}.momentum_buffer", value, parameters[index])

@@ -13,7 +13,7 @@ from engine.runs.run_directory import RunDir
 _NOT_A_CURVE = ("event", "epoch", "step")
 
 
-class Journal:
+class MetricsWriter:
     """Writes rows; a resumed run drops what it had written after the checkpoint, and writes it again.
 
     A row is on its way to the disk when `write` returns: torch's SummaryWriter would keep TensorBoard's for two

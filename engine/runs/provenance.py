@@ -1,34 +1,33 @@
-"""provenance.json of a run: what each of its sessions was made with."""
+"""provenance.json of a run: versions, hardware, data and teachers of each of its sessions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from engine.common.files import write_json
-from engine.config import RunConfig
 from engine.pipelines.datasets import AnyDataset
 from engine.runs.run_directory import RunDir
+from engine.runs.session import Session
 from engine.runs.teachers import Teacher
 from engine.system import environment
-from engine.system.precision import AMP_DTYPES, Precision
+from engine.system.precision import AMP_DTYPES
 
 
 def write(
-    run: RunDir,
-    config: RunConfig,
-    precision: Precision,
+    session: Session,
     dataset: AnyDataset,
     teachers: Mapping[str, Teacher],
+    *,
     step: int,
     pipeline: str,
-    processes: int,
     init_sha256: str | None = None,
 ) -> None:
     """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
-    current = environment.session(precision) | {
+    config, run = session.config, session.run
+    current = environment.session(session.precision) | {
         "from_step": step,
         "pipeline": pipeline,
-        "processes": processes,
+        "processes": session.world.size,
         "seeds": {"run": config.seed},
         "data": {"name": config.dataset, "source": dataset.source, "sha256": dataset.sha256},
         "teachers": {

@@ -12,10 +12,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from engine.common.files import regular_file, write_atomically
 from engine.config import explicit, read_file
-from engine.common.files import regular
 from engine.evaluation.reports import read as read_results
-from engine.common.files import write_atomically
 from engine.runs.run_directory import RunDir
 
 _STYLE = """
@@ -250,6 +249,6 @@ def _note(text: str) -> str:
 def _bytes(file: Path) -> bytes:
     """A file's content. Raises ValueError where it cannot be read."""
     try:
-        return regular(file).read_bytes()
+        return regular_file(file).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror}") from None

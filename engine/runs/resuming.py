@@ -1,8 +1,8 @@
-"""What a run goes on with: which keys may differ from those that it began with, and what more epochs mean.
+"""Configuration of a resumed run: keys that may differ from those it began with, and what more epochs mean.
 
 A run with more epochs is from there on the run of the longer configuration: what is given as a part of the run
-(`PARTS`), and a cosine or one-cycle schedule, is one of all its epochs, while the epochs that are trained stay as
-they are. Its teachers stay what they are, and an average of weights that has begun goes on.
+(`FRACTIONS`), and a cosine or one-cycle schedule, is one of all its epochs, while the epochs that are trained stay
+as they are. Its teachers stay what they are, and an average of weights that has begun goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.training import averaging
 from engine import config
 from engine.config import RunConfig, epochs_of
+from engine.training import averaging
 
-PARTS = ("loss.warmup", "optim.lr_warmup", "optim.milestones", "averaging.start", "awp.start")
+FRACTIONS = ("loss.warmup", "optim.lr_warmup", "optim.milestones", "averaging.start", "awp.start")
 """Keys whose values below 1 are fractions of the epochs."""
 
 _MAY: dict[str, Callable[[Any, Any], bool]] = {
@@ -58,7 +58,7 @@ def carried_on(begun: RunConfig, wanted: RunConfig, epochs_begun: int = 0) -> Ru
 def describe(begun: RunConfig, longer: RunConfig) -> str:
     """One line: what a longer run changes."""
     moved = []
-    for name in PARTS:
+    for name in FRACTIONS:
         before, after = (_epochs(each, name) for each in (begun, longer))
         if before != after:
             moved.append(f"{name} at epoch {', '.join(map(str, after))} (was {', '.join(map(str, before))})")

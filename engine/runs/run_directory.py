@@ -1,4 +1,4 @@
-"""The run directory: what is in it, and how it is written so that nothing is lost.
+"""The run directory: its files, and how they are written so that nothing is lost.
 
 config.yaml, provenance.json, metrics.jsonl, tensorboard/, last.pt, best.pt, summary.json, loss.png, accuracy.png,
 reliability.png. Every file but the two append-only logs is written beside its place and renamed over it.
@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from engine.common import yaml_text
+from engine.common.files import create, remove_leftovers, write_atomically
+from engine.common.stopping import RunFailed
 from engine.config import RunConfig, changes, differences, differing, read_file
 from engine.config import load as load_config
-from engine.common.files import create, remove_leftovers, replacing, write_atomically
-from engine.common.stopping import RunFailed
 
 # What a folder may hold before a run writes anything: its configuration, and what its launcher printed.
 _BEFORE_IT_BEGINS = {"config.yaml", "logs", "log.txt"}
@@ -47,7 +47,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _usable(argument: str, path: Path) -> Iterator[None]:
-    """What the file system refuses inside is said in one line: permissions, names that are too long, ..."""
+    """Raise what the file system refuses inside as a ValueError of one line: permissions, too long names, ..."""
     try:
         yield
     except OSError as error:
@@ -68,7 +68,7 @@ class _Result(BaseModel):
 
 
 class _Summary(BaseModel):
-    """What is read of a summary.json."""
+    """Keys that are read of a summary.json."""
 
     selected_on: str
     best: _Epoch
@@ -81,8 +81,8 @@ class _Formats(BaseModel):
     training: str
 
 
-class _Session(BaseModel):
-    """What is read of a provenance.json."""
+class _Provenance(BaseModel):
+    """Keys that are read of a provenance.json."""
 
     precision: _Formats
     earlier_sessions: list[dict[str, Any]] = []
@@ -105,11 +105,11 @@ def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A run to go on with, and what of it the call made that found or began it.
+class PreparedRun:
+    """A run to be trained, found or made.
 
-    changes: keys that are given anew, see `engine.runs.resuming`. is_new: the call made config.yaml. made_folder: the
-    folder too.
+    changes: keys that are given anew, see `engine.runs.resuming`. is_new: the call that returns it has made its
+    config.yaml. made_folder: and its folder.
     """
 
     run: RunDir
@@ -118,18 +118,18 @@ class Begun:
     made_folder: bool = False
 
     @contextlib.contextmanager
-    def or_nothing(self) -> Iterator[None]:
-        """Where what is done inside fails, `take_back`."""
+    def removed_on_failure(self) -> Iterator[None]:
+        """Call `remove_if_unused` where the work inside fails."""
         try:
             yield
         except (ValueError, RunFailed):
-            self.take_back()
+            self.remove_if_unused()
             raise
 
-    def take_back(self, *files: str) -> None:
-        """Remove what this call made, where nothing else has entered: the mended command can be given again.
+    def remove_if_unused(self, *files: str) -> None:
+        """Remove a new directory in which nothing was written yet: the mended command can be given again.
 
-        Not where another process trains it, nor where anything of it was written. files: others of this call.
+        Not where another process trains it. files: further ones that count as nothing, and are removed too.
         """
         if not self.is_new:
             return
@@ -156,7 +156,7 @@ class RunDir:
         self.snapshots = path / "snapshots"
 
     @classmethod
-    def create(cls, config: RunConfig) -> Begun:
+    def create(cls, config: RunConfig) -> PreparedRun:
         """A new run directory with its config.yaml. Raises ValueError where the place is taken."""
         path = Path("runs" if config.out is None else config.out)
         with _usable("--out", path):
@@ -171,7 +171,7 @@ class RunDir:
                 raise ValueError(
                     f"--out {path} holds a run already; continue it with --resume {path}, or choose another"
                 ) from None
-        return Begun(run, is_new=True, made_folder=made_folder)
+        return PreparedRun(run, is_new=True, made_folder=made_folder)
 
     def update(self, config: RunConfig) -> None:
         """Make config.yaml that of a run which goes on with other keys.
@@ -185,7 +185,7 @@ class RunDir:
         write_atomically(self.config, _text(config))
 
     @classmethod
-    def find(cls, config: RunConfig, *, finished: bool = False) -> Begun | None:
+    def find(cls, config: RunConfig, *, finished: bool = False) -> PreparedRun | None:
         """The run of that configuration to go on with: in its place, else the latest unfinished one below runs/.
 
         In its place it may differ in what may change when a run goes on, but its epochs.
@@ -202,14 +202,14 @@ class RunDir:
                 raise ValueError(
                     f"--out {config.out} holds a run of another configuration, which differs in {', '.join(keys)}"
                 )
-            return Begun(run, changes(begun, config))
+            return PreparedRun(run, changes(begun, config))
         with _usable("runs", Path("runs")):
             files = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in files:
             run = cls(path.parent)
             with contextlib.suppress(ValueError):  # of another version, or damaged: it is not the one
                 if (finished or not run.summary.exists()) and not differences(cls.existing(run.path)[1], config):
-                    return Begun(run)
+                    return PreparedRun(run)
         return None
 
     @classmethod
@@ -223,7 +223,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process. Raises ValueError where another process has it, or took it back."""
+        """Hold the run for this process. Raises ValueError where another process has it or removed it."""
         with _usable("--resume", self.path):
             directory = os.open(self.path, os.O_RDONLY)
         try:
@@ -250,7 +250,7 @@ class RunDir:
 
     def sessions(self) -> list[dict[str, Any]]:
         """The records of provenance.json, the oldest first. Raises ValueError where it is damaged."""
-        last = _read_json(self.provenance, _Session)
+        last = _read_json(self.provenance, _Provenance)
         return [] if last is None else [*last.pop("earlier_sessions", []), last]
 
     def append_row(self, row: Mapping[str, object]) -> None:

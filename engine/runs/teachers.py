@@ -1,4 +1,4 @@
-"""Where teachers come from: a checkpoint, the teacher cache, or a training run of their own."""
+"""Teachers: from a checkpoint, from the teacher cache, or from a training run of their own."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import IO
 from torch import nn
 
 from engine import semantics
-from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part
-from engine.system.distributed import World
-from engine.evaluation.measure import evaluate, is_chance
-from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
-from engine.system.precision import Precision
 from engine.common.files import write_atomically
-from engine.runs.run_directory import RunDir
-from engine.common.stopping import Interrupted, Stop
+from engine.common.stopping import Interrupted
+from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part
+from engine.evaluation.measure import evaluate, is_chance
 from engine.models.weights import LoadedModel, load_model, weights_sha256
+from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
+from engine.runs.run_directory import RunDir
+from engine.runs.session import Session
+from engine.system.precision import Precision
 
 # What stands for the format of the passes under "amp": without AMP they are in float32 too.
 _AMP_IN_KEY = {"auto": True, "float32": False, "bfloat16": True, "float16": "float16"}
@@ -42,21 +42,12 @@ class Teacher:
     notes: tuple[str, ...] = ()
 
 
-TrainRun = Callable[[RunConfig, Path], Path]
-"""Trains a configuration in a run directory, going on where it stopped before; path of the best checkpoint."""
+TrainRun = Callable[[RunConfig, Path, AnyDataset], Path]
+"""Trains a configuration in a run directory, or goes on there, on a data set; path of the best checkpoint."""
 
 
 def obtain(
-    config: RunConfig,
-    section: str,
-    dataset: AnyDataset,
-    precision: Precision,
-    run_dir: Path,
-    train_run: TrainRun,
-    say: Callable[[str], None],
-    world: World,
-    stop: Stop,
-    known: str | None = None,
+    session: Session, section: str, dataset: AnyDataset, train_run: TrainRun, known: str | None = None
 ) -> Teacher:
     """The teacher of that section ("teacher" or "teacher_st") of the configuration.
 
@@ -64,6 +55,8 @@ def obtain(
     Where another run trains it already, this one waits. Raises ValueError for a checkpoint that cannot be this
     student's teacher, and Interrupted when it was asked to stop while it waits.
     """
+    config, precision, world, say = session.config, session.precision, session.world, session.console.message
+    place = session.run.path / section
     wanted: TeacherConfig = getattr(config, section)
     if wanted.checkpoint is not None:
         # Only what the user said of its architecture counts: a default must not overrule what the file tells.
@@ -75,19 +68,19 @@ def obtain(
         return _teacher(loaded, precision, f"checkpoint {wanted.checkpoint}")
     teacher_config = run_config(config, section)
     before = _with_earlier_defaults(teacher_config)
-    if before != teacher_config and world.broadcast_from_main(lambda: _is_of(before, run_dir / section, known, dataset)):
+    if before != teacher_config and world.broadcast_from_main(lambda: _is_of(before, place, known, dataset)):
         teacher_config = before
     cached = cache_path(teacher_config, dataset)
     what = f"{teacher_config.method.upper()} teacher ({teacher_config.model}, {teacher_config.epochs} epochs)"
 
-    def opened(place: Path, source: str) -> Teacher:
-        return _teacher(load_model(place, class_names=dataset.class_names), precision, source)
+    def opened(path: Path, source: str) -> Teacher:
+        return _teacher(load_model(path, class_names=dataset.class_names), precision, source)
 
-    with _reserved(cached, say, world, stop):
+    with _reserved(cached, session):
         if world.broadcast_from_main(cached.exists):
             return opened(cached, f"teacher cache, {cached}")
         say(f"No {what} for this data set in the cache: training one first, and keeping it for later runs.")
-        best = train_run(teacher_config, run_dir / section)
+        best = train_run(teacher_config, place, dataset)
 
         def keep() -> str:
             try:
@@ -104,8 +97,9 @@ def obtain(
 
 
 @contextmanager
-def _reserved(cached: Path, say: Callable[[str], None], world: World, stop: Stop) -> Iterator[None]:
+def _reserved(cached: Path, session: Session) -> Iterator[None]:
     """Inside, no other run trains the teacher of that place in the cache; it is free when the process ends."""
+    world, stop = session.world, session.stop
     held: list[IO[bytes]] = []
 
     def free() -> bool:
@@ -124,7 +118,7 @@ def _reserved(cached: Path, say: Callable[[str], None], world: World, stop: Stop
 
     try:
         if not world.broadcast_from_main(free):
-            say("Another run trains this teacher: waiting for it")
+            session.console.message("Another run trains this teacher: waiting for it")
             while not world.broadcast_from_main(free):
                 if world.broadcast_from_main(lambda: stop.requested):
                     raise Interrupted
@@ -159,7 +153,7 @@ def _with_earlier_defaults(config: RunConfig) -> RunConfig:
 
 
 def _is_of(config: RunConfig, path: Path, known: str | None, dataset: AnyDataset) -> bool:
-    """Whether the teacher that a run began with, in training at that path or in the cache, is so configured."""
+    """True if the teacher that a run began with, in training at that path or in the cache, is so configured."""
     if RunDir(path).config.exists():
         return not differing(RunDir.existing(path)[1], config)
     cached = cache_path(config, dataset)
@@ -182,17 +176,9 @@ def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
     return cache_dir() / "teachers" / f"{config.dataset}-{config.model}-{config.method}-{digest}.pt"
 
 
-def card(
-    role: str,
-    teacher: Teacher,
-    held_out: AnySplit,
-    config: RunConfig,
-    precision: Precision,
-    stop: Stop,
-    world: World,
-) -> list[str]:
-    """The teacher card: what the student is about to learn from, measured on held-out images."""
-    attack, classes = "pgd10", len(held_out.class_names)
+def card(session: Session, role: str, teacher: Teacher, held_out: AnySplit) -> list[str]:
+    """Lines of the teacher card: accuracies on held-out images of what the student is about to learn from."""
+    config, attack, classes = session.config, "pgd10", len(held_out.class_names)
     try:
         results = evaluate(
             teacher.model,
@@ -202,9 +188,9 @@ def card(
             threat_model=config.attack.threat_model,
             batch_size=config.eval.batch_size,
             limit=max(config.eval.probe_size, classes),
-            device=precision.device,
-            stop=stop,
-            world=world,
+            device=session.precision.device,
+            stop=session.stop,
+            world=session.world,
         )
     except FloatingPointError as error:
         raise ValueError(f"{role}: {teacher.source} is no teacher: {error}") from None

@@ -1,1 +1,1 @@
-"""The machine: devices and number formats, the processes of a run, CUDA streams, what a run was made with."""
+"""The machine: devices and number formats, the processes of a run, CUDA streams, the record of the environment."""

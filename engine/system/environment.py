@@ -1,8 +1,7 @@
-"""What this process runs in: versions, commit, hardware, precisions."""
+"""Environment of this process: versions, commit, hardware, precisions."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import engine
+from engine.common import optional
 from engine.kernels import dispatch
 from engine.system.precision import Precision
 
@@ -30,7 +30,7 @@ def session(precision: Precision) -> dict[str, Any]:
         "commit": commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: optional.version(name) for name in _PACKAGES},
         "hardware": {
             "machine": platform.platform(),
             "processor": processor(),
@@ -38,20 +38,13 @@ def session(precision: Precision) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": _device_name(precision.device),
         },
-        "kernels": {op: dispatch.choose(op, precision.device, fused=precision.fused) for op in dispatch.TABLE},
+        "kernels": {op: dispatch.choose(op, precision.device, fused=precision.fused) for op in dispatch.SERVED_BY},
         "precision": {
             "training": precision.describe(),
             "attack": precision.describe(),
             "evaluation": f"{str(precision.dtype).removeprefix('torch.')}, TF32 off",
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit() -> str | None:

@@ -18,17 +18,17 @@ from typing import IO
 from torch._C._distributed_c10d import TCPStore
 
 import engine
-from engine.common.stopping import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, hearing
+from engine.common.stopping import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, signal_handler
 from engine.system import precision
-from engine.system.distributed import THIS_MACHINE, VERDICT
+from engine.system.distributed import FINAL_EXIT_CODE, LOOPBACK
 
 MAX_PROCESSES = 1024
 MAX_RESTARTS = 3
 SECONDS_TO_SAVE = 120
-"""How long the processes have between a signal and SIGKILL: a step and a checkpoint."""
+"""Time between a signal and SIGKILL: enough for a step and a checkpoint."""
 SECONDS_TO_END = 30
-"""The same after one of them has failed: a checkpoint that is being written."""
-_SECONDS_BETWEEN_LOOKS = 0.05
+"""The same after one of them has failed: enough for a checkpoint that is being written."""
+_POLL_SECONDS = 0.05
 _PREFIX = "engine: "
 
 
@@ -53,23 +53,23 @@ def count(gpus: int | None, processes: int | None, device: str) -> int:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line of this very engine, whatever Python files lie in the current folder."""
+    """Command line of this engine, which no Python file of the current folder can replace."""
     return [sys.executable, str(Path(engine.__file__).with_name("__main__.py")), *arguments]
 
 
 def launch(processes: int, command: Sequence[str], logs: Path | None, *, max_restarts: int = MAX_RESTARTS) -> int:
-    """Run a command in so many processes, again from the start where one fails; the exit code of it all.
+    """Run a command in so many processes, all again where one fails. Returns the exit code for all of them.
 
-    The first process has this one's terminal. What the others print goes to files below logs, their errors to the
-    terminal too.
+    The first process has the terminal of this one. The output of the others goes to files below logs, and their
+    standard error to the terminal, too.
     """
-    store, heard = _loopback_store(), Heard()
-    with hearing(heard.hear):
+    store, signals = _loopback_store(), SignalFlags()
+    with signal_handler(signals.handle):
         for restarts in range(max_restarts + 1):
             environments = [_environment(rank, processes, store.port, restarts) for rank in range(processes)]
             group = _Group(command, environments, None if logs is None else _new_folder(logs))
-            group.wait(heard)
-            code = _final_code(group, store, heard)
+            group.wait(signals)
+            code = _final_code(group, store, signals)
             if code is not None:
                 return code
             again = f"starting all again, {restarts + 1} of {max_restarts} times"
@@ -77,19 +77,20 @@ def launch(processes: int, command: Sequence[str], logs: Path | None, *, max_res
     return EXIT_FAILED
 
 
-class Heard:
-    """Signals that were heard, and whether the last of them is yet to be passed on."""
+class SignalFlags:
+    """received: True once a signal came. pending: True until the last one is passed on."""
 
     def __init__(self) -> None:
-        self.any = False
-        self.untold = False
+        self.received = False
+        self.pending = False
 
-    def hear(self, number: int, frame: object) -> None:
-        self.any = self.untold = True
+    def handle(self, number: int, frame: object) -> None:
+        """Handler of signals: note one."""
+        self.received = self.pending = True
 
 
 class _Group:
-    """The processes of one start. first: the one that failed first."""
+    """The processes of one start. first: rank of the one that failed first."""
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]], logs: Path | None) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -115,7 +116,7 @@ class _Group:
         self._processes.append(process)
         for stream, mark in ((process.stdout, ""), (process.stderr, f"[{rank}] ")):
             if stream is not None:
-                self._readers.append(threading.Thread(target=_pass_on, args=(stream, log, mark), daemon=True))
+                self._readers.append(threading.Thread(target=_copy_output, args=(stream, log, mark), daemon=True))
                 self._readers[-1].start()
 
     @property
@@ -125,36 +126,36 @@ class _Group:
 
     @property
     def failure(self) -> str:
-        """Which process failed first, and how."""
+        """Name of the process that failed first, and its signal or exit code."""
         assert self.first is not None
         code = self._processes[self.first].returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"process {self.first} of 0..{len(self._processes) - 1} {how}"
 
-    def wait(self, heard: Heard) -> None:
-        """Wait for the end of all: by themselves, or because a signal was heard or one of them failed."""
+    def wait(self, signals: SignalFlags) -> None:
+        """Wait for the end of all; a signal, or the failure of one of them, ends them."""
         until = math.inf
         try:
-            while self._some_run() and time.monotonic() < until:
+            while self._any_running() and time.monotonic() < until:
                 if self.first is not None and until == math.inf:
-                    # All stop together where one was interrupted; to be told again would interrupt their saving.
+                    # All stop together where one was interrupted; a second signal would interrupt their saving.
                     stopping = self._processes[self.first].returncode == EXIT_INTERRUPTED
                     until = time.monotonic() + (SECONDS_TO_SAVE if stopping else SECONDS_TO_END)
                     if not stopping:
                         self._terminate()
-                if heard.untold:
-                    heard.untold = False
+                if signals.pending:
+                    signals.pending = False
                     until = min(until, time.monotonic() + SECONDS_TO_SAVE)
                     self._terminate()
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                time.sleep(_POLL_SECONDS)
         finally:
             self._kill()
-        self._some_run()
+        self._any_running()
 
-    def _some_run(self) -> bool:
+    def _any_running(self) -> bool:
         codes = self.codes
         if self.first is None and any(codes):
-            # Of several that ended since the last look, the one that was killed is why the others ended.
+            # Of several that ended since the last poll, the one that was killed is why the others ended.
             _, self.first = min((code, rank) for rank, code in enumerate(codes) if code)
         return None in codes
 
@@ -172,43 +173,41 @@ class _Group:
 
 
 def _loopback_store() -> TCPStore:
-    """What the processes find each other by; served on the loopback address alone."""
-    listening = socket.create_server((THIS_MACHINE, 0))
+    """Store by which the processes find each other, served on the loopback address alone."""
+    listening = socket.create_server((LOOPBACK, 0))
     port = listening.getsockname()[1]
-    return TCPStore(
-        THIS_MACHINE, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-    )
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _environment(rank: int, size: int, port: int, restarts: int) -> dict[str, str]:
-    """Environment of a process: this one's, and what torchrun tells."""
+    """Environment of a process: that of this one, and the variables of torchrun."""
     # Cores are shared: torch would give all of them to each process.
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // size))}
-    told = {
+    torchrun = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": THIS_MACHINE,
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,
         "TORCHELASTIC_RESTART_COUNT": restarts,
     }
-    return threads | os.environ | {name: str(value) for name, value in told.items()}
+    return threads | os.environ | {name: str(value) for name, value in torchrun.items()}
 
 
 def _new_folder(logs: Path) -> Path:
-    """Of a start: 1, 2, ... below logs. It is made when something is printed."""
+    """Folder of a start: 1, 2, ... below logs. It is made when something is printed."""
     number = 1
     while (logs / str(number)).exists():
         number += 1
     return logs / str(number)
 
 
-def _pass_on(stream: IO[bytes], log: Path | None, mark: str) -> None:
-    """What a process prints to a file, and to the terminal where there is a mark to put before it.
+def _copy_output(stream: IO[bytes], log: Path | None, mark: str) -> None:
+    """Copy the output of a process to a file, and to the terminal where there is a mark to put before its lines.
 
-    A line of `_PREFIX` one process says for all: to the terminal alone.
+    A line with `_PREFIX` goes to the terminal alone: one process prints it for all.
     """
     for line in stream:
         text = line.decode(errors="replace")
@@ -221,17 +220,17 @@ def _pass_on(stream: IO[bytes], log: Path | None, mark: str) -> None:
                     file.write(line)
 
 
-def _final_code(group: _Group, store: TCPStore, heard: Heard) -> int | None:
-    """The exit code that ends it all; None where to start again may help."""
+def _final_code(group: _Group, store: TCPStore, signals: SignalFlags) -> int | None:
+    """Exit code for all processes; None where a restart may help."""
     if group.first is None:
         return 0
-    if store.check([VERDICT]):
-        return int(store.get(VERDICT))
+    if store.check([FINAL_EXIT_CODE]):
+        return int(store.get(FINAL_EXIT_CODE))
     if EXIT_USER_ERROR in group.codes:
         return EXIT_USER_ERROR
     if group.codes[group.first] == EXIT_INTERRUPTED:  # later ones: ended from here
         return EXIT_INTERRUPTED
-    if heard.any:
+    if signals.received:
         _say("interrupted; what was saved before is whole")
         return EXIT_INTERRUPTED
     return None

@@ -1,4 +1,4 @@
-"""Channels-last end to end. With ENGINE_DEBUG=1 a network says where that is broken."""
+"""Channels-last end to end: the check of it that ENGINE_DEBUG=1 switches on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def debugging() -> bool:
-    """Whether ENGINE_DEBUG asks for checks that cost time."""
+def is_debug() -> bool:
+    """True where ENGINE_DEBUG asks for checks that cost time."""
     return os.environ.get("ENGINE_DEBUG", "") not in ("", "0")
 
 
-def watch(network: nn.Module) -> None:
-    """Raise AssertionError where a convolution or a BatchNorm meets another layout, forwards or backwards."""
+def check_channels_last(network: nn.Module) -> None:
+    """Hook a network: its passes raise AssertionError at a convolution or BatchNorm with another layout."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | _BatchNorm):
             module.register_forward_hook(_Check(name))
 
 
 class _Check:
-    """A forward hook."""
+    """Forward hook that checks input, output and gradient of a module."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision."""
+"""Device and number formats of a run, deterministic algorithms, IEEE float32."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from engine.common.lookup import look_up
 from engine.config import RunConfig
 
-# On a CPU bfloat16 must gain that much over float32: a tie is not worth its rounding.
-LEAST_GAIN = 1.1
+# Least gain of bfloat16 over float32 on a CPU: an equal speed does not justify its rounding.
+MIN_GAIN = 1.1
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Convolutions that are timed, 3x3 on a few images: channels, and height and width of their maps, as in a ResNet.
 _TIMED = ((64, 32), (256, 8))
@@ -38,7 +38,7 @@ class Precision:
 
     @property
     def fused(self) -> bool:
-        """Whether the fused kernels know the dtype of images and losses."""
+        """True where the fused kernels know the dtype of images and losses."""
         return self.dtype == torch.float32
 
     def autocast(self, *, cached: bool = True) -> AbstractContextManager[object]:
@@ -78,13 +78,13 @@ class Precision:
 
 
 def choose(config: RunConfig, local_rank: int = 0) -> Precision:
-    """Device and precision of a configuration: of `amp_dtype` where it says one, else `settled`.
+    """Device and precision of a configuration: of `amp_dtype` where it says one, else by `resolve_amp`.
 
     local_rank: "cuda" is the GPU of that number. Raises ValueError for a device that is not there.
     """
     place = device(config.device, local_rank)
     dtype = look_up("dtype", config.dtype, {"float32": torch.float32, "float64": torch.float64})
-    config = settled(config, local_rank)
+    config = resolve_amp(config, local_rank)
     if not config.amp:
         return Precision(place, dtype)
     amp_dtype = look_up("amp_dtype", config.amp_dtype, AMP_DTYPES)
@@ -92,11 +92,13 @@ def choose(config: RunConfig, local_rank: int = 0) -> Precision:
     return Precision(place, dtype, amp_dtype, f"--amp: {kept}, as the run began")
 
 
-def settled(config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None) -> RunConfig:
+def resolve_amp(
+    config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None
+) -> RunConfig:
     """The configuration with the format of its passes decided where `amp_dtype` is "auto".
 
     On a CPU the faster of bfloat16 and float32, by a timing of some convolutions. A run decides once, and keeps
-    what it decided in its config.yaml. say: is told what the timing found.
+    its decision in config.yaml. say: called with a line about the timing.
     """
     if not config.amp or config.amp_dtype != "auto":
         return config
@@ -104,28 +106,28 @@ def settled(config: RunConfig, local_rank: int = 0, say: Callable[[str], None] =
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return config.model_copy(update={"amp_dtype": "bfloat16" if has_bfloat16 else "float16"})
     gain = bfloat16_gain()
-    chosen = "bfloat16" if gain >= LEAST_GAIN else "float32"
+    chosen = "bfloat16" if gain >= MIN_GAIN else "float32"
     what = "passes in bfloat16" if chosen == "bfloat16" else "training stays in float32"
     say(f"--amp: {describe_gain(gain)}: {what}")
     return config.model_copy(update={"amp_dtype": chosen})
 
 
 def describe_gain(gain: float) -> str:
-    """What `bfloat16_gain` means, in words."""
+    """The value of `bfloat16_gain` in words."""
     return f"on this processor convolutions in bfloat16 run at {gain:.2f}x of float32"
 
 
 @functools.cache
 def bfloat16_gain() -> float:
     """Rate of convolutions in bfloat16 by that in float32 on this processor, timed once in a process."""
-    seconds = _seconds_of_convolutions()
+    seconds = _time_convolutions()
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _seconds_of_convolutions() -> dict[torch.dtype, float]:
-    """Of forward and backward in each format: the least of some rounds in which they take turns.
+def _time_convolutions() -> dict[torch.dtype, float]:
+    """Seconds of forward and backward in each format: the least of some rounds in which they take turns.
 
-    By one thread and its own clock: whatever else the machine does, the formats are compared at the same work.
+    One thread, timed by its own clock, so that other work of the machine does not count.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -188,13 +190,13 @@ def device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this processor has arithmetic in bfloat16, fast or not."""
+    """True where this processor has arithmetic in bfloat16, fast or not."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
-def visiting(network: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """A network that is seldom used is on the device inside, and in the host's memory afterwards."""
+def on_device(network: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Move a network to the device inside, and to the host's memory afterwards: one that is seldom used."""
     if network is not None:
         network.to(device)
     yield
@@ -202,7 +204,7 @@ def visiting(network: nn.Module | None, device: torch.device) -> Iterator[None]:
         network.to("cpu")
 
 
-# What computes in float32; `fp32_precision` of each is "ieee", "tf32", "bf16", or "none" where nothing was said.
+# Backends that compute in float32; `fp32_precision` of each is "ieee", "tf32", "bf16", or "none" where not set.
 _FLOAT32: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]
@@ -214,7 +216,7 @@ _FLOAT32: tuple[Any, ...] = (
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 means IEEE float32 inside, on every device: no TF32, no bfloat16.
+    """Compute float32 as IEEE float32 inside, on every device: no TF32, no bfloat16.
 
     The flags' older names (`allow_tf32`, `set_float32_matmul_precision`) say the same: torch refuses to read them
     where the two disagree.
@@ -237,15 +239,15 @@ def full_precision() -> Iterator[None]:
 def _cudnn_allows_tf32() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # somebody has set the new names alone
+    except RuntimeError:  # the new names alone were set
         return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 @contextmanager
 def deterministic(*, amp: bool = False) -> Iterator[None]:
-    """Same seed, same machine, same bits: cuDNN may neither time its algorithms nor pick an atomic one.
+    """Same seed, same machine, same bits inside: cuDNN neither times its algorithms nor picks an atomic one.
 
-    What torch makes without being told a dtype is float32, whatever the caller of a training had set.
+    torch's default dtype is float32, whatever the caller of a training had set.
     amp: what a training with AMP leaves in float32, the first and the last layer, is IEEE float32 inside.
     """
     cudnn = torch.backends.cudnn

@@ -1,4 +1,4 @@
-"""Lanes: the CUDA streams of a step. On a CPU there is one lane, and the same code runs in order."""
+"""The CUDA streams of a step, as lanes. On a CPU there is one lane, and the same code runs in order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.pipelines.base import Batch
 
 
 class Lanes:
-    """The main lane is the current stream; the teachers and the next batch have lanes of their own beside it.
+    """Three lanes: the main one, which is the current stream, one of the teachers, and one of the next batch.
 
     device: of the run. wanted: False for one lane, which gives the same bits.
 
-    A lane that begins waits for all that the main lane was given before, and so for all use of the memory that it
-    will use again; what the main lane gives to a lane has to be held until the lane is joined.
+    A lane that begins waits for all earlier work of the main lane, and so for all use of memory that it may reuse.
+    Tensors that the main lane gives to a lane must be held until `join`.
     """
 
     def __init__(self, device: torch.device, *, wanted: bool = True) -> None:
@@ -26,16 +26,16 @@ class Lanes:
         self._data = torch.cuda.Stream(device) if several else None
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Work inside goes to the teachers' lane."""
+    def teachers(self) -> Iterator[None]:
+        """Put the work inside on the teachers' lane."""
         with record_function("teachers"), _on(self._teachers):
             yield
 
     def join(self) -> None:
-        """The main lane waits for the teachers' lane."""
+        """Make the main lane wait for the teachers' lane."""
         _wait(self._teachers)
 
-    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def prefetched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each copied and augmented on the data's lane while the one before is trained on."""
         following = None if self._data is None else self._next(batches)
         while batch := following or self._next(batches):

@@ -12,11 +12,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from engine.common.lookup import look_up
 from engine.config import AveragingConfig, RunConfig, epochs_of
 from engine.pipelines.base import Batch
-from engine.system.distributed import Statistics, World
+from engine.system.data_parallel import RunningStatistics
+from engine.system.distributed import World
 
 
 class Kind(NamedTuple):
-    """How weights are averaged: from which part of the run on, over which model of torch, how often."""
+    """Kind of average: the part of the run from which on it is taken, torch's model, and how often."""
 
     start: float
     model: Callable[[nn.Module, AveragingConfig], AveragedModel]
@@ -27,7 +28,7 @@ def _ema(student: nn.Module, config: AveragingConfig) -> AveragedModel:
     return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.decay), use_buffers=True)
 
 
-KINDS: dict[str, Kind | None] = {
+AVERAGING_KINDS: dict[str, Kind | None] = {
     "none": None,
     "ema": Kind(0.0, _ema, every_step=True),
     "swa": Kind(0.75, lambda student, config: AveragedModel(student), every_step=False),
@@ -36,13 +37,13 @@ KINDS: dict[str, Kind | None] = {
 
 def build(student: nn.Module, config: RunConfig) -> Average | None:
     """The average that the configuration asks for, None where it asks for none."""
-    kind = look_up("averaging.kind", config.averaging.kind, KINDS)
+    kind = look_up("averaging.kind", config.averaging.kind, AVERAGING_KINDS)
     return None if kind is None else Average(student, config, kind)
 
 
 def first_epoch(config: RunConfig) -> int | None:
     """The epoch, from 0, in which the averaging begins; None where there is none."""
-    kind = look_up("averaging.kind", config.averaging.kind, KINDS)
+    kind = look_up("averaging.kind", config.averaging.kind, AVERAGING_KINDS)
     if kind is None:
         return None
     start = kind.start if config.averaging.start is None else config.averaging.start
@@ -69,7 +70,7 @@ class Average:
 
     @property
     def has_begun(self) -> bool:
-        """Whether something was averaged yet."""
+        """True once something was averaged."""
         return bool(self._model.n_averaged > 0)
 
     def after_step(self, epoch: int) -> None:
@@ -96,12 +97,12 @@ class Average:
                 yield batch.x_nat
 
         update_bn(images(), self._model)
-        with Statistics(self._model, world).averaged(own / num_samples):
+        with RunningStatistics(self._model, world).averaged(own / num_samples):
             pass
         self._model.eval()
 
     def state_dict(self) -> dict[str, object]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         state: dict[str, object] = self._model.state_dict()
         return state
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
+from engine.config import RunConfig, epochs_of
+from engine.models.layers import running_statistics_stay
 from engine.system.distributed import World
 
 
+def is_active(config: RunConfig, epoch: int) -> bool:
+    """True if the weights are attacked in that epoch, counted from 0."""
+    return config.awp.gamma > 0 and epoch >= epochs_of(config.awp.start, config.epochs)
+
+
 @contextmanager
-def perturbed(student: nn.Module, loss: Tensor, gamma: float, world: World) -> Iterator[None]:
+def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, world: World) -> Iterator[None]:
     """Weights inside are w + gamma * |w| / |g| * g, layer by layer; afterwards they are as before, to the bit.
 
-    loss: of this process's part of the batch, a sum over which is the loss of all; g is the gradient of that.
-    Vectors, as biases and the weights of BatchNorm, stay (Eq. 9 and the published code).
+    loss: computes that of this process's part of the batch; g is the gradient of its sum over all processes.
+    Running statistics do not move in it. Vectors, as biases and the weights of BatchNorm, stay (Eq. 9 and the
+    published code).
     """
     weights: list[Tensor] = [weight for weight in student.parameters() if weight.dim() > 1]
-    before = [weight.detach().clone() for weight in weights]
-    _ascend(weights, loss, gamma, world)
+    with record_function("weight attack"), running_statistics_stay(student):
+        value = loss()
+        before = [weight.detach().clone() for weight in weights]
+        _ascend(weights, value, gamma, world)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from engine.attacks.adversary import Adversary
 from engine.attacks.pgd import bn_mode
@@ -23,7 +24,7 @@ MOST_COMPILATIONS = 64
 
 
 class Networks(NamedTuple):
-    """What a step runs. student: the training pass, in train mode. None: what the method does not need."""
+    """Networks that a step runs: the student's training pass, in train mode, and others, None where not needed."""
 
     student: Forward
     adversary: Adversary | None = None
@@ -39,14 +40,15 @@ def build(
     precision: Precision,
     counts: Tensor | None = None,
     trained: nn.Module | None = None,
-    usual: Callable[[int], bool] = lambda images: True,
+    is_frequent: Callable[[int], bool] = lambda images: True,
 ) -> Networks:
     """The student's training pass, its adversary and its teachers' twins, as the configuration wants them run.
 
     teachers: by section of the configuration, "teacher" and "teacher_st". counts: see `Adversary`.
-    trained: the student as its training pass has to be called, see `World.replicate`. usual: see `passes`.
+    trained: the student as its training pass has to be called, see `data_parallel.replicate`.
+    is_frequent: see `forward_maker`.
     """
-    run = passes(config, precision.device, usual)
+    make_forward = forward_maker(config, precision.device, is_frequent)
     adversary = None
     # What processes tell each other within the attack is not captured.
     talks = bn_mode(config.attack.bn).by_batch and is_synchronised(student)
@@ -57,45 +59,57 @@ def build(
             precision,
             seed=config.seed,
             counts=counts,
-            run=run,
+            make_forward=make_forward,
             capture=is_on("graphs", config.graphs) and precision.device.type == "cuda" and not talks,
         )
     twins = {
-        section: Twin(teacher, "eval", precision, run, follows=False) for section, teacher in teachers.items()
+        section: Twin(teacher, "eval", precision, make_forward, follows=False)
+        for section, teacher in teachers.items()
     }
     if config.checkpoint_activations:
         recompute(student)
-    if layout.debugging():
+    if layout.is_debug():
         frozen = [*twins.values(), *([adversary.twin] if adversary is not None else [])]
         for network in (student, *(twin.module for twin in frozen)):
-            layout.watch(network)
-    return Networks(run(trained or student), adversary, twins.get("teacher"), twins.get("teacher_st"))
+            layout.check_channels_last(network)
+    forward = _in_range(make_forward(trained or student))
+    return Networks(forward, adversary, twins.get("teacher"), twins.get("teacher_st"))
 
 
-def passes(
-    config: RunConfig, device: torch.device, usual: Callable[[int], bool]
+def _in_range(network: Forward) -> Forward:
+    """The same pass, as the profiler's range of a network."""
+
+    def forward(images: Tensor) -> Tensor:
+        with record_function("network"):
+            return network(images)
+
+    return forward
+
+
+def forward_maker(
+    config: RunConfig, device: torch.device, is_frequent: Callable[[int], bool]
 ) -> Callable[[nn.Module], Forward]:
-    """How a module becomes a pass: as it is, or compiled.
+    """Make the function that makes a module's pass: the module as it is, or compiled.
 
-    usual: whether a pass over so many images comes often, and is worth a compilation.
+    is_frequent: True if a pass over so many images comes often, and is worth a compilation.
     "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
     """
     automatic = device.type == "cuda" and not config.checkpoint_activations
     if is_on("compile", config.compile, auto=automatic):
         # Passes of one class count together, and one too many would run op by op with nothing but a warning.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
-        return lambda module: _Compiled(module, usual)
+        return lambda module: _Compiled(module, is_frequent)
     return lambda module: module
 
 
 class _Compiled:
-    """A pass that is compiled for the usual numbers of images, and run op by op for others."""
+    """A pass that is compiled for frequent numbers of images, and run op by op for others."""
 
-    def __init__(self, module: nn.Module, usual: Callable[[int], bool]) -> None:
-        self._module, self._usual = module, usual
+    def __init__(self, module: nn.Module, is_frequent: Callable[[int], bool]) -> None:
+        self._module, self._is_frequent = module, is_frequent
         self._compiled = torch.compile(module, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        run = self._compiled if self._usual(len(images)) else self._module
-        logits: Tensor = run(images)
+        forward = self._compiled if self._is_frequent(len(images)) else self._module
+        logits: Tensor = forward(images)
         return logits

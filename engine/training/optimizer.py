@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.common import optional
 from engine.common.lookup import look_up
 from engine.config import RunConfig
 
@@ -44,10 +45,7 @@ IMPLEMENTATIONS = {"torch": _torch, "apex": _apex}
 def check_apex() -> None:
     """Raise ValueError, one line, where apex.optimizers.FusedSGD cannot be used."""
     how = "build it from source, see https://github.com/NVIDIA/apex; or drop --optimizer apex"
-    try:
-        apex = importlib.import_module("apex")
-    except ImportError:
-        raise ValueError(f"--optimizer apex: NVIDIA's apex is not installed; {how}") from None
+    apex = optional.load("apex", missing=f"--optimizer apex: NVIDIA's apex is not installed; {how}")
     try:
         importlib.import_module("apex.optimizers").FusedSGD  # noqa: B018  # whether it is there
     except (ImportError, AttributeError):

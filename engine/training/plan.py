@@ -1,4 +1,4 @@
-"""How many network passes a training step has, by kind. Imports no torch."""
+"""Number of network passes of a training step, by kind. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Passes(NamedTuple):
     forward: int
 
     def flops(self, forward: float, first_layer: float) -> float:
-        """Floating-point operations of a step, given those of a forward pass and of its first layer.
+        """Floating-point operations of a step; forward, first_layer: of a forward pass and of its first layer.
 
         A gradient of inputs costs what the forward costs, one of weights too; nobody asks for that of the images
         in a trained pass.
@@ -40,17 +40,17 @@ class Idle(NamedTuple):
     between: tuple[str, ...] = ()
 
 
-# By `forwards.idle`, given whether the warm-up lasts.
+# By `forwards.idle`, as a function of in_warmup.
 IDLE: dict[bool | str, Callable[[bool], Idle]] = {
     False: lambda in_warmup: Idle(),
     True: lambda in_warmup: Idle() if in_warmup else Idle(between=("adv", "nat")),
     "iad1": lambda in_warmup: Idle(between=("adv",) if in_warmup else ("adv", "nat")),
     "trades": lambda in_warmup: Idle(before=("nat",)),
 }
-# By `forwards.clean`: whether S(x) has a gradient where no term reads it; None: it is not run.
+# By `forwards.clean`: True if S(x) has a gradient where no term reads it; None: it is not run.
 CLEAN = {"skip": None, "no_grad": False, "grad": True}
-# Forwards of x that the attack's loss needs beside its steps.
-TARGETS = {"ce": 0, "kl": 1, "cw": 0, "dlr": 0}
+# Forwards of x that the attack's loss needs before its steps.
+TARGET_FORWARDS = {"ce": 0, "kl": 1, "cw": 0, "dlr": 0}
 
 
 def idle(forwards: ForwardsConfig, *, in_warmup: bool) -> Idle:
@@ -59,7 +59,7 @@ def idle(forwards: ForwardsConfig, *, in_warmup: bool) -> Idle:
 
 
 def s_nat_learns(method: Method, forwards: ForwardsConfig) -> bool | None:
-    """Whether S(x) has a gradient; None: it is not run."""
+    """True if S(x) has a gradient, False if not, None if it is not run."""
     unread = look_up("forwards.clean", forwards.clean, CLEAN)
     return True if method.needs_s_nat else unread
 
@@ -69,7 +69,7 @@ def passes(method: Method, attack: AttackSpec, forwards: ForwardsConfig, *, in_w
     learns = s_nat_learns(method, forwards)
     forward = method.needs_t_at_nat + method.needs_t_at_adv + method.needs_t_st_adv + (learns is False)
     if method.needs_x_adv:
-        forward += look_up("attack.loss", attack.loss, TARGETS)
+        forward += look_up("attack.loss", attack.loss, TARGET_FORWARDS)
         forward += sum(map(len, idle(forwards, in_warmup=in_warmup)))
     return Passes(
         attacked=attack.num_steps if method.needs_x_adv else 0,

@@ -15,18 +15,34 @@ from engine.common.console import Reporter
 from engine.common.files import replacing, write_atomically
 
 SKIPPED = 3  # steps in which things are compiled, captured and allocated for the first time
-# The ranges that a step is labelled with; "attack: ..." lie within "attack", and "weight attack" has a "student"
-# and a "loss" of its own.
-PHASES = (
-    "data", "attack", "attack: forward", "attack: backward", "attack: update", "teachers", "student", "loss",
-    "backward", "weight attack", "optimizer",
-)  # fmt: skip
+
+PHASES = {
+    "data": "the next batch: loaded, cropped and flipped, on its lane",
+    "attack": "x~ against the student",
+    "attack: forward": "in one step of the attack: the network and its loss",
+    "attack: backward": "in one step of the attack: the gradient of the images",
+    "attack: update": "in one step of the attack: x~ moved and projected",
+    "teachers": "the teachers' passes, on their lane",
+    "student": "the student's passes of x~ and x",
+    "loss": "the weighted sum of the terms",
+    "backward": "the gradients of the weights",
+    "weight attack": "adversarial weight perturbation, with a `student` and a `loss` of its own",
+    "optimizer": "clipping and the update of the weights",
+}
+"""Ranges of a step, in its order, by the name that torch's profiler shows: the rows of profile.csv."""
+
+DETAILS = {
+    "crop_flip": "in `data`: images cropped, flipped and scaled on the device",
+    "random_start": "in `attack`: the perturbation that it starts from",
+    "network": "in any phase: one pass of one network",
+}
+"""Finer ranges within the phases, which the trace shows and `bench.profile` counts."""
 
 Interval = tuple[float, float]
 
 
 class Line(NamedTuple):
-    """A phase in one step. calls; milliseconds on the host and on the device, 0 where there is none."""
+    """A phase in one step: calls, and milliseconds on the host and on the device, 0 where there is none."""
 
     name: str
     calls: float
@@ -39,30 +55,30 @@ class Profiler:
 
     def __init__(self, steps: int, folder: Path, device: torch.device, reporter: Reporter) -> None:
         self._steps, self._folder, self._device, self._reporter = steps, folder, device, reporter
-        self._seen = 0
+        self._done = 0
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(activities=activities)
 
     def step(self) -> None:
-        """A training step is over."""
-        self._seen += 1
-        if self._seen == SKIPPED:
+        """Count a training step that is over; start and end the recording where it is time to."""
+        self._done += 1
+        if self._done == SKIPPED:
             self._wait()
             self._profile.start()
-        elif self._seen == SKIPPED + self._steps:
+        elif self._done == SKIPPED + self._steps:
             self._wait()
             self._profile.stop()
             self._write()
 
     def close(self) -> None:
-        """The run is over: say so if it was too short."""
+        """Tell of a run that was too short for the profile."""
         needed = SKIPPED + self._steps
-        if self._seen < needed:
-            if self._seen >= SKIPPED:
+        if self._done < needed:
+            if self._done >= SKIPPED:
                 self._profile.stop()
-            self._reporter.message(f"There is no profile: it takes {needed} steps, and the run had {self._seen}")
+            self._reporter.message(f"There is no profile: it takes {needed} steps, and the run had {self._done}")
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -70,8 +86,8 @@ class Profiler:
 
     def _write(self) -> None:
         trace = self._folder / "trace.json"
-        with replacing(trace) as beside:
-            self._profile.export_chrome_trace(str(beside))
+        with replacing(trace) as temporary:
+            self._profile.export_chrome_trace(str(temporary))
         lines = summed(self._profile.key_averages(), self._steps)
         text = io.StringIO()
         writer = csv.writer(text)
@@ -89,7 +105,7 @@ class Profiler:
 
 
 def summed(averages: Any, steps: int) -> list[Line]:
-    """The phases that ran, in the order of a step. averages: of torch's profiler."""
+    """Phases that ran, in the order of a step. averages: of torch's profiler."""
     found = {event.key: event for event in averages if event.key in PHASES and event.cpu_time_total}
     return [
         Line(
@@ -104,7 +120,7 @@ def summed(averages: Any, steps: int) -> list[Line]:
 
 
 def streams_of(events: Sequence[Any]) -> list[list[Interval]]:
-    """When kernels ran, by stream, in microseconds."""
+    """Intervals in which kernels ran, by stream, in microseconds."""
     streams: dict[int, list[Interval]] = {}
     for event in events:
         if event.device_type.name == "CUDA" and not event.is_user_annotation:
@@ -124,7 +140,7 @@ def overlap(streams: Sequence[Sequence[Interval]]) -> float | None:
 
 
 def _merged(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same time in intervals that do not touch."""
+    """Union of the intervals, as intervals that do not touch."""
     result: list[Interval] = []
     for start, end in sorted(intervals):
         if result and start <= result[-1][1]:

@@ -1,4 +1,4 @@
-"""How fast a training is, in units of what the device can do."""
+"""Speed of a training as a share of the device's peak."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def forward_flops(network: nn.Module, image_CHW: tuple[int, ...]) -> tuple[float
 
 
 def peak_flops_per_second(precision: Precision) -> float:
-    """What a large product of random matrices reaches in the format of the passes' convolutions: the best of five.
+    """Operations a second of a large product of random matrices in the convolutions' format; the best of five.
 
     Random, since a GPU that multiplies constants draws less power and keeps a higher clock.
     """
@@ -76,12 +76,12 @@ def _products_as_convolutions() -> Iterator[None]:
 
 
 class Speedometer:
-    """The share of the device's peak that so many images a second are."""
+    """Share of the device's peak = images / s * operations per image / peak."""
 
     def __init__(self, network: nn.Module, image_CHW: tuple[int, ...], precision: Precision) -> None:
         self._forward, self._first = forward_flops(network, image_CHW)
         self._peak = peak_flops_per_second(precision)
 
     def share(self, images_per_second: float, passes: Passes) -> float:
-        """In [0, 1], give or take what the clock does; convolutions and matrix products count."""
+        """Share, about in [0, 1]; convolutions and matrix products count."""
         return images_per_second * passes.flops(self._forward, self._first) / self._peak

@@ -1,4 +1,4 @@
-"""What is measured while training: sums on the device, one host read per log interval; the teacher's reliability.
+"""Measurements of the training: sums on the device, one host read per log interval; the teacher's reliability.
 
 Reliability follows the paper's Figures 1-3 and Section 3.2: whether T(x) and T(x~) are right, in four cases, the
 fourth of which (T(x) wrong, T(x~) right) the paper says does not exist; how large alpha is; and how often teacher
@@ -35,7 +35,7 @@ _GRADIENTS = ("attack_zero_gradients", "attack_non_finite_gradients")
 _ALPHA_BINS = tuple(f"alpha_bin_{index}" for index in range(ALPHA_BINS))
 
 TOTALS = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
-"""Names of what `Telemetry.read` gives."""
+"""Keys of `Telemetry.read`."""
 
 Totals = dict[str, float]
 
@@ -202,7 +202,7 @@ def _accuracy(logits_BC: Tensor, labels: Tensor) -> float:
 
 
 def _count_cases(nat_B: Tensor, adv_B: Tensor) -> list[Tensor]:
-    """Samples in each of `CASES`, given where the teacher is right on x and on x~."""
+    """Samples in each of `CASES`. nat_B, adv_B: True where the teacher is right on x, on x~."""
     return [(nat_B & adv_B).sum(), (nat_B & ~adv_B).sum(), (~nat_B & ~adv_B).sum(), (~nat_B & adv_B).sum()]
 
 

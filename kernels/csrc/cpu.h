@@ -1,7 +1,7 @@
 // The CPU's kernels, which are compiled once for each instruction set, each time in a namespace of its own.
 //
 // Those files take nothing from the C++ library and give their own functions internal linkage: where several files
-// hold one inline function the linker keeps any of them, and an old processor must not meet the one in AVX-512.
+// hold one inline function the linker keeps any of them, and an old processor cannot run the one in AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,7 @@ struct UpdateArguments {
     int64_t* counts;  // of zero and of non-finite entries, or null
 };
 
-// One call of uniform_start.
+// One call of random_start: uniform in an L-inf ball.
 struct StartArguments {
     float* noise;           // (B, C, pixels), or (B, pixels, C) where channels are last
     const int64_t* sample;  // (B,)
@@ -84,7 +84,7 @@ struct StartArguments {
     int distill_loss(const LossArguments&);    \
     void pgd_update(const UpdateArguments&);   \
     int crop_flip(const CropArguments&);       \
-    void uniform_start(const StartArguments&); \
+    void random_start(const StartArguments&); \
     }
 
 ENGINE_DECLARE(generic)

@@ -36,7 +36,7 @@ void reverse(const uint8_t* from, int64_t pixels, int64_t channels, uint8_t* to)
 
 int64_t clamp(int64_t value, int64_t high) { return value < 0 ? 0 : value > high ? high : value; }
 
-// Where a view begins in its image, all of whose outside is 0.
+// Origin of a view in its image; pixels outside the image are 0.
 struct View {
     int64_t top = 0, left = 0;
     bool flip = false;

@@ -1,5 +1,5 @@
 // Random crop and flip of uint8 images, in one launch: kernels/crop_flip.py says what it computes.
-#undef NDEBUG  // the device refuses an image that is not there in every build
+#undef NDEBUG  // the index of an image is asserted in every build
 #include <algorithm>
 #include <cassert>
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Augmentation {
     bool flip, enabled;
 };
 
-// Where a view lies in its image.
+// Position of a view in its image.
 struct View {
     int row = 0, column = 0;
     bool flipped = false;

@@ -18,7 +18,7 @@ constexpr double LOWEST = -3.4028234663852886e38;  // of all float32 numbers
 
 constexpr bool is_divergence(int term) { return term >= KL_SELF; }
 
-// Whose softmax a divergence has as its target, and a cross-entropy as its only one.
+// Logits of the target of each divergence, and of the only softmax of a cross-entropy.
 constexpr Logits TARGET[TERMS] = {S_NAT, S_ADV, S_NAT, T_AT_NAT, T_AT_ADV, T_ST_ADV};
 
 // Division by a number as multiplication, without its rounding error: 1 / number = high + low.
@@ -33,7 +33,7 @@ Reciprocal reciprocal(double number) {
     return {high, static_cast<float>(1 / number - high)};
 }
 
-// What terms share: p_c = exps[c] * inverse_sum and log p_c = (logits[c] - maximum) / temperature - log_sum.
+// A softmax, shared by terms: p_c = exps[c] * inverse_sum and log p_c = (logits[c] - maximum) / temperature - log_sum.
 struct Softmax {
     Logits source;
     double temperature;
@@ -47,7 +47,7 @@ struct Softmax {
 // S(x~) at 1, tau and tau_self, S(x) at 1 and tau_self, T_at(x~) at 1 and tau, T_at(x) and T_st(x~) at tau.
 constexpr int MAX_SOFTMAXES = 9;
 
-// Which softmaxes the rows of a call need: the same for all of them.
+// The softmaxes that a call needs, the same for all of its rows.
 struct Plan {
     int count = 0;
     Softmax softmaxes[MAX_SOFTMAXES];
@@ -221,7 +221,7 @@ double cross_entropy(
 
 // ---------------------------------------------------------------- one sample, a range of samples, the batch
 
-// What a thread computes a row with.
+// Memory of a thread, for one row at a time.
 struct Workspace {
     const int classes, padded;
     float *logits[LOGITS], *grad_adv, *grad_nat, *values, *difference;

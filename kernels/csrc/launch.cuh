@@ -1,4 +1,4 @@
-// What the CUDA kernels share: wide accesses, and a launch that reports its own error alone.
+// Shared by the CUDA kernels: wide accesses, and a launch that reports its own error alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,13 +31,13 @@ __device__ void store(T* to, const Pack<T, WIDTH>& pack) {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % ACCESS_BYTES == 0; }
 
-// Calls with a flag that the compiler knows: what is not asked for is not in the kernel.
+// Calls with a flag that the compiler knows, so that a kernel has no code for what is not asked for.
 template <typename Call>
 cudaError_t with_flag(bool flag, Call call) {
     return flag ? call(std::true_type{}) : call(std::false_type{});
 }
 
-// Unlike <<<>>>, which leaves its error to cudaGetLastError, where another's may wait.
+// Unlike <<<>>>, which leaves its error to cudaGetLastError, where that of another launch may be.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, void* stream, Arguments... arguments) {
     cudaLaunchConfig_t config{};

@@ -17,7 +17,7 @@ struct InstructionSet {
     int (*distill_loss)(const LossArguments&);
     void (*pgd_update)(const UpdateArguments&);
     int (*crop_flip)(const CropArguments&);
-    void (*uniform_start)(const StartArguments&);
+    void (*random_start)(const StartArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -35,11 +35,11 @@ bool has_generic() { return true; }
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
     {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::uniform_start},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::uniform_start},
+     avx512::random_start},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start},
 #endif
     {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::uniform_start},
+     generic::random_start},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -72,7 +72,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 3; }
+int engine_interface() { return 4; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -110,10 +110,10 @@ int engine_cpu_crop_flip(
          flip != 0, augment != 0});
 }
 
-int engine_cpu_uniform_start(
+int engine_cpu_random_start(
     float* noise, const int64_t* sample, int64_t batch, int64_t channels, int64_t pixels, int channels_last,
     float epsilon, uint64_t seed, uint32_t counter) {
-    chosen->uniform_start({noise, sample, batch, channels, pixels, channels_last != 0, epsilon, seed, counter});
+    chosen->random_start({noise, sample, batch, channels, pixels, channels_last != 0, epsilon, seed, counter});
     return OK;
 }
 

@@ -51,7 +51,7 @@ struct Largest {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// The entries of the gradient that move nothing, and those that are none.
+// Counts of the zero and of the non-finite entries of a gradient.
 template <int THREADS, bool COUNTING>
 struct Tally {
     unsigned zeros = 0, non_finite = 0;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(L2_THREADS) pgd_update_l2(
             squares += slope * slope;
         }
     });
-    // Scaled so, the smallest gradient but zero has this norm; a zero one goes nowhere, whatever its step.
+    // FLT_EPSILON: the norm of the smallest scaled gradient that is not zero. A zero one moves nothing in any case.
     const float pace = step_size / larger(sqrtf(block_reduce<L2_THREADS>(squares, Sum{})), FLT_EPSILON);
 
     const auto delta_of = [&](float x, Grad slope, float center) {

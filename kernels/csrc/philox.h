@@ -11,7 +11,7 @@
 
 namespace engine {
 
-// What the numbers are for: the last word of the counter.
+// Use of the numbers, the last word of the counter: of `Stream` in kernels/philox.py those that C++ needs.
 enum Stream : uint32_t { AUGMENT = 0, ATTACK_START = 1 };
 
 struct Words {

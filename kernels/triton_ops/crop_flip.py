@@ -1,4 +1,4 @@
-"""`crop_flip` as one Triton kernel. A program writes a block of a view, and the first of a view its label too."""
+"""`crop_flip` as one Triton kernel. A program writes a block of a view; the first one of a view its label, too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _STREAM = tl.constexpr(int(Stream.AUGMENT))
 _PER_255 = tl.constexpr(two_floats(1 / 255))
 
 
+# many parameters: those of the op, in one order for all implementations
 def crop_flip(
     x_BCHW: Tensor,
     labels_B: Tensor,
@@ -56,6 +57,7 @@ def crop_flip(
         )
 
 
+# many parameters: pointers, numbers and constants of a kernel
 @triton.jit(do_not_specialize=["count", "seed", "epoch"])
 def _crop_flip(
     x_ptr,
@@ -93,7 +95,7 @@ def _crop_flip(
     inside = known & (value < SIZE) & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
     source = images_ptr + index * SIZE + ((row * WIDTH + column) * CHANNELS + channel)
     pixel = tl.load(source, mask=inside, other=0).to(tl.float32)
-    quotient = tl.fma(pixel, _PER_255[0], pixel * _PER_255[1])  # of all 256 values what a division gives
+    quotient = tl.fma(pixel, _PER_255[0], pixel * _PER_255[1])  # equals the division for all 256 values
     tl.store(x_ptr + view * SIZE + value, quotient, mask=value < SIZE)
     if tl.program_id(1) == 0:
         tl.store(labels_B_ptr + view, tl.load(labels_N_ptr + index, mask=known, other=-1))

@@ -1,8 +1,8 @@
 """`distill_loss` as Triton kernels: a launch for values and gradients, one for the means, one for the backward.
 
-A program holds whole rows of logits in registers. What a call does not have (logits, a gradient, the weights of a
-term) is None and compiled out; its numbers are arguments, and change without a compilation.
-B batch, C classes, K the six terms.
+A program holds whole rows of logits in registers. Absent logits, gradients and weights are None and compiled out;
+numbers are arguments, and change without a compilation.
+Shape suffixes: B batch, C classes, K the six terms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HANDS_NAN_ON = tl.constexpr(tl.PropagateNan.ALL)
 
 
 class Tile(NamedTuple):
-    """What one program computes: rows of logits, padded to a power of two."""
+    """Rows of logits that one program computes, padded to a power of two."""
 
     rows: int
     columns: int
@@ -33,9 +33,10 @@ class Tile(NamedTuple):
 
 
 def tile(classes: int) -> Tile:
-    """Two values of each tensor in a thread, in longer rows four or eight, as registers allow; two warps at least.
+    """The tile for a number of classes: two values of each tensor in a thread, in longer rows four or eight.
 
-    With eight in each of 16 warps, 4096 classes take nearly all registers of a multiprocessor.
+    Two warps at least. With eight values in each thread of 16 warps, 4096 classes take nearly all registers of a
+    multiprocessor.
     """
     columns = triton.next_power_of_2(classes)
     values = 2 if columns <= 64 else 4 if columns <= 256 else 8
@@ -108,7 +109,7 @@ def scale(
 
 
 def _strided(logits: Tensor | None) -> tuple[Tensor | int, ...] | None:
-    """Logits with their strides, or alone where a row follows the other: the compiler knows the strides then."""
+    """Logits with their strides; without where they are contiguous: the compiler knows the strides then."""
     if logits is None:
         return None
     return (logits,) if logits.is_contiguous() else (logits, *logits.stride())
@@ -119,6 +120,8 @@ def _reciprocal(temperature: float) -> tuple[float, float] | None:
     return None if temperature == 1 else two_floats(1 / temperature)
 
 
+# long: one kernel, so that each logit is read once; the helpers below hold what its terms share
+# many parameters: pointers, numbers and constants of a kernel
 @triton.jit(do_not_specialize=["batch"])
 def _loss(
     logits,
@@ -143,7 +146,7 @@ def _loss(
     s_adv, s_nat, _, t_at_adv, _ = logits
     position = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     stored = position < batch
-    # Beyond the batch the last row again: then no load needs a mask.
+    # Positions beyond the batch read its last row, so that no load needs a mask.
     row = tl.minimum(position, batch - 1).to(tl.int64)
     column = tl.arange(0, BLOCK_C)[None, :]
     label = tl.load(labels[0] + row * labels[1])
@@ -216,7 +219,7 @@ def _loss(
 
 @triton.jit
 def _shifted(logits, row, column, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Logits less the largest of their row: then a division by a temperature rounds little where it matters."""
+    """`z - max z` of each row: the largest, which decide a softmax, round little when divided by a temperature."""
     if len(logits) == 1:
         ptr = logits[0] + row[:, None] * CLASSES + column
     else:
@@ -246,7 +249,7 @@ def _cross_entropy(z, is_label, smoothing, column, CLASSES: tl.constexpr):
 
 @triton.jit
 def _softmax(z, per_temperature):
-    """Of each row: u = z / temperature, log sum exp(u), and the softmax p."""
+    """`u = z / temperature`, `log sum exp(u)` and the softmax p of each row."""
     u = z
     if per_temperature is not None:
         u = tl.fma(z, per_temperature[0], z * per_temperature[1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 _BLOCK = 1024
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-_NAN = tl.constexpr(tl.PropagateNan.ALL)  # minima and maxima as torch's, which hand NaN on
+_NAN = tl.constexpr(tl.PropagateNan.ALL)  # minima and maxima propagate NaN, as those of torch do
 
 
 def pgd_update(
@@ -30,7 +30,7 @@ def pgd_update(
 
 
 def blocks(size: int) -> tuple[int, int]:
-    """The block in which a program takes a sample, whole where its registers hold it, and its number of warps."""
+    """Size of the blocks of a sample, one where registers hold the whole sample, and number of warps."""
     block = triton.next_power_of_2(size)
     if block > 16384:
         block = 4096
@@ -53,7 +53,7 @@ def _linf(x_ptr, grad_ptr, nat_ptr, counts_ptr, epsilon, step_size, size, BLOCK:
 
 @triton.jit
 def _l2(x_ptr, grad_ptr, nat_ptr, counts_ptr, epsilon, step_size, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where one block holds the sample, the compiler makes one pass of the four: nothing is read twice."""
+    """One sample in four passes, of which the compiler makes one where a block holds the whole sample."""
     start = tl.program_id(0).to(tl.int64) * SIZE
     x_ptr, grad_ptr, nat_ptr = x_ptr + start, grad_ptr + start, nat_ptr + start
 
@@ -120,6 +120,6 @@ def _nonfinites(grad):
 
 @triton.jit
 def _add(counts_ptr, zeros, nonfinites):
-    # Integers: whatever the order of the programs, the sums are the same.
+    # Sums of integers are the same in any order of the programs.
     tl.atomic_add(counts_ptr, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
     tl.atomic_add(counts_ptr + 1, nonfinites.to(tl.int64), mask=nonfinites > 0, sem="relaxed")

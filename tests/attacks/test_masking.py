@@ -15,7 +15,7 @@ from engine.attacks import masking
 from engine.attacks.pgd import pgd, preset
 from engine.common.console import Reporter
 from engine.common.stopping import RunFailed
-from engine.runs import trainer
+from engine.runs import lifecycle
 from engine.system.precision import Precision
 
 CPU = torch.device("cpu")
@@ -109,10 +109,10 @@ def test_the_guard(guard: str, tiny: Any, tmp_path: Path, bf16: None, monkeypatc
     listener = Listener()
     if guard == "stop":
         with pytest.raises(RunFailed, match=r"epoch 1 may be masked: .* gradients are zero.*masking_guard=warn"):
-            trainer.train(tiny.config(**keys), listener)
+            lifecycle.train(tiny.config(**keys), listener)
         assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["epoch"] == 1
         return
-    trainer.train(tiny.config(**keys), listener)
+    lifecycle.train(tiny.config(**keys), listener)
     warnings = [line for line in listener.lines if line.startswith("Warning: the attack of epoch")]
     assert len(warnings) == (2 if guard == "warn" else 0)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

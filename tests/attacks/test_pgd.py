@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.attacks.pgd import LOSSES as attack_losses
-from engine.attacks.pgd import batch_norm_mode, describe, frozen, pgd, preset, presets
+from engine.attacks.pgd import ATTACK_LOSSES, batch_norm_mode, describe, frozen, pgd, preset, presets
 from engine.config import AttackSpec
 
 MODES = ("train", "eval", "batch")
@@ -122,7 +121,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"ce": cross_entropy, "kl": divergenc
 
 
 def test_every_loss_has_its_transcription() -> None:
-    assert set(LOSSES) == set(attack_losses)
+    assert set(LOSSES) == set(ATTACK_LOSSES)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -168,6 +167,7 @@ def test_a_margin_below_minus_kappa_is_left_alone() -> None:
     assert torch.equal((x_adv == x_nat).flatten(1).all(dim=1), still)
 
 
+# many parameters: hypothesis draws each key of the attack by itself.
 @settings(max_examples=60, deadline=None)
 @given(
     threat_model=st.sampled_from(["Linf", "L2"]),
@@ -466,7 +466,7 @@ def test_the_context_managers_nest() -> None:
 
 
 class Convolutions(TorchDispatchMode):
-    """Which gradients each convolution's backward was asked for: image, weight, bias."""
+    """Gradients that each convolution's backward was asked for: image, weight, bias."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.lib.step_variants import Flops
+from bench.lib.steps.variants import Flops
 from engine import models
 from engine.attacks.pgd import batch_norm_mode, climb
 from engine.attacks.twin import Twin, conv_bn_pairs
@@ -198,7 +198,7 @@ def test_an_attack_converts_no_weight_and_computes_no_weight_gradient(bn: str, b
 
 
 def test_autocast_alone_would_convert_every_weight_in_every_pass(bf16: None) -> None:
-    """What the test above would see without a twin."""
+    """The same count without a twin: the test above can fail."""
     net = network("resnet8", F32).requires_grad_(False)
     with Ops() as ops, AMP.autocast():
         net(images(6, F32))

@@ -1,4 +1,4 @@
-"""What bench/README.md documents."""
+"""Contents of bench/README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What timing asks of a GPU, seen by a mock of its driver."""
+"""Calls that timing makes to a GPU, seen by a mock of its driver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench.kernels import Bench
-from bench.lib import cases, machine
+from bench.lib import machine
+from bench.lib.calls import op_cases
 from bench.lib.timing import CudaClock
 from engine.kernels import native
 from tests.fake_cuda import FakeCuda
@@ -29,7 +30,7 @@ def measure() -> dict[str, Any]:
     device = torch.device("cuda")
     bench, facts = Bench(device, quick=True), machine.facts(device)
     with mock.patch.object(native, "missing", return_value="it asks for a real runtime"):
-        rows = [row for case in cases.table(bench.cache_bytes, quick=True) for row in bench.rows(case, facts)]
+        rows = [row for case in op_cases.table(bench.cache_bytes, quick=True) for row in bench.rows(case, facts)]
     return {
         "timed": [[row.op, row.mode, row.implementation] for row in rows],
         "devices": sorted({row.device for row in rows}),
@@ -52,6 +53,6 @@ def test_each_call_stands_alone_between_its_events_after_other_bytes_filled_the_
 def test_every_op_is_timed_as_called_and_as_captured(measured: Any) -> None:
     assert measured["failures"] == []
     assert measured["timed"] == [
-        [op, mode, name] for op in cases.OPS for mode in ("call", "graph") for name in ("eager", "triton")
+        [op, mode, name] for op in op_cases.OPS for mode in ("call", "graph") for name in ("eager", "triton")
     ]
     assert measured["devices"] == ["Fake sm_90"]

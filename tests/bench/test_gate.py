@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from bench import gate, kernels, pipelines, step
 from bench.gate import Mark, State
-from bench.lib import cases
-from engine.pipelines.choice import KINDS
+from bench.lib.calls import op_cases
+from engine.pipelines.selection import PIPELINE_KINDS
 
 REAL_RUN, REAL_STATE = subprocess.run, gate.state_of
 STATE = State("sources", "library", "device", "python", "torch", "triton")
@@ -80,9 +80,9 @@ def test_only_tests_that_name_the_ops_are_asked(tmp_path: Path) -> None:
 
 
 def test_the_tests_of_each_op_are_there() -> None:
-    names = [path.name for path in gate.checks(cases.OPS, "cpu")]
+    names = [path.name for path in gate.checks(op_cases.OPS, "cpu")]
     assert names == ["test_distill_loss.py", "test_pgd_update.py", "test_crop_flip.py", "test_table.py"]
-    assert all(path.exists() for path in gate.checks(cases.OPS, "cpu"))
+    assert all(path.exists() for path in gate.checks(op_cases.OPS, "cpu"))
 
 
 def test_a_failing_test_stops_the_command(
@@ -154,9 +154,9 @@ def test_a_mark_of_another_state_does_not_count(
     field: str, runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate.leave(mark_of(passed=["tests/a/test_op.py::test_op"]), "cpu")
-    assert gate.tests_pass([gate.ROOT / "tests" / "a"], ["op"], "cpu")
+    assert gate.tests_pass([gate.CHECKOUT / "tests" / "a"], ["op"], "cpu")
     monkeypatch.setattr(gate, "state_of", lambda _: replace(STATE, **{field: "other"}))
-    assert not gate.tests_pass([gate.ROOT / "tests" / "a"], ["op"], "cpu")
+    assert not gate.tests_pass([gate.CHECKOUT / "tests" / "a"], ["op"], "cpu")
     assert runs == ["op"]
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_mark_is_told_and_does_not_count(
 ) -> None:
     path = gate.leave(mark_of(passed=["tests/a/test_op.py::test_op"]), "cpu")
     path.write_text(damage(path.read_text()))
-    assert not gate.tests_pass([gate.ROOT / "tests" / "a"], ["op"], "cpu")
+    assert not gate.tests_pass([gate.CHECKOUT / "tests" / "a"], ["op"], "cpu")
     assert f"tests: {path} is no mark and does not count: " in capsys.readouterr().out
     assert runs == ["op"]
 
@@ -206,9 +206,9 @@ def test_the_digest_is_of_names_and_contents_of_the_sources(
     for room in gate.ROOMS:
         (root / room / "deep").mkdir(parents=True)
     (root / "engine" / "kernels").symlink_to("../kernels")
-    for name in gate.SETTINGS:
+    for name in gate.BUILD_FILES:
         (root / name).touch()
-    monkeypatch.setattr(gate, "ROOT", root)
+    monkeypatch.setattr(gate, "CHECKOUT", root)
     seen = [gate.digest()]
     for room in gate.ROOMS:
         for name in ("a.py", "deep/a.cu"):
@@ -226,37 +226,37 @@ def test_the_digest_is_of_names_and_contents_of_the_sources(
 
 def test_the_sources_are_all_that_git_keeps_of_the_rooms() -> None:
     listed = subprocess.run(
-        ["git", "ls-files", *gate.ROOMS], cwd=gate.ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", *gate.ROOMS], cwd=gate.CHECKOUT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
         pytest.skip("this is no git checkout")
-    kept = {path for name in listed.stdout.splitlines() if (path := gate.ROOT / name).is_file()}
+    kept = {path for name in listed.stdout.splitlines() if (path := gate.CHECKOUT / name).is_file()}
     left_out = {path for path in kept - {*gate.sources()} if path.suffix != ".md"}
-    assert {path.relative_to(gate.ROOT).parts[:2] for path in left_out} == {("bench", "results")}
+    assert {path.relative_to(gate.CHECKOUT).parts[:2] for path in left_out} == {("bench", "results")}
 
 
 def test_the_state_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gate, "LIBRARY", written(tmp_path / "library.so", "abc"))
+    monkeypatch.setattr(gate, "NATIVE_LIBRARY", written(tmp_path / "library.so", "abc"))
     state = REAL_STATE("cpu")
     assert state.library == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     assert state.torch == torch.__version__
     assert all([state.sources, state.device, state.python])
-    monkeypatch.setattr(gate, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(gate, "NATIVE_LIBRARY", tmp_path / "none.so")
     assert REAL_STATE("cpu").library == ""
 
 
 @pytest.mark.parametrize(("paths", "names", "device"), [
-    *((gate.checks(cases.OPS, device), cases.OPS, device) for device in ("cpu", "cuda")),
-    (pipelines.TESTS, KINDS, "cpu"),
-    ([step.TESTS], ["textbook"], "cpu"),
+    *((gate.checks(op_cases.OPS, device), op_cases.OPS, device) for device in ("cpu", "cuda")),
+    (pipelines.PIPELINE_TESTS, PIPELINE_KINDS, "cpu"),
+    ([step.STEP_TESTS], ["textbook"], "cpu"),
 ])  # fmt: skip
 def test_the_one_run_has_the_tests_of_every_bench(
     paths: Sequence[Path], names: Sequence[str], device: str
 ) -> None:
-    below = [path.relative_to(gate.ROOT).as_posix() for path in paths]
+    below = [path.relative_to(gate.CHECKOUT).as_posix() for path in paths]
     passed = [f"{path}::test_{name}" for path in below for name in names]
     assert mark_of(gate.TESTS[device], passed=passed).covers(below, names)
-    assert all((gate.ROOT / path).exists() for path in gate.TESTS[device])
+    assert all((gate.CHECKOUT / path).exists() for path in gate.TESTS[device])
 
 
 @pytest.mark.parametrize(("text", "code"), [("def test_it(): pass", 0), ("def test_it(): assert False", 1)])

@@ -81,7 +81,7 @@ class Machine:
         return process.returncode, output
 
     def calls(self) -> list[str]:
-        """What was called since this was last asked."""
+        """Calls since this was last asked."""
         notes = self.folder / "calls"
         lines = notes.read_text().splitlines() if notes.exists() else []
         notes.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ class Machine:
         (self.folder / name).write_text(text)
 
     def exit_codes(self) -> dict[str, str]:
-        """By the stage's name, without its number."""
+        """Exit codes by the stage's name, without its number."""
         return {path.stem[3:]: path.read_text().strip() for path in sorted(self.out.glob("*.exit"))}
 
     def limits(self) -> list[int]:

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bench import gate, kernels
-from bench.lib import cases
-from bench.lib.csv_rows import Row
+from bench.lib.calls import op_cases
+from bench.lib.output.csv_rows import OpRow
 from engine.kernels import dispatch
 
 
@@ -35,10 +35,10 @@ def test_a_quick_run_times_every_op_in_every_implementation(tmp_path: Path) -> N
     rows = read(tmp_path / "kernels.csv")
     there = [name for name in ("native",) if not dispatch.missing(name, "cpu")]
     assert [(row["op"], row["implementation"]) for row in rows] == [
-        (op, name) for op in cases.OPS for name in ("eager", *there)
+        (op, name) for op in op_cases.OPS for name in ("eager", *there)
     ]
     for row in rows:
-        assert row.keys() == {field.name for field in fields(Row)}
+        assert row.keys() == {field.name for field in fields(OpRow)}
         assert 0 < float(row["q10_s"]) <= float(row["median_s"]) <= float(row["q90_s"])
         assert float(row["gb_per_s"]) == pytest.approx(
             int(row["bytes_moved"]) / float(row["median_s"]) / 1e9, rel=1e-4

@@ -1,4 +1,4 @@
-"""What leaves a machine: few files, whole at any moment, and nothing lost silently."""
+"""Results that leave a machine: few files, whole at any moment, and nothing lost silently."""
 
 from __future__ import annotations
 

@@ -16,11 +16,12 @@ import torch
 from click.testing import CliRunner
 
 from bench import peaks
-from bench.lib import csv_rows, peak_cases
-from bench.lib.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
-from bench.lib.csv_rows import Measured, PeakRow
+from bench.lib.calls import peak_cases
+from bench.lib.calls.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from bench.lib.calls.peak_cases import BFLOAT16, FLOAT16, FLOAT32, TF32, NumberFormat, PeakCase, PeakSetting
 from bench.lib.machine import Facts
-from bench.lib.peak_cases import BFLOAT16, FLOAT16, FLOAT32, TF32, Case, Format, Setting
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import MeasuredRow, PeakRow
 from bench.lib.timing import Call, HostClock, QueuedClock
 from bench.peaks import Timed, Timer
 from tests.bench.readme import documented
@@ -30,18 +31,18 @@ FACTS = Facts(
     date="2026-01-02T03:04:05", commit="abc", device="cpu", processor="P", cores=2, threads=2, python="3",
     torch="2", triton="",
 )  # fmt: skip
-CPU = Setting(torch.device("cpu"), 64, 2**16)
-GPU = Setting(torch.device("cuda"), 8192, 100 * 2**20)
+CPU = PeakSetting(torch.device("cpu"), 64, 2**16)
+GPU = PeakSetting(torch.device("cuda"), 8192, 100 * 2**20)
 
 # ---------------------------------------------------------------- the cases
 
 
-def table(setting: Setting, model: str = "resnet18", batch_size: int = 128) -> list[Case]:
+def table(setting: PeakSetting, model: str = "resnet18", batch_size: int = 128) -> list[PeakCase]:
     """Nothing is made of its operands: the table for a GPU needs none."""
     return [case for group in peaks.table_of_cases(model, batch_size, setting) for case in group]
 
 
-def ways(cases: list[Case], op: str) -> set[tuple[str, str, str, str]]:
+def ways(cases: list[PeakCase], op: str) -> set[tuple[str, str, str, str]]:
     return {(one.kind, one.format.name, one.layout, one.plan) for one in cases if one.op == op}
 
 
@@ -173,7 +174,7 @@ def flags() -> list[object]:
     ],
 )
 def test_flags_are_the_case_s_and_then_what_they_were(
-    form: Format, tf32: bool, plan: str, chosen: tuple[bool, bool]
+    form: NumberFormat, tf32: bool, plan: str, chosen: tuple[bool, bool]
 ) -> None:
     before = flags()
     inside: list[object] = []
@@ -210,11 +211,11 @@ class Machine:
         return self.call_s
 
 
-def case(name: str = "x", call: Callable[[], object] | None = None, **changes: Any) -> Case:
-    return Case("op", name, "shape", lambda: call or (lambda: name), 2**20, **changes)
+def case(name: str = "x", call: Callable[[], object] | None = None, **changes: Any) -> PeakCase:
+    return PeakCase("op", name, "shape", lambda: call or (lambda: name), 2**20, **changes)
 
 
-def timed(machine: Machine, seconds: float, *groups: list[Case], sample_s: float = 1e-9) -> list[Timed]:
+def timed(machine: Machine, seconds: float, *groups: list[PeakCase], sample_s: float = 1e-9) -> list[Timed]:
     timer = Timer(dataclasses.replace(CPU, sample_s=sample_s), machine, seconds, machine.now)
     return [one for group in timer.timed(groups) for one in group]
 
@@ -364,7 +365,7 @@ def test_the_arithmetic_of_a_row() -> None:
 
 
 def test_shares_are_of_the_product_of_the_same_format_and_of_the_largest_copy() -> None:
-    def of(op: str, form: Format, seconds: float, **changes: Any) -> Timed:
+    def of(op: str, form: NumberFormat, seconds: float, **changes: Any) -> Timed:
         return Timed(dataclasses.replace(case(format=form, **changes), op=op), [seconds] * 3)
 
     first = [of("copy", FLOAT32, 0.1), of("copy", FLOAT32, 0.2)]
@@ -377,7 +378,7 @@ def test_shares_are_of_the_product_of_the_same_format_and_of_the_largest_copy() 
 
 
 def rows(**missing: str) -> list[PeakRow]:
-    """Of a made network: one convolution and a first one, in two formats and two plans."""
+    """Rows of a made network: one convolution and a first one, in two formats and two plans."""
     seconds = {"deterministic": 4e-3, "benchmark": 2e-3}
     found = [Timed(dataclasses.replace(case(), op="copy"), [1.0] * 3)]
     found += [
@@ -444,7 +445,7 @@ def test_the_lines_that_decide() -> None:
 
 
 def test_the_columns_are_documented() -> None:
-    common = {field.name for field in dataclasses.fields(Measured)}
+    common = {field.name for field in dataclasses.fields(MeasuredRow)}
     assert documented("peaks.csv") == [
         field.name for field in dataclasses.fields(PeakRow) if field.name not in common
     ]

@@ -20,10 +20,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from bench import gate, pipelines
-from bench.lib import chart, csv_rows, loading, memory, photographs, targets
-from bench.lib.csv_rows import PipelineRow
+from bench.lib import loading, memory, photographs, timing
 from bench.lib.machine import Facts
-from engine.pipelines import beton, ffcv
+from bench.lib.output import chart, csv_rows, targets
+from bench.lib.output.csv_rows import PipelineRow
+from engine.pipelines import ffcv
+from engine.pipelines.reading import beton
 from engine.pipelines.splits import Split
 from tests.bench.readme import documented
 
@@ -99,17 +101,17 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
 
 
 def test_processors_seconds_are_those_of_children_too() -> None:
-    before = pipelines.processor_seconds()
+    before = timing.processor_seconds()
     code = "import time\nwhile time.process_time() < 0.3: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert 0.3 <= pipelines.processor_seconds() - before < 30
+    assert 0.3 <= timing.processor_seconds() - before < 30
 
 
 def test_the_baseline_awaits_its_workers_and_gives_every_image_once() -> None:
     images = Split(torch.arange(20 * 12).view(20, 2, 2, 3).to(torch.uint8), torch.arange(20), tuple("ab"))
     from torchvision.transforms import ToTensor
 
-    epoch = loading.baseline(loading.Arrays(images, ToTensor()), CPU)
+    epoch = loading.baseline(loading.ArrayImages(images, ToTensor()), CPU)
     batches = list(epoch(0))
     labels = torch.cat([batch.labels for batch in batches])
     views = torch.cat([batch.x_nat for batch in batches])
@@ -190,7 +192,7 @@ def test_a_small_run_writes_rows_and_a_chart(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(gate, "tests_pass", lambda *_: True)
     monkeypatch.setattr(chart, "draw_pipelines", draw_and_count)
-    monkeypatch.setattr(pipelines, "FEW", 12)
+    monkeypatch.setattr(pipelines, "QUICK_IMAGES", 12)
     arguments = ["--quick", "--rounds", "2", "--data", "jpeg224", "--device", "cpu", "--out", str(tmp_path)]
     outcome = CliRunner().invoke(pipelines.main, arguments, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from bench import predict
 from bench.lib import roofline
-from bench.lib.roofline import GPUS, Hardware, Op, Passes
+from bench.lib.roofline import GPUS, Hardware, Op, PassOps
 from engine import config, methods, models
 from engine.system.precision import Precision
 from engine.training.speed import forward_flops
@@ -101,12 +101,12 @@ def test_what_a_pass_keeps_for_its_backward() -> None:
 # ---------------------------------------------------------------- a step
 
 
-def passes(attacked: float = 1.0, trained: float = 3.0, forward: float = 0.5) -> Passes:
-    """With one op each, of so many seconds on UNIT."""
+def passes(attacked: float = 1.0, trained: float = 3.0, forward: float = 0.5) -> PassOps:
+    """Passes of one op each, of so many seconds on UNIT."""
     attack, train, run = (
         [Op("aten::convolution", 0.0, 0.5 * s, torch.float32)] for s in (attacked, trained, forward)
     )
-    return Passes(attack, train, run, 10 * 2**20, 30 * 2**20, 0)
+    return PassOps(attack, train, run, 10 * 2**20, 30 * 2**20, 0)
 
 
 @pytest.mark.parametrize(

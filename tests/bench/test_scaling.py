@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from bench import scaling
 from bench.lib import roofline
-from bench.lib.csv_rows import PredictedScalingRow, ScalingRow
+from bench.lib.output.csv_rows import PredictedScalingRow, ScalingRow
 from bench.scaling import FABRIC, NVLINK
 from engine import config
 from engine.training import plan
@@ -46,9 +46,9 @@ def test_a_gpu_by_itself_waits_for_nobody_and_more_of_them_do() -> None:
 
 
 def test_few_images_are_bound_by_launches() -> None:
-    """Where no op has work to do, a step is its kernels: 1.6 us each in the graph, 5 us each beside it."""
+    """Ops without work: a step is its kernels, 1.6 us each in the graph, 5 us each beside it."""
     ops = [roofline.Op("tiny", 0.0, 0.0, torch.float32)]
-    passes = roofline.Passes(ops * 143, ops * 200, ops * 32, 0, 0, 0)
+    passes = roofline.PassOps(ops * 143, ops * 200, ops * 32, 0, 0, 0)
     step = scaling.step_alone(passes, plan.Passes(10, 2, 2), roofline.GPUS["h100"])
     kernels = 3337 / 1895
     assert step == pytest.approx(kernels * (1430 * 1.6e-6 + 465 * 5e-6))

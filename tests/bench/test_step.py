@@ -17,11 +17,14 @@ from click.testing import CliRunner
 from torch import nn
 
 from bench import epoch, gate, step
-from bench.lib import convolutions, csv_rows, memory, meter, real_epoch, step_variants, targets
-from bench.lib.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
-from bench.lib.csv_rows import EpochRow, Measured, StepRow
+from bench.lib import memory
+from bench.lib.calls import convolutions
+from bench.lib.calls.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
 from bench.lib.machine import Facts
-from bench.lib.meter import Peaks
+from bench.lib.memory import Peaks
+from bench.lib.output import csv_rows, targets
+from bench.lib.output.csv_rows import EpochRow, MeasuredRow, StepRow
+from bench.lib.steps import real_epoch, variants
 from engine import config, methods, models
 from engine.common import host_memory
 from engine.training import plan
@@ -35,10 +38,8 @@ FACTS = Facts(
 CPU = torch.device("cpu")
 
 
-def workload(method: str = "iad1", model: str = "resnet8", batch_size: int = 2) -> step_variants.Workload:
-    return step_variants.Workload(
-        method, model, batch_size, step_variants.images_of(step_variants.RANDOM, batch_size), CPU
-    )
+def workload(method: str = "iad1", model: str = "resnet8", batch_size: int = 2) -> variants.Workload:
+    return variants.Workload(method, model, batch_size, variants.images_of(variants.RANDOM, batch_size), CPU)
 
 
 # ---------------------------------------------------------------- a network's convolutions
@@ -75,7 +76,7 @@ def test_the_operations_of_a_step_s_convolutions_are_the_plan_s(method: str, sem
 def test_the_three_computations_of_a_convolution(stride: int, groups: int) -> None:
     layer = Layer((2, 8, 9, 9), (12, 8 // groups, 3, 3), stride, 1, groups, False)
     torch.manual_seed(0)
-    called = {kind: convolutions.call(Work(layer, kind), torch.float32, CPU) for kind in convolutions.KINDS}
+    called = {kind: convolutions.call(Work(layer, kind), torch.float32, CPU) for kind in convolutions.COMPUTATIONS}
     incoming, x, weight = called[INPUT_GRADIENT].args[:3]  # type: ignore[attr-defined]
     out = nn.functional.conv2d(x.requires_grad_(), weight.requires_grad_(), None, stride, 1, 1, groups)
     dx, dw = torch.autograd.grad(out, (x, weight), incoming)
@@ -113,7 +114,7 @@ def test_seconds_are_weighted_by_their_number() -> None:
 @pytest.mark.parametrize("variant", ["textbook", "fp32", "amp", "amp-recompute", "amp-eval"])
 def test_a_variant_runs_the_operations_of_its_plan(variant: str, bf16: None) -> None:
     work = workload("iad1")
-    run = work.config(step_variants.VARIANTS[variant])
+    run = work.config(variants.VARIANTS[variant])
     row = methods.get("iad1", semantics=run.semantics, loss=run.loss)
     forward, first = forward_flops(models.build("resnet8", 10), (3, 32, 32))
     passes = plan.passes(row, run.attack, run.forwards)
@@ -121,13 +122,13 @@ def test_a_variant_runs_the_operations_of_its_plan(variant: str, bf16: None) -> 
     blocks = forward - first - 2 * 64 * 10
     if variant == "amp-recompute":
         expected += 2 * passes.trained * blocks
-    assert step.executed(work.step(step_variants.VARIANTS[variant])) == pytest.approx(expected, rel=1e-12)
+    assert step.executed(work.step(variants.VARIANTS[variant])) == pytest.approx(expected, rel=1e-12)
 
 
 def test_every_variant_trains(bf16: None) -> None:
     for name in ("textbook", "textbook-paper", "fp32", "amp-malloc", "amp", "amp-eval", "amp-recompute"):
-        run = workload().step(step_variants.VARIANTS[name])
-        for _ in range(step_variants.BATCHES + 1):  # beyond an epoch
+        run = workload().step(variants.VARIANTS[name])
+        for _ in range(variants.BATCHES + 1):  # beyond an epoch
             run()
 
 
@@ -139,7 +140,7 @@ def test_the_peak_of_a_process(bf16: None) -> None:
 
 
 def test_a_peak_can_be_forgotten() -> None:
-    host_memory.give_back_freed()
+    host_memory.return_freed_memory()
     torch.ones(2**26)
     assert memory.mebibytes("VmHWM") - memory.mebibytes("VmRSS") > 200
     memory.forget_peak()
@@ -148,10 +149,10 @@ def test_a_peak_can_be_forgotten() -> None:
 
 def test_variants_settle_how_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(host_memory, "keep_freed", lambda: said.append("keep"))
-    monkeypatch.setattr(host_memory, "give_back_freed", lambda: said.append("give back"))
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: said.append("keep"))
+    monkeypatch.setattr(host_memory, "return_freed_memory", lambda: said.append("give back"))
     for name in ("textbook", "textbook-paper", "fp32", "amp-malloc", "amp"):
-        step_variants.VARIANTS[name].settle()
+        variants.VARIANTS[name].settle()
     assert said == ["give back", "give back", "keep", "give back", "keep"]
 
 
@@ -159,7 +160,7 @@ def test_variants_settle_how_memory_is_freed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def rows(**speeds: Sequence[float]) -> list[StepRow]:
-    """Of a method on ResNet-18: seconds by variant."""
+    """Rows of a method on ResNet-18. speeds: seconds by variant."""
     samples = {name.replace("_", "-"): list(seconds) for name, seconds in speeds.items()}
     work = workload("iad1", "resnet18", 128)
     peaks = {name: Peaks(1000.0 if name == "textbook" else 300.0, 400.0, 500.0) for name in samples}
@@ -218,8 +219,8 @@ def test_verdicts() -> None:
 
 
 @pytest.mark.parametrize(("heading", "kind"), [("step.csv", StepRow), ("epoch.csv", EpochRow)])
-def test_the_columns_are_documented(heading: str, kind: type[Measured]) -> None:
-    common = {field.name for field in dataclasses.fields(Measured)}
+def test_the_columns_are_documented(heading: str, kind: type[MeasuredRow]) -> None:
+    common = {field.name for field in dataclasses.fields(MeasuredRow)}
     own = {field.name for field in dataclasses.fields(kind)} - common
     assert set(documented(heading)) == own
 
@@ -264,8 +265,8 @@ def test_nothing_is_timed_while_the_step_is_wrong(tmp_path: Path, monkeypatch: p
     done = invoke(step.main, "--dataset", "random", "--out", tmp_path / "out")
     assert done.exit_code == 1
     assert "nothing is timed" in done.output
-    assert asked[0][0] == [step.TESTS]
-    assert step.TESTS.exists()
+    assert asked[0][0] == [step.STEP_TESTS]
+    assert step.STEP_TESTS.exists()
     assert not (tmp_path / "out").exists()
 
 
@@ -335,11 +336,13 @@ def real(tmp_path: Path, *arguments: object) -> tuple[Any, list[dict[str, str]]]
 
 
 def test_a_method_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(keys: dict[str, Any], timeout: float | None) -> real_epoch.Epoch:
+    def timed(keys: dict[str, Any], timeout: float | None) -> real_epoch.RealEpoch:
         if keys["method"] == "iad1":
             raise ChildProcessError("its process ended with exit code 9")
         assert (keys["amp"], keys["limit_train"], timeout) == (True, 200, None)
-        return real_epoch.Epoch(200, 2, {"ard": 4.0, "akd2": 3.0, "iad2": 5.0}[keys["method"]], 1.5, Peaks(7.0))
+        return real_epoch.RealEpoch(
+            200, 2, {"ard": 4.0, "akd2": 3.0, "iad2": 5.0}[keys["method"]], 1.5, Peaks(7.0)
+        )
 
     monkeypatch.setattr(real_epoch, "timed", timed)
     done, written = real(tmp_path, "--limit-train", 200)
@@ -355,7 +358,7 @@ def test_a_method_that_fails_is_named_and_the_others_run(tmp_path: Path, monkeyp
 def test_what_no_longer_fits_into_the_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.0, 0.0, 60.0, 60.0, 60.0, 110.0, 110.0, 110.0])
     monkeypatch.setattr("bench.epoch.time.monotonic", lambda: next(now))
-    monkeypatch.setattr(real_epoch, "timed", lambda keys, left: real_epoch.Epoch(1, 1, 1.0, 1.0, Peaks(1.0)))
+    monkeypatch.setattr(real_epoch, "timed", lambda keys, left: real_epoch.RealEpoch(1, 1, 1.0, 1.0, Peaks(1.0)))
     done, written = real(tmp_path, "--budget", 130)
     assert done.exit_code == 1
     assert [row["method"] for row in written] == ["ard", "iad1"]
@@ -400,6 +403,6 @@ def test_the_memory_that_nvidia_smi_tells(
     def query(what: str) -> list[Sequence[str]]:
         return list(processes) if what.startswith("compute-apps") else [("GPU-a", next(now)), ("GPU-b", "5")]
 
-    monkeypatch.setattr(meter, "_query", query)
+    monkeypatch.setattr(memory, "_query", query)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="a"))
-    assert meter.Smi().mebibytes(torch.device("cuda:0")) == told
+    assert memory.Smi().mebibytes(torch.device("cuda:0")) == told

@@ -1,4 +1,4 @@
-"""What the commands print and write where all goes well; what goes wrong is in test_bad_input.py."""
+"""Output and files of the commands where all goes well; what goes wrong is in test_bad_input.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.common.stopping import Interrupted
 from engine.evaluation import checkpoint, reports
 from engine.models.weights import load_model
 from engine.pipelines.datasets import DATASETS
-from engine.runs import trainer
+from engine.runs import lifecycle
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,11 @@ def test_the_size_of_views_is_part_of_what_is_noted(tiny: Any, cli: Any, tmp_pat
             if what.startswith("PGD-10"):
                 raise Interrupted
 
-    keys: dict[str, Any] = {"dataset": "folder", "data": str(tiny.folder), "out": tmp_path / "m.pt.eval.json"}
+    wanted = checkpoint.EvaluationConfig(
+        ["natural", "pgd10"], dataset="folder", data=str(tiny.folder), image_size=16
+    )
     with pytest.raises(Interrupted):
-        checkpoint.run(path, ["natural", "pgd10"], Stops(), image_size=16, **keys)
+        checkpoint.run(path, wanted, Stops(), out=tmp_path / "m.pt.eval.json")
     (kept,) = (tmp_path / "m.pt.eval.partial").glob("*/*.jsonl")
     fresh = cli(*call, "--image-size", "32", "--out", str(tmp_path / "elsewhere"))
     outcome = cli(*call, "--image-size", "32")
@@ -128,7 +130,7 @@ def test_the_size_of_views_is_part_of_what_is_noted(tiny: Any, cli: Any, tmp_pat
     assert kept.exists()
     assert "has notes of 1 attacks with other settings" in outcome.out
     (elsewhere,) = (tmp_path / "elsewhere").glob("*.json")
-    for here, there in zip(reports.read(keys["out"]), reports.read(elsewhere), strict=True):
+    for here, there in zip(reports.read(tmp_path / "m.pt.eval.json"), reports.read(elsewhere), strict=True):
         assert (here["correct"], here["parameters"]) == (there["correct"], there["parameters"])
     assert fresh.code == 0
     assert cli(*call, "--image-size", "16").code == 0
@@ -272,7 +274,7 @@ def test_a_progress_bar_on_a_terminal(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_engine_train_needs_no_reporter(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = trainer.train(tiny.config(method="st", epochs=1, out=str(tmp_path / "run")))
+    result = lifecycle.train(tiny.config(method="st", epochs=1, out=str(tmp_path / "run")))
     assert result.summary["last"]["epoch"] == 1
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""

@@ -1,4 +1,4 @@
-"""What is told of this machine is so; what is missing is told with the way to get it."""
+"""The doctor tells the truth about this machine, and how to get what is missing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_amp_is_recommended_where_it_is_faster(
 @pytest.mark.parametrize(
     ("module", "name", "how"),
     [
-        ("engine.pipelines.ffcv_repairs", "FFCV", "make setup-ffcv"),
+        ("engine.pipelines.ffcv.repairs", "FFCV", "make setup-ffcv"),
         ("nvidia.dali", "DALI", "pip install 'iad-engine[dali]'"),
         ("apex", "apex", "build it from source: https://github.com/NVIDIA/apex"),
     ],

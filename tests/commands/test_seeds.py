@@ -21,10 +21,12 @@ import torch
 from engine import config
 from engine.commands import seeds
 from engine.common import stopping
+from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop, graceful_stop
-from engine.runs import teachers, trainer
+from engine.runs import lifecycle, teachers
 from engine.runs.run_directory import RunDir
-from engine.system import distributed
+from engine.runs.session import Session
+from engine.system import distributed, precision
 from engine.system.distributed import World
 
 PATIENCE = 240.0
@@ -137,13 +139,18 @@ def test_the_parent_s_signal_beside_another_is_no_second_one(monkeypatch: pytest
 
 
 def test_the_warning_says_what_to_do_below_64_images() -> None:
-    assert distributed.too_few(64) == ""
-    warning = distributed.too_few(63)
+    assert distributed.small_batch_warning(64) == ""
+    warning = distributed.small_batch_warning(63)
     assert "63 images a GPU" in warning
     assert all(word in warning for word in ("--batch-size", "--lr-scale linear", "fewer GPUs", "--seeds"))
 
 
 # ---------------------------------------------------------------- one teacher for several runs
+
+
+def session(path: Path, console: Reporter, stop: Stop) -> Session:
+    settings = config.load({"device": "cpu"})
+    return Session(settings, precision.choose(settings), World(), console, stop, RunDir(path))
 
 
 def test_a_run_waits_for_a_teacher_that_another_one_trains(
@@ -152,15 +159,18 @@ def test_a_run_waits_for_a_teacher_that_another_one_trains(
     monkeypatch.setattr(teachers, "_SECONDS_BETWEEN_LOOKS", 0.01)
     cached, said, waits = tmp_path / "cache" / "at.pt", list[str](), threading.Event()
 
-    def say(text: str) -> None:
-        said.append(text)
-        waits.set()
+    class Said(Reporter):
+        def message(self, text: str) -> None:
+            said.append(text)
+            waits.set()
+
+    waiting = session(tmp_path, Said(), Stop())
 
     def second() -> None:
-        with teachers._reserved(cached, say, World(), Stop()):
+        with teachers._reserved(cached, waiting):
             said.append("kept" if cached.exists() else "absent")
 
-    with teachers._reserved(cached, said.append, World(), Stop()):
+    with teachers._reserved(cached, waiting):
         thread = threading.Thread(target=second)
         thread.start()
         assert waits.wait(PATIENCE)
@@ -176,7 +186,7 @@ def test_a_run_that_waits_for_a_teacher_can_be_stopped(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with (
             pytest.raises(Interrupted),
-            teachers._reserved(tmp_path / "at.pt", lambda said: None, World(), stop),
+            teachers._reserved(tmp_path / "at.pt", session(tmp_path, Reporter(), stop)),
         ):
             pass
 
@@ -252,7 +262,7 @@ def test_sigterm_saves_all_and_resume_auto_goes_on(tiny: Any, tmp_path: Path) ->
     third = run([*arguments, "--resume", "auto"], tmp_path)
     assert third.stdout.count("finished before") == 3
     assert RunDir(tmp_path / "all" / "seed-0").last.stat().st_mtime_ns == last
-    whole = trainer.train(tiny.config(
+    whole = lifecycle.train(tiny.config(
         method="at", epochs=20, eval={"final": ["natural"]}, limit_train=16, limit_test=6, seed=1,
         out=str(tmp_path / "whole"),
     ))  # fmt: skip

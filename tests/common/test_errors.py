@@ -16,7 +16,7 @@ from engine.commands import data, seeds
 from engine.commands.cli import commands
 from engine.common import errors
 from engine.common.stopping import RunFailed
-from engine.runs import report, trainer
+from engine.runs import lifecycle, report
 
 NAMES_NOTHING = ("Overflow", "codec", "Expecting value", "0x7", "unpack", "unforeseen", "Traceback")
 RUN = ["--dataset", "digits", "--model", "resnet8", "--method", "st", "--epochs", "1", "--limit-train", "40"]
@@ -107,7 +107,7 @@ def test_every_option_of_every_command(
     def begin(*arguments: Any, **keys: Any) -> NoReturn:
         raise RunFailed("work would begin")
 
-    for module, function in ((trainer, "train"), (trainer, "begin"), (seeds, "train"), (data, "write")):
+    for module, function in ((lifecycle, "train"), (lifecycle, "begin"), (seeds, "train"), (data, "write")):
         monkeypatch.setattr(module, function, begin)
     work = tmp_path / "work"
     work.mkdir()

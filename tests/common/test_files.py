@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from engine.common.files import create, expanded, remove_leftovers, replacing
+from engine.common.files import create, expand_user, remove_leftovers, replacing
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As processes of two containers that share a folder, which both have the number 1."""
+    """Two containers that share a folder have processes of the same number, 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     path, sizes = tmp_path / "summary.json", range(1000, 1150)
 
@@ -93,7 +93,7 @@ def test_a_new_file_replaces_none(has_links: bool, tmp_path: Path, monkeypatch: 
 
 def test_homes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert expanded("data", "~/x") == Path("/home/me/x")
-    assert expanded("data", "x") == Path("x")
+    assert expand_user("data", "~/x") == Path("/home/me/x")
+    assert expand_user("data", "x") == Path("x")
     with pytest.raises(ValueError, match="^data: ~nosuchuser/x begins with a user who has no home here$"):
-        expanded("data", "~nosuchuser/x")
+        expand_user("data", "~nosuchuser/x")

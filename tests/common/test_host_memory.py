@@ -1,4 +1,4 @@
-"""What becomes of freed memory: pages that the kernel hands out anew, and pages that the process holds."""
+"""Freed memory: pages that the kernel hands out anew, and pages that the process holds."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def held():
 
 torch.set_num_threads(1)
 mapped, holds = {"as it is": faults(64)}, {"as it is": held()}
-assert hostmemory.keep_freed()
+assert hostmemory.keep_freed_memory()
 for _ in range(8):  # until the heap has grown to what is needed
     faults(64)
 mapped["kept"], holds["kept"] = faults(64), held()
-assert hostmemory.give_back_freed()
+assert hostmemory.return_freed_memory()
 holds["given back"] = held()
 mapped["from then on"], holds["from then on"] = faults(1024), held()  # more than any hole in the heap
 below, above = torch.ones(2**28), torch.ones(2**28)

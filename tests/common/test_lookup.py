@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import typing
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from bench.lib import reference as textbook
+from bench.lib.steps import textbook
 from engine import config, methods, models, semantics
 from engine.attacks import adversary
 from engine.attacks import pgd as attack
@@ -24,14 +23,15 @@ from engine.common import lookup
 from engine.config import RunConfig
 from engine.kernels import contract, dispatch, distill_loss, native, pgd_update, random_start, reference
 from engine.kernels.contract import LossInputs, LossRow
-from engine.kernels.pgd_update import THREAT_MODELS
-from engine.kernels.random_start import KINDS
-from engine.pipelines import beton_writer, choice, sampling, splits
+from engine.kernels.pgd_update import IS_L2
+from engine.kernels.random_start import STARTS
+from engine.pipelines import sampling, selection, splits
 from engine.pipelines.base import Batch
+from engine.pipelines.ffcv import beton_writer
 from engine.runs.trainer import Trainer
 from engine.system import precision
 from engine.system.precision import Precision
-from engine.training import averaging, networks, optimizer, plan, profiling, schedule
+from engine.training import averaging, networks, optimizer, plan, schedule
 from engine.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,18 +61,18 @@ def choices(key: str) -> set[Any]:
 TABLES: dict[str, tuple[Iterable[Any], ...]] = {
     "semantics": (semantics.NAMES, methods._READINGS),
     "loss.kl_mean": (methods._KL_DIVISORS,),
-    "attack.threat_model": (attack.THREAT_MODELS, THREAT_MODELS, *KINDS.values()),
-    "attack.random_start": (attack._STARTS, KINDS),
-    "attack.loss": (attack.LOSSES, plan.TARGETS),
+    "attack.threat_model": (attack.NORMS, IS_L2, *STARTS.values()),
+    "attack.random_start": (attack._STARTS, STARTS),
+    "attack.loss": (attack.ATTACK_LOSSES, plan.TARGET_FORWARDS),
     "attack.bn": (attack.BN_MODES,),
     "forwards.clean": (plan.CLEAN,),
     "forwards.idle": (plan.IDLE,),
     "optim.schedule": (schedule.SCHEDULES,),
     "optim.implementation": (optimizer.IMPLEMENTATIONS,),
-    "averaging.kind": (averaging.KINDS,),
+    "averaging.kind": (averaging.AVERAGING_KINDS,),
     "lr_scale": (schedule._SCALES,),
     "on_bad_image": (splits.SKIPS,),
-    "pipeline": ({*choice.KINDS, "auto"}, {*choice._FAULTS, "auto"}),
+    "pipeline": ({*selection.PIPELINE_KINDS, "auto"},),
     "order": (set(sampling.ORDERS) - {"sequential"},),
 }
 
@@ -112,7 +112,8 @@ def learn(complete: RunConfig) -> None:
 
 
 def guard(name: str) -> None:
-    Trainer._guard(typing.cast(Trainer, SimpleNamespace(config=unknown(masking_guard=name))), {"epoch": 1})
+    session = SimpleNamespace(config=unknown(masking_guard=name))
+    Trainer._guard(typing.cast(Trainer, SimpleNamespace(session=session)), {"epoch": 1})
 
 
 def pgd(**keys: Any) -> Tensor:
@@ -132,15 +133,13 @@ def start(kind: str = "uniform", threat_model: str = "Linf") -> Tensor:
 
 def build_pipeline(kind: str) -> object:
     split = splits.Split(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), LABELS, ("a", "b"))
-    return choice.build(
-        kind, split, sampling.Sampling(2, 2), augment=False, flip=False, device=CPU.device, dtype=CPU.dtype,
-        workers=None, batches_ahead=1, say=print,
-    )  # fmt: skip
+    options = selection.LoaderOptions(augment=False, flip=False, device=CPU.device, dtype=CPU.dtype)
+    return selection.build(kind, split, sampling.Sampling(2, 2), options, print)
 
 
 def choose_pipeline(kind: str) -> object:
     split = splits.Split(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), LABELS, ("a", "b"))
-    return choice.choose(kind, split, CPU.device)
+    return selection.select(kind, split, CPU.device)
 
 
 def request(**keys: str) -> splits.Request:
@@ -149,9 +148,9 @@ def request(**keys: str) -> splits.Request:
 
 def step_of_textbook(**keys: str) -> None:
     student = net()
-    setting = textbook.Setting(**{"method": "ard", **keys})  # type: ignore[arg-type]
+    setting = textbook.StepSetting(**{"method": "ard", **keys})  # type: ignore[arg-type]
     sgd = torch.optim.SGD(student.parameters())
-    textbook.Step(setting, student, net(), net(), sgd)(IMAGES, LABELS, IMAGES)
+    textbook.TextbookStep(setting, student, net(), net(), sgd)(IMAGES, LABELS, IMAGES)
 
 
 CONSUMERS: dict[str, Callable[[], object]] = {
@@ -211,7 +210,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "on_bad_image": lambda: request(on_bad_image=UNKNOWN),
     "resident": lambda: request(resident=UNKNOWN),
     "part": lambda: request().of(UNKNOWN, splits.Split(IMAGES, LABELS, ("a", "b"))),
-    "format": lambda: beton_writer.Format(UNKNOWN),
+    "format": lambda: beton_writer.BetonFormat(UNKNOWN),
     "op": lambda: dispatch.choose(UNKNOWN, CPU.device),
     "implementation": lambda: dispatch.fused(UNKNOWN, "pgd_update", "pgd_update"),
     "implementation that is missing": lambda: dispatch.missing(UNKNOWN, "cpu"),
@@ -319,17 +318,3 @@ def test_a_row_of_more_weights_than_terms_is_refused() -> None:
     logits = torch.randn(2, 4)
     with pytest.raises(ValueError, match="^weights: 6 pairs"):
         distill_loss(logits, LABELS, weights=[(1.0, 0.0)] * 7)
-
-
-# ---------------------------------------------------------------- ranges of a profile
-
-
-def test_every_range_of_a_step_is_in_the_profile_s_table() -> None:
-    found = set()
-    for path in (ROOT / "engine").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "record_function":
-                (name,) = node.args
-                assert isinstance(name, ast.Constant), f"{path.name}: a range without a fixed name"
-                found.add(name.value)
-    assert found == set(profiling.PHASES)

@@ -1,4 +1,4 @@
-"""What the first signal does, and what the second."""
+"""Effects of the first signal, and of the second."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_launcher_s_echo_is_no_second_signal(monkeypatch: pytest.MonkeyPatch
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
         assert len(said) == 1
-        monkeypatch.setattr(stopping, "SECONDS_OF_ECHO", 0.0)
+        monkeypatch.setattr(stopping, "ECHO_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
 
@@ -114,7 +114,7 @@ def test_a_signal_on_the_way_out_does_not_change_the_exit_code(first: str, secon
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_command_that_saves_nothing_ends_with_130_too(number: str, tmp_path: Path) -> None:
-    script = "import os, signal, sys\nsys.path.insert(0, sys.argv[1])\nfrom engine import cli\n"
+    script = "import os, signal, sys\nsys.path.insert(0, sys.argv[1])\nfrom engine.commands import cli\n"
     script += f"cli.commands.main = lambda **keys: os.kill(os.getpid(), signal.{number})\ncli.main()"
     root = str(Path(__file__).resolve().parents[2])
     found = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True, cwd=tmp_path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.common.tensor_files import Content, fault, read_tensors, shown, write_tensors
+from engine.common.tensor_files import Content, read_tensors, short_repr, tensor_fault, write_tensors
 
 LINE = r"^[^\n]*$"
 VALUE: dict[str, Any] = {
@@ -39,7 +39,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def read(path: Path) -> tuple[Content | None, str]:
-    """What a file holds, or what it is refused for."""
+    """Content of a file, or the reason why it is refused."""
     try:
         return read_tensors(path), ""
     except ValueError as error:
@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[Content | None, str]:
 
 
 def refused(path: Path, data: bytes) -> str:
-    """What the file with that content is refused for."""
+    """Reason why the file with that content is refused."""
     path.write_bytes(data)
     with pytest.raises(ValueError, match=LINE) as error:
         read_tensors(path)
@@ -308,10 +308,10 @@ def test_what_is_no_file_is_refused_without_waiting(kind: str, tmp_path: Path, l
 def test_odd_tensors_are_known_by_name(make: Callable[[], Tensor], words: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"a": make()}, path)
-    assert fault(read_tensors(path).value["a"]) == words
+    assert tensor_fault(read_tensors(path).value["a"]) == words
 
 
 def test_any_value_is_shown_in_a_short_line() -> None:
     for value in (10**5000, "x" * 10**6, nested(10**5), {"a\nb": 1}, torch.ones(1000)):
-        assert len(shown(value)) <= 80
-        assert "\n" not in shown(value)
+        assert len(short_repr(value)) <= 80
+        assert "\n" not in short_repr(value)

@@ -737,7 +737,7 @@ def test_the_original_package_serves_where_it_is_alone(
     images, labels = labelled(model)
 
     def trace(frame: FrameType, event: str, argument: object) -> None:
-        """What a debugger or a coverage tool would have set."""
+        """Trace function, as a debugger or a coverage tool sets."""
 
     outer = sys.gettrace()
     sys.settrace(trace)
@@ -768,7 +768,7 @@ class FewSurvive:
         (part,) = self.attacks_to_run
         with torch.no_grad():
             assert (self.model(images).argmax(1) == labels).all()  # only what the others left
-        turn = (images[:, 0, 0, 0] * 255).round() == autoattack.PARTS.index(part)
+        turn = (images[:, 0, 0, 0] * 255).round() == autoattack.AA_PARTS.index(part)
         broken = images.clone()
         broken[turn, 1, 0, 0] = 1 - broken[turn, 1, 0, 0]
         if part == "apgd-ce" and turn.any():
@@ -824,6 +824,6 @@ def test_the_package_s_warnings_are_kept(
     assert [text for text in result.warnings if "probabilities" in text] == (
         [f"aa: the network gives {words}; the accuracy may be too high"] if words else []
     )
-    assert list(result.parts) == list(autoattack.PARTS)
+    assert list(result.parts) == list(autoattack.AA_PARTS)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from engine.common.stopping import RunFailed
 from engine.evaluation.measure import Result, evaluate
-from engine.evaluation.partial_results import Ledger, Measured
+from engine.evaluation.partial_results import Measured, PartialResults
 
 A, B = (Measured(survived, -0.25, 1.5, 10, 3, 0, 1, 0) for survived in ("1101", "0000"))
 
 
-def ledger(root: Path, identity: str = "these") -> Ledger:
-    made = Ledger(root, {"pgd20": identity})
+def partial(root: Path, identity: str = "these") -> PartialResults:
+    made = PartialResults(root, {"pgd20": identity})
     made.hold()
     return made
 
@@ -32,17 +32,17 @@ def file_of(root: Path) -> Path:
 
 
 def test_what_is_added_is_known_to_the_next(tmp_path: Path) -> None:
-    first = ledger(tmp_path / "notes")
+    first = partial(tmp_path / "notes")
     first.add("pgd20", 0, A)
     first.add("pgd20", 3, B)
     first.release(done=False)
-    assert ledger(tmp_path / "notes").known("pgd20") == {0: A, 3: B}
-    assert ledger(tmp_path / "notes", "those").known("pgd20") == {}
+    assert partial(tmp_path / "notes").known("pgd20") == {0: A, 3: B}
+    assert partial(tmp_path / "notes", "those").known("pgd20") == {}
 
 
 @pytest.mark.parametrize("line", ["", "5", " ", "null", "[" * 5000, "\0", json.dumps({"batch": 0, **A._asdict()})])
 def test_a_line_that_is_no_note_is_left_out(line: str, tmp_path: Path) -> None:
-    made = ledger(tmp_path / "notes")
+    made = partial(tmp_path / "notes")
     made.add("pgd20", 1, A)
     with file_of(tmp_path / "notes").open("a") as file:
         file.write(line + "\n")
@@ -54,7 +54,7 @@ def test_damaged_notes_are_left_out_and_nothing_else(tmp_path: Path) -> None:
     """Bytes cut, changed, and put in at random: what is taken is as it was written."""
     chance = random.Random(0)
     written = {number: A._replace(seconds=float(number)) for number in range(5)}
-    made = ledger(tmp_path / "notes")
+    made = partial(tmp_path / "notes")
     for number, note in written.items():
         made.add("pgd20", number, note)
     path = file_of(tmp_path / "notes")
@@ -77,7 +77,7 @@ def test_damaged_notes_are_left_out_and_nothing_else(tmp_path: Path) -> None:
 
 def test_only_the_last_who_uses_notes_removes_them(tmp_path: Path) -> None:
     root = tmp_path / "notes"
-    first, second, other = ledger(root), ledger(root), ledger(root, "those")
+    first, second, other = partial(root), partial(root), partial(root, "those")
     assert first.others() == 1
     for one in (first, second, other):
         one.add("pgd20", 0, A)
@@ -87,13 +87,13 @@ def test_only_the_last_who_uses_notes_removes_them(tmp_path: Path) -> None:
     second.release(done=True)
     assert len(list(root.iterdir())) == 1
     other.release(done=False)
-    assert ledger(root, "those").known("pgd20") == {0: A}
+    assert partial(root, "those").known("pgd20") == {0: A}
 
 
 def test_who_noted_nothing_leaves_nothing(tmp_path: Path) -> None:
-    ledger(tmp_path / "notes").release(done=False)
+    partial(tmp_path / "notes").release(done=False)
     assert not list(tmp_path.iterdir())
-    first, second = ledger(tmp_path / "notes"), ledger(tmp_path / "notes")
+    first, second = partial(tmp_path / "notes"), partial(tmp_path / "notes")
     first.release(done=False)
     second.add("pgd20", 0, A)
     second.release(done=True)
@@ -101,7 +101,7 @@ def test_who_noted_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = ledger(tmp_path / "notes")
+    made = partial(tmp_path / "notes")
     made.add("pgd20", 0, A)
 
     def full(descriptor: int | BinaryIO) -> None:
@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ):
             made.add("pgd20", 1, B)
     made.release(done=False)
-    assert ledger(tmp_path / "notes").known("pgd20")[0] == A
+    assert partial(tmp_path / "notes").known("pgd20")[0] == A
 
 
 class Stopping(Exception):
@@ -131,20 +131,20 @@ def test_verdicts_are_the_same_after_a_stop(tmp_path: Path) -> None:
         nonlocal calls
         calls += 1
 
-    def run(notes: Ledger | None, stop_at: int = 99) -> Result:
+    def run(notes: PartialResults | None, stop_at: int = 99) -> Result:
         def on_batch(name: str, done: int, total: int) -> None:
             if done >= stop_at:
                 raise Stopping
 
-        keys: dict[str, Any] = {"epsilon": 0.1, "batch_size": 7, "ledger": notes, "on_batch": on_batch}
+        keys: dict[str, Any] = {"epsilon": 0.1, "batch_size": 7, "partial": notes, "on_batch": on_batch}
         return evaluate(model, data, ["pgd20"], **keys)["pgd20"]
 
     whole = run(None)
     assert 0 < whole.correct < 30
     with pytest.raises(Stopping):
-        run(ledger(tmp_path / "notes"), 14)
+        run(partial(tmp_path / "notes"), 14)
     model.register_forward_pre_hook(count)
-    resumed = run(ledger(tmp_path / "notes"))
+    resumed = run(partial(tmp_path / "notes"))
     assert calls == 1 + 3 * 21  # the classes; of five batches three were left
     assert torch.equal(resumed.verdicts, whole.verdicts)
     assert torch.equal(resumed.samples, whole.samples)

@@ -15,9 +15,11 @@ import torch
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
 from engine.evaluation import checkpoint as evaluation
-from engine.evaluation.measure import COLUMNS, evaluate
+from engine.evaluation.checkpoint import EvaluationConfig
+from engine.evaluation.measure import evaluate
 from engine.evaluation.partial_results import Measured, note_of, read_note
 from engine.evaluation.reports import read
+from engine.evaluation.results import COLUMNS
 from engine.system.distributed import World
 from tests.conftest import write_checkpoint
 from tests.processes import together
@@ -33,23 +35,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate_here(world: World, checkpoint: str, out: str) -> None:
-    """What was measured is kept, and every process writes what it was told of all."""
+    """Evaluation in one of several processes; the partial results stay, and each writes the results of all."""
     shutil.rmtree = lambda folder: None  # type: ignore[assignment]  # in a process of its own
     report = evaluation.run(
-        Path(checkpoint), ATTACKS, Reporter(), out=Path(out), world=world, device="cpu", **DIGITS
+        Path(checkpoint), EvaluationConfig(ATTACKS, device="cpu", **DIGITS), Reporter(), out=Path(out), world=world
     )
     (Path(out).parent / f"result-{world.rank}.json").write_text(json.dumps(report.results))
 
 
 def notes(root: Path) -> list[tuple[str, int, Measured]]:
-    """Of all attacks: name of its folder, number of the batch, what was measured."""
+    """Name of the attack's folder, number of the batch and its results, of all attacks."""
     files = sorted(root.glob("*/*.jsonl"))
     found = [(path.parent.name, read_note(line)) for path in files for line in path.read_bytes().splitlines()]
     return [(folder, *note) for folder, note in found if note is not None]
 
 
 def measured(root: Path) -> set[frozenset[tuple[Any, ...]]]:
-    """What any process found under each attack, but for the time; every batch must be there once."""
+    """Results of all processes by attack, but for the time; every batch must be there once."""
     found = notes(root)
     assert len(found) == len({(folder, batch) for folder, batch, _ in found}) == len(ATTACKS) * 3
     return {
@@ -101,7 +103,7 @@ def test_an_evaluation_that_was_killed_goes_on_with_another_number_of_processes(
     assert not partial.exists()
     found = {entry["attack"]: entry for entry in read(report)}
     assert sum(entry["seconds"] > 1e6 for entry in found.values()) == 1
-    whole = evaluation.run(checkpoint, list(found), Reporter(), device="cpu", **DIGITS)
+    whole = evaluation.run(checkpoint, EvaluationConfig(list(found), device="cpu", **DIGITS), Reporter())
     for attack, result in found.items():
         for key in whole.results[attack].keys() - {"seconds"}:
             assert result[key] == whole.results[attack][key], (attack, key)

@@ -24,7 +24,7 @@ class FakeCuda:
     driver: Path
 
     def run(self, function: Callable[..., Any], *arguments: Any, devices: int = 1, **environment: str) -> Any:
-        """What `function(*arguments)` returns in such a process.
+        """The value of `function(*arguments)` in such a process.
 
         function: of a test module, at its top level. Its arguments and what it returns are passed on as JSON.
         """

@@ -41,6 +41,7 @@ def convolution(
     return _launched("cudnn_forward", _empty(sizes, x, _layout(x, weight)))
 
 
+# many parameters: those of aten::convolution_backward
 def convolution_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: Shape | None, stride: Shape, padding: Shape,
     dilation: Shape, transposed: bool, output_padding: Shape, groups: int, wanted: Sequence[bool],

@@ -1,4 +1,4 @@
-"""What reaches the pretended driver, read in the process that sees it."""
+"""Calls that reach the pretended driver, read in the process that sees it."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_there_may_be_several_devices(fake_cuda: FakeCuda) -> None:
 
 
 def copies_to_another_stream() -> list[bool]:
-    """Whether torch's sanitizer objects to what reads a copy, with and without a wait for it."""
+    """Objections of torch's sanitizer to work that reads a copy, with and without a wait for it."""
     host, side, current = torch.ones(5).pin_memory(), torch.cuda.Stream(), torch.cuda.current_stream()
 
     def read_copy(wait: bool) -> None:

@@ -38,7 +38,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def fused() -> Iterator[str]:
-    """Of `distill_loss` there is one fused implementation for CUDA."""
+    """The one fused implementation of `distill_loss` for CUDA."""
     if reason := dispatch.missing("triton", "cuda"):
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What a test of a device needs beside the numbers: no waits, streams, graphs, processes that may die."""
+"""Helpers of tests on a device: no waits, streams, graphs, processes that may die."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="th
 
 def by_implementation(op: str) -> pytest.MarkDecorator:
     """One after the other, what serves the op on CUDA."""
-    return pytest.mark.parametrize("implementation", dispatch.TABLE[op]["cuda"], indirect=True, scope="module")
+    return pytest.mark.parametrize("implementation", dispatch.SERVED_BY[op]["cuda"], indirect=True, scope="module")
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def on_a_busy_stream(work: Callable[[], Result]) -> Result:
 
 
 def assert_the_device_refuses(program: str, implementation: str) -> None:
-    """In a process of its own: after an assertion on the device there is no using it."""
+    """Run the code in a process of its own: no process can use the device after an assertion on it."""
     done = subprocess.run(
         [sys.executable, "-c", f"{program}\ntorch.cuda.synchronize()"],
         cwd=Path(__file__).resolve().parents[2],

@@ -9,7 +9,7 @@ import torch
 
 from tests.pipelines.loaders import LOADERS, Loader, require
 
-JPEG_BY_A_GPU = ("dali-windows",)  # and resized there
+JPEG_BY_A_GPU = ("dali-crops",)  # and resized there
 TOLERANCE = 8 / 255
 
 

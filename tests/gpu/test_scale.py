@@ -1,4 +1,4 @@
-"""As many processes as there are GPUs, over NCCL, train as one."""
+"""Training by one process for each GPU, over NCCL, equals training by one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.runs import trainer
+from engine.runs import lifecycle
 from tests.system.test_distributed import assert_same_trajectory
 
 pytestmark = pytest.mark.gpu
 
 
 def test_all_gpus_train_as_one(tiny: Any, tmp_path: Path) -> None:
-    """In float64 to 1e-9 with synchronised BatchNorm; where there is one GPU, its process over NCCL by itself."""
+    """Equality in float64 to 1e-9 with synchronised BatchNorm; with one GPU, by one process over NCCL."""
     keys = {
         "method": "iad1",
         "device": "cuda",
@@ -26,7 +26,7 @@ def test_all_gpus_train_as_one(tiny: Any, tmp_path: Path) -> None:
         "compile": "off",
         "batch_size": 8,
     }
-    alone = trainer.train(tiny.config(out=str(tmp_path / "alone"), **keys))
+    alone = lifecycle.train(tiny.config(out=str(tmp_path / "alone"), **keys))
     gpus = next(count for count in (8, 4, 2, 1) if count <= torch.cuda.device_count())
     command = [*tiny.flags(out=str(tmp_path / "together"), **keys), "--gpus", str(gpus)]
     ran = subprocess.run(  # the tests' own command

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.lib import step_variants
+from bench.lib.steps import variants
 from engine.system import precision
 from engine.training import networks
 from tests.gpu.stage import no_wait
@@ -20,8 +20,8 @@ STEPS = 4  # the first is warm, the second captures, and two are replayed
 
 def trained(method: str, **keys: Any) -> dict[str, Tensor]:
     """The student after a few steps of ResNet-18 on random images."""
-    images = step_variants.images_of(step_variants.RANDOM, 32)
-    workload = step_variants.Workload(method, "resnet18", 32, images, torch.device("cuda:0"))
+    images = variants.images_of(variants.RANDOM, 32)
+    workload = variants.Workload(method, "resnet18", 32, images, torch.device("cuda:0"))
     with precision.deterministic(), pytest.MonkeyPatch.context() as patch:
         build = networks.build
         students: list[torch.nn.Module] = []
@@ -31,7 +31,7 @@ def trained(method: str, **keys: Any) -> dict[str, Tensor]:
             return build(student, *rest)
 
         patch.setattr(networks, "build", noted)
-        step = workload.step(step_variants.Variant("", PLAIN | {"amp": True} | keys))
+        step = workload.step(variants.Variant("", PLAIN | {"amp": True} | keys))
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
@@ -53,9 +53,9 @@ def test_lanes_have_the_bits_of_one_lane(method: str) -> None:
 
 @pytest.mark.parametrize("keys", [{}, {"graphs": "on", "lanes": "on"}, {"compile": "on"}], ids=str)
 def test_no_step_waits_for_the_device(keys: dict[str, str]) -> None:
-    images = step_variants.images_of(step_variants.RANDOM, 32)
-    workload = step_variants.Workload("iad1", "resnet8", 32, images, torch.device("cuda:0"))
-    step = workload.step(step_variants.Variant("", PLAIN | {"amp": True} | keys))
+    images = variants.images_of(variants.RANDOM, 32)
+    workload = variants.Workload("iad1", "resnet8", 32, images, torch.device("cuda:0"))
+    step = workload.step(variants.Variant("", PLAIN | {"amp": True} | keys))
     for _ in range(3):
         step()
     with no_wait():
@@ -63,7 +63,7 @@ def test_no_step_waits_for_the_device(keys: dict[str, str]) -> None:
 
 
 def test_a_compiled_step_is_near_one_that_is_not() -> None:
-    """With a single step of the attack, before signs drift apart; the networks round in other places."""
+    """One step of the attack, before signs drift apart; the networks round in other places."""
     one = {"attack": {"num_steps": 0}}
     eager, compiled = (trained("iad1", compile=wanted, **one) for wanted in ("off", "on"))
     for name, value in eager.items():

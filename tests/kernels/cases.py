@@ -164,7 +164,7 @@ class LossCase:
         return terms | ({"t_at_adv"} if any(b for _, b in self.weights) else set()) or {"s_adv"}
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """What `distill_loss` is called with; the student's logits ask for a gradient."""
+        """Arguments of `distill_loss`; the student's logits ask for a gradient."""
         generator = torch.Generator().manual_seed(self.batch * self.classes)
         result: dict[str, Any] = {}
         for i, name in enumerate(LOGITS):
@@ -217,7 +217,7 @@ LOSS_CASES += [replace(case, batch=0) for case in LOSS_CASES[::10]]
 
 
 def call_distill_loss(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What `distill_loss` returns, and grad_adv and grad_nat, 0 where the loss does not reach."""
+    """The result of `distill_loss`, and grad_adv and grad_nat, 0 where the loss does not reach."""
     result = distill_loss(**arguments)
     outputs: dict[str, Tensor] = {name: value.detach() for name, value in result._asdict().items()}
     for name, logits in (("grad_adv", arguments["s_adv"]), ("grad_nat", arguments["s_nat"])):
@@ -323,7 +323,7 @@ class PgdCase:
         return f"{self.threat_model} {shape} {self.gradient.__name__} {grad_dtype} {layouts}"
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """What `pgd_update` is called with: x_nat in [0, 1], x_adv in its ball, on its border, or beyond."""
+        """Arguments of `pgd_update`: x_nat in [0, 1], x_adv in its ball, on its border, or beyond."""
         generator = torch.Generator().manual_seed(sum(self.shape))
         x_nat, away, grad = (
             torch.rand(self.shape, generator=generator, dtype=DOUBLE) * width - start
@@ -432,7 +432,7 @@ class CropCase:
         )
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """What `crop_flip` is called with; images repeat, and the first and the last one occur."""
+        """Arguments of `crop_flip`; images repeat, and the first and the last one occur."""
         generator = torch.Generator().manual_seed(self.batch)
         shape = (40, *self.size, self.channels)
         index_B = torch.randint(40, (self.batch,), generator=generator)

@@ -20,7 +20,7 @@ def _serve(implementation: str) -> Iterator[None]:
 
 @pytest.fixture
 def device() -> str:
-    """Where tensors lie; `tests/gpu` has another."""
+    """The device of the tensors; `tests/gpu` has another."""
     return "cpu"
 
 

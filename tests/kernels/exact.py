@@ -73,7 +73,7 @@ def _rounded(value: Array, size: Array) -> Number:
 
 
 def given(value: Any) -> Number:
-    """What is known without error."""
+    """The input as float64, without error."""
     value = np.asarray(value, np.float64)
     return Number(value, np.zeros_like(value))
 
@@ -87,6 +87,8 @@ def log_softmax(logits_BC: Array, tau: float) -> Number:
     return shifted_BC - shifted_BC.exp().sum(1, keepdims=True).log()
 
 
+# long: the whole loss by hand, to be read beside docs/loss.md
+# many parameters: those of engine.kernels.distill_loss
 def distill_loss(
     s_adv: Array | None,
     labels: Array,

@@ -1,4 +1,4 @@
-"""What an implementation of an op is held to: to serve itself, to write all, to be exact, to repeat its bits."""
+"""Requirements of an implementation: it serves itself, writes all of its output, is exact, repeats its bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serving(op: str, implementation: str, device: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch allocates is NaN, or the largest integer, until it is written; on every device."""
+    """Fill memory that torch allocates with NaN, or with the largest integer, on every device."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -53,7 +53,7 @@ def numpy(tensor: Tensor) -> Array:
 
 
 class Errors(NamedTuple):
-    """Of a tensor, the error of the worst element, in rounding units of what that element was computed from."""
+    """Error of the worst element of a tensor, in rounding units of what that element was computed from."""
 
     got: float
     eager: float

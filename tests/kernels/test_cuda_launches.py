@@ -1,4 +1,4 @@
-"""What the ops ask of a CUDA device, seen by a mock of its driver: launches, streams, waits, memory, graphs."""
+"""Calls of the ops to a CUDA device, seen by a mock of its driver: launches, streams, waits, memory, graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED = {
     "loss": ["_loss", "_means"],
     "loss backward": ["_scale"],
     "loss both": ["_loss", "_means", "_scale"],
-    "start": ["_uniform_start"],
+    "start": ["_random_start"],
 }
 KERNELS: dict[str, dict[str, list[str]]] = {
     "triton": {
@@ -44,6 +44,7 @@ OPS = tuple(KERNELS["triton"])
 CAPTURED = tuple(op for op in OPS if op != "loss backward")  # which needs its forward in the same graph
 
 
+# long: one call for each op and layout, which share their tensors
 def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     """The ops on tensors of a device, as functions of a number that changes from step to step."""
     shape = (8, 3, 32, 32)
@@ -163,7 +164,7 @@ def seen(fake_cuda: FakeCuda, cuda_library: Path, implementation: str) -> dict[s
 
 
 def names(calls: list[Call]) -> list[str]:
-    """What is called, kernels by their names: those of C++ without namespace and arguments."""
+    """Names of calls; those of kernels in C++ without namespace and arguments."""
     plain = (call["name"].replace("(anonymous namespace)::", "") if "name" in call else "" for call in calls)
     short = [name.removeprefix("void engine::").partition("(")[0] for name in plain]
     return [name or call["call"] for name, call in zip(short, calls, strict=True)]

@@ -56,7 +56,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture
 def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """In place of the native library: its CUDA kernels, on tensors of the CPU."""
+    """Put its CUDA kernels, on tensors of the CPU, in the place of the native library."""
     device = Device(library)
     monkeypatch.setattr(native, "missing", lambda device_type: "")
     monkeypatch.setattr(native, "_call", device.call)
@@ -65,7 +65,7 @@ def device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Device:
 
 @pytest.fixture(params=["first", "last"])
 def order(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Which threads run ahead of the others."""
+    """Order in which the threads run."""
     library.emulator_run_last_threads_first(request.param == "last")
     yield
     library.emulator_run_last_threads_first(False)

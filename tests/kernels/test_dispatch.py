@@ -1,4 +1,4 @@
-"""Which implementation serves, whichever are installed here: what is there is pretended."""
+"""Choice of the implementation that serves, whichever are installed here: the tests pretend what is there."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def served(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> l
 
         monkeypatch.setattr(native, name, recorded)
 
-    for name in ("pgd_update", "crop_flip", "uniform_start"):
+    for name in ("pgd_update", "crop_flip", "random_start"):
         record(name)
     return calls
 
@@ -223,9 +223,9 @@ def test_a_fused_pgd_update_gets_all_tensors_in_one_layout(
 def test_random_start_is_fused_for_dense_images_in_float32(served: list[str], x_nat: Tensor, fused: bool) -> None:
     keys: dict[str, Any] = {"threat_model": "Linf", "epsilon": 0.5, "seed": 1, "counter": 2}
     random_start(x_nat, torch.arange(6)[::2], kind="uniform", **keys)
-    assert served == ["uniform_start"] * fused
+    assert served == ["random_start"] * fused
     random_start(x_nat, torch.arange(3), kind="gaussian", **keys)
-    assert served == ["uniform_start"] * fused
+    assert served == ["random_start"] * fused
 
 
 @pytest.mark.parametrize(
@@ -282,6 +282,6 @@ def test_distill_loss_is_fused_for_logits_of_at_most_32_bits(
 
 
 def test_importing_the_ops_does_not_import_torch_s_compiler() -> None:
-    """Which costs a second and 150 MiB; that `choose` is a constant to it all the same, compiled ops show."""
+    """The compiler costs a second and 150 MiB. Tests of compiled ops show that `choose` is a constant to it."""
     code = "import engine.kernels, sys; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -148,7 +148,7 @@ def iad1_official(x: Batch, p: LossConfig) -> Tensor:
 
 
 def down(x: Batch, p: LossConfig) -> Tensor:
-    """What IAD-I-Down (Table 8) adds to IAD-I: the teacher's term weighted alpha in place of 1."""
+    """The addition of IAD-I-Down (Table 8) to IAD-I: the teacher's term weighted alpha in place of 1."""
     teacher_B = kl(soft(x.t_at_nat, p.tau), soft(x.s_adv, p.tau))
     return (1 - p.lam) * p.tau**2 * ((trust(x, p) - 1) * teacher_B).mean()
 

@@ -7,32 +7,21 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import engine
+from tests.packages import ROOT, contents, make, run
 
-ROOT = Path(__file__).resolve().parents[2]
 SETS = {"generic": "xmm", "avx2": "ymm", "avx512": "zmm"}  # and the widest registers of each
 VECTOR = "#pragma omp simd"  # stands before each loop that is meant to be in vector instructions
 SOURCES = [file.name for file in (ROOT / "kernels" / "csrc").glob("*.cpp") if "ENGINE_SET {" in file.read_text()]
 LOOPS = [name for name in SOURCES if VECTOR in (ROOT / "kernels" / "csrc" / name).read_text()]
-
-
-def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """Its output, both streams together. Raises AssertionError where it fails."""
-    result = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 def need(*tools: str) -> None:
@@ -193,21 +182,6 @@ def bare(tmp_path: Path) -> str:
     for tool in ("sh", "uname"):
         (folder / tool).symlink_to(shutil.which(tool) or tool)
     return str(folder)
-
-
-def make(kind: str, source: Path, out: Path, **environment: str) -> Path:
-    """The wheel or sdist that the build backend makes of a source folder."""
-    pytest.importorskip("setuptools", minversion="77")
-    program = f"import sys; from setuptools.build_meta import build_{kind} as build; print(build(sys.argv[1]))"
-    return out / run(sys.executable, "-c", program, out, cwd=source, **environment).splitlines()[-1]
-
-
-def contents(wheel: Path) -> tuple[set[str], str]:
-    """The files of a wheel, and what it says of itself."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        (about,) = [name for name in names if name.endswith(".dist-info/WHEEL")]
-        return names, archive.read(about).decode()
 
 
 @pytest.mark.slow

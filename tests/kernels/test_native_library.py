@@ -48,7 +48,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
-    """What was found out about the library is found out anew, within the test and after it."""
+    """Clear the cached facts about the library, for the test and after it."""
     caches = (native.missing, native._library)
     for cache in caches:
         cache.cache_clear()

@@ -52,7 +52,7 @@ def loss_of_s_adv(call: dict[str, Any]) -> Callable[[Tensor], Tensor]:
 
 
 def test_the_gradient_is_the_slope_of_the_exact_loss(implementation: str, device: str) -> None:
-    """By differences of the loss in float64: neither autograd nor a formula for gradients has a part in it."""
+    """Differences of the loss in float64, in which neither autograd nor a formula for gradients has a part."""
     call = arguments(device, 3, 4)
     rest: dict[str, Any] = {
         name: numpy(value) if isinstance(value, Tensor) else value for name, value in call.items()
@@ -192,7 +192,7 @@ def test_other_transforms_are_refused_by_name(
 
 
 def op_arguments(device: str, dtype: torch.dtype, *, given: tuple[str, ...] = LOGITS) -> tuple[Any, ...]:
-    """What engine::distill_loss is called with; terms whose logits are not given weigh nothing."""
+    """Arguments of engine::distill_loss; terms whose logits are not given weigh nothing."""
     call = arguments(device, 4, 6, dtype)
     flat = [number for pair in WEIGHTS for number in pair] if given == LOGITS else [1.0, 0.0, *[0.0] * 10]
     tensors = (call[name] if name in given else None for name in LOGITS)

@@ -102,7 +102,7 @@ def test_a_sample_without_gradient_stays_and_the_others_move(dtype: torch.dtype,
 @pytest.mark.parametrize("threat_model", NORMS)
 @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e-23, 1e22, 1e38])
 def test_the_magnitude_of_the_gradient_does_not_matter(threat_model: str, magnitude: float) -> None:
-    """In float32 the squares of 1e-23 and of 1e22 are 0 and infinity."""
+    """The squares of 1e-23 and of 1e22 are 0 and infinity in float32."""
     x_nat = images(seed=1, dtype=torch.float32)
     grad = (0.5 + images(seed=2, dtype=torch.float32)) * signed(seed=3).sign().float()
     keys = {"epsilon": 2.0, "step_size": 0.3}

@@ -82,7 +82,7 @@ class Loss:
 
     @property
     def values(self) -> int:
-        """How many values of each tensor a thread has."""
+        """Number of values of each tensor in a thread."""
         rows, columns, num_warps = distill_loss.tile(self.classes)
         return rows * columns // (32 * num_warps)
 
@@ -208,7 +208,7 @@ class Driver:
 
 @contextmanager
 def compiling(target: str, cache: Path) -> Iterator[list[Any]]:
-    """What would be launched is compiled for a device and listed."""
+    """Compile the kernels of launches inside for a device, and list them."""
     kernels: list[Any] = []
     run = JITFunction.run
 
@@ -309,7 +309,7 @@ def test_nothing_spills_and_registers_and_shared_memory_are_few(compiled: Compil
 
 
 def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
-    """Where rows are aligned so and a thread has so much. Nothing is read twice that fits into registers."""
+    """For aligned rows and threads that have so much. Nothing that fits into registers is read twice."""
     launch, lanes = compiled.launch, TARGETS[compiled.target].warp_size
     cuda = (r"LDG\.E(\.\w+)*\.128(\.\w+)*", r"STG\.E(\.\w+)*\.128(\.\w+)*")
     load, store = cuda if lanes == 32 else ("buffer_load_dwordx4", "buffer_store_dwordx4")

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from engine import config, methods, models
 from engine.attacks.pgd import started
+from engine.common.console import Reporter
 from engine.common.stopping import Stop
 from engine.config import RunConfig
 from engine.models.weights import load_model, weights_sha256
 from engine.pipelines import datasets
 from engine.pipelines.base import Batch
+from engine.pipelines.datasets import AnyDataset
 from engine.runs import teachers
 from engine.runs.run_directory import RunDir
+from engine.runs.session import Session
 from engine.system import precision
 from engine.system.distributed import World
 from engine.system.precision import Precision
@@ -262,13 +265,14 @@ def test_a_student_keeps_a_teacher_with_earlier_defaults(
     before = config.load(config.merge(now.tree(), EARLIER[semantics, method]))
     asked: list[RunConfig] = []
 
-    def train(wanted: RunConfig, path: Path) -> Path:
+    def train(wanted: RunConfig, path: Path, dataset: AnyDataset) -> Path:
         asked.append(wanted)
         return write_checkpoint(tmp_path / "trained.pt", 4)
 
     def obtain(known: str | None = None) -> teachers.Teacher:
         at = precision.choose(student)
-        return teachers.obtain(student, "teacher", data, at, tmp_path, train, print, World(), Stop(), known)
+        session = Session(student, at, World(), Reporter(), Stop(), RunDir(tmp_path))
+        return teachers.obtain(session, "teacher", data, train, known)
 
     kept = teachers.cache_path(before, data)
     kept.parent.mkdir(parents=True)

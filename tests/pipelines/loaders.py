@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.pipelines import beton, beton_writer, ffcv
+from engine.pipelines import ffcv
 from engine.pipelines.base import Batch, Pipeline
-from engine.pipelines.beton_writer import Format
 from engine.pipelines.dali import DALIPipeline
 from engine.pipelines.dali import check_installed as check_dali
-from engine.pipelines.encoded import EncodedImages, Listing, encoded_splits
+from engine.pipelines.ffcv import beton_writer
+from engine.pipelines.ffcv.beton_writer import BetonFormat
+from engine.pipelines.reading import beton
+from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
 from engine.pipelines.tensor import TensorPipeline
@@ -35,9 +37,9 @@ Data = Split | EncodedImages
 
 
 def in_beton(
-    path: Path, images: Split | Listing, form: Format = beton_writer.RAW, size: int | None = None
+    path: Path, images: Split | Listing, form: BetonFormat = beton_writer.RAW_FORMAT, size: int | None = None
 ) -> Data:
-    """The images in a .beton file: windows of that size of them, or whole."""
+    """The images in a .beton file: whole, or crops of them resized to that size."""
     beton_writer.write(path, [images], form)
     listing = beton.read(path).listings()[""]
     return encoded_splits(listing, listing, Request(image_size=size))[0]
@@ -53,7 +55,7 @@ class Loader:
     order: str = "random"
 
     def __call__(self, data: Data, batch_size: int = 8, **options: Any) -> Pipeline:
-        """That pipeline with seed 3, cropping and flipping on a CPU with one worker, unless told otherwise."""
+        """Make the pipeline with seed 3, cropping and flipping on a CPU with one worker, unless told otherwise."""
         keys = {key: options.pop(key) for key in ("seed", "order", "last", "shard") if key in options}
         sampling = Sampling(len(data), batch_size, **{"seed": 3, "order": self.order, **keys})
         given = {"augment": True, "flip": True, "device": "cpu", **options}
@@ -63,34 +65,36 @@ class Loader:
 
     @property
     def whole(self) -> bool:
-        """Whether views are of whole images of 8 x 8 pixels, without loss: those of `ARRAYS`."""
-        return not ("windows" in self.name or "jpeg" in self.name)
+        """True if views are of whole images of 8 x 8 pixels, without loss: those of `ARRAYS`."""
+        return not ("crops" in self.name or "jpeg" in self.name)
 
 
 def small_files(kind: str) -> EncodedImages:
-    return in_memory(*(encode(picture, kind) for picture in SMALL), size=8, windows=False)
+    return in_memory(*(encode(picture, kind) for picture in SMALL), size=8, any_size=False)
 
 
 LOADERS = (
     Loader("tensor", TensorPipeline, lambda folder: ARRAYS),
     Loader("dali-arrays", DALIPipeline, lambda folder: ARRAYS),
     Loader("dali-png", DALIPipeline, lambda folder: small_files("PNG")),
-    Loader("dali-windows", DALIPipeline, lambda folder: in_memory(*FILES)),
+    Loader("dali-crops", DALIPipeline, lambda folder: in_memory(*FILES)),
     Loader("dali-beton", DALIPipeline, lambda folder: in_beton(folder / "d.beton", ARRAYS)),
     Loader("ffcv-raw", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "r.beton", ARRAYS)),
     Loader(
         "ffcv-raw-pages", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "p.beton", ARRAYS), "quasi-random"
     ),
-    Loader("ffcv-jpeg", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "j.beton", ARRAYS, Format("jpeg"))),
     Loader(
-        "ffcv-windows",
-        ffcv.FFCVPipeline,
-        lambda folder: in_beton(folder / "w.beton", in_memory(*FILES), Format("jpeg"), 16),
+        "ffcv-jpeg", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "j.beton", ARRAYS, BetonFormat("jpeg"))
     ),
     Loader(
-        "ffcv-raw-windows",
+        "ffcv-crops",
         ffcv.FFCVPipeline,
-        lambda folder: in_beton(folder / "v.beton", in_memory(*FILES), Format("raw"), 16),
+        lambda folder: in_beton(folder / "w.beton", in_memory(*FILES), BetonFormat("jpeg"), 16),
+    ),
+    Loader(
+        "ffcv-raw-crops",
+        ffcv.FFCVPipeline,
+        lambda folder: in_beton(folder / "v.beton", in_memory(*FILES), BetonFormat("raw"), 16),
     ),
 )
 
@@ -126,7 +130,7 @@ def threads() -> list[str]:
 
 
 def threads_end(before: int) -> bool:
-    """Whether no more threads are left than there were."""
+    """True if no more threads are left than there were, after a while."""
     patience = time.monotonic() + 5
     while (left := len(threads())) > before and time.monotonic() < patience:
         time.sleep(0.01)  # a joined thread vanishes from /proc a little later

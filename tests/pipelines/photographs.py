@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.pipelines.encoded import EncodedImages, Listing, listing
-from engine.pipelines.folder import Tree
-from engine.pipelines.folder import image_folder as image_folder_of
+from engine.pipelines.crops import Crops
+from engine.pipelines.reading.encoded import EncodedImages, Listing, listing
+from engine.pipelines.reading.folder import Tree
+from engine.pipelines.reading.folder import image_folder as image_folder_of
 from engine.pipelines.splits import Request
-from engine.pipelines.windows import Windows
 
 CLASSES = tuple("abcde")
 Pixels = npt.NDArray[np.uint8]
@@ -37,20 +37,20 @@ def encode(picture: Image.Image | Pixels, kind: str = "JPEG", **options: Any) ->
     return buffer.getvalue()
 
 
-def in_memory(*files: bytes, size: int = 16, windows: bool = True) -> EncodedImages:
+def in_memory(*files: bytes, size: int = 16, any_size: bool = True) -> EncodedImages:
     """Encoded images as of files 0, 1... of a folder X."""
     names = tuple(str(number) for number in range(len(files)))
     tree = Tree(list(names), "X/", lambda name: files[int(name)])
     labels = torch.arange(len(files)) % len(CLASSES)
-    return EncodedImages(tree, names, labels, CLASSES, shape=(size, size), windows=windows)
+    return EncodedImages(tree, names, labels, CLASSES, shape=(size, size), any_size=any_size)
 
 
-def cut_and_resized(files: list[bytes], windows: Windows, size: int) -> Tensor:
-    """What Pillow and torchvision make of the windows."""
+def cut_and_resized(files: list[bytes], crops: Crops, size: int) -> Tensor:
+    """The crops, as Pillow and torchvision cut and resize them."""
     from torchvision.transforms import functional as TF
 
     images = []
-    for data, (top, left, height, width, flip) in zip(files, torch.stack(windows, dim=1).tolist(), strict=True):
+    for data, (top, left, height, width, flip) in zip(files, torch.stack(crops, dim=1).tolist(), strict=True):
         with Image.open(io.BytesIO(data)) as image:
             view = TF.resized_crop(image.convert("RGB"), top, left, height, width, [size, size], antialias=True)
         images.append(TF.to_tensor(TF.hflip(view) if flip else view))

@@ -1,4 +1,4 @@
-"""What holds for every pipeline, so that training cannot tell them apart: the stream, the views, and the end."""
+"""Contract of every pipeline, so that training cannot tell them apart: the order, the views, and the end."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_more_ranks_than_samples_leave_empty_batches(loader: Loader, data: Data)
 
 @pytest.mark.parametrize("augment", [True, False])
 def test_an_epoch_from_any_step_is_its_tail(loader: Loader, data: Data, augment: bool) -> None:
-    """So nothing of a loader's own state has to be saved: a new pipeline resumes in the middle of an epoch."""
+    """A new pipeline resumes in the middle of an epoch: a loader has no state that must be saved."""
     whole = list(loader(data, augment=augment).epoch(2))
     resumed = loader(data, augment=augment)
     for start_step in range(len(whole) + 1):
@@ -164,7 +164,7 @@ def test_two_epochs_of_one_pipeline_may_run_at_once(loader: Loader, data: Data) 
 def test_values_layout_and_labels(loader: Loader, data: Data) -> None:
     one: Pipeline = loader(data)
     assert one.num_samples == COUNT
-    size = 16 if data.windows else 8
+    size = 16 if data.any_size else 8
     for batch in one.epoch(0):
         assert batch.x_nat.dtype == torch.float32
         assert batch.x_nat.shape == (len(batch.sample), 3, size, size)
@@ -194,7 +194,7 @@ def test_whole_images_are_cropped_and_flipped_to_the_bit_alike(
 
 
 def test_a_part_of_the_images_is_a_data_set_of_its_own(loader: Loader, data: Data) -> None:
-    """As after holding some out: samples are numbered anew, and images and labels stay together."""
+    """Samples of a subset are numbered anew, as after holding some out; images and labels stay together."""
     index = torch.tensor([40, 3, 17, 5, 29])
     part = list(loader(data.take(index), 2, order="sequential", augment=False).epoch(0))
     whole = next(loader(data, COUNT, order="sequential", augment=False).epoch(0))
@@ -247,8 +247,8 @@ def test_numbers_below_one_are_refused(loader: Loader, data: Data, name: str) ->
         loader(data, **{name: 0})
 
 
-def test_the_order_of_the_windows_is_quasi_random_where_asked_for(loader: Loader, data: Data) -> None:
-    """Of so few images one block is all: their order is that of another rule, and still a permutation."""
+def test_the_order_is_quasi_random_where_asked_for(loader: Loader, data: Data) -> None:
+    """So few images are a single block: their order is another permutation than the random one."""
     seen = order(list(loader(data, order="quasi-random").epoch(0)))
     assert sorted(seen.tolist()) == list(range(COUNT))
     assert any(first > second for first, second in pairwise(seen.tolist()))

@@ -1,15 +1,15 @@
-"""What the pipelines ask of a GPU, seen by a mock of its driver: copies, streams, and what waits for what."""
+"""Calls of the pipelines to a GPU, seen by a mock of its driver: copies, streams, and their waiting."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from engine.pipelines import beton_writer, ffcv
+from engine.pipelines import ffcv
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import find
-from engine.pipelines.encoded import EncodedImages
-from engine.pipelines.ffcv import FFCVPipeline
+from engine.pipelines.ffcv import FFCVPipeline, beton_writer
+from engine.pipelines.reading.encoded import EncodedImages
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
 from engine.pipelines.tensor import TensorPipeline

@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipelines.dali import Arrays, DALIPipeline, Files, Source, define
-from engine.pipelines.encoded import EncodedImages, encoded_splits
+from engine.pipelines.crops import centre_crops, random_crops
+from engine.pipelines.dali import ArraySource, DALIPipeline, FileSource, Source, define
+from engine.pipelines.reading.encoded import EncodedImages, encoded_splits
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
-from engine.pipelines.windows import centre_windows, random_windows
 from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, threads, threads_end
 from tests.pipelines.photographs import (
     UNREADABLE,
@@ -55,7 +55,7 @@ def pipeline(
 
 @pytest.fixture(autouse=True)
 def threads_before() -> Iterator[int]:
-    """How many threads a test begins with; it must end with no more."""
+    """Number of threads that a test begins with; it must end with no more."""
     before = len(threads())
     yield before
     assert threads_end(before), threads()
@@ -70,16 +70,16 @@ TOLERANCE = 3.5 / 255  # Pillow rounds between its two passes, and JPEG decoders
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [12, 40, 224])
-def test_random_windows_look_as_pillow_cuts_and_resizes_them(size: int, kind: str) -> None:
+def test_random_crops_look_as_pillow_cuts_and_resizes_them(size: int, kind: str) -> None:
     shapes = [(40 + 13 * number % 300, 40 + 29 * number % 350) for number in range(12)]
     files = [encode(smooth(number, *shape), kind) for number, shape in enumerate(shapes)]
     sample_B, heights_B, widths_B = torch.arange(12), *torch.tensor(shapes).T
-    windows = random_windows(3, 6, sample_B, heights_B, widths_B)
-    assert set(windows.flip.tolist()) == {0, 1}
+    crops = random_crops(3, 6, sample_B, heights_B, widths_B)
+    assert set(crops.flip.tolist()) == {0, 1}
     (batch,) = pipeline(in_memory(*files, size=size), 12, order="sequential").epoch(6)
-    assert (batch.x_nat - cut_and_resized(files, windows, size)).abs().max() < TOLERANCE
+    assert (batch.x_nat - cut_and_resized(files, crops, size)).abs().max() < TOLERANCE
     (batch,) = pipeline(in_memory(*files, size=size), 12, order="sequential", flip=False).epoch(6)
-    unflipped = windows._replace(flip=torch.zeros_like(windows.flip))
+    unflipped = crops._replace(flip=torch.zeros_like(crops.flip))
     assert (batch.x_nat - cut_and_resized(files, unflipped, size)).abs().max() < TOLERANCE
 
 
@@ -90,15 +90,15 @@ def test_evaluation_shows_the_centre() -> None:
     files = [encode(smooth(number, *shape)) for number, shape in enumerate(shapes)]
     evaluation = pipeline(in_memory(*files, size=224), 4, order="sequential", augment=False)
     (batch,) = evaluation.epoch(0)
-    windows = centre_windows(*torch.tensor(shapes).T)
-    assert (batch.x_nat - cut_and_resized(files, windows, 224)).abs().max() < TOLERANCE
+    crops = centre_crops(*torch.tensor(shapes).T)
+    assert (batch.x_nat - cut_and_resized(files, crops, 224)).abs().max() < TOLERANCE
     resized = [TF.resize(Image.open(io.BytesIO(data)), 256, antialias=True) for data in files]
     customary = torch.stack([TF.to_tensor(TF.center_crop(image, [224, 224])) for image in resized])
-    assert (batch.x_nat - customary).abs().max() < 5 / 255  # windows are of whole pixels
+    assert (batch.x_nat - customary).abs().max() < 5 / 255  # crops are of whole pixels
 
 
 def test_images_are_read_as_pillow_reads_them() -> None:
-    """Of 32x32 pixels evaluation shows the central 28x28, here without resizing them."""
+    """Evaluation shows the central 28x28 of 32x32 pixels, here without resizing them."""
     image = Image.fromarray(smooth(1, 32, 32))
     turned = Image.Exif()
     turned[0x0112] = 6  # a camera's orientation, by which neither Pillow nor the other pipelines turn the pixels
@@ -127,9 +127,9 @@ def test_images_are_read_as_pillow_reads_them() -> None:
 def test_images_of_any_size_are_enlarged() -> None:
     shapes = [(1, 1), (1, 90), (90, 1), (3, 2), (2, 700)]
     files = [encode(smooth(number, *shape), "PNG") for number, shape in enumerate(shapes)]
-    windows = random_windows(3, 1, torch.arange(5), *torch.tensor(shapes).T)
+    crops = random_crops(3, 1, torch.arange(5), *torch.tensor(shapes).T)
     (batch,) = pipeline(in_memory(*files, size=20), 5, order="sequential").epoch(1)
-    assert (batch.x_nat - cut_and_resized(files, windows, 20)).abs().max() < TOLERANCE
+    assert (batch.x_nat - cut_and_resized(files, crops, 20)).abs().max() < TOLERANCE
 
 
 def test_real_photographs_look_as_pillow_resizes_them(real_images: Path) -> None:
@@ -137,8 +137,8 @@ def test_real_photographs_look_as_pillow_resizes_them(real_images: Path) -> None
     images = encoded_splits(*listings(real_images, request), request)[1]
     (batch,) = pipeline(images, len(images), order="sequential").epoch(0)
     files, heights, widths = zip(*map(images.read, range(len(images))), strict=True)
-    windows = random_windows(3, 0, torch.arange(len(images)), torch.tensor(heights), torch.tensor(widths))
-    assert (batch.x_nat - cut_and_resized(list(files), windows, 32)).abs().mean() < 1 / 255
+    crops = random_crops(3, 0, torch.arange(len(images)), torch.tensor(heights), torch.tensor(widths))
+    assert (batch.x_nat - cut_and_resized(list(files), crops, 32)).abs().mean() < 1 / 255
     assert torch.equal(batch.labels, images.labels)
 
 
@@ -206,7 +206,7 @@ def test_a_file_that_vanishes_ends_the_epoch_with_its_name(tmp_path: Path) -> No
 
 
 def test_images_of_two_sizes_end_the_epoch_where_they_must_be_of_one() -> None:
-    images = in_memory(*FILES[:3], size=SIZES[0][0], windows=False)
+    images = in_memory(*FILES[:3], size=SIZES[0][0], any_size=False)
     with pytest.raises(ValueError, match=r"^data: X/\d is \d+x\d+ pixels and must be 20x20 as the other images"):
         list(pipeline(images, 3).epoch(0))
 
@@ -278,7 +278,7 @@ def operators(source: Source, on_gpu: bool) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("on_gpu", "decoding", "device"), [(True, "mixed", "gpu"), (False, "cpu", "cpu")])
 def test_a_gpu_decodes_and_resizes_by_the_same_definition(on_gpu: bool, decoding: str, device: str) -> None:
-    found = operators(Files(ENCODED, lambda *_: pytest.fail("nothing is read")), on_gpu)
+    found = operators(FileSource(ENCODED, lambda *_: pytest.fail("nothing is read")), on_gpu)
     assert [each for each in found if each[0] != "ExternalSource"] == [
         ("decoders__ImageSlice", decoding),
         ("Resize", device),
@@ -286,4 +286,4 @@ def test_a_gpu_decodes_and_resizes_by_the_same_definition(on_gpu: bool, decoding
         ("output", device),
     ]
     assert found.count(("ExternalSource", "cpu")) == 4
-    assert operators(Arrays(ARRAYS.images), on_gpu) == [("ExternalSource", "cpu"), ("output", device)]
+    assert operators(ArraySource(ARRAYS.images), on_gpu) == [("ExternalSource", "cpu"), ("output", device)]

@@ -1,4 +1,4 @@
-"""What is said where DALI is not installed."""
+"""Message where DALI is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where data sets are looked for, and what is read there.
+"""The places in which data sets are looked for, and the images that are read there.
 
 The true CIFAR and SVHN files are not at hand: their readers run on small files in the same formats, whose md5 sums
 stand in for torchvision's. Downloads come from a server on this machine.
@@ -23,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipelines import datasets, readers
+from engine.pipelines import datasets
+from engine.pipelines.reading import published
 
 Pixels = npt.NDArray[np.uint8]
 REAL = os.environ.get("ENGINE_DATA")
@@ -534,4 +535,4 @@ def test_cifar_is_looked_for_under_torchvision_s_names(name: str) -> None:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    assert readers.CIFAR_NAMES[name] == (kind.base_folder, kind.filename)
+    assert published.CIFAR_NAMES[name] == (kind.base_folder, kind.filename)

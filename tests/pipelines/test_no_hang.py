@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipelines import datasets, folder, splits
+from engine.pipelines import datasets, splits
+from engine.pipelines.reading import folder
 from engine.pipelines.splits import Request
 
 
@@ -112,7 +113,7 @@ def test_an_evaluation_reads_no_training_images(place: Path, monkeypatch: pytest
         read.append(tree.where(name))
         return pixels(tree, name)
 
-    monkeypatch.setattr("engine.pipelines.encoded.pixels", noted)
+    monkeypatch.setattr("engine.pipelines.reading.encoded.pixels", noted)
     found = datasets.find("folder", str(place), Request(only_test=True))
     assert read
     assert not any("/train/" in name for name in read)

@@ -13,20 +13,20 @@ import pytest
 import torch
 
 import engine
-from engine.runs import checkpoints, trainer
 from engine import config, models
-from engine.system import precision
 from engine.common import tensor_files
-from engine.models import weights
-from engine.training.learner import Learner
-from engine.methods import get
 from engine.common.stopping import Interrupted
 from engine.common.tensor_files import write_tensors
+from engine.methods import get
+from engine.models import weights
+from engine.runs import checkpoints, lifecycle
+from engine.system import precision
+from engine.training.learner import Learner
 from tests.runs.test_resume import StopAt
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is the state at the call, the second call waits for the first, and errors come later."""
+    """The file has the state at the call, the second call waits for the first, and errors come later."""
     go, begun, written = threading.Event(), threading.Event(), tensor_files.write_tensors
 
     def slow(path: Path, value: Any) -> None:
@@ -69,7 +69,7 @@ def stopped(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an average that was stopped in its second epoch."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="at", averaging={"kind": "ema"}, out=str(run)), StopAt(8))
+        lifecycle.train(tiny.config(method="at", averaging={"kind": "ema"}, out=str(run)), StopAt(8))
     return run
 
 
@@ -88,7 +88,7 @@ def check(path: Path, learner: Learner) -> None:
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of everything in nested dicts and lists."""
+    """Paths of everything in nested dicts and lists."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in inside:
         yield (*at, key)
@@ -236,7 +236,7 @@ def test_the_best_of_another_epoch_is_not_the_best(stopped: Path) -> None:
 def test_one_flipped_bit_of_a_checkpoint_is_found(name: str, stopped: Path, tmp_path: Path) -> None:
     """At 400 places, and in the whole seal."""
     data, draw = (stopped / name).read_bytes(), random.Random(name)
-    kind = checkpoints.Last if name == "last.pt" else checkpoints.Best
+    kind = checkpoints.LastCheckpoint if name == "last.pt" else checkpoints.BestCheckpoint
     path = tmp_path / name
     for bit in [
         *(draw.randrange(8 * len(data)) for _ in range(400)),
@@ -260,7 +260,7 @@ def test_a_run_from_before_checksums_goes_on_and_says_so(
     shutil.copytree(stopped, run)
     for name in ("last.pt", "best.pt"):
         torch.save(torch.load(run / name, weights_only=True) | {"format": 1}, run / name)
-    trainer.resume(run, ConsoleReporter())
+    lifecycle.resume(run, ConsoleReporter())
     assert "last.pt is a checkpoint from before they had a checksum of the whole file" in capsys.readouterr().out
     assert torch.load(run / "last.pt", weights_only=True)["format"] == 2
 

@@ -16,20 +16,20 @@ from PIL import Image
 
 from engine import config
 from engine.commands import data
-from engine.system import precision
-from engine.runs import trainer
-from engine.evaluation.measure import evaluate
-from engine.pipelines import datasets, ffcv
-from engine.pipelines.beton_writer import Format
-from engine.pipelines.dali import check_installed as check_dali
-from engine.pipelines.encoded import EncodedImages
-from engine.pipelines.splits import Request
 from engine.common.console import Reporter
-from engine.evaluation.reports import read
 from engine.common.stopping import Interrupted
+from engine.evaluation.measure import evaluate
+from engine.evaluation.reports import read
+from engine.pipelines import datasets, ffcv
+from engine.pipelines.dali import check_installed as check_dali
+from engine.pipelines.ffcv.beton_writer import BetonFormat
+from engine.pipelines.reading.encoded import EncodedImages
+from engine.pipelines.splits import Request
+from engine.runs import assemble, lifecycle
+from engine.system import precision
+from tests.commands.test_bad_input import assert_user_error
 from tests.conftest import CLASSES
 from tests.pipelines.photographs import encode, smooth
-from tests.commands.test_bad_input import assert_user_error
 from tests.runs.test_resume import StopAt, assert_same_run
 
 Keys = dict[str, Any]
@@ -64,12 +64,12 @@ def beton(photographs: Path, tmp_path: Path) -> Path:
 
 
 def write_beton(folder: Path, path: Path, **options: Any) -> Path:
-    data.write("folder", str(folder), path, Format("jpeg"), Reporter(), **options)
+    data.write("folder", str(folder), path, BetonFormat("jpeg"), Reporter(), **options)
     return path
 
 
 def photograph_keys(place: Path, pipeline: str, **keys: Any) -> Keys:
-    """Of a run over views of 16 x 16 pixels of 21 photographs: 6 steps an epoch."""
+    """Keys of a run over views of 16 x 16 pixels of 21 photographs: 6 steps an epoch."""
     return {
         "data": str(place),
         "pipeline": pipeline,
@@ -89,7 +89,7 @@ def test_a_run_has_the_same_bits_whichever_pipeline_loads_its_images(
 ) -> None:
     require(pipeline)
     runs = {
-        kind: trainer.train(tiny.config(method="iad1", pipeline=kind, out=str(tmp_path / kind)))
+        kind: lifecycle.train(tiny.config(method="iad1", pipeline=kind, out=str(tmp_path / kind)))
         for kind in ("tensor", pipeline)
     }
     students = [torch.load(run.path / "last.pt", weights_only=True)["student"] for run in runs.values()]
@@ -105,10 +105,10 @@ def test_views_of_photographs_are_trained_on_and_resumed_to_the_bit(
     require(pipeline)
     place = request.getfixturevalue("beton") if pipeline == "ffcv" else photographs
     keys = photograph_keys(place, pipeline, method="iad2", order="quasi-random", workers=1)
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(8))
-    assert_same_run(whole.path, trainer.resume(tmp_path / "parts").path)
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(8))
+    assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
     assert whole.summary["test_of_last"]["natural"]["n"] == 9
     assert whole.summary["skipped_images"] == {"train": 0, "test": 0}
 
@@ -119,9 +119,9 @@ def test_what_auto_chose_holds_for_the_whole_run(
     require("dali")
     keys = photograph_keys(photographs, "auto", method="at")
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(3))
-    monkeypatch.setattr("engine.pipelines.choice.KINDS", ("none of these is asked",))
-    run = trainer.resume(tmp_path / "run")
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(3))
+    monkeypatch.setattr("engine.pipelines.selection.PIPELINE_KINDS", ("none of these is asked",))
+    run = lifecycle.resume(tmp_path / "run")
     assert json.loads((run.path / "provenance.json").read_text())["pipeline"] == "dali"
 
 
@@ -129,7 +129,7 @@ def test_images_that_stay_in_files_are_evaluated_as_those_in_memory(tiny: Any) -
     asked = [Request(resident=resident) for resident in ("never", "always")]
     in_files, in_memory = (datasets.find("folder", str(tiny.folder), each).test for each in asked)
     assert isinstance(in_files, EncodedImages)
-    model = trainer.build_student(
+    model = assemble.build_student(
         config.load(tiny.config(method="at")),
         datasets.find("folder", str(tiny.folder), asked[0]),
         precision.Precision(torch.device("cpu"), torch.float32),
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_evaluated_on_views_of_the_size_it_was_trained_on(
     photographs: Path, tiny: Any, tmp_path: Path, cli: Any
 ) -> None:
     require("dali")
-    run = trainer.train(
+    run = lifecycle.train(
         tiny.config(**photograph_keys(photographs, "dali", method="at"), out=str(tmp_path / "run"))
     )
     found = cli("eval", str(run.path), "--attacks", "natural,pgd10")
@@ -198,7 +198,7 @@ def test_limits_and_the_embedded_data_set(tmp_path: Path, cli: Any) -> None:
 def test_a_beton_serves_as_its_data_set(real_images: Path, tmp_path: Path) -> None:
     require("ffcv")
     path = tmp_path / "cifar10.beton"
-    data.write("cifar10", str(real_images), path, Format(), Reporter(), limit_train=50, limit_test=20)
+    data.write("cifar10", str(real_images), path, BetonFormat(), Reporter(), limit_train=50, limit_test=20)
     found = datasets.find("cifar10", str(path), Request())
     expected = datasets.load("cifar10", str(real_images), limit_train=50, limit_test=20)
     assert torch.equal(found.train.images[torch.arange(50)], expected.train.images)
@@ -238,9 +238,9 @@ def test_an_image_in_memory_is_skipped_too(tiny: Any, tmp_path: Path) -> None:
     bad = folder / "test" / "circle" / "0003.png"
     bad.write_bytes(damaged(bad.read_bytes()))
     with pytest.raises(ValueError, match=f"^data: {re.escape(str(bad))} is not a readable image"):
-        trainer.train(tiny.config(method="st", data=str(folder), out=str(tmp_path / "failed")))
+        lifecycle.train(tiny.config(method="st", data=str(folder), out=str(tmp_path / "failed")))
     keys = {"method": "st", "epochs": 1, "data": str(folder), "on_bad_image": "skip"}
-    run = trainer.train(tiny.config(**keys, out=str(tmp_path / "skipped")))
+    run = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "skipped")))
     assert run.summary["skipped_images"] == {"train": 0, "test": 1}
     assert run.summary["test_of_last"]["natural"]["n"] == 17
 
@@ -271,7 +271,7 @@ def test_data_in_files_that_changed_are_not_resumed_with(change: str, tiny: Any,
     shutil.copytree(tiny.folder, folder)
     keys = {"method": "at", "data": str(folder), "pipeline": "dali"}
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(2))
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(2))
     CHANGES[change](folder)
     assert_user_error(cli("train", "--resume", str(tmp_path / "run")), str(folder), "changed since")
 
@@ -281,10 +281,10 @@ def test_a_beton_that_changed_is_not_resumed_with(
 ) -> None:
     keys = photograph_keys(beton, "ffcv", method="at")
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(2))
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "run")), StopAt(2))
     write_beton(photographs, beton, limit_train=20, force=True)
     with pytest.raises(ValueError, match=rf"{re.escape(str(beton))} changed since"):
-        trainer.resume(tmp_path / "run")
+        lifecycle.resume(tmp_path / "run")
 
 
 BETON_FAULTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {

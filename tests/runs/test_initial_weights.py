@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from engine import config, methods, models
-from engine.system import precision
-from engine.training import schedule
-from engine.runs import teachers, trainer
 from engine.attacks.pgd import started
-from engine.training.learner import Learner
-from engine.pipelines import datasets
-from engine.pipelines.sampling import Sampling
-from engine.pipelines.tensor import TensorPipeline
 from engine.common.stopping import Interrupted
 from engine.common.tensor_files import read_tensors
 from engine.models.weights import load_model
+from engine.pipelines import datasets
+from engine.pipelines.sampling import Sampling
+from engine.pipelines.tensor import TensorPipeline
+from engine.runs import lifecycle, teachers
+from engine.system import precision
+from engine.training import schedule
+from engine.training.learner import Learner
 from tests.conftest import CLASSES
 from tests.runs.test_resume import StopAt, assert_same_bits, assert_same_run
 
@@ -49,13 +49,13 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def test_a_student_starts_from_the_weights_of_a_file(tiny: Any, foreign: Path, tmp_path: Path) -> None:
-    run = trainer.train(tiny.config(**EVERY, method="at", init=str(foreign), out=str(tmp_path / "run"))).path
+    run = lifecycle.train(tiny.config(**EVERY, method="at", init=str(foreign), out=str(tmp_path / "run"))).path
     digest = hashlib.sha256(foreign.read_bytes()).hexdigest()
     assert_same_bits(snapshot(run, 0)["student"], load_model(foreign).module.state_dict())
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["init"] == {"source": str(foreign), "sha256": digest}
     assert torch.load(run / "last.pt", weights_only=True)["init_sha256"] == digest
-    other = trainer.train(tiny.config(**EVERY, method="at", out=str(tmp_path / "other"))).path
+    other = lifecycle.train(tiny.config(**EVERY, method="at", out=str(tmp_path / "other"))).path
     assert "init" not in json.loads((other / "provenance.json").read_text())
     assert torch.load(other / "last.pt", weights_only=True)["init_sha256"] is None
     first = "conv1.weight"
@@ -65,7 +65,7 @@ def test_a_student_starts_from_the_weights_of_a_file(tiny: Any, foreign: Path, t
 def test_the_seed_draws_all_but_the_weights(tiny: Any, foreign: Path, tmp_path: Path) -> None:
     """The same first weights, and another order of the images."""
     keys = {**EVERY, "method": "at", "init": str(foreign)}
-    left, right = (trainer.train(tiny.config(**keys, seed=s, out=str(tmp_path / str(s)))).path for s in (1, 2))
+    left, right = (lifecycle.train(tiny.config(**keys, seed=s, out=str(tmp_path / str(s)))).path for s in (1, 2))
     assert_same_bits(snapshot(left, 0)["student"], snapshot(right, 0)["student"])
     assert not torch.equal(
         snapshot(left, 4)["student"]["conv1.weight"], snapshot(right, 4)["student"]["conv1.weight"]
@@ -74,11 +74,11 @@ def test_the_seed_draws_all_but_the_weights(tiny: Any, foreign: Path, tmp_path: 
 
 def test_a_run_from_a_file_is_resumed_without_it(tiny: Any, foreign: Path, tmp_path: Path) -> None:
     keys = {**EVERY, "method": "iad1", "init": str(foreign)}
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole"))).path
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole"))).path
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(5))
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(5))
     foreign.unlink()
-    parts = trainer.resume(tmp_path / "parts").path
+    parts = lifecycle.resume(tmp_path / "parts").path
     assert_same_run(whole, parts)
     assert json.loads((parts / "provenance.json").read_text())["init"]["source"] == str(foreign)
 
@@ -113,7 +113,7 @@ def bare(path: Path, network: nn.Module, **beside: Any) -> Path:
 def test_what_does_not_fit_is_refused(made: Any, keys: Any, words: str, tiny: Any, tmp_path: Path) -> None:
     path = made(tmp_path / "given.pth")
     with pytest.raises(ValueError, match=rf"^init: {path}.*{words}") as refusal:
-        trainer.train(tiny.config(method="st", init=str(path), out=str(tmp_path / "run"), **keys))
+        lifecycle.train(tiny.config(method="st", init=str(path), out=str(tmp_path / "run"), **keys))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -123,7 +123,7 @@ def test_classes_in_another_order_are_put_into_the_data_s(tiny: Any, tmp_path: P
     network = models.build("resnet8", 3)
     path = bare(tmp_path / "given.pth", network, classes=["triangle", "circle", "square"])
     keys = {**EVERY, "method": "st", "epochs": 1}
-    run = trainer.train(tiny.config(**keys, init=str(path), out=str(tmp_path / "run"))).path
+    run = lifecycle.train(tiny.config(**keys, init=str(path), out=str(tmp_path / "run"))).path
     started_from = snapshot(run, 0)["student"]
     assert CLASSES == ("circle", "square", "triangle")
     assert torch.equal(started_from["linear.weight"], network.state_dict()["linear.weight"][[1, 2, 0]])
@@ -149,7 +149,7 @@ def test_a_relative_path_is_kept_whole(foreign: Path, monkeypatch: pytest.Monkey
 
 
 def test_snapshots_are_kept_every_so_many_steps(tiny: Any, tmp_path: Path) -> None:
-    run = trainer.train(tiny.config(**EVERY, method="at", out=str(tmp_path / "run"))).path
+    run = lifecycle.train(tiny.config(**EVERY, method="at", out=str(tmp_path / "run"))).path
     assert steps(run) == {"step-0.pt", "step-4.pt", "step-8.pt", "step-12.pt"}
     for step in (0, 4, 8, 12):
         content = read_tensors(run / "snapshots" / f"step-{step}.pt")
@@ -159,17 +159,17 @@ def test_snapshots_are_kept_every_so_many_steps(tiny: Any, tmp_path: Path) -> No
     assert_same_bits(snapshot(run, 12)["student"], last["student"])
     loaded = load_model(run / "snapshots" / "step-4.pt")
     assert (loaded.name, loaded.class_names) == ("resnet8", CLASSES)
-    none = trainer.train(tiny.config(method="at", epochs=1, out=str(tmp_path / "none"))).path
+    none = lifecycle.train(tiny.config(method="at", epochs=1, out=str(tmp_path / "none"))).path
     assert not (none / "snapshots").exists()
 
 
 @pytest.mark.parametrize("stop", [3, 4, 7, 11])
 def test_snapshots_of_a_resumed_run_are_those_of_a_whole_one(stop: int, tiny: Any, tmp_path: Path) -> None:
     keys = {**EVERY, "method": "iad2", "checkpoint_every": 3}
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole"))).path
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole"))).path
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(stop))
-    parts = trainer.resume(tmp_path / "parts").path
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(stop))
+    parts = lifecycle.resume(tmp_path / "parts").path
     assert steps(parts) == steps(whole)
     for name in steps(whole):
         assert (parts / "snapshots" / name).read_bytes() == (whole / "snapshots" / name).read_bytes(), name
@@ -178,7 +178,7 @@ def test_snapshots_of_a_resumed_run_are_those_of_a_whole_one(stop: int, tiny: An
 def test_a_run_can_be_repeated_step_by_step(tiny: Any, tmp_path: Path) -> None:
     """From its first snapshot, by the public step, over the batches that the pipeline gives for (seed, epoch)."""
     keys = {**EVERY, "method": "iad1", "dtype": "float64", "augment": True}
-    run = trainer.train(tiny.config(**keys, out=str(tmp_path / "run"))).path
+    run = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "run"))).path
     complete = config.load(config.read_file(run / "config.yaml"))
     at, data = precision.choose(complete), datasets.load("folder", str(tiny.folder)).train
     student = at.place(models.build("resnet8", 3))
@@ -201,7 +201,7 @@ def test_a_run_can_be_repeated_step_by_step(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_the_start_of_a_step_is_a_function_that_can_be_called() -> None:
-    """What another program has to be given: it is no state of a generator."""
+    """Another program can be given it, as it could not be given a generator."""
     spec = config.load({"method": "ard"}).attack
     images = torch.rand(4, 3, 8, 8)
     sample = torch.tensor([9, 2, 7, 4])

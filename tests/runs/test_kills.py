@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended, after how long."""
+    """End of a command, and the seconds until then."""
 
     code: int
     out: str
@@ -78,7 +78,7 @@ def evaluation(checkpoint: Path, out: Path) -> list[str]:
 
 
 def accuracies(out: Path) -> dict[str, float]:
-    """Of the report below a folder, by attack; of several results of one attack the newest."""
+    """Accuracies in the report below a folder, by attack; of several of one attack the newest."""
     (report,) = out.rglob("*.eval.json")
     return {result["attack"]: result["accuracy"] for result in json.loads(report.read_text())["results"]}
 

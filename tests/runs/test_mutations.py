@@ -23,10 +23,10 @@ import pytest
 import torch
 
 from engine import config
-from engine.evaluation import checkpoint, reports
-from engine.runs import trainer
-from engine.pipelines import ffcv
 from engine.common.stopping import Interrupted
+from engine.evaluation import checkpoint, reports
+from engine.pipelines import ffcv
+from engine.runs import lifecycle
 from tests.runs.test_data_runs import photographs as photographs  # a fixture
 from tests.runs.test_data_runs import write_beton
 from tests.runs.test_kills import accuracies
@@ -134,7 +134,7 @@ class Case:
         return found
 
     def content(self, at: Path) -> Any:
-        """What the file says: of a checkpoint, whose every bit is verified, and of a configuration; else None.
+        """Contents of a checkpoint, whose every bit is verified, and of a configuration; else None.
 
         What cannot be read says nothing of what it said before.
         """
@@ -251,13 +251,14 @@ def made(tiny: Any, photographs: Path, tmp_path_factory: pytest.TempPathFactory)
     if not missing("a .beton file"):
         write_beton(photographs, at / "photographs.beton")
     keys = {"data": str(at / "images.zip"), "method": "at", "eval": {"final": ["natural"], "probe_size": 6}}
-    trainer.train(tiny.config(**keys, out=str(at / "finished")))
+    lifecycle.train(tiny.config(**keys, out=str(at / "finished")))
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(at / "stopped")), StopAt(8))
+        lifecycle.train(tiny.config(**keys, out=str(at / "stopped")), StopAt(8))
     subprocess.run([sys.executable, "-m", "engine", *evaluate(at)], check=True, capture_output=True)
     best = at / "stopped" / "best.pt"
+    wanted = checkpoint.EvaluationConfig(["fgsm"], batch_size=6, device="cpu")
     with pytest.raises(Interrupted):
-        checkpoint.run(best, ["fgsm"], StopAt(12), batch_size=6, device="cpu", out=reports.path_of(best, None))
+        checkpoint.run(best, wanted, StopAt(12), out=reports.path_of(best, None))
     (at / "bench").mkdir()
     (at / "bench" / "step.csv").write_text("date,method,median_s\n2026-01-01,iad1,1.5\n2026-01-01,iad2,2.5\n")
     return at
@@ -293,7 +294,7 @@ def bounded() -> Iterator[None]:
 
 
 def complaint(case: Case, at: Path, expected: Any, cli: Any, *, same: bool = True) -> str:
-    """What is wrong with how the command took the file; "" where nothing is.
+    """Fault of a command in taking the file; "" where there is none.
 
     expected: the numbers of the whole file, None where there are none. same: the file says what it said.
     """
@@ -314,7 +315,7 @@ def complaint(case: Case, at: Path, expected: Any, cli: Any, *, same: bool = Tru
 
 
 UNFORESEEN = ("Traceback", "engine: unforeseen")
-"""What stands in the line of an exception that nothing in the engine expects."""
+"""Words in the line of an exception that nothing in the engine expects."""
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ import yaml
 from PIL import Image
 
 from engine import config, methods
-from engine.runs import resuming, trainer
-from engine.system.distributed import World
-from engine.evaluation.measure import evaluate
 from engine.common.console import Reporter
-from engine.runs.run_directory import RunDir
 from engine.common.stopping import Interrupted, Stop
 from engine.common.tensor_files import write_tensors
+from engine.config import sections
+from engine.evaluation.measure import evaluate
+from engine.runs import assemble, lifecycle, resuming, trainer
+from engine.runs.run_directory import RunDir
+from engine.runs.session import Session
+from engine.system import precision
+from engine.system.distributed import World
+from tests.runs.helpers import Listener
 
 _CLOCKS = ("seconds", "images_per_second", "share_of_peak")
 
@@ -87,21 +92,21 @@ def assert_same_run(left: Path, right: Path) -> None:
 )
 @pytest.mark.parametrize("step", [4, 6, 9])
 def test_what_people_add_resumes_too(step: int, keys: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
-    whole = trainer.train(tiny.config(method="iad1", out=str(tmp_path / "whole"), **keys))
+    whole = lifecycle.train(tiny.config(method="iad1", out=str(tmp_path / "whole"), **keys))
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="iad1", out=str(tmp_path / "parts"), **keys), StopAt(step))
-    assert_same_run(whole.path, trainer.resume(tmp_path / "parts").path)
+        lifecycle.train(tiny.config(method="iad1", out=str(tmp_path / "parts"), **keys), StopAt(step))
+    assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
 
 
 @pytest.mark.parametrize("method", list(methods.TABLE))
 def test_stopped_in_the_middle_of_an_epoch(method: str, tiny: Any, tmp_path: Path) -> None:
-    whole = trainer.train(tiny.config(method=method, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(method=method, out=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):
         # Step 9 of 12: in the second epoch, after the warm-up, inside a log interval.
-        trainer.train(tiny.config(method=method, out=str(tmp_path / "parts")), StopAt(9))
+        lifecycle.train(tiny.config(method=method, out=str(tmp_path / "parts")), StopAt(9))
     stopped = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
     assert stopped["progress"]["step"] == 9
-    parts = trainer.resume(tmp_path / "parts")
+    parts = lifecycle.resume(tmp_path / "parts")
     assert_same_run(whole.path, parts.path)
 
 
@@ -109,17 +114,17 @@ def test_stopped_in_the_middle_of_an_epoch(method: str, tiny: Any, tmp_path: Pat
 @pytest.mark.parametrize("semantics", ["paper", "official"])
 def test_stopped_at_every_kind_of_step(step: int, semantics: str, tiny: Any, tmp_path: Path) -> None:
     keys = {"method": "iad1", "semantics": semantics}
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(step, signal.SIGINT))
-    assert_same_run(whole.path, trainer.resume(tmp_path / "parts").path)
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(step, signal.SIGINT))
+    assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
 
 
 def test_stopped_twice_and_while_evaluating(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trainer.train(tiny.config(method="at", out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(method="at", out=str(tmp_path / "whole")))
     parts = tmp_path / "parts"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="at", out=str(parts)), StopAt(2))
+        lifecycle.train(tiny.config(method="at", out=str(parts)), StopAt(2))
 
     def interrupted(*args: Any, **keys: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
@@ -127,28 +132,28 @@ def test_stopped_twice_and_while_evaluating(tiny: Any, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(trainer, "evaluate", interrupted)
     with pytest.raises(Interrupted):
-        trainer.resume(parts)
+        lifecycle.resume(parts)
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     assert torch.load(parts / "last.pt", weights_only=True)["progress"]["step_in_epoch"] == 6
-    assert_same_run(whole.path, trainer.resume(parts).path)
+    assert_same_run(whole.path, lifecycle.resume(parts).path)
 
 
 def test_mixed_precision_resumes_too(tiny: Any, tmp_path: Path, bf16: None) -> None:
-    whole = trainer.train(tiny.config(method="iad2", amp=True, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(method="iad2", amp=True, out=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="iad2", amp=True, out=str(tmp_path / "parts")), StopAt(7))
-    assert_same_run(whole.path, trainer.resume(tmp_path / "parts").path)
+        lifecycle.train(tiny.config(method="iad2", amp=True, out=str(tmp_path / "parts")), StopAt(7))
+    assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
 
 
 def test_signals_are_as_before_after_a_run(tiny: Any, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    trainer.train(tiny.config(method="st", epochs=1, out=str(tmp_path / "run")))
+    lifecycle.train(tiny.config(method="st", epochs=1, out=str(tmp_path / "run")))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 def test_a_finished_run_says_so(tiny: Any, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
-    trainer.train(tiny.config(method="st", epochs=1, out=str(run)))
+    lifecycle.train(tiny.config(method="st", epochs=1, out=str(run)))
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     outcome = cli("train", "--resume", str(run))
     assert outcome.code == 0
@@ -160,7 +165,7 @@ def test_data_that_changed_are_refused(tiny: Any, tmp_path: Path, cli: Any) -> N
     shutil.copytree(tiny.folder, tmp_path / "data")
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="st", data=str(tmp_path / "data"), out=str(run)), StopAt(2))
+        lifecycle.train(tiny.config(method="st", data=str(tmp_path / "data"), out=str(run)), StopAt(2))
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / "circle" / "0000.png")
     outcome = cli("train", "--resume", str(run))
     assert outcome.code == 2
@@ -172,7 +177,7 @@ def test_a_teacher_that_changed_is_refused(tiny: Any, tmp_path: Path, cli: Any) 
     teacher.write_bytes(tiny.teacher.read_bytes())
     keys = {"method": "ard", "teacher": {"checkpoint": str(teacher)}}
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(run)), StopAt(2))
+        lifecycle.train(tiny.config(**keys, out=str(run)), StopAt(2))
     teacher.write_bytes(tiny.teacher_st.read_bytes())
     outcome = cli("train", "--resume", str(run))
     assert outcome.code == 2
@@ -184,9 +189,9 @@ def test_the_same_teacher_in_another_file_is_the_same(tiny: Any, tmp_path: Path)
     teacher.write_bytes(tiny.teacher.read_bytes())
     keys = {"method": "ard", "teacher": {"checkpoint": str(teacher)}}
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(run)), StopAt(2))
+        lifecycle.train(tiny.config(**keys, out=str(run)), StopAt(2))
     write_tensors(teacher, torch.load(teacher, weights_only=True) | {"metrics": {"seconds": 3}})
-    assert trainer.resume(run).summary["last"]["epoch"] == 2
+    assert lifecycle.resume(run).summary["last"]["epoch"] == 2
 
 
 def test_a_run_has_one_process(tiny: Any, tmp_path: Path, cli: Any) -> None:
@@ -194,7 +199,7 @@ def test_a_run_has_one_process(tiny: Any, tmp_path: Path, cli: Any) -> None:
 
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="st", out=str(run)), StopAt(2))
+        lifecycle.train(tiny.config(method="st", out=str(run)), StopAt(2))
     before = (run / "last.pt").read_bytes()
     other = os.open(run, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -208,7 +213,7 @@ def test_a_run_has_one_process(tiny: Any, tmp_path: Path, cli: Any) -> None:
 def test_rows_that_were_lost_are_noticed(tiny: Any, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="st", out=str(run)), StopAt(7))
+        lifecycle.train(tiny.config(method="st", out=str(run)), StopAt(7))
     (run / "metrics.jsonl").write_text("")
     outcome = cli("train", "--resume", str(run))
     assert (outcome.code, "metrics.jsonl is shorter" in outcome.err) == (2, True)
@@ -217,10 +222,10 @@ def test_rows_that_were_lost_are_noticed(tiny: Any, tmp_path: Path, cli: Any) ->
 def test_a_moved_run_finds_its_data(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny.folder.parent)
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="st", data=tiny.folder.name, out=str(tmp_path / "a")), StopAt(2))
+        lifecycle.train(tiny.config(method="st", data=tiny.folder.name, out=str(tmp_path / "a")), StopAt(2))
     (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
-    assert trainer.resume(Path("b")).path == Path("b")
+    assert lifecycle.resume(Path("b")).path == Path("b")
 
 
 # ---------------------------------------------------------------- what may change when a run goes on
@@ -296,7 +301,7 @@ def test_an_edited_configuration_is_refused_by_name(
         (line,) = outcome.err.strip().splitlines()
         assert all(f"{name} was " in line for name in names), line
     (run / "config.yaml").write_text(before)
-    assert trainer.resume(run).summary["last"]["epoch"] == 2
+    assert lifecycle.resume(run).summary["last"]["epoch"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +309,7 @@ def stopped(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs that was stopped in the first."""
     run = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="st", out=str(run)), StopAt(2))
+        lifecycle.train(tiny.config(method="st", out=str(run)), StopAt(2))
     return run
 
 
@@ -321,9 +326,9 @@ def moved(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         teacher={"checkpoint": str(root / "before" / "at.pt")},
         teacher_st={"checkpoint": str(root / "before" / "st.pt")},
     )
-    trainer.train(keys, out=str(root / "whole"))
+    lifecycle.train(keys, out=str(root / "whole"))
     with pytest.raises(Interrupted):
-        trainer.train(keys, StopAt(7), out=str(root / "run"))
+        lifecycle.train(keys, StopAt(7), out=str(root / "run"))
     (root / "before").rename(root / "after")
     return root
 
@@ -381,24 +386,24 @@ def test_a_teacher_in_training_goes_on_elsewhere(tiny: Any, tmp_path: Path) -> N
     """Data, device and intervals are the teacher's too; what it was trained on is compared with what is found."""
     data = Path(shutil.copytree(tiny.folder, tmp_path / "data"))
     keys = tiny.config(method="ard", teacher={"checkpoint": None}, data=str(data))
-    whole = trainer.train(keys, out=str(tmp_path / "whole"))
+    whole = lifecycle.train(keys, out=str(tmp_path / "whole"))
     shutil.rmtree(os.environ["ENGINE_CACHE"])
     with pytest.raises(Interrupted):
-        trainer.train(keys, StopAt(4), out=str(tmp_path / "run"))
+        lifecycle.train(keys, StopAt(4), out=str(tmp_path / "run"))
     data.rename(tmp_path / "elsewhere")
-    result = trainer.resume(tmp_path / "run", data=str(tmp_path / "elsewhere"), checkpoint_every=3)
+    result = lifecycle.resume(tmp_path / "run", data=str(tmp_path / "elsewhere"), checkpoint_every=3)
     assert rows_of(result.path) == rows_of(whole.path)
     assert rows_of(result.path / "teacher") == rows_of(whole.path / "teacher")
 
 
 def test_a_finished_teacher_of_other_data_is_refused(tiny: Any, tmp_path: Path) -> None:
     data, run = Path(shutil.copytree(tiny.folder, tmp_path / "data")), tmp_path / "run"
-    trainer.train(tiny.config(method="ard", teacher={"checkpoint": None}, data=str(data)), out=str(run))
+    lifecycle.train(tiny.config(method="ard", teacher={"checkpoint": None}, data=str(data)), out=str(run))
     for name in ("summary.json", "last.pt"):
         (run / name).unlink()
     Image.new("RGB", (8, 8)).save(data / "train" / "circle" / "0000.png")
     with pytest.raises(ValueError, match="holds a teacher of other data"):
-        trainer.resume(run)
+        lifecycle.resume(run)
 
 
 # ---------------------------------------------------------------- longer runs
@@ -413,12 +418,12 @@ def test_what_is_given_in_epochs_stays_and_a_longer_run_is_the_long_one(
         method="iad1", loss={"warmup": 1}, optim={"milestones": [1, 3], "lr_factors": [0.5, 0.1]},
         averaging={"kind": "ema", "start": 1},
     )  # fmt: skip
-    whole, run = trainer.train(keys, epochs=4, out=str(tmp_path / "whole")), tmp_path / "run"
+    whole, run = lifecycle.train(keys, epochs=4, out=str(tmp_path / "whole")), tmp_path / "run"
     if finished:
-        short = trainer.train(keys, epochs=2, out=str(run)).summary
+        short = lifecycle.train(keys, epochs=2, out=str(run)).summary
     else:
         with pytest.raises(Interrupted):
-            trainer.train(keys, StopAt(8), epochs=2, out=str(run))
+            lifecycle.train(keys, StopAt(8), epochs=2, out=str(run))
     outcome = cli("train", "--resume", str(run), "--epochs", "4")
     assert outcome.code == 0, outcome.err
     assert "Extended from 2 to 4 epochs; from here on a part of the run is one of 4 epochs: none ch" in outcome.out
@@ -440,9 +445,9 @@ def test_what_is_given_in_epochs_stays_and_a_longer_run_is_the_long_one(
 def test_a_fraction_is_one_of_the_longer_run_from_there_on(tiny: Any, tmp_path: Path) -> None:
     """To the bit the training that is told, epoch by epoch, what the short run did, then the long one."""
     keys = tiny.config(method="iad1", loss={"warmup": 0.5}, optim={"milestones": [0.5, 0.75]})
-    trainer.train(keys, epochs=2, out=str(tmp_path / "run"))
+    lifecycle.train(keys, epochs=2, out=str(tmp_path / "run"))
     said = Listener()
-    run = trainer.resume(tmp_path / "run", said, epochs=6).path
+    run = lifecycle.resume(tmp_path / "run", said, epochs=6).path
     assert any(
         "optim.milestones at epoch 3, 5 (was 1, 2)" in line and "loss.warmup at epoch 3 (was 1)" in line
         for line in said.lines
@@ -457,38 +462,36 @@ def test_a_fraction_is_one_of_the_longer_run_from_there_on(tiny: Any, tmp_path: 
 
 
 def by_hand(tiny: Any, tmp_path: Path, keys: dict[str, Any], epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The student that a trainer makes of those rows' rates and phases, epoch by epoch."""
+    """The student of a loop that trains those rows' phases at their rates, epoch by epoch."""
     complete = config.load(keys, {"epochs": len(epochs)})
     rates = iter([row["lr"] for row in epochs for _ in range(6)])
     run = RunDir.create(config.with_absolute_paths(config.load(keys, {"out": str(tmp_path / "hand")}))).run
-    told = trainer.Trainer(run, complete, Reporter(), Stop(), World())
-    for epoch, row in enumerate(epochs):
-        told.learner.student.train()
-        method = told.method if row["phase"] == told.method.name else told.method.warmup
-        assert method is not None
-        for number, batch in enumerate(told.pipeline.epoch(epoch)):
-            whole = told.sampling.size_of(number)
-            told.learner.learn(batch, method, next(rates), epoch=epoch, global_batch_size=whole, on_output=lambda *seen: None)
-    told.pipeline.close()
-    student: dict[str, Any] = told.learner.student.state_dict()
+    session = Session(complete, precision.choose(complete), World(), Reporter(), Stop(), run)
+
+    def train_teacher(*_: Any) -> Path:
+        raise AssertionError("the teacher is in a file")
+
+    with ExitStack() as resources:
+        parts = assemble.assemble(session, None, resources, train_teacher)
+        learner = parts.learner
+        for epoch, row in enumerate(epochs):
+            learner.student.train()
+            method = learner.method if row["phase"] == learner.method.name else learner.method.warmup
+            assert method is not None
+            for number, batch in enumerate(parts.data.pipeline.epoch(epoch)):
+                size = parts.data.sampling.size_of(number)
+                learner.learn(batch, method, next(rates), epoch=epoch, global_batch_size=size)
+    student: dict[str, Any] = learner.student.state_dict()
     return student
-
-
-class Listener(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.mark.parametrize(("kind", "short", "start"), [("swa", 4, 3.0), ("swa", 2, 1.0), ("ema", 3, 0.0)])
 def test_an_average_that_has_begun_goes_on(kind: str, short: int, start: float, tiny: Any, tmp_path: Path) -> None:
     """In the longer run it is that from the epoch on in which it began, and not of a fraction anew."""
     keys = tiny.config(method="st", averaging={"kind": kind}, optim={"milestones": [], "lr_factors": []})
-    whole = trainer.train(config.merge(keys, {"averaging": {"start": start}}), epochs=5, out=str(tmp_path / "w"))
-    trainer.train(keys, epochs=short, out=str(tmp_path / "run"))
-    run = trainer.resume(tmp_path / "run", epochs=5).path
+    whole = lifecycle.train(config.merge(keys, {"averaging": {"start": start}}), epochs=5, out=str(tmp_path / "w"))
+    lifecycle.train(keys, epochs=short, out=str(tmp_path / "run"))
+    run = lifecycle.resume(tmp_path / "run", epochs=5).path
     assert config.read_file(run / "config.yaml")["averaging"]["start"] == start
     left, right = (torch.load(path / "last.pt", weights_only=True)["averaged"] for path in (whole.path, run))
     assert_same_bits(left, right)
@@ -503,46 +506,46 @@ def test_an_average_that_has_not_begun_begins_where_the_longer_run_says() -> Non
 
 def test_a_longer_run_keeps_its_teacher(tiny: Any, tmp_path: Path) -> None:
     keys = tiny.config(method="ard", teacher={"checkpoint": None})
-    trainer.train(keys, out=str(tmp_path / "run"))
+    lifecycle.train(keys, out=str(tmp_path / "run"))
     said = Listener()
-    run = trainer.resume(tmp_path / "run", said, epochs=3).path
+    run = lifecycle.resume(tmp_path / "run", said, epochs=3).path
     assert any("teacher cache" in line for line in said.lines)
     assert config.read_file(run / "config.yaml")["teacher"]["epochs"] == 2
-    assert trainer.resume(run, epochs=4).summary["last"]["epoch"] == 4
+    assert lifecycle.resume(run, epochs=4).summary["last"]["epoch"] == 4
 
 
 def test_a_longer_run_that_was_killed_at_its_start(tiny: Any, tmp_path: Path) -> None:
     """config.yaml says more than last.pt: as if it had been edited by hand."""
-    run = trainer.train(tiny.config(method="st", teacher={"checkpoint": None}), out=str(tmp_path / "run")).path
+    run = lifecycle.train(tiny.config(method="st", teacher={"checkpoint": None}), out=str(tmp_path / "run")).path
     (run / "summary.json").rename(run / "summary-2.json")
     found = config.read_file(run / "config.yaml")
     for change in ({"epochs": 3, "teacher": {"epochs": 2}}, {"epochs": 3}):
         copy = Path(shutil.copytree(run, tmp_path / str(len(change))))
         (copy / "config.yaml").write_text(yaml.safe_dump(config.merge(found, change)))
-        assert trainer.resume(copy).summary["last"]["epoch"] == 3
+        assert lifecycle.resume(copy).summary["last"]["epoch"] == 3
 
 
 def test_a_finished_run_without_its_state_is_not_begun_anew(tiny: Any, tmp_path: Path) -> None:
-    run = trainer.train(tiny.config(method="st"), out=str(tmp_path / "run")).path
+    run = lifecycle.train(tiny.config(method="st"), out=str(tmp_path / "run")).path
     (run / "last.pt").unlink()
     with pytest.raises(ValueError, match=r"last\.pt is gone"):
-        trainer.resume(run, epochs=3)
+        lifecycle.resume(run, epochs=3)
     assert (run / "summary.json").exists()
 
 
 def test_parts_of_the_run_are_all_known() -> None:
-    source = Path(config.__file__).read_text()
-    fields = re.findall(r"^    (\w+): Annotated\[.*PartOfRun", source, re.MULTILINE)
-    assert sorted(fields) == sorted(name.rpartition(".")[2] for name in resuming.PARTS)
+    source = Path(sections.__file__).read_text()
+    fields = re.findall(r"^    (\w+): Annotated\[\s*(?:tuple\[)?PartOfRun", source, re.MULTILINE)
+    assert sorted(fields) == sorted(name.rpartition(".")[2] for name in resuming.FRACTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_the_callers_own_dtype_changes_no_bits(dtype: torch.dtype, tiny: Any, tmp_path: Path) -> None:
     keys = tiny.config(method="iad1")
-    usual = trainer.train(keys, out=str(tmp_path / "usual"))
+    usual = lifecycle.train(keys, out=str(tmp_path / "usual"))
     torch.set_default_dtype(dtype)
     try:
-        other = trainer.train(keys, out=str(tmp_path / "other"))
+        other = lifecycle.train(keys, out=str(tmp_path / "other"))
         assert torch.get_default_dtype() == dtype
     finally:
         torch.set_default_dtype(torch.float32)
@@ -579,13 +582,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("step", [1, 5, 8])
 def test_killed_at_any_moment(step: int, tiny: Any, tmp_path: Path) -> None:
     keys = {"method": "iad1", "checkpoint_every": 1, "epochs": 3}
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     run = tmp_path / "killed"
     process = start(tiny.flags(**keys, out=str(run)))
     wait_for_step(run, step, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    trainer.resume(run)
+    lifecycle.resume(run)
     assert_same_run(whole.path, run)
     leftovers = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
     assert not leftovers  # what a kill left half-written is removed
@@ -604,7 +607,7 @@ def test_killed_again_and_again(tiny: Any, tmp_path: Path) -> None:
         process = start(["train", "--resume", str(run)] if run.exists() else tiny.flags(**keys, out=str(run)))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, (out, err)
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     assert_same_run(whole.path, run)
 
 
@@ -628,10 +631,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny: Any, tmp_path: P
     import resource
 
     keys = {"method": "trades", "checkpoint_every": 3}
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     run = tmp_path / "full"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(run)), StopAt(5))
+        lifecycle.train(tiny.config(**keys, out=str(run)), StopAt(5))
     before = (run / "last.pt").read_bytes()
 
     def limit_files() -> None:
@@ -644,7 +647,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny: Any, tmp_path: P
     assert len(err.strip().splitlines()) == 1
     assert (run / "last.pt").read_bytes() == before
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
-    trainer.resume(run)
+    lifecycle.resume(run)
     assert_same_run(whole.path, run)
 
 
@@ -652,15 +655,15 @@ def test_interrupted_teacher_training_goes_on(tiny: Any, tmp_path: Path) -> None
     keys = {"method": "iad1", "teacher": {"checkpoint": None}}
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(run)), StopAt(4))
+        lifecycle.train(tiny.config(**keys, out=str(run)), StopAt(4))
     assert torch.load(run / "teacher" / "last.pt", weights_only=True)["progress"]["step"] == 4
     assert not (run / "last.pt").exists()
-    result = trainer.resume(run)
+    result = lifecycle.resume(run)
     assert result.summary["method"] == "iad1"
     assert json.loads((run / "teacher" / "summary.json").read_text())["method"] == "at"
 
 
 def test_config_of_a_run_is_rerunnable(tiny: Any, tmp_path: Path) -> None:
-    first = trainer.train(tiny.config(method="akd2", out=str(tmp_path / "first")))
+    first = lifecycle.train(tiny.config(method="akd2", out=str(tmp_path / "first")))
     again = config.load(config.read_file(first.path / "config.yaml"), {"out": str(tmp_path / "again")})
-    assert_same_run(first.path, trainer.train(again).path)
+    assert_same_run(first.path, lifecycle.train(again).path)

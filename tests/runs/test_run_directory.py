@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import config
-from engine.system import launcher
-from engine.runs import trainer
-from engine.pipelines import datasets
-from engine.runs.run_directory import Begun, RunDir
 from engine.common.stopping import EXIT_USER_ERROR, Interrupted, RunFailed
+from engine.pipelines import datasets
+from engine.runs import lifecycle
+from engine.runs.run_directory import PreparedRun, RunDir
+from engine.system import launcher
 from tests.runs.test_resume import StopAt, assert_same_run, start
 
 WANTED: dict[str, Any] = {"method": "at", "dataset": "digits", "model": "resnet8", "epochs": 2}
@@ -74,14 +74,14 @@ def test_in_its_place_it_must_have_the_same_settings() -> None:
 
 def test_the_same_call_goes_on_and_then_begins_anew(tiny: Any, tmp_path: Path) -> None:
     keys = tiny.config(method="at")
-    whole = trainer.train(keys | {"out": str(tmp_path / "whole")})
+    whole = lifecycle.train(keys | {"out": str(tmp_path / "whole")})
     with pytest.raises(Interrupted):
-        trainer.train(keys, StopAt(4), again=True)
+        lifecycle.train(keys, StopAt(4), again=True)
     (stopped,) = Path("runs").iterdir()
-    result = trainer.train(keys, again=True)
+    result = lifecycle.train(keys, again=True)
     assert result.path.resolve() == stopped.resolve()
     assert_same_run(whole.path, result.path)
-    later = trainer.begin(config.load(keys), again=True).run
+    later = lifecycle.begin(config.load(keys), again=True).run
     assert later.path != result.path, "what is finished is not the one to go on with"
 
 
@@ -104,7 +104,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_place_is_given_to_one_run_alone() -> None:
-    """Of eight that begin in it at once, each with its own seed, one has it, and its configuration is whole."""
+    """One of eight that begin in it at once, each with its own seed, has it, and its configuration is whole."""
 
     def begin(seed: int) -> str:
         try:
@@ -145,7 +145,7 @@ def test_only_what_this_call_made_and_nobody_entered_is_taken_back(
         (place / entry).write_bytes(b"precious")
     before = contents(place)
     with held(begun.run) if is_held else nullcontext():
-        (begun if is_new else Begun(begun.run)).take_back()
+        (begun if is_new else PreparedRun(begun.run)).remove_if_unused()
     unentered = entries <= {"logs/1/process-1.log", "log.txt"}
     if is_new and unentered and not is_held:
         del before["config.yaml"]
@@ -156,18 +156,18 @@ def test_only_what_this_call_made_and_nobody_entered_is_taken_back(
 def test_a_failure_takes_back_what_is_new_and_nothing_else() -> None:
     for error in (ValueError("data"), RunFailed("disk")):
         begun = RunDir.create(config.load(WANTED, {"out": "runs/new"}))
-        with pytest.raises(type(error)), begun.or_nothing():
+        with pytest.raises(type(error)), begun.removed_on_failure():
             raise error
         assert not Path("runs/new").exists()
     run = RunDir.create(config.load(WANTED, {"out": "runs/old"})).run
-    with pytest.raises(ValueError, match="data"), Begun(run).or_nothing():
+    with pytest.raises(ValueError, match="data"), PreparedRun(run).removed_on_failure():
         raise ValueError("data")
     assert run.config.exists()
 
 
 def test_a_run_that_was_taken_back_meanwhile_is_no_run() -> None:
     begun = RunDir.create(config.load(WANTED, {"out": "runs/gone"}))
-    begun.take_back()
+    begun.remove_if_unused()
     with pytest.raises(ValueError, match="--resume: cannot use runs/gone: No such file"), begun.run.locked():
         pass
     Path("runs/gone").mkdir()

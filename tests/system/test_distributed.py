@@ -23,8 +23,9 @@ from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, ProcessLost, RunFailed, Stop
 from engine.models.sync_batch_norm import SyncBatchNorm, synchronise
 from engine.pipelines.base import Batch
-from engine.runs import trainer
+from engine.runs import lifecycle
 from engine.system import distributed
+from engine.system.data_parallel import replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.training.learner import Learner
@@ -48,7 +49,7 @@ def run_of(method: str, data: dict[str, Any], teachers: Path, **keys: Any) -> di
 
 def train_each(world: World, runs: dict[str, dict[str, Any]]) -> None:
     for out, keys in runs.items():
-        trainer.train(keys | {"out": out}, Reporter(), world=world)
+        lifecycle.train(keys | {"out": out}, Reporter(), world=world)
 
 
 def state(path: Path) -> dict[str, Tensor]:
@@ -227,7 +228,7 @@ def calls_of_steps(world: World, out: str, keys: dict[str, Any], steps: int) -> 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             learn(learner, batch, 8)
-            world.any_of_last_time(False)
+            world.delayed_any(False)
     events = profile.events()
     attacks = [event.time_range for event in events if event.name == "attack"]
     calls = [event for event in events if event.name.startswith("c10d::")]
@@ -258,7 +259,7 @@ def test_a_step_has_one_reduction_of_gradients_and_the_attack_has_none(sync_bn: 
 
 @pytest.mark.parametrize("model", list(models.TABLE))
 def test_every_parameter_gets_a_gradient(model: str) -> None:
-    """So a replica need not look for unused ones."""
+    """A replica need not look for unused parameters."""
     size = models.TABLE[model].input_sizes[0]
     student = models.build(model, 4)
     student(torch.rand(2, 3, size, size)).sum().backward()
@@ -324,15 +325,15 @@ def one_hangs(world: World, out: str) -> None:
     world.timeout = 60.0
 
 
-def test_who_does_not_come_to_a_meeting_is_named(tmp_path: Path) -> None:
+def test_a_process_that_misses_a_barrier_is_named(tmp_path: Path) -> None:
     together(2, one_hangs, str(tmp_path / "said"))
     assert (tmp_path / "said-0").read_text().startswith("process 1 of 0..1 did not answer")
     assert not (tmp_path / "said-1").exists()
 
 
 def one_is_asked_to_stop(world: World, out: str) -> None:
-    """In steps all stop at the same one, and in work that is not common all stop."""
-    stopped = next(step for step in range(100) if world.any_of_last_time(world.rank == 1 and step == 7))
+    """All stop at the same step, and all stop in work that is not done in steps."""
+    stopped = next(step for step in range(100) if world.delayed_any(world.rank == 1 and step == 7))
     stop = Stop()
     stop.requested = world.rank == 1
     try:
@@ -361,7 +362,7 @@ from tests.pipelines.loaders import threads, threads_end
 before = len(threads())
 try:
     with distributed.joined(config.load({"device": "cpu"})) as world:
-        world.any_of_last_time(False)
+        world.delayed_any(False)
         assert any("gloo" in name for name in threads())
         if sys.argv[1] == "stopped":
             raise Interrupted("as asked")
@@ -488,7 +489,7 @@ except Exception as error:
     ("which", "device", "expected"),
     [
         ("all", "cpu", ["ValueError", "ValueError --timeout 0"]),
-        ("main", "cpu", ["ProcessLost", "Unforeseen unforeseen IndexError"]),
+        ("main", "cpu", ["ProcessLost", "UnexpectedError unforeseen IndexError"]),
         ("none", "cuda:77", ["ValueError --device"]),
     ],
 )
@@ -518,7 +519,7 @@ def test_one_machine_listens_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever several machines are told to use."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "eth0")
-    distributed._stay_on_this_machine()
+    distributed._use_loopback()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
 
@@ -526,9 +527,9 @@ def test_one_machine_listens_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_by_itself_asks_nobody() -> None:
     world = World()
     assert world.is_main
-    assert world.any_of_last_time(True)
+    assert world.delayed_any(True)
     assert world.gather(torch.tensor([1.0, 2.0])).tolist() == [[1.0, 2.0]]
     world.barrier()
     student = student_of()
-    assert world.replicate(student, F64.device, every_backward=True) is student
+    assert replicate(student, world, F64.device, every_backward=True) is student
     assert not distributed.is_launched()

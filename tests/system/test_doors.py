@@ -1,4 +1,4 @@
-"""What strangers could reach while several processes work: real runs, in a folder of hostile modules."""
+"""Attack surface of several processes at work: real runs, in a folder of hostile modules."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COMMANDS = {
 
 @dataclass
 class Seen:
-    """What a command left, and what was seen of its processes: where they listened, calls that were noted."""
+    """The end of a command, the addresses at which its processes listened, and the calls that were noted."""
 
     name: str
     code: int
@@ -109,7 +109,7 @@ def seen(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.Tem
 
 
 def _renamed() -> list[str]:
-    """What runs a command on a machine of a name that does not resolve; [] where that is not allowed."""
+    """Prefix of a command that gives the machine a name that does not resolve; [] where that is not allowed."""
     prefix = ["unshare", "--uts", "--map-root-user", "sh", "-c", f'hostname {HOST_NAME} && exec "$@"', "sh"]
     try:
         tried = subprocess.run([*prefix, "hostname"], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""How many processes a command asks for, and how they are started, watched and ended."""
+"""Processes of a command: their number, start, supervision and end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from engine.common.stopping import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from engine.system import launcher, precision
-from engine.system.distributed import VERDICT
+from engine.system.distributed import FINAL_EXIT_CODE
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_would_fail_again_is_not_started_again(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = launcher._loopback_store()
-    store.set(VERDICT, "1")
+    store.set(FINAL_EXIT_CODE, "1")
     monkeypatch.setattr(launcher, "_loopback_store", lambda: store)
     assert launch("sys.exit(1)") == EXIT_FAILED
     assert starts(tmp_path) == [0]
@@ -199,7 +199,7 @@ def test_a_signal_before_the_processes_heed_it(
 
 
 def test_a_signal_to_each_process_stops_all(launch: Launch, tmp_path: Path) -> None:
-    """None is told again by the launcher: a second signal would interrupt its saving."""
+    """The launcher signals none again: a second signal would interrupt its saving."""
     script = """
 def stop(number, frame):
     (folder / f"told-{rank}-{time.monotonic()}").touch()
@@ -272,9 +272,10 @@ def test_a_child_is_the_engine_that_started_it(tmp_path: Path) -> None:
     told = plant(tmp_path / "folder")
     shown = "import sys; print(sys.modules['engine'].__file__, sys.path[0])\nraise SystemExit"
     checkout = tmp_path / "checkout" / "engine"
-    checkout.mkdir(parents=True)
+    (checkout / "commands").mkdir(parents=True)
     (checkout / "__init__.py").touch()
-    (checkout / "cli.py").write_text(shown)
+    (checkout / "commands" / "__init__.py").touch()
+    (checkout / "commands" / "cli.py").write_text(shown)
     (checkout / "__main__.py").write_bytes(Path(launcher.command()[1]).read_bytes())
     for cwd, command in (
         (told.parent, [sys.executable, str(checkout / "__main__.py")]),
@@ -288,7 +289,7 @@ def test_a_child_is_the_engine_that_started_it(tmp_path: Path) -> None:
 
 
 def test_as_a_module_the_engine_looks_for_no_other_in_the_current_folder(tmp_path: Path) -> None:
-    """What Python itself imports before (-m) is another matter: `yaml.py`, not `typing.py`."""
+    """Modules that Python itself imports before (-m), such as `typing.py`, are not tested."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("yaml", "torch", "numpy", "click", "rich"):

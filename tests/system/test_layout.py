@@ -12,12 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import config, methods, models
 from engine.pipelines.base import Batch
-from engine.runs import trainer
+from engine.runs import lifecycle
 from engine.system import layout
 from engine.system.precision import Precision
-from engine.system.streams import Lanes
-from engine.training import networks
-from engine.training.step import training_loss
+from engine.training.learner import Learner
 
 CPU = torch.device("cpu")
 PRECISIONS = {"float32": Precision(CPU, torch.float32), "amp": Precision(CPU, torch.float32, torch.bfloat16)}
@@ -30,7 +28,7 @@ def test_a_run_is_channels_last(
 ) -> None:
     monkeypatch.setenv("ENGINE_DEBUG", "1")
     keys = {"method": method, "amp": amp, "epochs": 1, "loss": {"warmup": 0}, "eval": {"final": []}}
-    trainer.train(tiny.config(**keys, out=str(tmp_path / "run")))
+    lifecycle.train(tiny.config(**keys, out=str(tmp_path / "run")))
 
 
 def run_step(name: str, precision: Precision, mode: Any = None) -> None:
@@ -39,13 +37,10 @@ def run_step(name: str, precision: Precision, mode: Any = None) -> None:
         teacher.eval().requires_grad_(False)
     run = config.load({"method": "iad2", "attack": {"num_steps": 2}})
     method = methods.get("iad2")
-    built = networks.build(student, {"teacher": at, "teacher_st": st}, method, run, precision)
+    learner = Learner(student, {"teacher": at, "teacher_st": st}, method, run, precision)
     x = torch.rand(4, 3, 16, 16).to(memory_format=torch.channels_last)
     with mode or torch.enable_grad():
-        output = training_loss(
-            built, Batch(x, torch.arange(4), torch.arange(4)), method, run.forwards, precision, Lanes(CPU), epoch=0
-        )
-        output.loss.loss.backward()
+        learner.learn(Batch(x, torch.arange(4), torch.arange(4)), method, run.lr)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "mobilenetv2"])
@@ -115,7 +110,7 @@ class Turn(torch.autograd.Function):
 @pytest.mark.parametrize(("backwards", "words"), [(False, "second: its input"), (True, "first: its gradient")])
 def test_a_broken_layout_is_named(backwards: bool, words: str) -> None:
     net = Turning(backwards).to(memory_format=torch.channels_last)
-    layout.watch(net)
+    layout.check_channels_last(net)
     x = torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last)
     with pytest.raises(AssertionError, match=words):
         net(x).square().sum().backward()
@@ -124,4 +119,4 @@ def test_a_broken_layout_is_named(backwards: bool, words: str) -> None:
 @pytest.mark.parametrize(("value", "wanted"), [("", False), ("0", False), ("1", True)])
 def test_debugging_is_asked_for(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE_DEBUG", value)
-    assert layout.debugging() == wanted
+    assert layout.is_debug() == wanted

@@ -1,4 +1,4 @@
-"""Which format the passes have with AMP: measured once, said, and kept by a run whatever is measured later."""
+"""Format of the passes with AMP: measured once, reported, and kept by a run whatever is measured later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import config
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
-from engine.runs import provenance, teachers, trainer
+from engine.runs import assemble, lifecycle, provenance, teachers
 from engine.runs.run_directory import RunDir
 from engine.system import precision
 from tests.processes import together
@@ -51,7 +51,7 @@ def forbid_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def format_of(run: Path) -> str:
-    """In config.yaml, in the checkpoints and in provenance.json, which agree."""
+    """Format in config.yaml, in the checkpoints and in provenance.json, which agree."""
     named: str = yaml.safe_load((run / "config.yaml").read_text())["amp_dtype"]
     for name in ("last.pt", "best.pt"):
         if (run / name).exists():
@@ -77,7 +77,7 @@ def test_the_faster_format_is_taken_on_a_cpu(
 ) -> None:
     set_gain(monkeypatch, gain)
     lines: list[str] = []
-    settled = precision.settled(config.load(AMP_ON_CPU), say=lines.append)
+    settled = precision.resolve_amp(config.load(AMP_ON_CPU), say=lines.append)
     assert precision.choose(settled).amp_dtype == precision.choose(config.load(AMP_ON_CPU)).amp_dtype == dtype
     assert lines == [f"--amp: on this processor convolutions in bfloat16 run {said}"]
 
@@ -97,7 +97,7 @@ def test_nothing_is_timed_where_nothing_is_to_be_decided(
 ) -> None:
     forbid_timing(monkeypatch)
     complete = config.load({"device": "cpu", **keys})
-    assert precision.settled(complete) == complete
+    assert precision.resolve_amp(complete) == complete
     assert precision.choose(complete).amp_dtype == dtype
 
 
@@ -108,7 +108,7 @@ def test_a_gpu_is_asked_and_not_timed(
     forbid_timing(monkeypatch)
     monkeypatch.setattr(precision, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    settled = precision.settled(config.load({"amp": True}))
+    settled = precision.resolve_amp(config.load({"amp": True}))
     assert settled.amp_dtype == str(dtype).removeprefix("torch.")
     assert precision.choose(settled) == precision.Precision(
         torch.device("cuda", 0), torch.float32, dtype, f"--amp: passes in {settled.amp_dtype}, as the run began"
@@ -138,13 +138,13 @@ def test_the_least_of_rounds_in_turn_is_compared(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(precision, "_convolution", convolution)
     monkeypatch.setattr(time, "thread_time", lambda: now)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    measured = precision._seconds_of_convolutions()
+    measured = precision._time_convolutions()
     assert measured == pytest.approx({torch.float32: 2.0, torch.bfloat16: 4.0})
     assert order == [torch.float32, torch.bfloat16] * 8
 
     once, given = functools.cache(bfloat16_gain.__wrapped__), iter([2.0])
     measure = lambda: {torch.float32: next(given), torch.bfloat16: 4.0}  # noqa: E731
-    monkeypatch.setattr(precision, "_seconds_of_convolutions", measure)
+    monkeypatch.setattr(precision, "_time_convolutions", measure)
     assert (once(), once()) == (0.5, 0.5), "it is timed once, and is the ratio of the rates"
 
 
@@ -161,7 +161,7 @@ def test_a_slow_processor_is_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(precision, "_convolution", convolution)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    measured = precision._seconds_of_convolutions()
+    measured = precision._time_convolutions()
     assert calls == 2 * 2 * 2  # rounds, formats, convolutions
     assert all(math.isfinite(value) for value in measured.values())
 
@@ -190,7 +190,7 @@ def test_what_is_timed_is_a_convolution_in_that_format_and_leaves_no_trace() -> 
     ]
     torch.set_num_threads(2)
     try:
-        seconds = precision._seconds_of_convolutions()
+        seconds = precision._time_convolutions()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -207,16 +207,16 @@ def test_a_resumed_run_keeps_its_format(
 ) -> None:
     keys = {"method": "iad2", "amp": True, "checkpoint_every": 1}
     set_gain(monkeypatch, began)
-    whole = trainer.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
     first = Listening(7)
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys, out=str(tmp_path / "parts")), first)
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), first)
     (said,) = first.of_amp
     assert f"{began:.2f}x" in said
     assert kept in said
     set_gain(monkeypatch, later)
     second = Listening()
-    trainer.resume(tmp_path / "parts", second)
+    lifecycle.resume(tmp_path / "parts", second)
     (said,) = second.of_amp
     assert said.startswith("--amp: ")
     assert said.endswith(f"in {kept}, as the run began")
@@ -231,12 +231,12 @@ def test_a_run_that_began_before_there_was_a_key_keeps_the_format_of_its_provena
     set_gain(monkeypatch, began)
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(method="at", amp=True, out=str(run)), StopAt(4))
+        lifecycle.train(tiny.config(method="at", amp=True, out=str(run)), StopAt(4))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(f"amp_dtype: {kept}\n", ""))
     assert "amp_dtype" not in (run / "config.yaml").read_text()
     forbid_timing(monkeypatch)
-    trainer.resume(run)
+    lifecycle.resume(run)
     assert provenance.amp_dtype(RunDir(run)) == kept
     assert torch.load(run / "last.pt", weights_only=True)["config"]["amp_dtype"] == kept
 
@@ -247,7 +247,7 @@ def test_where_bfloat16_is_slow_amp_is_float32_to_the_bit(
     set_gain(monkeypatch, SLOW)
     weights = []
     for amp in (False, True):
-        run = trainer.train(tiny.config(method="iad1", amp=amp, epochs=1, out=str(tmp_path / str(amp))))
+        run = lifecycle.train(tiny.config(method="iad1", amp=amp, epochs=1, out=str(tmp_path / str(amp))))
         weights.append(torch.load(run.path / "last.pt", weights_only=True)["student"])
         assert "probe_amp_sign_agreement" not in run.summary["last"], "no format is compared with itself"
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
@@ -259,7 +259,7 @@ def stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
     keys = {"method": "at", "amp": True, "out": str(tmp_path / "run")}
     set_gain(monkeypatch, SLOW)
     with pytest.raises(Interrupted):
-        trainer.train(tiny.config(**keys), StopAt(4))
+        lifecycle.train(tiny.config(**keys), StopAt(4))
     return keys
 
 
@@ -267,23 +267,23 @@ def test_the_same_command_finds_its_run_whatever_is_measured_later(
     tiny: Any, stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_timing(monkeypatch)
-    assert trainer.begin(config.load(tiny.config(**stopped)), again=True).run.path == tmp_path / "run"
-    trainer.train(tiny.config(**stopped), again=True)
+    assert lifecycle.begin(config.load(tiny.config(**stopped)), again=True).run.path == tmp_path / "run"
+    lifecycle.train(tiny.config(**stopped), again=True)
     assert format_of(tmp_path / "run") == "float32"
 
 
 def test_another_format_that_is_asked_for_is_another_run(tiny: Any, stopped: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="amp_dtype"):
-        trainer.begin(config.load(tiny.config(**stopped, amp_dtype="bfloat16")), again=True)
+        lifecycle.begin(config.load(tiny.config(**stopped, amp_dtype="bfloat16")), again=True)
 
 
 def test_a_finished_configuration_is_taken_as_it_is(
     tiny: Any, tmp_path: Path, bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trainer.train(tiny.config(method="at", amp=True, epochs=1, out=str(tmp_path / "first")))
+    first = lifecycle.train(tiny.config(method="at", amp=True, epochs=1, out=str(tmp_path / "first")))
     forbid_timing(monkeypatch)
     again = config.load(config.read_file(first.path / "config.yaml"), {"out": str(tmp_path / "again")})
-    assert_same_run(first.path, trainer.train(again).path)
+    assert_same_run(first.path, lifecycle.train(again).path)
 
 
 # ---------------------------------------------------------------- processes
@@ -292,7 +292,7 @@ def test_a_finished_configuration_is_taken_as_it_is(
 def train_by(world: Any, keys: dict[str, Any], gains: list[float]) -> None:
     """Each process measures something else, as on different machines."""
     precision.bfloat16_gain = lambda: gains[world.rank]  # type: ignore[assignment]
-    result = trainer.train(keys, Reporter(), world=world)
+    result = lifecycle.train(keys, Reporter(), world=world)
     complete = RunDir.existing(result.path)[1]
     world.check_same("the format", str(precision.choose(complete).amp_dtype))
 
@@ -311,19 +311,19 @@ def test_a_teacher_is_kept_under_the_format_that_it_was_trained_in(
 ) -> None:
     set_gain(monkeypatch, SLOW)
     keys = {"method": "ard", "epochs": 1, "teacher": {"checkpoint": None}}
-    trainer.train(tiny.config(**keys, amp=True, out=str(tmp_path / "slow")))
+    lifecycle.train(tiny.config(**keys, amp=True, out=str(tmp_path / "slow")))
     assert format_of(tmp_path / "slow" / "teacher") == "float32"
     listening = Listening()
-    trainer.train(tiny.config(**keys, out=str(tmp_path / "plain")), listening)
+    lifecycle.train(tiny.config(**keys, out=str(tmp_path / "plain")), listening)
     assert any("teacher cache" in line for line in listening.lines), "without AMP it is the same teacher"
     set_gain(monkeypatch, FAST)
-    trainer.train(tiny.config(**keys, amp=True, out=str(tmp_path / "fast")))
+    lifecycle.train(tiny.config(**keys, amp=True, out=str(tmp_path / "fast")))
     assert format_of(tmp_path / "fast" / "teacher") == "bfloat16"
 
 
 def test_teachers_of_before_are_found(tiny: Any) -> None:
     """Those with AMP are bfloat16's, under a key in which no format stood; float16's stand apart."""
-    dataset = trainer.load_data(config.load(tiny.config()), Reporter())
+    dataset = assemble.load_data(config.load(tiny.config()), Reporter())
 
     def path(**keys: Any) -> Path:
         return teachers.cache_path(config.load(tiny.config(method="at", **keys)), dataset)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.pipelines.base import Batch
-from engine.runs import trainer
+from engine.runs import lifecycle
 from engine.system.streams import Lanes
 
 METHODS = ("st", "at", "trades", "ard", "akd2", "iad1", "iad1-down", "iad2")
@@ -20,7 +20,7 @@ def test_lanes_give_the_bits_of_one_lane(method: str, tiny: Any, tmp_path: Path)
     states = []
     for lanes in ("on", "off"):
         keys = {"method": method, "epochs": 1, "loss": {"warmup": 0}, "eval": {"final": []}}
-        run = trainer.train(tiny.config(**keys, lanes=lanes, out=str(tmp_path / lanes)))
+        run = lifecycle.train(tiny.config(**keys, lanes=lanes, out=str(tmp_path / lanes)))
         states.append(torch.load(run.path / "last.pt", weights_only=True))
     for part in ("student", "optimizer"):
         left, right = (flat(state[part]) for state in states)
@@ -43,7 +43,7 @@ def batches(made: list[int], count: int = 4) -> Any:
 
 def test_on_a_cpu_no_batch_is_made_before_it_is_asked_for() -> None:
     made: list[int] = []
-    taken = Lanes(torch.device("cpu")).ahead(batches(made))
+    taken = Lanes(torch.device("cpu")).prefetched(batches(made))
     for number, batch in enumerate(taken):
         assert int(batch.sample) == number
         assert made == list(range(number + 1))
@@ -52,7 +52,7 @@ def test_on_a_cpu_no_batch_is_made_before_it_is_asked_for() -> None:
 
 def test_work_beside_runs_at_once() -> None:
     lanes, done = Lanes(torch.device("cpu")), []
-    with lanes.beside():
+    with lanes.teachers():
         done.append(1)
     assert done == [1]
     lanes.join()

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from engine.common.stopping import EXIT_INTERRUPTED
-from engine.runs import trainer
+from engine.runs import lifecycle
 from tests.processes import free_port
 from tests.runs.test_resume import assert_same_run
 from tests.system.test_distributed import assert_same_trajectory
@@ -95,7 +95,7 @@ def launched(arguments: list[str], out: Path, processes: int = 2, *further: str)
 
 
 def slow_keys(out: Path, **keys: Any) -> dict[str, Any]:
-    """Of a run of 18 steps that take a tenth of a second each, saved at every second."""
+    """Keys of a run of 18 steps that take a tenth of a second each, saved at every second."""
     base = {"epochs": 3, "checkpoint_every": 2, "log_every": 1, "attack": {"num_steps": 20}, "out": str(out)}
     return {"method": "iad1", **base, **keys}
 
@@ -167,7 +167,7 @@ def test_a_process_that_hangs_is_named_and_replaced(tiny: Any, tmp_path: Path) -
 def test_a_stopped_run_goes_on_with_another_number_of_processes(later: int, tiny: Any, tmp_path: Path) -> None:
     """SIGTERM to the launcher saves and exits with 130; no sample is seen twice or missed afterwards."""
     keys: dict[str, Any] = {"dtype": "float64", "sync_bn": "on"}
-    whole = trainer.train(tiny.config(**slow_keys(tmp_path / "whole", **keys)))
+    whole = lifecycle.train(tiny.config(**slow_keys(tmp_path / "whole", **keys)))
     arguments = slow_run(tiny, tmp_path / "run", **keys)
     with launched(arguments, tmp_path / "run", 2, "--resume", "auto") as running:
         running.reaches(4)
@@ -221,4 +221,4 @@ def test_two_machines_train_as_one(tiny: Any, tmp_path: Path) -> None:
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(printed)
     assert sum(text.count("epoch 3/3") for text in printed) == 1, "one process speaks for all"
     run_config = tiny.config(**slow_keys(tmp_path / "alone", **keys))
-    assert_same_trajectory(trainer.train(run_config).path, out)
+    assert_same_trajectory(lifecycle.train(run_config).path, out)

@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, seen by a mock of its driver: lanes, waits, launches, graphs, memory."""
+"""Calls of a training step to a GPU, seen by a mock of its driver: lanes, waits, launches, graphs, memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bench.lib import step_variants
+from bench.lib.steps import variants
 from engine import config, methods, models
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
@@ -138,7 +138,7 @@ IAD1_COMPILED = Budget(435, 293, 142)
 
 
 def launches(method: str, hot: Hot, **keys: str) -> Budget:
-    """What a step launches."""
+    """Launches of a step."""
     eager, captured = (hot(method, graphs=graphs, **keys)["calls"] for graphs in ("off", "on"))
     nodes = sum(int(call["nodes"]) for call in of("graph_launch", captured))
     return Budget(len(of("kernel", eager)), len(of("kernel", captured)), nodes)
@@ -160,7 +160,7 @@ def position(calls: list[Call], kind: str, **keys: str) -> list[int]:
 
 
 def waits(calls: list[Call], waiting: str, for_stream: str) -> list[tuple[int, int]]:
-    """Where one stream waits for an event of another: positions of the record and of the wait."""
+    """Positions of each record of an event of a stream, and of the wait for it by another."""
     found = []
     for wait in position(calls, "wait", stream=waiting):
         records = [number for number in position(calls, "record", event=calls[wait]["event"]) if number < wait]
@@ -296,7 +296,7 @@ FAULTS = ("", "no join", "teachers do not wait", "batch is not awaited", "buffer
 
 
 def sanitized(method: str, fault: str) -> str:
-    """What torch's sanitizer finds in three steps with a fault planted."""
+    """Races that torch's sanitizer finds in three steps with a fault planted."""
 
     @contextlib.contextmanager
     def hasty(lane: torch.cuda.Stream | None) -> Iterator[None]:
@@ -333,7 +333,7 @@ def sanitized(method: str, fault: str) -> str:
 
 @contextlib.contextmanager
 def races() -> Iterator[list[str]]:
-    """What the sanitizer finds inside."""
+    """Findings of the sanitizer inside."""
     from torch.cuda._sanitizer import EventHandler
 
     found: list[str] = []
@@ -367,19 +367,19 @@ MEASURED = ("textbook", "fp32", "amp", "amp-recompute", "amp-graph")
 
 def peaks(method: str) -> dict[str, float]:
     """MiB that the allocator held at most in two steps of ResNet-18 on 128 images, with networks, by variant."""
-    images = step_variants.images_of(step_variants.RANDOM, 128)
-    workload = step_variants.Workload(method, "resnet18", 128, images, torch.device("cuda:0"))
+    images = variants.images_of(variants.RANDOM, 128)
+    workload = variants.Workload(method, "resnet18", 128, images, torch.device("cuda:0"))
     found = {}
     for variant in MEASURED:
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
-        found[variant] = step_variants.peak_mebibytes(workload, step_variants.VARIANTS[variant])
+        found[variant] = variants.peak_mebibytes(workload, variants.VARIANTS[variant])
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_peak_memory(method: str, fake_cuda: FakeCuda, record_property: Callable[[str, object], None]) -> None:
-    """Of tensors; without cuDNN's workspaces, the allocator's rounding to blocks, and the context."""
+    """Memory of tensors; without cuDNN's workspaces, the allocator's rounding to blocks, and the context."""
     found = fake_cuda.run(peaks, method)
     for variant, mebibytes in found.items():
         record_property(f"{method} {variant} MiB", round(mebibytes))

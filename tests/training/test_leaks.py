@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from bench.lib import memory, step_variants
+from bench.lib import memory
+from bench.lib.steps import variants
 from engine.training.telemetry import Telemetry
 from tests.fake_cuda import FakeCuda
 
@@ -18,10 +19,10 @@ STEPS, FEW = 1000, 52  # both end an epoch of four batches
 
 
 def stepping(method: str, device: str, **keys: Any) -> Callable[[], object]:
-    workload = step_variants.Workload(
-        method, "resnet8", 2, step_variants.images_of(step_variants.RANDOM, 2), torch.device(device)
+    workload = variants.Workload(
+        method, "resnet8", 2, variants.images_of(variants.RANDOM, 2), torch.device(device)
     )
-    variant = step_variants.Variant("", {"compile": "off", "attack": {"num_steps": 1}} | keys)
+    variant = variants.Variant("", {"compile": "off", "attack": {"num_steps": 1}} | keys)
     return workload.step(variant)
 
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import config, methods, models
+from engine.common.numbers import ceil_div
 from engine.common.stopping import RunFailed
 from engine.pipelines.base import Batch
-from engine.runs import trainer
+from engine.runs import lifecycle
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.training import awp
@@ -75,7 +76,7 @@ def test_micro_batches_give_the_update_of_the_whole(method: str, micro_batch: in
     whole = learner(method, network(0).eval(), attack={"bn": "eval"})
     parted = learner(method, network(0).eval(), attack={"bn": "eval"}, micro_batch=micro_batch)
     assert len(learn(whole, batch())) == 1
-    assert len(learn(parted, batch())) == -(-SIZE // micro_batch)
+    assert len(learn(parted, batch())) == ceil_div(SIZE, micro_batch)
     assert_near(weights(whole), weights(parted))
 
 
@@ -126,8 +127,8 @@ def test_auto_finds_the_micro_batch_that_fits_and_leaves_no_trace(most: int, fou
     assert one.networks.adversary is not None
     assert all(torch.equal(value, before[name]) for name, value in weights(one).items())
     assert all(weight.grad is None for weight in one.student.parameters())
-    assert one._counts is not None
-    assert one._counts.sum() == 0
+    assert one.networks.adversary.counts is not None
+    assert one.networks.adversary.counts.sum() == 0
     asked = learner("iad1", Small(network(0).train(), most), micro_batch=found)
     for each in (one, asked):
         learn(each, given)
@@ -156,7 +157,7 @@ def test_what_auto_found_holds_for_the_whole_run(
 
     monkeypatch.setattr(models, "build", small)
     out = tmp_path / "run"
-    trainer.train(tiny.config(method="st", out=str(out), micro_batch="auto"))
+    lifecycle.train(tiny.config(method="st", out=str(out), micro_batch="auto"))
     assert torch.load(out / "last.pt", weights_only=True)["micro_batch"] == 4
 
 
@@ -248,7 +249,7 @@ def test_the_mean_of_weights_has_statistics_of_its_own() -> None:
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_the_average_is_what_is_measured_and_kept(kind: str, tiny: Any, tmp_path: Path) -> None:
     averaging = {"kind": kind, "decay": 0.5}
-    result = trainer.train(tiny.config(method="at", out=str(tmp_path / "run"), averaging=averaging))
+    result = lifecycle.train(tiny.config(method="at", out=str(tmp_path / "run"), averaging=averaging))
     best, last = (torch.load(result.path / f"{name}.pt", weights_only=True) for name in ("best", "last"))
     averaged = {
         name.removeprefix("module."): value for name, value in last["averaged"].items() if name != "n_averaged"
@@ -295,7 +296,7 @@ def test_the_attack_on_the_weights_lies_within_its_range(monkeypatch: pytest.Mon
         seen.append(list(ranges))
         ascend(*given)
 
-    monkeypatch.setattr("engine.training.learner.record_function", note)
+    monkeypatch.setattr(awp, "record_function", note)
     monkeypatch.setattr(awp, "_ascend", noted)
     learn(learner("at", awp={"gamma": 0.01}), batch())
     assert seen == [["weight attack"]]

@@ -1,4 +1,4 @@
-"""How the networks of a step are run: compiled or not, watched or not, with or without recomputation."""
+"""Networks of a step: compiled or not, watched or not, with or without recomputation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AMP = Precision(CPU, torch.float32, torch.bfloat16)
 )
 def test_what_is_compiled(keys: dict[str, Any], device: str, compiled: bool) -> None:
     net = models.build("resnet8", 4)
-    run = networks.passes(config.load(keys), torch.device(device), bool)(net)
+    run = networks.forward_maker(config.load(keys), torch.device(device), bool)(net)
     assert (run is not net) == compiled
 
 
@@ -58,7 +58,7 @@ def test_yaml_s_truth_values_are_switches(value: object, read: str) -> None:
 
 def test_compiled_passes_are_those_that_are_not() -> None:
     """By the real compiler: attack and training are two instances, and a smaller batch runs uncompiled."""
-    run = networks.passes(config.load({"compile": "on"}), CPU, (4).__eq__)
+    run = networks.forward_maker(config.load({"compile": "on"}), CPU, (4).__eq__)
     torch.manual_seed(0)
     net, other = models.build("resnet8", 4), models.build("resnet8", 4)
     other.load_state_dict(net.state_dict())
@@ -90,7 +90,7 @@ def test_compiled_passes_are_those_that_are_not() -> None:
     ],
 )
 def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
-    """Of the student, and of its twin under attack; with every torch that is supported."""
+    """The student's, and its twin's under attack; with every torch that is supported."""
     precision = AMP if amp else F32
     student = precision.place(models.build(name, 4))
     graphs = CompileCounterWithBackend("eager")
@@ -114,14 +114,14 @@ def test_passes_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) 
     graphs, real = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **how: real(module, backend=graphs, **how))
     torch._dynamo.reset()
-    run = networks.passes(config.load({"compile": "on"}), CPU, bool)(models.build("resnet8", 4))
+    run = networks.forward_maker(config.load({"compile": "on"}), CPU, bool)(models.build("resnet8", 4))
     for size in range(1, 13):
         run(torch.rand(size, 3, 8, 8))
     assert graphs.frame_count == 12
 
 
 def compiled_sizes(world: World, folder: str, keys: dict[str, Any]) -> None:
-    """How many images each compiled pass of two steps sees, and the student after them, compiled or not."""
+    """Compare a compiled student with one that is not; write the numbers of images that compiled passes see."""
     seen: list[int] = []
     real = torch.compile
 

@@ -1,4 +1,4 @@
-"""How many passes a step has: against the forwards that the step was seen to run."""
+"""Number of passes of a step, against the forwards that it runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench.lib.step_variants import Flops
+from bench.lib.steps.variants import Flops
 from engine import config, methods, models
 from engine.pipelines.base import Batch
 from engine.system.precision import Precision, full_precision
-from engine.system.streams import Lanes
-from engine.training import networks, plan
+from engine.training import plan
+from engine.training.learner import Learner
 from engine.training.speed import Speedometer, forward_flops
-from engine.training.step import training_loss
 
 F64 = Precision(torch.device("cpu"), torch.float64)
 
@@ -57,10 +56,10 @@ def test_the_plan_s_operations_are_those_that_are_executed(method: str, semantic
     student, at, st = (models.build("resnet8", 4).double() for _ in range(3))
     for teacher in (at, st):
         teacher.eval().requires_grad_(False)
-    built = networks.build(student, {"teacher": at, "teacher_st": st}, row, run, F64)
+    learner = Learner(student, {"teacher": at, "teacher_st": st}, row, run, F64)
     batch = Batch(torch.rand(5, 3, 16, 16, dtype=torch.float64), torch.arange(5) % 4, torch.arange(5))
     with Flops() as counted:
-        training_loss(built, batch, row, run.forwards, F64, Lanes(F64.device), epoch=0).loss.loss.backward()
+        learner.learn(batch, row, run.lr)
     forward, first = forward_flops(student, (3, 16, 16))
     expected = 5 * plan.passes(row, run.attack, run.forwards).flops(forward, first)
     assert counted.total == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,1 @@
+"""Single calls that are timed: ops, matrix products, convolutions, BatchNorms."""

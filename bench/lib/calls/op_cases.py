@@ -1,0 +1,207 @@
+"""Ops to be timed, at each size: by the reference, by the compiled reference, and by their public function.
+
+Shape suffixes: N data set, B batch, C classes or channels, H, W.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.lib.timing import Call
+from engine import kernels, methods
+from engine.common.numbers import ceil_div
+from engine.kernels import reference
+from engine.kernels.contract import LossInputs, LossRow
+
+COPY, EAGER, COMPILE = "copy", "eager", "compile"
+"""Candidates beside the implementations."""
+OPS = ("distill_loss", "pgd_update", "crop_flip")
+LOGITS = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
+TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
+PIXELS = (32, 64)  # H = W
+CHANNELS = 3
+BATCH = 128
+RESIDENT = 20_000  # images of the data set, at least
+
+
+class Calls(NamedTuple):
+    """One piece of work done in three ways."""
+
+    eager: Call
+    compiled: Call
+    public: Call  # by whatever implementation ENGINE_KERNELS prefers
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An op at one size.
+
+    dtype: of logits, of the gradient, or of the images made. bytes_moved: what any implementation must read and
+    write. footprint: bytes of all arrays together. calls: makes the tensors. images: made by a call, if any.
+    """
+
+    op: str
+    shape: str
+    setting: str
+    dtype: torch.dtype
+    bytes_moved: int
+    footprint: int
+    calls: Callable[[torch.device], Calls]
+    images: int = 0
+
+
+def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
+    """All cases, op by op; cache_bytes: of the last level."""
+    if quick:
+        return [distill_loss(8, 10, 1.0, 1.0), pgd_update(4, 8), crop_flip(4, 8)]
+    images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
+    return [
+        *(distill_loss(*logits, *taus) for logits in LOGITS for taus in TEMPERATURES),
+        distill_loss(1024, 1000, 1.0, 1.0, torch.bfloat16),
+        *(pgd_update(*size) for size in images),
+        pgd_update(BATCH, 32, torch.bfloat16),
+        *(crop_flip(*size) for size in images),
+    ]
+
+
+def distill_loss(
+    batch: int, classes: int, tau: float, tau_self: float, dtype: torch.dtype = torch.float32
+) -> OpCase:
+    """Forward and backward with the row of IAD-II, which reads four logits and has two gradients.
+
+    Moved: 4 logits and 2 gradients of B C values; of each sample its label, alpha and loss.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        s_adv, s_nat, t_at_adv, t_st_adv = (
+            torch.randn(batch, classes, generator=generator).to(device, dtype) for _ in range(4)
+        )
+        labels = torch.randint(classes, (batch,), generator=generator).to(device)
+        student = (s_adv.requires_grad_(), s_nat.requires_grad_())
+        weights = methods.get("iad2", tau=tau, tau_self=tau_self).weights
+        inputs = LossInputs(s_adv, s_nat, None, t_at_adv, t_st_adv, labels, None)
+        row = LossRow(tuple((a, b) for a, b in weights), tau, tau_self, 0.1, False, 0.0)
+
+        def public() -> kernels.DistillLoss:
+            return kernels.distill_loss(
+                s_adv, labels, s_nat=s_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
+                weights=weights, tau=tau, tau_self=tau_self, beta=0.1,
+            )  # fmt: skip
+
+        def both_ways(forward: Callable[[], kernels.DistillLoss]) -> Call:
+            return lambda: torch.autograd.grad(forward().loss, student)
+
+        return Calls(
+            both_ways(functools.partial(reference.distill_loss, inputs, row)),
+            both_ways(functools.partial(compiled(reference.distill_loss), inputs, row)),
+            both_ways(public),
+        )
+
+    moved = 6 * batch * classes * dtype.itemsize + batch * (8 + 4 + 4)
+    setting = f"tau {tau:g}, tau_self {tau_self:g}"
+    return OpCase("distill_loss", f"{batch}x{classes}", setting, dtype, moved, moved, calls)
+
+
+def pgd_update(batch: int, pixels: int, dtype: torch.dtype = torch.float32) -> OpCase:
+    """One L-inf step in place, with the counts of zero and non-finite gradients, as in training.
+
+    Moved: x_adv, x_nat and the gradient read, x_adv written. dtype: of the gradient.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        x_nat, x_adv, grad = (
+            torch.rand(batch, CHANNELS, pixels, pixels, generator=generator).to(
+                device, memory_format=torch.channels_last
+            )
+            for _ in range(3)
+        )
+        grad = (grad - 0.5).to(dtype)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        epsilon, step_size = 8 / 255, 2 / 255
+        by_reference = (x_adv, grad, x_nat, False, epsilon, step_size, counts)
+        return Calls(
+            functools.partial(reference.pgd_update, *by_reference),
+            functools.partial(compiled(reference.pgd_update), *by_reference),
+            functools.partial(
+                kernels.pgd_update, x_adv, grad, x_nat,
+                threat_model="Linf", epsilon=epsilon, step_size=step_size, counts=counts,
+            ),
+        )  # fmt: skip
+
+    footprint = values(batch, pixels) * (4 + 4 + dtype.itemsize)
+    moved = footprint + values(batch, pixels) * 4
+    return OpCase("pgd_update", shape(batch, pixels), "Linf", dtype, moved, footprint, calls)
+
+
+def crop_flip(batch: int, pixels: int) -> OpCase:
+    """Crop and flip of the next batch of a shuffled data set, into outputs that are used again.
+
+    Moved: a byte read and a float written per value; of each image its index and label read, its label written.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        resident = max(RESIDENT, 2 * batch)
+        sizes = (resident, pixels, pixels, CHANNELS)
+        images_NHWC = torch.randint(256, sizes, dtype=torch.uint8, generator=generator).to(device)
+        labels_N = torch.randint(10, (resident,), generator=generator).to(device)
+        order_N = torch.randperm(resident, generator=generator).to(device)
+        batches = order_N[: resident // batch * batch].split(batch)
+        x_BCHW = torch.empty(batch, CHANNELS, pixels, pixels, device=device)
+        out = (x_BCHW.contiguous(memory_format=torch.channels_last), labels_N.new_empty(batch))
+
+        def public(sample_B: Tensor) -> object:
+            return kernels.crop_flip(images_NHWC, labels_N, sample_B, seed=0, epoch=0, out=out)
+
+        def by(crop: Callable[..., object]) -> Callable[[Tensor], object]:
+            return lambda sample_B: crop(*out, images_NHWC, labels_N, sample_B, 0, 0, 4, True, True, None)
+
+        def in_turn(crop: Callable[[Tensor], object]) -> Call:
+            turns = itertools.cycle(batches)
+            return lambda: crop(next(turns))
+
+        return Calls(in_turn(by(reference.crop_flip)), in_turn(by(compiled(reference.crop_flip))), in_turn(public))
+
+    moved = values(batch, pixels) * (1 + 4) + batch * 3 * 8
+    return OpCase("crop_flip", shape(batch, pixels), "padding 4", torch.float32, moved, moved, calls, images=batch)
+
+
+def copy(footprint: int, device: torch.device) -> Call:
+    """Copy one array to another; both together have the footprint, and all of it is moved."""
+    source = torch.ones(footprint // 8, device=device)
+    return functools.partial(torch.empty_like(source).copy_, source)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by torch.compile, for the sizes it meets."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def values(batch: int, pixels: int) -> int:
+    """Numbers in a batch of images."""
+    return batch * CHANNELS * pixels**2
+
+
+def shape(batch: int, pixels: int) -> str:
+    """B x C x H x W."""
+    return f"{batch}x{CHANNELS}x{pixels}x{pixels}"
+
+
+def beyond(cache_bytes: int) -> int:
+    """Bytes from which on arrays lie beyond a cache: twice its size, and 64 MiB where it is small or unknown."""
+    return max(2**26, 2 * cache_bytes)
+
+
+def batch_beyond(cache_bytes: int, pixels: int) -> int:
+    """The smallest power of two whose images, as floats, lie beyond the cache."""
+    needed = ceil_div(beyond(cache_bytes), 4 * values(1, pixels))
+    return 1 << (needed - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Results of the benchmarks: rows of CSV files, charts, targets."""

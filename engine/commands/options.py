@@ -1,0 +1,97 @@
+"""Options that commands share, and the groups in which a help lists them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+COUNT, SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
+
+
+class GroupedOption(click.Option):
+    """An option with its place in the help."""
+
+    def __init__(self, *arguments: Any, group: str = "other", **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from engine.config import GROUPS
+
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in (*GROUPS, "other")}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                groups[getattr(parameter, "group", "other")].append(record)
+        for group, records in groups.items():
+            with formatter.section(group.capitalize()):
+                formatter.write_dl(records)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Options of the processes of a command: how many, and how long one may not answer the others."""
+
+    gpus: int | None
+    procs: int | None
+    timeout: float
+
+    def count(self, device: str) -> int:
+        """Processes to launch; 0 where none are asked for. Raises ValueError as `launcher.count` does."""
+        from engine.system import launcher
+
+        return launcher.count(self.gpus, self.procs, device)
+
+
+def _checked_timeout(context: click.Context, parameter: click.Parameter, seconds: float) -> float:
+    from engine.system.distributed import check_timeout
+
+    check_timeout(seconds)
+    return seconds
+
+
+option = functools.partial(click.option, cls=GroupedOption)
+_PROCESS_OPTIONS = (
+    option(
+        "--gpus",
+        type=click.IntRange(min=1),
+        metavar="N",
+        group="many processes",
+        help="Use N GPUs. [one if there is any]",
+    ),
+    option(
+        "--procs",
+        type=click.IntRange(min=1),
+        metavar="N",
+        group="many processes",
+        help="Use N processes on the CPU. [one]",
+    ),
+    option(
+        "--timeout",
+        type=float,
+        callback=_checked_timeout,
+        default=600,
+        metavar="SECONDS",
+        group="many processes",
+        help="Time after which a process that does not answer the others is lost. [600]",
+    ),
+)
+
+
+def process_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --gpus, --procs and --timeout, which the command gets as `processes`."""
+
+    @functools.wraps(command)
+    def with_processes(*, gpus: int | None, procs: int | None, timeout: float, **others: Any) -> None:
+        command(processes=Processes(gpus, procs, timeout), **others)
+
+    for decorate in reversed(_PROCESS_OPTIONS):
+        with_processes = decorate(with_processes)
+    return with_processes

@@ -1,0 +1,63 @@
+"""Tables that commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from engine.common import standard_streams
+from engine.common.console import ConsoleReporter
+
+if TYPE_CHECKING:
+    from engine.runs.lifecycle import RunResult
+
+
+def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print what a command lists. Raises OSError as `standard_streams.check_stdout` does."""
+    table = Table(*columns, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    ConsoleReporter().table(table)
+    standard_streams.check_stdout()
+
+
+def print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print named results by attack, with the number of images, and each attack with all its numbers."""
+    from engine.evaluation.measure import COLUMNS
+
+    # Not every network needs the attacks that were added where gradients were masked.
+    any_of = {name: result for found in results.values() for name, result in found.items()}
+    table = Table(
+        "",
+        *(f"{COLUMNS[name]}\nn = {any_of[name]['n']:,}" for name in any_of),
+        box=box.SIMPLE,
+    )
+    for title, found in results.items():
+        cells = (_accuracy(found[name]) if name in found else "" for name in any_of)
+        table.add_row(Text(title), *cells)  # a path is no markup
+    reporter.table(table)
+    for name, result in any_of.items():
+        reporter.message(f"{COLUMNS[name]}: {result['description']}")
+    if any(result.get("warnings") for found in results.values() for result in found.values()):
+        reporter.message("* may be too high: see the warnings")
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    return f"{result['accuracy']:.2%}{'*' * bool(result.get('warnings'))}"
+
+
+def print_summary(reporter: ConsoleReporter, result: RunResult) -> None:
+    """Print the accuracies of a finished run, and its files."""
+    summary = result.summary
+    if "test_of_best" in summary:
+        best = f"best (epoch {summary['best']['epoch']}, selected on {summary['selected_on']})"
+        last = f"last (epoch {summary['last']['epoch']})"
+        reporter.message("Accuracy on test images:")
+        print_accuracies(reporter, {best: summary["test_of_best"], last: summary["test_of_last"]})
+    reporter.message("Written:")
+    for path in sorted(result.path.iterdir()):
+        reporter.message(f"  {path}")

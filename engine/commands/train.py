@@ -1,0 +1,269 @@
+"""`engine train`: a run, several side by side, or the next part of one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.commands.completion import ASSIGNMENT, CONFIG, RUN
+from engine.commands.options import GroupedCommand, Processes, option, process_options
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig, Tree
+
+
+class _Train(GroupedCommand):
+    """Adds the options of keys when they are needed: `engine --help` does not wait for the configuration."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from engine.commands.key_options import key_options
+
+        return [*key_options(), *super().get_params(ctx)]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The configuration to train and how; directory: of a run to go on with, whose keys `changes` gives anew."""
+
+    config: RunConfig
+    changes: Tree
+    directory: Path | None
+    again: bool
+    processes: Processes
+    profile: int
+
+
+@click.command(cls=_Train)
+@option(
+    "--config",
+    "config_file",
+    type=CONFIG,
+    group="essentials",
+    metavar="FILE",
+    help="YAML file of keys, or recipe:NAME.",
+)
+@option(
+    "--set",
+    "assignments",
+    type=ASSIGNMENT,
+    multiple=True,
+    group="essentials",
+    metavar="KEY=VALUE",
+    help="Any key, e.g. attack.num_steps=7.",
+)
+@option(
+    "--resume",
+    type=RUN,
+    group="essentials",
+    metavar="DIR",
+    help="Continue that run; auto: the one of these settings, if it began.",
+)
+@process_options
+@option(
+    "--seeds",
+    "seed_list",
+    group="many processes",
+    metavar="LIST",
+    help="A run for each, e.g. 0..7 or 0,3,5: N at a time.",
+)
+@option(
+    "--profile",
+    type=click.IntRange(min=0),
+    default=0,
+    group="output",
+    metavar="N",
+    help="Trace N steps. [none]",
+)
+def train(
+    config_file: str | None,
+    assignments: tuple[str, ...],
+    resume: str | None,
+    seed_list: str | None,
+    profile: int,
+    processes: Processes,
+    **flags: Any,
+) -> None:
+    """Train a student, and its teachers where none are given.
+
+    \b
+    engine train --method iad1 --amp                 CIFAR-10, ResNet-18, the paper's hyper-parameters
+    engine train --config recipe:table2-cifar10-at-iad1
+    engine train --resume runs/...                   after Ctrl-C, SIGTERM or a crash
+    engine train --method iad1 --amp --gpus 8        on the GPUs of this machine
+    engine train --method iad1 --amp --gpus 8 --seeds 0..7   a run on each GPU, side by side
+    """  # noqa: D301  # click knows the backspace as a mark, and only as a character
+    given = {name: value for name, value in flags.items() if value is not None}
+    directory = None if resume in (None, "auto") else Path(str(resume))
+    if directory is not None:
+        for flag, value in (("--config", config_file), ("--out", given.get("out"))):
+            if value is not None:
+                raise ValueError(f"--resume DIR continues the run in DIR as it was configured; drop {flag}")
+    if seed_list is not None:
+        _check_seeds(given, assignments, begins=directory is None)
+
+    from engine.commands import seeds
+    from engine.config import load, merge, nested, parse_assignment
+    from engine.system import distributed
+
+    wanted = None if seed_list is None else seeds.parse(seed_list)
+    changes = merge(
+        *(nested(name, value) for name, value in given.items()),
+        *(parse_assignment(text) for text in assignments),
+    )
+    if directory is None:
+        config = load(_read_config(config_file), changes)
+        if config_file is None:
+            _name_recipe(config)
+    else:
+        config = _continued(directory, changes)
+    again = resume == "auto" or distributed.is_restarted()
+    request = _Request(config, changes, directory, again, processes, profile)
+    if wanted is not None:
+        _train_seeds(request, wanted)
+    elif not distributed.is_launched() and (count := processes.count(config.device)):
+        _launch(request, count)
+    else:
+        _train(request)
+
+
+def _continued(directory: Path, changes: Tree) -> RunConfig:
+    from engine.runs import resuming
+    from engine.runs.run_directory import RunDir
+
+    _, begun = RunDir.existing(directory)
+    return resuming.carried_on(begun, resuming.changed(begun, changes))
+
+
+def _train_seeds(request: _Request, wanted: Sequence[int]) -> None:
+    """Train the configuration with each seed, as many at a time as there may be processes."""
+    from engine.commands import seeds
+    from engine.common.console import ConsoleReporter
+    from engine.system import distributed
+
+    if distributed.is_launched():
+        raise ValueError("--seeds starts processes of its own, and none under torchrun; use --gpus or --procs")
+    at_once = min(request.processes.count(request.config.device) or 1, len(wanted))
+    places = seeds.slots(at_once, gpus=request.processes.gpus is not None)
+    seeds.train(
+        request.config,
+        wanted,
+        places,
+        ConsoleReporter(),
+        again=request.again,
+        profile=request.profile,
+    )
+
+
+def _launch(request: _Request, count: int) -> None:
+    """Train in so many new processes, and exit with their code."""
+    from engine.common.console import ConsoleReporter
+    from engine.common.stopping import EXIT_INTERRUPTED
+    from engine.config import assignments
+    from engine.runs import lifecycle
+    from engine.runs.run_directory import PreparedRun, RunDir
+    from engine.system import launcher
+
+    if request.directory is None:
+        say = ConsoleReporter().message
+        prepared = lifecycle.begin(request.config, again=request.again, processes=count, say=say)
+    else:
+        prepared = PreparedRun(RunDir.existing(request.directory)[0], request.changes)
+    arguments = [
+        "train",
+        "--resume",
+        str(prepared.run.path),
+        *assignments(prepared.changes),
+    ]
+    arguments += [
+        "--timeout",
+        str(request.processes.timeout),
+        "--profile",
+        str(request.profile),
+    ]
+    code = launcher.launch(count, launcher.command(*arguments), prepared.run.path / "logs")
+    if code != EXIT_INTERRUPTED:
+        prepared.remove_if_unused()
+    sys.exit(code)
+
+
+def _train(request: _Request) -> None:
+    """Train in this process, alone or as one of those that were launched together."""
+    from engine.commands.tables import print_summary
+    from engine.common import host_memory
+    from engine.common.console import ConsoleReporter, Reporter
+    from engine.runs import lifecycle
+    from engine.system import distributed
+
+    profile = request.profile
+    host_memory.keep_freed_memory()
+    with distributed.joined(request.config, request.processes.timeout) as world:
+        reporter = ConsoleReporter(share_of_peak=profile > 0) if world.is_main else Reporter()
+        if request.directory is None:
+            result = lifecycle.train(
+                request.config,
+                reporter,
+                profile=profile,
+                world=world,
+                again=request.again,
+            )
+        else:
+            result = lifecycle.resume(
+                request.directory,
+                reporter,
+                profile=profile,
+                world=world,
+                **request.changes,
+            )
+    if isinstance(reporter, ConsoleReporter):
+        print_summary(reporter, result)
+
+
+def _check_seeds(given: Mapping[str, Any], assignments: Sequence[str], *, begins: bool) -> None:
+    """Refuse what contradicts --seeds."""
+    if not begins:
+        raise ValueError("--resume DIR and --seeds exclude each other: --resume auto continues all of them")
+    if "seed" in given:
+        raise ValueError("--seed and --seeds exclude each other")
+    if any(text.partition("=")[0].strip() == "seed" for text in assignments):
+        raise ValueError("--set seed and --seeds exclude each other")
+
+
+def _name_recipe(config: RunConfig) -> None:
+    """Tell of the row of the paper's Tables 2-4 that a run resembles: its settings may not be the defaults."""
+    from engine import recipes
+    from engine.common.console import ConsoleReporter
+    from engine.config import load
+    from engine.system.distributed import is_launched
+
+    if config.limit_train is not None or is_launched():
+        return
+    for recipe in recipes.all_recipes():
+        if recipe.table in (2, 3, 4):
+            row = load(recipe.config)
+            if all(getattr(row, key) == getattr(config, key) for key in ("method", "dataset", "model")) and (
+                row.teacher.method == config.teacher.method
+            ):
+                ConsoleReporter().message(f"The paper's own settings of this row: --config recipe:{recipe.name}")
+                return
+
+
+def _read_config(name: str | None) -> Tree:
+    from engine.config import merge, read_file
+
+    if name is None:
+        return {}
+    if name.startswith("recipe:"):
+        from engine import recipes
+
+        recipe = recipes.get(name.removeprefix("recipe:"))
+        # Measure what the row prints; AutoAttack takes hours and is left to `engine eval`.
+        return merge(
+            {"eval": {"final": [attack for attack in recipe.paper if attack != "aa"]}},
+            recipe.config,
+        )
+    return read_file(Path(name))

@@ -1,0 +1,104 @@
+"""Checks of the arguments of `evaluate`, each refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.attacks import autoattack
+from engine.common.lookup import check_known
+from engine.evaluation.results import COLUMNS
+from engine.pipelines.splits import Indexable
+
+
+class LabelledImages(Protocol):
+    """Images with their labels, as the splits of `engine.pipelines`."""
+
+    @property
+    def images(self) -> Tensor | Indexable:
+        """uint8 NHWC, in memory or not; or float NCHW in [0, 1]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Integers, N."""
+
+
+def check_names(attacks: Iterable[str]) -> list[str]:
+    """The names, each once. Raises ValueError for an unknown one, and for AutoAttack where it is not installed."""
+    if isinstance(attacks, str) or not isinstance(attacks, Iterable):
+        raise ValueError(f"attacks: expected a list of names such as 'pgd20', got {attacks!r:.100}")
+    names = []
+    for name in attacks:
+        if not isinstance(name, str):
+            raise ValueError(f"attacks: expected names such as 'pgd20', got {name!r:.100}")
+        check_known("attack", name, COLUMNS)
+        names.append(name)
+    if "aa" in names:
+        autoattack.installed()
+    return list(dict.fromkeys(names))
+
+
+def check_data(data: LabelledImages | tuple[Tensor, Tensor]) -> tuple[Tensor | Indexable, Tensor]:
+    """Images as they are, and labels as int64 on the CPU. Raises ValueError where they do not fit."""
+    pair: Any = data if isinstance(data, tuple) else (getattr(data, "images", None), getattr(data, "labels", None))
+    if len(pair) != 2 or any(part is None for part in pair):
+        raise ValueError(
+            f"data: expected (images, labels), or an object with .images and .labels, got {type(data).__name__}"
+        )
+    images, labels = pair
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: expected integers of shape (N,) in a tensor, got {type(labels).__name__}")
+    if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected integers of shape (N,), got {labels.dtype} {tuple(labels.shape)}")
+    labels = labels.long().cpu()
+    if isinstance(images, Tensor):
+        _check_images(images, len(labels))
+    elif not len(labels):
+        raise ValueError("data: there is nothing to evaluate in 0 images")
+    else:
+        try:
+            first = images[torch.zeros(1, dtype=torch.int64)]
+        except (TypeError, IndexError, KeyError):
+            first = None
+        if not isinstance(first, Tensor) or first.dim() != 4:
+            raise ValueError(f"images: expected a tensor, or tensors by index, got {type(images).__name__}")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels: expected 0 <= label, got {int(labels.min())}")
+    return images, labels
+
+
+def _check_images(images: Tensor, count: int) -> None:
+    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.dtype.is_floating_point):
+        raise ValueError(
+            f"images: expected uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
+    if len(images) != count:
+        raise ValueError(f"data: {len(images)} images and {count} labels")
+    if not images.numel():
+        raise ValueError(f"data: there is nothing to evaluate in images of shape {tuple(images.shape)}")
+    if images.dtype != torch.uint8:
+        low, high = (float(bound) for bound in images.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"images: floats must lie in [0, 1], got {low:g}..{high:g}")
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device. Raises ValueError for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: {device!r} is not known; known: cpu, cuda, cuda:N") from None
+
+
+def count_classes(model: nn.Module, x_1: Tensor, labels_N: Tensor) -> int:
+    """C of the model's logits, by an image. Raises ValueError where its output or the labels do not fit."""
+    logits = model(x_1)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits of shape (B, C), got {got}")
+    if int(labels_N.max()) >= logits.shape[1]:
+        raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {logits.shape[1]} classes")
+    return logits.shape[1]

@@ -1,0 +1,218 @@
+"""Measurement of one attack, batch by batch, shared by all processes.
+
+Shape suffixes: B batch, N all samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.attacks import autoattack
+from engine.attacks.masking import MOST_ZEROS
+from engine.attacks.pgd import NORMS
+from engine.common.stopping import RunFailed, Stop
+from engine.evaluation.partial_results import Measured, PartialResults
+from engine.evaluation.results import Result, gradient_warnings
+from engine.pipelines.splits import Indexable
+from engine.system.distributed import World
+
+_SLACK = 1e-6
+"""Distance from the ball or from [0, 1] that rounding alone may cause."""
+
+
+def batch_of(
+    images_N: Tensor | Indexable, labels_N: Tensor, sample_B: Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Images as evaluation sees them, BCHW in [0, 1] and channels-last, and their labels, on the device."""
+    x_B = images_N[sample_B.to(images_N.device) if isinstance(images_N, Tensor) else sample_B].to(device)
+    if x_B.dtype == torch.uint8:
+        x_B = x_B.permute(0, 3, 1, 2).to(dtype) / 255
+    return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(device)
+
+
+Perturb = Callable[[Tensor, Tensor, Tensor], "Tensor | autoattack.Outcome"]
+"""(x_nat, labels, sample) -> x_adv, or AutoAttack's outcome."""
+
+
+class Attack(NamedTuple):
+    """Attack of an evaluation. parts: steps that an image has to survive, in order."""
+
+    name: str
+    description: str
+    perturb: Perturb
+    parts: tuple[str, ...] = ("all",)
+
+
+class _GradientCounts:
+    """Counts, on the device, entries of the gradients with respect to what the model is given.
+
+    useless_B: entries that are zero or NaN, which have no sign, of each image of the batch.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.entries = 0
+        self.zeros, self.not_finite = torch.zeros(2, dtype=torch.int64, device=device)
+        self.useless_B = torch.zeros(size, dtype=torch.int64, device=device)
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Gradients of passes inside count."""
+        watching = model.register_forward_pre_hook(self._watch)
+        try:
+            yield
+        finally:
+            watching.remove()
+
+    def _watch(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].requires_grad:
+            inputs[0].register_hook(self._count)
+
+    def _count(self, gradient: Tensor) -> None:
+        useless_B = (~((gradient > 0) | (gradient < 0))).flatten(1).sum(dim=1)
+        self.entries += gradient.numel()
+        self.zeros += (gradient == 0).sum()
+        self.not_finite += (~gradient.isfinite()).sum()
+        if len(gradient) == len(self.useless_B):  # AutoAttack's passes are of those images that are left
+            self.useless_B += useless_B
+
+    def hidden_B(self) -> Tensor:
+        """True for images most of whose gradient entries were zero or NaN."""
+        return self.useless_B * len(self.useless_B) > MOST_ZEROS * self.entries
+
+
+@dataclass(frozen=True)
+class BatchRunner:
+    """Runs attacks over batches, of which each process takes every world.size-th. ball: epsilon, threat model."""
+
+    model: nn.Module
+    batch: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ball: tuple[float, str]
+    on_batch: Callable[[str, int, int], object] | None
+    stop: Stop
+    world: World
+    partial: PartialResults | None
+
+    def result(self, attack: Attack, sample_N: Tensor, batch_size: int) -> Result:
+        """The accuracy under an attack. Raises FloatingPointError and RunFailed as `evaluate` does."""
+        batches = torch.split(sample_N, batch_size)
+        table = _BatchTable([len(sample_B) for sample_B in batches])
+        world = self.world
+        known = {} if self.partial is None else world.broadcast_from_main(lambda: self._known(attack))
+        if world.is_main:
+            for number, values in known.items():
+                table.add(number, Measured(*values))
+        left = [number for number in range(len(batches)) if number not in known]
+        done, total = sum(table.sizes[number] for number in known), len(sample_N)
+        for number in left[world.rank :: world.size]:
+            measured, lost = self._measure(attack, batches[number])
+            table.add(number, measured, lost)
+            if lost or not measured.excess <= _SLACK:
+                break
+            if self.partial is not None:
+                self.partial.add(attack.name, number, measured)
+            done += table.sizes[number] * world.size
+            if self.on_batch is not None:
+                self.on_batch(attack.name, min(done, total), total)
+            world.check(self.stop)
+        world.barrier(self.stop)
+        return table.gathered(world, attack, sample_N)
+
+    def _known(self, attack: Attack) -> dict[int, list[Any]]:
+        """Batches on the disk, in plain types for the broadcast."""
+        assert self.partial is not None
+        return {number: list(measured) for number, measured in self.partial.known(attack.name).items()}
+
+    def _measure(self, attack: Attack, sample_B: Tensor) -> tuple[Measured, int]:
+        """A batch, and how many of its images have logits that are not finite. The device is waited for once."""
+        begin = time.perf_counter()
+        x_nat, labels_B = self.batch(sample_B)
+        gradients = _GradientCounts(len(sample_B), x_nat.device)
+        with gradients.of(self.model):
+            attacked = attack.perturb(x_nat, labels_B, sample_B.to(x_nat.device))
+        x_adv, survived_parts_B, flags = (
+            attacked if isinstance(attacked, autoattack.Outcome) else (attacked, torch.zeros_like(labels_B), 0)
+        )
+        logits_BC = self.model(x_adv.to(x_nat.dtype))
+        correct_B = logits_BC.argmax(dim=1) == labels_B
+        parts = len(attack.parts)
+        survived_B = torch.where(correct_B, parts, survived_parts_B.clamp(max=parts - 1))
+        values = (
+            (~logits_BC.isfinite().all(dim=1)).sum(),
+            _excess(x_adv, x_nat, *self.ball),
+            gradients.zeros,
+            gradients.not_finite,
+            (correct_B & gradients.hidden_B()).sum(),
+        )
+        row = torch.cat((torch.stack([value.double() for value in values]), survived_B.double())).tolist()
+        lost, excess, zeros, not_finite, masked = row[: len(values)]
+        survived = "".join(str(int(value)) for value in row[len(values) :])
+        seconds = time.perf_counter() - begin
+        counts = (gradients.entries, int(zeros), int(not_finite), int(masked), flags)
+        return Measured(survived, excess, seconds, *counts), int(lost)
+
+
+class _BatchTable:
+    """Rows by batch: times measured, images with logits that are not finite, the numbers of `Measured`."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self._rows = torch.zeros(len(sizes), 1 + len(Measured._fields), dtype=torch.float64)
+        self._survived_N = torch.full((sum(sizes),), -1, dtype=torch.int8)
+
+    def add(self, number: int, measured: Measured, lost: int = 0) -> None:
+        """Enter a batch."""
+        survived, *others = measured
+        self._rows[number] = torch.tensor((1, lost, *others))
+        of_batch_B = self._survived_N.split(list(self.sizes))[number]
+        of_batch_B.copy_(torch.tensor([int(digit) for digit in survived]))
+
+    def gathered(self, world: World, attack: Attack, sample_N: Tensor) -> Result:
+        """The result of all batches of all processes."""
+        times_B, lost_B, excess_B, *sums = world.gather(self._rows).sum(0).unbind(1)
+        survived_N = world.gather(self._survived_N).amax(0)
+        name, n = attack.name, len(sample_N)
+        if lost := int(lost_B.sum()):
+            measured = int((survived_N >= 0).sum())
+            raise FloatingPointError(
+                f"{name}: the logits of {lost:,} of {measured:,} images are NaN or infinite; no result"
+            )
+        if not (excess_B <= _SLACK).all():
+            raise RunFailed(f"{name}: an image lies {excess_B.max():g} outside the ball or [0, 1]; no result")
+        if not (times_B == 1).all():
+            raise RunFailed(f"{name}: a batch was measured {times_B.tolist()} times; no result")
+        seconds, entries, zeros, not_finite, masked = (float(column_B.sum()) for column_B in sums[:-1])
+        survived = [int((survived_N > part).sum()) for part in range(len(attack.parts))]
+        result = Result(
+            attack=name,
+            correct=survived[-1],
+            n=n,
+            description=attack.description,
+            seconds=seconds,
+            zero_gradients=zeros / entries if entries else None,
+            non_finite_gradients=not_finite / entries if entries else None,
+            masked=masked / n if entries and len(attack.parts) == 1 else None,
+            parts={
+                part: count / n for part, count in zip(attack.parts, survived, strict=True) if len(survived) > 1
+            },
+            samples=sample_N,
+            verdicts=survived_N == len(attack.parts),
+        )
+        flags = reduce(or_, map(int, sums[-1].tolist()))
+        of_parts = autoattack.complaints(flags, survived) if result.parts else ()
+        return replace(result, warnings=(*gradient_warnings(result), *of_parts))
+
+
+def _excess(x_adv: Tensor, x_nat: Tensor, epsilon: float, threat_model: str) -> Tensor:
+    """max(|x_adv - x_nat| - epsilon, distance to [0, 1]) over the batch; NaN where a pixel is."""
+    distance_B = torch.linalg.vector_norm((x_adv - x_nat).flatten(1), NORMS[threat_model].order, dim=1)
+    outside = (x_adv - x_adv.clamp(0, 1)).abs().amax()
+    return torch.maximum(distance_B.amax() - epsilon, outside)

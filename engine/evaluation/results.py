@@ -1,0 +1,106 @@
+"""Accuracy under one attack: its numbers, its warnings, and the names of the attacks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.attacks.masking import MOST_MASKED, MOST_ZEROS
+
+COLUMNS = {
+    "natural": "Natural",
+    "fgsm": "FGSM",
+    "fgsm-rs": "FGSM-RS",
+    "pgd10": "PGD-10",
+    "pgd20": "PGD-20",
+    "pgd20-dlr": "PGD-20 DLR",
+    "cw": "CW-inf",
+    "aa": "AA",
+}
+"""Every name that `evaluate` knows, with its title in a table."""
+
+UNMASKED = "pgd20-dlr"
+"""The attack whose loss no factor on the logits changes."""
+FEW = 100
+"""Below so many images the standard error of an accuracy may exceed 5 percentage points."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Samples classified correctly under one attack; description holds the numbers of the attack.
+
+    seconds: of all processes together. zero_gradients, non_finite_gradients: shares of the entries of all the
+    attack's gradients; None: it has none. masked: share of the samples that kept their class although most entries
+    of their gradients were zero or NaN: the accuracy may be that much too high; None: not known.
+    parts: accuracies after each part of an attack that has several. warnings: what makes the accuracy doubtful.
+    samples: ascending indices in the data, int64 (n,). verdicts: True if classified correctly, bool (n,).
+    """
+
+    attack: str
+    correct: int
+    n: int
+    description: str
+    seconds: float
+    zero_gradients: float | None = None
+    non_finite_gradients: float | None = None
+    masked: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    samples: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False, compare=False)
+    verdicts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), repr=False, compare=False)
+
+    @property
+    def accuracy(self) -> float:
+        """Share in [0, 1] of samples classified correctly."""
+        return self.correct / self.n
+
+    @property
+    def is_masked(self) -> bool:
+        """True if a loss that no factor on the logits changes may find many more images."""
+        return self.masked is not None and self.masked > MOST_MASKED
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers but those of each sample, for JSON."""
+        numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
+        numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
+        numbers |= {"zero_gradients": self.zero_gradients, "non_finite_gradients": self.non_finite_gradients}
+        return numbers | {"masked": self.masked, "parts": dict(self.parts), "warnings": list(self.warnings)}
+
+
+def further(results: Mapping[str, Result]) -> list[str]:
+    """The attack that is needed beside these: where gradients were masked, one with another loss."""
+    masked = any(result.is_masked for result in results.values())
+    return [UNMASKED] if masked and UNMASKED not in results else []
+
+
+def few_images(n: int) -> str:
+    """sqrt(p (1 - p) / n) at p = 1/2, the largest standard error, in words; empty from `FEW` images on."""
+    if n >= FEW:
+        return ""
+    points = 50 / math.sqrt(max(n, 1))
+    return f"{n} of them: the standard error of an accuracy is up to {points:.0f} percentage points"
+
+
+def is_chance(accuracy: float, n: int, num_classes: int) -> bool:
+    """Accuracy <= 1/C + 2 sqrt(1/C (1 - 1/C) / n): no better than guessing, within two standard errors."""
+    chance = 1 / num_classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+
+def gradient_warnings(result: Result) -> Iterator[str]:
+    """Warnings that the gradients give of an accuracy."""
+    name = result.attack
+    if result.is_masked:
+        yield (
+            f"{name}: {result.masked:.1%} of the images kept their class although their gradient was zero "
+            f"(limit {MOST_MASKED:.0%}): the accuracy may be that much too high"
+        )
+    elif (result.zero_gradients or 0) > MOST_ZEROS and result.masked is None:
+        yield f"{name}: {result.zero_gradients:.1%} of its gradients are zero (limit {MOST_ZEROS:.0%})"
+    if result.non_finite_gradients:
+        yield f"{name}: {result.non_finite_gradients:.2%} of its gradients are not finite"

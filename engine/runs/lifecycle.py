@@ -1,0 +1,266 @@
+"""Lifecycle of training runs: begin, train, resume, and the ways in which they end.
+
+```python
+from engine import train
+result = train({"method": "at", "dataset": "digits", "model": "resnet8", "epochs": 2})
+print(result.summary["best"]["robust_accuracy"])
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine import models, semantics
+from engine.attacks.pgd import preset
+from engine.common.console import Reporter
+from engine.common.lookup import is_on, nearest
+from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
+from engine.config import RunConfig, differing, load, with_absolute_paths
+from engine.evaluation.measure import check_names
+from engine.kernels import dispatch
+from engine.models.weights import origin
+from engine.pipelines import datasets
+from engine.pipelines.datasets import AnyDataset
+from engine.runs import checkpoints, provenance, resuming
+from engine.runs.assemble import assemble, method_of
+from engine.runs.checkpoints import Progress
+from engine.runs.metrics_writer import MetricsWriter
+from engine.runs.run_directory import PreparedRun, RunDir
+from engine.runs.session import Session
+from engine.runs.trainer import Trainer
+from engine.system import precision
+from engine.system.distributed import World, is_launched, small_batch_warning
+from engine.training import optimizer
+from engine.training.profiling import Profiler
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Path of a run directory, and its summary.json."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def train(
+    run_config: RunConfig | Mapping[str, Any] | None = None,
+    reporter: Reporter | None = None,
+    *,
+    profile: int = 0,
+    world: World | None = None,
+    again: bool = False,
+    **keys: Any,
+) -> RunResult:
+    """Train a configuration in a new run directory.
+
+    run_config: a RunConfig, or nested keys of one; keys: further ones, e.g. epochs=2, which win.
+    reporter: who tells the user; None says nothing.
+    profile: that many steps are traced, see `engine.training.profiling`. world: processes that train together; all
+    call this with the same arguments. again: see `begin`.
+    Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
+    signal, when everything is saved for `resume`.
+    """
+    world = world or World()
+    config = _complete(run_config, keys)
+    mine: list[PreparedRun] = []  # of the main process alone: it made them
+
+    def prepare() -> tuple[str, dict[str, Any]]:
+        say = (reporter or Reporter()).message
+        mine.append(begin(config, again=again, processes=world.size, say=say))
+        return str(mine[0].run.path), dict(mine[0].changes)
+
+    path, changes = world.broadcast_from_main(prepare)
+    with mine[0].removed_on_failure() if mine else nullcontext():
+        return resume(path, reporter, profile=profile, world=world, **changes)
+
+
+def begin(
+    config: RunConfig, *, again: bool = False, processes: int = 1, say: Callable[[str], None] = lambda line: None
+) -> PreparedRun:
+    """The directory of a new run of a configuration, with nothing but that in it: `resume` does the rest.
+
+    again: go on where such a run was stopped: the one in `out`, or without `out` the latest unfinished one below
+    runs/; where there is none a new one begins. processes: how many will train. say: is told what was decided.
+    Raises ValueError for a configuration that cannot be run, and for an `out` that is taken.
+    """
+    config = with_absolute_paths(config)
+    _check(config)
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {processes} processes")
+    found = RunDir.find(config) if again else None
+    return found or RunDir.create(precision.resolve_amp(config, say=say))
+
+
+def resume(
+    path: Path | str,
+    reporter: Reporter | None = None,
+    *,
+    profile: int = 0,
+    world: World | None = None,
+    **changes: Any,
+) -> RunResult:
+    """Continue the run in that directory from its last checkpoint; a finished run is returned as it is.
+
+    The number of processes may be another than before. changes: keys that are given anew, see
+    `engine.runs.resuming`; more epochs extend the run, a finished one too. Raises as `train` does.
+    """
+    run, begun = RunDir.existing(Path(path))
+    console, world = reporter or Reporter(), world or World()
+    config = resuming.carried_on(begun, resuming.changed(begun, changes))
+    if summary := world.broadcast_from_main(lambda: run.result(config)):
+        console.message(f"{path} is finished: nothing to resume")
+        return RunResult(run.path, summary)
+    if config.amp and config.amp_dtype == "auto":  # config.yaml is older than the key
+        kept = world.broadcast_from_main(
+            lambda: provenance.amp_dtype(run) or precision.resolve_amp(config).amp_dtype
+        )
+        config = config.model_copy(update={"amp_dtype": kept})
+    with graceful_stop(console.message, launched=is_launched()) as stop:
+        try:
+            with world.collective_errors(stop):
+                summary = _run(run, config, world, console, stop, profile=profile)
+        except Interrupted:
+            raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
+    return RunResult(run.path, summary)
+
+
+def _complete(given: RunConfig | Mapping[str, Any] | None, keys: Mapping[str, Any]) -> RunConfig:
+    if isinstance(given, RunConfig):
+        return load(given.tree(), keys) if keys else given
+    if given is None or isinstance(given, Mapping):
+        return load(given or {}, keys)
+    raise ValueError(f"run_config: a RunConfig or a mapping of its keys is expected, got {given!r:.200}")
+
+
+def _check(config: RunConfig) -> None:
+    """Refuse what would fail only after data were loaded, before a run directory is made."""
+    method_of(config)
+    models.check(config.model)
+    datasets.check(config.dataset)
+    for section in ("teacher", "teacher_st"):
+        name, known = getattr(config, section).method, semantics.TEACHER_METHODS
+        if name not in known:
+            raise ValueError(f"{section}.method: {name!r} trains no teacher; {nearest(name, known)}")
+    preset(config.eval.attack, config.attack.epsilon)
+    check_names(config.eval.final)
+    if config.optim.implementation == "apex":
+        optimizer.check_apex()
+    precision.device(config.device)
+
+
+def _run(
+    run: RunDir,
+    config: RunConfig,
+    world: World,
+    console: Reporter,
+    stop: Stop,
+    *,
+    dataset: AnyDataset | None = None,
+    profile: int = 0,
+) -> dict[str, Any]:
+    """Train the run to its end; its summary. dataset: that of a teacher's student; None: it is loaded."""
+    try:
+        with ExitStack() as resources:
+            resources.enter_context(precision.deterministic(amp=config.amp))
+            world.broadcast_from_main(lambda: resources.enter_context(run.locked()))
+            saved = checkpoints.read(run.last) if world.broadcast_from_main(run.last.exists) else None
+            config = _carried_on(run, saved, config, console)
+            world.broadcast_from_main(run.sessions)  # a damaged provenance.json is told of before the work
+            session = Session(config, precision.choose(config, world.local_rank), world, console, stop, run)
+            _announce(session, saved)
+            return _make_trainer(session, saved, resources, dataset, profile).fit()
+    except FloatingPointError as error:
+        good = f"the last good checkpoint is {run.last}" if run.last.exists() else "there is no checkpoint yet"
+        raise RunFailed(f"{error}; {good}") from None
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or run.path}: {error.strerror or error}; what was saved before is whole"
+        ) from error
+
+
+def _carried_on(run: RunDir, saved: Mapping[str, Any] | None, config: RunConfig, console: Reporter) -> RunConfig:
+    """The configuration that a run goes on with, after what its last checkpoint was trained with."""
+    if saved is None:
+        if run.summary.exists():
+            raise ValueError(f"--resume: {run.last} is gone, and with it the state to go on from")
+        return config
+    begun, progress = load(saved["config"]), saved["progress"]
+    config = resuming.carried_on(begun, config, progress["epoch"] + (progress["step_in_epoch"] > 0))
+    if config.epochs > begun.epochs:
+        console.message(resuming.describe(begun, config))
+    return config
+
+
+def _announce(session: Session, saved: Mapping[str, Any] | None) -> None:
+    """Tell of kernels, processes, and what is special about a checkpoint that is gone on from."""
+    config, precision, size = session.config, session.precision, session.world.size
+    say = session.console.message
+    say(dispatch.describe(precision.device, fused=precision.fused))
+    if size > 1:
+        share = config.batch_size // size
+        of = f"all {config.batch_size}" if is_on("sync_bn", config.sync_bn) else f"its own {share}"
+        say(f"Processes: {size}, {share} images each; BatchNorm in each by {of} images")
+        if precision.device.type == "cuda" and (warning := small_batch_warning(share)):
+            say(warning)
+    if saved is not None and precision.note:
+        say(precision.note)
+    for note in origin(saved) if saved is not None else ():
+        say(f"Note: {session.run.last} is {note}")
+
+
+def _make_trainer(
+    session: Session,
+    saved: Mapping[str, Any] | None,
+    resources: ExitStack,
+    dataset: AnyDataset | None,
+    profile: int,
+) -> Trainer:
+    """The trainer of a run at the state of its checkpoint. resources: closes what the trainer uses."""
+    run, world = session.run, session.world
+    parts = assemble(session, saved, resources, partial(_train_teacher, session), dataset)
+    progress = Progress() if saved is None else Progress(**saved["progress"])
+    if saved is not None:
+        checkpoints.check_fit(run.last, saved, parts.learner, parts.data.pipeline.steps_per_epoch)
+        parts.learner.student.load_state_dict(saved["student"])
+        parts.learner.load_state_dict(saved)
+        parts.telemetry.load_state_dict(saved["telemetry"])
+    hooks: dict[str, Callable[..., object]] = {}
+    if world.is_main:
+        run.update(session.config)  # what was given anew fits: the hashes are those of before
+        writer = MetricsWriter(run, progress.rows_size, progress.step)
+        hooks["write_row"] = resources.enter_context(closing(writer)).write
+        if profile:
+            profiler = Profiler(profile, run.path, session.precision.device, session.console)
+            hooks["on_step"] = resources.enter_context(closing(profiler)).step
+    return Trainer(session, parts, progress, **hooks)
+
+
+def _train_teacher(session: Session, wanted: RunConfig, path: Path, dataset: AnyDataset) -> Path:
+    """Train a teacher of the session's student in a run directory of its own, see `teachers.TrainRun`."""
+    config, run, world = wanted.model_copy(update={"out": str(path)}), RunDir(path), session.world
+    prepared = PreparedRun(run)
+
+    def prepare() -> bool:
+        """True if it is finished already."""
+        nonlocal prepared
+        if not run.config.exists():
+            prepared = RunDir.create(config)
+        elif differing(RunDir.existing(path)[1], wanted):
+            raise ValueError(f"--out: {path} holds the run of another teacher; remove it, or choose another --out")
+        if run.result(config) is None:
+            return False
+        if checkpoints.read(run.last)["data_sha256"] != dataset.sha256:
+            raise ValueError(f"--out: {path} holds a teacher of other data; remove it, or choose another --out")
+        return True
+
+    finished = world.broadcast_from_main(prepare)
+    with prepared.removed_on_failure():
+        if not finished:
+            _run(run, config, world, session.console, session.stop, dataset=dataset)
+    return run.best

@@ -1,0 +1,28 @@
+"""Session of a run: what everything that trains it shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.common.console import Reporter
+from engine.common.stopping import Stop
+from engine.config import RunConfig
+from engine.runs.run_directory import RunDir
+from engine.system.distributed import World
+from engine.system.precision import Precision
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """Context of a run from its begin, or from where it goes on, to its end.
+
+    config: complete, as the run goes on with it. world: the processes that train together, all with a session of
+    their own. console: is told of the progress. stop: is set by a signal. run: the run's directory.
+    """
+
+    config: RunConfig
+    precision: Precision
+    world: World
+    console: Reporter
+    stop: Stop
+    run: RunDir

@@ -1,0 +1,1 @@
+"""Readers of data sets: folders, archives, .beton files, and the published ones."""

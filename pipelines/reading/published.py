@@ -1,0 +1,205 @@
+"""Readers and downloads of the data sets with a name. torchvision is imported only when it is needed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from engine.pipelines.reading.encoded import listing, read_splits
+from engine.pipelines.reading.folder import Files, archive, below_single_folder, directory, opened
+from engine.pipelines.splits import SPLIT_NAMES, Request, Split, split_validation
+
+ReadSplits = tuple[Split, Split, str]
+"""The train and test splits, and their source in words."""
+
+_CLASSES = {  # sorted, which is also the order of their labels
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
+    "cifar100": """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter
+    palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+    sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm
+    """,
+}
+CIFAR_NAMES = {  # of torchvision's folder and archive
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+}
+_DIGIT_NAMES = tuple("0123456789")
+_TINY_IMAGENET = "tiny-imagenet-200"
+_VAL_ANNOTATIONS = "val/val_annotations.txt"
+
+
+class Absent(Exception):
+    """The place does not hold the data set; the message completes the sentence "it has ..."."""
+
+
+def digits(request: Request) -> ReadSplits:
+    """scikit-learn's 8x8 digits of 17 grey levels, enlarged to 32x32; a fixed fifth of them is the test split."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    grey_NHW = np.rint(raw.images * (255 / 16)).astype(np.uint8)
+    large_NHW = np.stack([_enlarged(grey_HW) for grey_HW in grey_NHW])
+    images_NHWC = torch.from_numpy(large_NHW)[..., None].repeat(1, 1, 1, 3)
+    whole = Split(images_NHWC, torch.from_numpy(raw.target).long(), _DIGIT_NAMES)
+    train, test = split_validation(whole, 0.2, seed=0)
+    return *_select(request, train, test), "embedded (scikit-learn)"
+
+
+def cifar(name: str, place: Path, request: Request) -> ReadSplits:
+    """CIFAR as torchvision stores it, unpacked or packed, or as an image folder with its class names."""
+    unpacked, packed = (place / stored for stored in CIFAR_NAMES[name])
+    if unpacked.is_dir() or packed.is_file():
+        # Not before: importing torchvision takes a second, and 160 MiB.
+        from torchvision.datasets.utils import check_integrity, extract_archive
+
+        kind = _cifar_class(name)
+    if unpacked.is_dir():
+        return *_cifar_splits(kind, place, unpacked, request), str(unpacked)
+    if packed.is_file():
+        if not check_integrity(packed, kind.tgz_md5):
+            raise _damaged(packed)
+        with TemporaryDirectory() as folder:
+            extract_archive(str(packed), folder)
+            return *_cifar_splits(kind, Path(folder), packed, request), str(packed)
+    missing = f"no {unpacked.name}, no {packed.name} and no image folder of its classes"
+    with ExitStack() as stack:
+        try:
+            train, test = stack.enter_context(opened(place, only_test=request.only_test))
+        except ValueError as error:
+            raise Absent(f"{missing} ({str(error).removeprefix('data: ')})") from None
+        if train.by_class.keys() != set(_CLASSES[name].split()):
+            raise Absent(missing)
+        return *_read(train, test, request, (32, 32)), f"image folder {place} ({name} as image files)"
+
+
+def _cifar_splits(kind: Any, root: Path, shown: Path, request: Request) -> tuple[Split, Split]:
+    try:
+        # Compares md5 sums before it unpickles.
+        parts = [kind(root, train=part == "train") for part in _parts(request)]
+    except RuntimeError:
+        raise _damaged(shown) from None
+    train, test = (_split(part.data, np.asarray(part.targets), tuple(part.classes)) for part in parts)
+    return _select(request, train, test)
+
+
+def download_cifar(name: str, folder: Path) -> None:
+    """Fetch and unpack CIFAR into the folder; torchvision compares its md5 sum."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    kind = _cifar_class(name)
+    download_and_extract_archive(
+        kind.url, str(folder), filename=kind.filename, md5=kind.tgz_md5, remove_finished=True
+    )
+
+
+def _cifar_class(name: str) -> Any:
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+def svhn(place: Path, request: Request) -> ReadSplits:
+    """The cropped house numbers as torchvision stores them, without the extra split."""
+    from torchvision.datasets import SVHN
+
+    paths = [place / SVHN.split_list[part][1] for part in _parts(request)]
+    if not all(path.is_file() for path in paths):
+        raise Absent(f"no {' or no '.join(path.name for path in paths)}")
+    try:
+        parts = [SVHN(place, part) for part in _parts(request)]
+    except RuntimeError:
+        raise _damaged(place / "*.mat") from None
+    train, test = (_split(part.data.transpose(0, 2, 3, 1), part.labels, _DIGIT_NAMES) for part in parts)
+    return *_select(request, train, test), str(place)
+
+
+def download_svhn(folder: Path) -> None:
+    """Fetch SVHN's two files into the folder; torchvision compares their md5 sums."""
+    from torchvision.datasets import SVHN
+
+    for part in SPLIT_NAMES:
+        SVHN(folder, part, download=True)
+
+
+def tiny_imagenet(place: Path, request: Request) -> ReadSplits:
+    """Tiny-ImageNet, unpacked or zipped; its val images are the test split, as its test images have no labels."""
+    candidates = (place / _TINY_IMAGENET, place / f"{_TINY_IMAGENET}.zip", place)
+    with ExitStack() as stack:
+        for path in candidates:
+            if path.is_file():
+                tree = below_single_folder(archive(path, stack))
+            else:
+                tree = directory(path, "train/*/images/*", "val/images/*", _VAL_ANNOTATIONS)
+            if _VAL_ANNOTATIONS in tree.names:
+                break
+        else:
+            raise Absent(f"no {_TINY_IMAGENET} and no {_TINY_IMAGENET}.zip with train/ and {_VAL_ANNOTATIONS}")
+        train: dict[str, list[str]] = {}
+        for name in tree.names:
+            if name.startswith("train/") and name.endswith(".JPEG"):
+                train.setdefault(name.split("/")[1], []).append(name)
+        test: dict[str, list[str]] = {class_name: [] for class_name in train}
+        present = set(tree.names)  # also keeps a name with ".." from leading out of the folder
+        for line in tree.read(_VAL_ANNOTATIONS).decode(errors="replace").splitlines():
+            file, class_name = [*line.split("\t"), ""][:2]
+            if f"val/images/{file}" not in present or class_name not in train:
+                raise ValueError(
+                    f"data: {tree.where(_VAL_ANNOTATIONS)} names what is not there: {file} {class_name}"
+                )
+            test[class_name].append(f"val/images/{file}")
+        if not all(test.values()):
+            raise ValueError(f"data: {tree.where(_VAL_ANNOTATIONS)} names no image of some of the classes")
+        return *_read(Files(tree, train), Files(tree, test), request, (64, 64)), str(path)
+
+
+def check_classes(name: str, found: tuple[str, ...], where: str) -> None:
+    """Raise ValueError where a file that is said to hold a data set has not its classes."""
+    if name in _CLASSES and found != tuple(_CLASSES[name].split()):
+        raise ValueError(f"data: {where} does not hold the classes of {name}, but {', '.join(found[:5])}...")
+
+
+def download_tiny_imagenet(folder: Path) -> None:
+    """Fetch the zip archive into the folder; it is read as it is."""
+    from torchvision.datasets.utils import download_url
+
+    download_url(
+        f"http://cs231n.stanford.edu/{_TINY_IMAGENET}.zip", str(folder), md5="90528d7ca1a48142e341f4ef8d21d0de"
+    )
+
+
+def _read(train: Files, test: Files, request: Request, shape: tuple[int, int]) -> tuple[Split, Split]:
+    return read_splits(listing(train, "train", request), listing(test, "test", request), request, shape)
+
+
+def _enlarged(grey_HW: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(grey_HW).resize((32, 32), Image.Resampling.BILINEAR))
+
+
+def _split(images_NHWC: npt.NDArray[np.uint8], labels_N: npt.NDArray[np.int64], names: tuple[str, ...]) -> Split:
+    return Split(torch.from_numpy(np.ascontiguousarray(images_NHWC)), torch.from_numpy(labels_N).long(), names)
+
+
+def _parts(request: Request) -> tuple[str, str]:
+    """Splits to read as train and test. `Request.of` takes no training images where only the test is wanted."""
+    return ("test", "test") if request.only_test else SPLIT_NAMES
+
+
+def _select(request: Request, train: Split, test: Split) -> tuple[Split, Split]:
+    return request.of("train", train), request.of("test", test)
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"data: {path} is damaged or incomplete (its md5 sums differ); delete it or fetch it again")

@@ -1,0 +1,119 @@
+"""The formulas of bytes against numbers worked out by hand; the three ways of a case do the same work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.lib.calls import op_cases
+from bench.lib.calls.op_cases import OpCase
+from engine.kernels import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("case", "moved", "footprint"), [
+    # six arrays of 1,280 floats; 128 labels, alphas and losses
+    (op_cases.distill_loss(128, 10, 1.0, 1.0), 30_720 + 2_048, 32_768),
+    (op_cases.distill_loss(128, 10, 1.0, 1.0, torch.bfloat16), 15_360 + 2_048, 17_408),
+    # 393,216 pixels of three arrays, one of them written as well
+    (op_cases.pgd_update(128, 32), 6_291_456, 4_718_592),
+    (op_cases.pgd_update(128, 32, torch.bfloat16), 5_505_024, 3_932_160),
+    # a byte and a float for each of 1,572,864 pixels; three integers for each image
+    (op_cases.crop_flip(128, 64), 7_864_320 + 3_072, 7_867_392),
+])  # fmt: skip
+def test_bytes(case: OpCase, moved: int, footprint: int) -> None:
+    assert (case.bytes_moved, case.footprint) == (moved, footprint)
+
+
+@pytest.mark.parametrize(("cache", "pixels", "batch"), [
+    (0, 32, 8192), (2**25, 32, 8192), (2**25, 64, 2048), (3 * 2**24, 32, 8192), (3 * 2**24 + 1, 32, 16384),
+])  # fmt: skip
+def test_the_large_batch_is_the_first_power_of_two_beyond_the_cache(cache: int, pixels: int, batch: int) -> None:
+    assert op_cases.batch_beyond(cache, pixels) == batch
+
+
+def test_the_table_has_every_size() -> None:
+    table = [(case.op, case.shape, case.setting, case.dtype) for case in op_cases.table(2**25, quick=False)]
+    logits = ("128x10", "128x100", "1024x100", "1024x1000", "4096x1000")
+    images = ("128x3x32x32", "8192x3x32x32", "128x3x64x64", "2048x3x64x64")
+    assert len(set(table)) == len(table)
+    assert {*table} == {
+        *(("distill_loss", shape, f"tau {taus}", torch.float32) for shape in logits
+          for taus in ("1, tau_self 1", "5, tau_self 2")),
+        ("distill_loss", "1024x1000", "tau 1, tau_self 1", torch.bfloat16),
+        *(("pgd_update", shape, "Linf", torch.float32) for shape in images),
+        ("pgd_update", "128x3x32x32", "Linf", torch.bfloat16),
+        *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
+    }  # fmt: skip
+
+
+def test_the_copy_has_the_footprint_and_fills_it() -> None:
+    copy: Any = op_cases.copy(1_000, CPU)
+    target, (source,) = copy.func.__self__, copy.args
+    assert target.nbytes + source.nbytes == 1_000
+    target.zero_()
+    copy()
+    assert torch.equal(target, torch.ones(125))
+
+
+@pytest.mark.parametrize("case", [
+    op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8)
+], ids=lambda case: case.op)  # fmt: skip
+def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
+    monkeypatch.setenv("ENGINE_KERNELS", "reference")
+    given: list[tuple[Any, ...]] = []
+    compiled_calls: list[int] = []
+    original: Callable[..., object] = getattr(reference, case.op)
+
+    def spy(*arguments: Any) -> object:
+        given.append(arguments)
+        return original(*arguments)
+
+    def compile_(function: Callable[..., object], **_: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            compiled_calls.append(len(given))
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(reference, case.op, spy)
+    monkeypatch.setattr(torch, "compile", compile_)
+    for call in case.calls(CPU):
+        call()
+    assert compiled_calls == [1]
+    eager, compiled, public = map(flat, given)
+    for other in (compiled, public):
+        assert len(other) == len(eager)
+        for mine, theirs in zip(eager, other, strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+
+
+def flat(given: Any) -> list[Any]:
+    """Tensors and numbers of nested tuples."""
+    return [leaf for part in given for leaf in flat(part)] if isinstance(given, tuple) else [given]
+
+
+def test_the_loss_is_timed_with_both_gradients_and_the_row_of_iad2() -> None:
+    calls = op_cases.distill_loss(6, 5, 3.0, 2.0).calls(CPU)
+    gradients: Any = calls.eager()
+    grad_adv, grad_nat = gradients
+    assert grad_adv.shape == grad_nat.shape == (6, 5)
+    assert bool((grad_adv != 0).all())
+    assert bool((grad_nat != 0).all())
+
+
+def test_crop_flip_walks_through_the_data_set_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(reference, "crop_flip", lambda *arguments: seen.append(arguments[4]))
+    monkeypatch.setattr(op_cases, "RESIDENT", 12)
+    calls = op_cases.crop_flip(5, 8).calls(CPU)
+    for _ in range(3):
+        calls.eager()
+    assert torch.cat(seen[:2]).unique().numel() == 10
+    assert torch.equal(seen[2], seen[0])
