@@ -72,7 +72,7 @@ def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
         if done.returncode:
             raise click.ClickException(f"{' '.join(line)}\n{done.stderr}")
 
-    for method, semantics, amp, processes in itertools.product(methods.TABLE, SEMANTICS, PRECISIONS, PROCESSES):
+    for method, semantics, amp, processes in itertools.product(methods.METHODS, SEMANTICS, PRECISIONS, PROCESSES):
         name = f"{method} {semantics} {amp} {processes}"
         run = folder / name.replace(" ", "-")
         click.echo(name)

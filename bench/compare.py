@@ -43,7 +43,7 @@ HEADINGS = ("engine --help, s", "engine --help, CPU s", "step, s", "engine train
 @command.command
 @click.argument("before", type=FOLDER)
 @click.argument("after", type=FOLDER)
-@click.option("--method", default="iad1", show_default=True, type=click.Choice(list(methods.TABLE)))
+@click.option("--method", default="iad1", show_default=True, type=click.Choice(list(methods.METHODS)))
 @command.model_option()
 @command.batch_size_option(16)
 @click.option("--amp", is_flag=True, help="Network passes in half precision.")

@@ -59,7 +59,7 @@ def _gamma(p: LossConfig) -> float | Weight:
     return 1 - ALPHA if p.gamma is None else p.gamma
 
 
-TABLE: dict[str, Row] = {
+METHODS: dict[str, Row] = {
     "st": Row("standard training", lambda p: {"ce_nat": 1}),
     "at": Row("adversarial training (Madry et al., 2018)", lambda p: {"ce_adv": 1}),
     "trades": Row("TRADES (Zhang et al., 2019)", lambda p: {"ce_nat": 1, "kl_self": p.trades_lambda}),
@@ -210,7 +210,7 @@ def get(name: str, *, semantics: str = "paper", loss: LossConfig | None = None, 
     in the warm-up, where alpha is 1, such a cell weighs a + b.
     Raises ValueError for an unknown name, term, parameter or semantics, and for what the semantics does not have.
     """
-    row = look_up("method", name, TABLE)
+    row = look_up("method", name, METHODS)
     reading = look_up("semantics", semantics, _READINGS)
     if params:
         if unknown := sorted(set(params) - set(LossConfig.model_fields)):
@@ -223,7 +223,7 @@ def get(name: str, *, semantics: str = "paper", loss: LossConfig | None = None, 
     if row.base is None:
         return Method(name, weights, loss)
     in_warmup = {term: Weight(cell.a + cell.b, 0.0) for term, cell in replaced.items()}
-    base = look_up("method", row.base, TABLE)
+    base = look_up("method", row.base, METHODS)
     return Method(name, weights, loss, Method(row.base, _row(reading(base), loss, in_warmup), loss))
 
 

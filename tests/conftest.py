@@ -34,7 +34,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 @pytest.fixture(autouse=True)
 def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What --amp chooses on a CPU does not depend on the processor that runs the tests."""
+    """--amp chooses the same on every processor that runs the tests."""
     monkeypatch.setattr(precision, "bfloat16_gain", lambda: 2.0)
 
 
@@ -71,7 +71,7 @@ def write_checkpoint(path: Path, seed: int, num_classes: int = len(CLASSES)) -> 
 
 @dataclass(frozen=True)
 class Tiny:
-    """What a run of a fraction of a second needs."""
+    """Files of a run that takes a fraction of a second."""
 
     folder: Path
     teacher: Path
@@ -135,7 +135,7 @@ def bf16() -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code and what it printed."""
+    """Exit code and output of a command."""
 
     code: int
     out: str

@@ -33,14 +33,14 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a process."""
+    """Variables that a launcher gives to a process."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     told = {name: str(number) for name, number in numbers.items()}
     return os.environ | told | {"MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
 
 
 def start(size: int, command: list[str], **keys: Any) -> list[subprocess.Popen[str]]:
-    """That command in so many processes that find each other."""
+    """Processes of a command that find each other."""
     port = free_port()
     return [
         subprocess.Popen(  # the tests' own command

@@ -51,7 +51,9 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "networks, and networks from files",
         (
             ("layers", "normalize", "class_names", "state_dicts"),
-            ("sync_batch_norm", "resnet", "resnet50", "preactresnet", "wideresnet", "mobilenetv2"),
+            ("networks", "sync_batch_norm"),
+            ("networks.resnet", "networks.resnet50", "networks.preactresnet", "networks.wideresnet"),
+            ("networks.mobilenetv2",),
             ("__init__",),
             ("weights",),
         ),
@@ -168,7 +170,7 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def complaint(module: str, imported: str) -> str:
-    """What is wrong with an import, and where the importing module belongs; empty where nothing is."""
+    """The fault of an import, and where the importing module belongs; empty where there is none."""
     mine, theirs = wing_of(module), wing_of(imported)
     if mine != theirs:
         if NAMES.index(theirs) < NAMES.index(mine):

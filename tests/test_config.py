@@ -27,7 +27,7 @@ from engine.config import (
     read_file,
     validated,
 )
-from engine.methods import TABLE
+from engine.methods import METHODS
 from tests import key_tables
 
 
@@ -59,7 +59,7 @@ def test_nothing_given_is_iad1_of_the_paper() -> None:
 NUMBERS = st.floats(1e-12, 1e12) | st.integers(1, 10**6)
 TREES = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(sorted(TABLE)),
+        "method": st.sampled_from(sorted(METHODS)),
         "semantics": st.sampled_from(("paper", "official")),
         "epochs": st.integers(1, 400),
     },
@@ -99,7 +99,7 @@ def test_a_resolved_configuration_loads_to_itself_exactly(tree: dict[str, Any]) 
 
 
 @settings(max_examples=30, deadline=None)
-@given(tree=TREES, method=st.sampled_from(sorted(TABLE)), epochs=st.integers(1, 400))
+@given(tree=TREES, method=st.sampled_from(sorted(METHODS)), epochs=st.integers(1, 400))
 def test_an_override_on_a_resolved_file_equals_one_on_what_the_user_had_set(
     tree: dict[str, Any], method: str, epochs: int
 ) -> None:

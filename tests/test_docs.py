@@ -88,7 +88,7 @@ def engine_commands() -> list[Any]:
 
 
 def shell_words(script: Path) -> list[str]:
-    """Of the command of a script that starts torchrun."""
+    """Words of the command of a script that starts torchrun."""
     lines = script.read_text().replace("\\\n", " ").splitlines()
     (command,) = [line for line in lines if "torchrun " in line and not line.startswith("#")]
     return shlex.split(command.removesuffix(" &"))
@@ -196,7 +196,7 @@ def test_the_scripts_are_scripts(script: Path) -> None:
 
 
 def parameters_of(command: click.Command) -> list[click.Parameter]:
-    """Of a command, the options of keys included."""
+    """Parameters of a command, the options of keys included."""
     return command.get_params(click.Context(command))
 
 
@@ -269,7 +269,7 @@ def test_the_configuration_table_names_every_choice() -> None:
                 yield prefix + key, typing.get_args(field.annotation)
 
     tables = (
-        ("method", tuple(methods.TABLE)),
+        ("method", tuple(methods.METHODS)),
         ("model", tuple(models.TABLE)),
         ("dataset", tuple(datasets.DATASETS)),
     )

@@ -64,7 +64,7 @@ def phase_of(method: Method, phase: str) -> Method:
 
 
 def test_the_tables_here_name_every_method() -> None:
-    assert set(PAPER) == set(OFFICIAL) == set(methods.TABLE)
+    assert set(PAPER) == set(OFFICIAL) == set(methods.METHODS)
     assert TERMS == ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
 
 

@@ -64,7 +64,7 @@ def metadata(wheel: Path) -> Message:
 
 
 def package_files() -> set[str]:
-    """What an installation holds, kernels/ and pipelines/ in the places of the links that lead to them."""
+    """Files of an installation, kernels/ and pipelines/ in the places of the links that lead to them."""
     found = {"engine/py.typed", *(f"engine/recipes/{path.name}" for path in ROOT.glob("engine/recipes/*.yaml"))}
     for folder in (ROOT / "engine", ROOT / "engine" / "kernels", ROOT / "engine" / "pipelines"):
         found |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*.py")}

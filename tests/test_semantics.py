@@ -10,7 +10,7 @@ import pytest
 from engine import semantics
 from engine.attacks.pgd import presets
 from engine.config import RunConfig, epochs_of, load
-from engine.methods import TABLE
+from engine.methods import METHODS
 
 TEACHER_METHODS = ("st", "at", "trades")
 STUDENT_METHODS = ("ard", "akd2", "iad1", "iad1-down", "iad2")
@@ -31,11 +31,11 @@ def learning_rates(run: RunConfig) -> dict[int, float]:
 
 def test_every_method_is_a_teachers_or_a_students() -> None:
     assert semantics.TEACHER_METHODS == TEACHER_METHODS
-    assert {*TEACHER_METHODS, *STUDENT_METHODS} == set(TABLE)
+    assert {*TEACHER_METHODS, *STUDENT_METHODS} == set(METHODS)
     assert semantics.NAMES == BOTH
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_paper_learning_rates(method: str) -> None:
     assert learning_rates(config(method, "paper")) == {0: 0.1, 100: 0.01, 150: 0.001}
     assert learning_rates(config(method, "paper", epochs=20)) == {0: 0.1, 10: 0.01, 15: 0.001}
@@ -111,7 +111,7 @@ def test_the_clean_forward_that_no_term_reads(method: str, paper: str, official:
     assert config(method, "official").forwards.clean == official
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_idle_forwards_are_those_of_the_published_code(method: str) -> None:
     trades = "trades" if method == "trades" else False
     assert config(method, "paper").forwards.idle == trades
@@ -148,7 +148,7 @@ def test_the_warm_up(method: str, epochs: int, reading: str) -> None:
     assert epochs_of(run.loss.warmup, 20) == epochs / 10
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_choice_and_evaluation(method: str) -> None:
     paper, official = config(method, "paper"), config(method, "official")
     assert (paper.validation, official.validation) == (0.02, 0)
@@ -164,7 +164,7 @@ def test_fgsm_starts_from_the_image_and_fgsm_rs_at_random() -> None:
         assert (attack.num_steps, attack.step_size, attack.epsilon, attack.bn) == (1, 8 / 255, 8 / 255, "eval")
 
 
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_teachers(method: str) -> None:
     paper, official = config(method, "paper", model="wrn34-10"), config(method, "official", model="wrn34-10")
     for run in (paper, official):
@@ -175,7 +175,7 @@ def test_teachers(method: str) -> None:
 
 
 @pytest.mark.parametrize("reading", BOTH)
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_both_readings_share(method: str, reading: str) -> None:
     """Section 5.1."""
     run = config(method, reading)
@@ -197,7 +197,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_the_page_lists_every_key_that_differs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "semantics.md").read_text(encoding="utf-8")
     table = page.split("## Every difference")[1].split("\n## ")[0]
-    for method in TABLE:
+    for method in METHODS:
         for epochs in (200, 100):
             paper = leaves(config(method, "paper", epochs=epochs).tree())
             official = leaves(config(method, "official", epochs=epochs).tree())

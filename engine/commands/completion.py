@@ -53,7 +53,7 @@ def named(values: str) -> Completed:
 def _methods() -> Sequence[str]:
     from engine import methods
 
-    return tuple(methods.TABLE)
+    return tuple(methods.METHODS)
 
 
 def _models() -> Sequence[str]:

@@ -16,7 +16,7 @@ def list_methods() -> None:
 
     print_list(
         ("method", "what it is"),
-        [(name, row.summary) for name, row in methods.TABLE.items()],
+        [(name, row.summary) for name, row in methods.METHODS.items()],
     )
 
 

@@ -85,12 +85,16 @@ def _check_images(images: Tensor, count: int) -> None:
             raise ValueError(f"images: floats must lie in [0, 1], got {low:g}..{high:g}")
 
 
-def check_device(device: torch.device | str) -> torch.device:
-    """The device. Raises ValueError for a name that torch does not know."""
+def check_place(model: nn.Module, device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
+    """Device, the model's where None is given, and dtype of an evaluation. Raises ValueError where it has none."""
+    parameter = next(model.parameters(), torch.empty(0))
     try:
-        return torch.device(device)
+        where = parameter.device if device is None else torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device: {device!r} is not known; known: cpu, cuda, cuda:N") from None
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"model: evaluation runs in float32 or float64, and its parameters are {parameter.dtype}")
+    return where, parameter.dtype
 
 
 def count_classes(model: nn.Module, x_1: Tensor, labels_N: Tensor) -> int:
@@ -102,3 +106,9 @@ def count_classes(model: nn.Module, x_1: Tensor, labels_N: Tensor) -> int:
     if int(labels_N.max()) >= logits.shape[1]:
         raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {logits.shape[1]} classes")
     return logits.shape[1]
+
+
+def check_whole(argument: str, value: object, *, least: int) -> None:
+    """Raise ValueError for what is no whole number in [least, 2^63)."""
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{argument}: a whole number from {least} on is needed, got {value!r}")

@@ -16,7 +16,14 @@ from engine.attacks import autoattack
 from engine.attacks.autoattack import AutoAttack
 from engine.attacks.pgd import batch_norm_mode, describe, frozen, pgd, presets
 from engine.common.stopping import Stop
-from engine.evaluation.arguments import LabelledImages, check_data, check_device, check_names, count_classes
+from engine.evaluation.arguments import (
+    LabelledImages,
+    check_data,
+    check_names,
+    check_place,
+    check_whole,
+    count_classes,
+)
 from engine.evaluation.batches import Attack, BatchRunner, batch_of
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import COLUMNS, UNMASKED, Result, few_images, further, is_chance
@@ -79,14 +86,10 @@ def evaluate(
     images_N, labels_N = check_data(data)
     presets(epsilon, threat_model)  # refuses a bad ball
     names = check_names(attacks)
-    for argument, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(f"{argument}: a whole number from {least} on is needed, got {value!r}")
+    check_whole("batch_size", batch_size, least=1)
+    check_whole("seed", seed, least=0)
     sample_N = limited(labels_N, limit, 0, "limit")
-    parameter = next(model.parameters(), torch.empty(0))
-    where, dtype = parameter.device if device is None else check_device(device), parameter.dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"model: evaluation runs in float32 or float64, and its parameters are {dtype}")
+    where, dtype = check_place(model, device)
     world, ball = world or World(), (epsilon, threat_model)
 
     def batch(sample_B: Tensor) -> tuple[Tensor, Tensor]:

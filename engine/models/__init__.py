@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from engine.common.lookup import nearest
-from engine.models.mobilenetv2 import MobileNetV2
+from engine.models.networks.mobilenetv2 import MobileNetV2
+from engine.models.networks.preactresnet import PreActResNet
+from engine.models.networks.resnet import ResNet
+from engine.models.networks.resnet50 import BottleneckResNet
+from engine.models.networks.wideresnet import WideResNet
 from engine.models.normalize import Normalize, constants
-from engine.models.preactresnet import PreActResNet
-from engine.models.resnet import ResNet
-from engine.models.resnet50 import BottleneckResNet
-from engine.models.wideresnet import WideResNet
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Reached(Exception):
 
 
 def _begins_with_normalize(model: nn.Module, size: int) -> bool:
-    """Whether the network gives the images themselves to its attribute `normalize`; then nothing else runs."""
+    """True if the network gives the images themselves to its attribute `normalize`; then nothing else runs."""
     placeholder = getattr(model, "normalize", None)
     if not isinstance(placeholder, nn.Module):
         return False

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def order(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
-    """Where the checkpoint has each of the data's classes; None where both have them in the same order.
+    """Index in the checkpoint of each of the data's classes; None where both have them in the same order.
 
     Raises ValueError, with a name from each side, where they are not the same classes.
     """

@@ -1,4 +1,4 @@
-"""What the architectures share."""
+"""Layers that the architectures share."""
 
 from __future__ import annotations
 

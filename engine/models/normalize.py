@@ -48,7 +48,7 @@ def normalisation(given: str | tuple[Sequence[float], ...]) -> tuple[RGB, RGB]:
 
 
 def from_text(name: str | None, mean: str | None, std: str | None) -> str | tuple[RGB, RGB] | None:
-    """What `normalisation` takes, of what a user wrote: a name, or "R,G,B" twice, which may be fractions of 255.
+    """Argument of `normalisation` as a user writes it: a name, or "R,G,B" twice, which may be fractions of 255.
 
     Raises ValueError for numbers that are none, one without the other, and both ways at once.
     """

@@ -1,4 +1,4 @@
-"""Where checkpoint files keep the tensors of a network, and what they call them."""
+"""State dicts in checkpoint files of any origin: their places, prefixes and names."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _candidates(payload: Mapping[Any, Any]) -> dict[str, State]:
 
 
 def _is_state(value: Mapping[Any, Any]) -> bool:
-    """Whether these are named tensors of a network, and not a normalisation alone."""
+    """True if these are named tensors of a network, and not a normalisation alone."""
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()):
         return False
     return any(tensor.dim() >= 2 and _last(key) not in (*MEANS, *STDS) for key, tensor in value.items())
@@ -86,7 +86,7 @@ def _rank(place: str) -> int:
 
 
 def _only(path: str | Path, payload: Mapping[Any, Any]) -> State:
-    """What there is where nothing looks like a network's tensors. Raises ValueError unless it is named tensors."""
+    """The tensors of a file in which nothing looks like a network. Raises ValueError unless they are named."""
     state = next((payload[key] for key in CONTAINERS if isinstance(payload.get(key), Mapping)), payload)
     if not state:
         raise ValueError(f"{path}: holds no weights, its state dict is empty")

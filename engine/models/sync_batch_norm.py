@@ -31,7 +31,7 @@ def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def is_synchronised(network: nn.Module) -> bool:
-    """Whether some BatchNorm in it normalises over all processes."""
+    """True if some BatchNorm in it normalises over all processes."""
     return any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in network.modules())
 
 

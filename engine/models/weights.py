@@ -35,8 +35,8 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
-class Architecture(Part):
-    """What the network is."""
+class RecordedModel(Part):
+    """Name and shape of the network in an own checkpoint."""
 
     name: str
     num_classes: Annotated[int, Field(ge=2)]
@@ -44,10 +44,10 @@ class Architecture(Part):
 
 
 class Record(Part):
-    """What every own checkpoint holds; see docs/run-directory.md."""
+    """Keys of every own checkpoint; see docs/run-directory.md."""
 
     format: Literal[1, 2]
-    model: Architecture
+    model: RecordedModel
     dataset: str
     class_names: list[str]
     config: dict[str, JsonValue]
@@ -158,12 +158,12 @@ def check_own(path: str | Path, content: Content, kind: type[Part] = Record) -> 
 
 
 def made_by() -> dict[str, str]:
-    """What writes checkpoints now: versions, and a hash of this project's files."""
+    """Writer of checkpoints: versions, and a hash of this project's files."""
     return {"engine": __version__, "code": code_hash()[:12], "torch": str(torch.__version__)}
 
 
 def origin(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to say of how an own checkpoint was written."""
+    """Notes for the user on how an own checkpoint was written."""
     if content["format"] < FORMAT:
         return ("a checkpoint from before they had a checksum of the whole file",)
     theirs, ours = content.get("made_by", {}), made_by()
@@ -243,9 +243,8 @@ def load_model(
             f"{path}: the checkpoint's head has {found.num_classes} classes, the data set has {num_classes}"
         )
     state, told, of_normalisation = _normalised(path, found, normalize)
-    classes = (
-        found.num_classes or num_classes or len(class_names or ()) or 2
-    )  # without a head, any number leads to the error below
+    # Without a head, any number leads to the error below.
+    classes = found.num_classes or num_classes or len(class_names or ()) or 2
     try:
         with torch.device("meta"):  # neither memory nor random numbers for values that are replaced at once
             module = build(name, classes, normalize=told is not None)
@@ -324,7 +323,7 @@ def _check_values(path: str | Path, state: State) -> None:
 
 
 def _constant(state: State) -> tuple[str, ...]:
-    """What to say of a network that is none: its weights are zeros, or all alike."""
+    """Note for the user on a network whose weights are zeros, or all alike."""
     weights = [tensor for tensor in state.values() if tensor.dim() in (2, 4) and tensor.numel() > 1]
     if any((tensor != tensor.flatten()[0]).any() for tensor in weights):
         return ()
@@ -347,7 +346,7 @@ def _is_counter(key: str) -> bool:
 
 
 def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What keeps the state from being loaded, in words; empty if nothing does."""
+    """Reasons against loading the state, in words; empty if there are none."""
     missing = [key for key in expected if key not in state and not _is_counter(key)]
     extra = [key for key in state if key not in expected]
     shapes = [

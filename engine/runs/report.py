@@ -142,7 +142,7 @@ def _evaluation(file: Path) -> str:
 
 
 def _of(entry: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What an entry has under nested keys, short."""
+    """Value of an entry under nested keys, short."""
     value: Any = entry
     for key in keys:
         value = value.get(key, "") if isinstance(value, Mapping) else ""
@@ -183,7 +183,7 @@ def _bench(path: Path) -> tuple[str, str]:
 
 
 def _csv(file: Path) -> str:
-    """What is the same in all rows once, and the rest as a table."""
+    """Columns that are the same in all rows once, and the rest as a table."""
     try:
         head, *rest = csv.reader(StringIO(_bytes(file).decode(), newline=""), strict=True)
     except (ValueError, csv.Error):  # ValueError: not UTF-8, or without a single line

@@ -218,10 +218,10 @@ class World:
                 if rank == self.rank or self._store.check([f"{name}/{rank}"]):
                     continue
                 key = f"heartbeat/{rank}"
-                beat = self._store.get(key) if self._store.check([key]) else b""
+                heartbeat = self._store.get(key) if self._store.check([key]) else b""
                 now = time.monotonic()
-                if seen.get(rank, (None, 0.0))[0] != beat:
-                    seen[rank] = (beat, now)
+                if seen.get(rank, (None, 0.0))[0] != heartbeat:
+                    seen[rank] = (heartbeat, now)
                 elif now - seen[rank][1] > self.timeout:
                     raise ProcessLost(_lost_message([rank], self.size, self.timeout))
             if stop is not None:

@@ -111,7 +111,7 @@ def test_every_method_semantics_precision_and_number_of_processes_is_run(
     for part in ("_tensors", "_rows", "_report"):
         monkeypatch.setattr(bits, part, lambda folder: [])
     names = [name for name, _ in bits.digests_of(tmp_path, tmp_path)]
-    settings = itertools.product(methods.TABLE, bits.SEMANTICS, bits.PRECISIONS, bits.PROCESSES)
+    settings = itertools.product(methods.METHODS, bits.SEMANTICS, bits.PRECISIONS, bits.PROCESSES)
     assert names == [
         " ".join(map(str, (*one, part))) for one in settings for part in ("weights", "rows", "report")
     ]

@@ -59,7 +59,7 @@ def test_the_layers_of_a_network() -> None:
     }
 
 
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 @pytest.mark.parametrize("semantics", ["paper", "official"])
 def test_the_operations_of_a_step_s_convolutions_are_the_plan_s(method: str, semantics: str) -> None:
     run = config.load({"method": method, "semantics": semantics})

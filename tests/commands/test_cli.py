@@ -26,7 +26,7 @@ from engine.runs import lifecycle
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        ("methods", list(methods.TABLE)),
+        ("methods", list(methods.METHODS)),
         ("models", list(models.TABLE)),
         ("datasets", list(DATASETS)),
         ("recipes", recipes.names()),

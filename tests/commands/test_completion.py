@@ -33,7 +33,7 @@ def in_bash(*words: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (["tr"], ["train"]),
         (["train", "--meth"], ["--method"]),
         (["train", "--method", "i"], ["iad1", "iad1-down", "iad2"]),
-        (["train", "--method", ""], list(methods.TABLE)),
+        (["train", "--method", ""], list(methods.METHODS)),
         (["train", "--model", ""], list(models.TABLE)),
         (["train", "--dataset", ""], list(DATASETS)),
         (["train", "--attack-bn", ""], ["train", "eval", "batch"]),

@@ -192,7 +192,7 @@ RANDOM_ROWS: tuple[Weights, ...] = (
     ((0.0, 0.0), (0.4, 0.0), (0.0, 0.0), (-1.0, 1.0), (0.0, 0.0), (0.0, 0.7)),
     ((0.0, 0.0),) * 6,
 )
-ROWS = (*(f"{name} {semantics}" for name in methods.TABLE for semantics in ("paper", "official")), *RANDOM_ROWS)
+ROWS = (*(f"{name} {semantics}" for name in methods.METHODS for semantics in ("paper", "official")), *RANDOM_ROWS)
 MIXED_LAYOUTS = (sliced, offset, transposed, contiguous, one_row)
 
 LOSS_CASES = [

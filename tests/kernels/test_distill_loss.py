@@ -236,7 +236,7 @@ def assert_equal_up_to_rounding(
 
 
 @pytest.mark.parametrize("semantics", ["paper", "official"])
-@pytest.mark.parametrize("name", sorted(methods.TABLE))
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=SEEDS, rows=st.integers(1, 9), classes=st.integers(2, 50), scale=st.floats(1e-2, 50))
 def test_every_method_and_its_warm_up_equal_the_formulas(

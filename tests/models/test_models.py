@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from engine import models
 from engine.models import normalize
+from engine.models.networks.resnet import ResNet
+from engine.models.networks.resnet50 import BottleneckResNet
+from engine.models.networks.wideresnet import WideResNet
 from engine.models.normalize import CONSTANTS, Normalize, constants
-from engine.models.resnet import ResNet
-from engine.models.resnet50 import BottleneckResNet
 from engine.models.weights import architecture_of
-from engine.models.wideresnet import WideResNet
 
 State = dict[str, Tensor]
 

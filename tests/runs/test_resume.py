@@ -98,7 +98,7 @@ def test_what_people_add_resumes_too(step: int, keys: dict[str, Any], tiny: Any,
     assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
 
 
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_stopped_in_the_middle_of_an_epoch(method: str, tiny: Any, tmp_path: Path) -> None:
     whole = lifecycle.train(tiny.config(method=method, out=str(tmp_path / "whole")))
     with pytest.raises(Interrupted):

@@ -105,7 +105,7 @@ def trajectories(data: dict[str, Any], teachers: Path, root: Path, names: tuple[
 
 
 def test_processes_train_as_one_on_digits(ten_classes: Path, tmp_path: Path) -> None:
-    trajectories({"dataset": "digits"}, ten_classes, tmp_path, tuple(methods.TABLE))
+    trajectories({"dataset": "digits"}, ten_classes, tmp_path, tuple(methods.METHODS))
 
 
 def test_processes_train_as_one_on_photographs(real_images: Path, ten_classes: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_processes_train_as_one_on_photographs_by_every_method(
     real_images: Path, ten_classes: Path, tmp_path: Path
 ) -> None:
     data = {"dataset": "cifar10", "data": str(real_images)}
-    trajectories(data, ten_classes, tmp_path, tuple(methods.TABLE))
+    trajectories(data, ten_classes, tmp_path, tuple(methods.METHODS))
 
 
 HARDENED: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from engine.training.telemetry import Telemetry
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
 
-METHODS = tuple(methods.TABLE)
+METHODS = tuple(methods.METHODS)
 BATCH, CLASSES, SIZE, NUM_STEPS = 2, 4, 8, 3
 
 

@@ -69,7 +69,7 @@ def assert_near(left: dict[str, Tensor], right: dict[str, Tensor], within: float
 # ---------------------------------------------------------------- micro-batches
 
 
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 def test_micro_batches_give_the_update_of_the_whole(method: str, micro_batch: int) -> None:
     """With BatchNorm in evaluation mode, where a sample's passes do not depend on its neighbours."""
@@ -197,7 +197,7 @@ def test_weights_are_perturbed_from_their_start_on() -> None:
         assert all(torch.equal(value, weights(late)[name]) for name, value in weights(plain).items()) == same
 
 
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_a_perturbation_of_size_zero_changes_nothing(method: str) -> None:
     """Every method's loss can be perturbed; what is left of it at size zero is the update itself."""
     plain, tiny_one = learner(method), learner(method, awp={"gamma": 1e-15})

@@ -190,7 +190,7 @@ def test_only_trained_passes_are_recomputed() -> None:
 
 
 def test_a_method_gets_what_it_needs() -> None:
-    for name in methods.TABLE:
+    for name in methods.METHODS:
         method = methods.get(name)
         built = networks.build(models.build("resnet8", 4), {}, method, config.load({"method": name}), F32)
         assert (built.adversary is not None) == method.needs_x_adv

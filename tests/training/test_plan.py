@@ -49,7 +49,7 @@ def test_the_warm_up_has_idle_forwards_of_its_own(idle: bool | str, forward: int
 
 
 @pytest.mark.parametrize("semantics", ["paper", "official"])
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_the_plan_s_operations_are_those_that_are_executed(method: str, semantics: str) -> None:
     run = config.load({"method": method, "semantics": semantics, "attack": {"num_steps": 3}})
     row = methods.get(method, semantics=semantics, loss=run.loss)

@@ -143,7 +143,7 @@ F64, F32 = Precision(CPU, torch.float64), Precision(CPU, torch.float32)
 
 @pytest.mark.parametrize("bn", ["train", "eval", "batch"])
 @pytest.mark.parametrize("semantics", ["paper", "official"])
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_the_step_is_the_textbook_s_in_float64(method: str, semantics: str, bn: str) -> None:
     both = case(method, semantics, bn, 4)
     for steps in (1, 20):
@@ -152,7 +152,7 @@ def test_the_step_is_the_textbook_s_in_float64(method: str, semantics: str, bn: 
 
 
 @pytest.mark.parametrize("bn", ["train", "eval", "batch"])
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_the_expert_s_step_is_the_textbook_s_in_float64(method: str, bn: str) -> None:
     both = case(method, "paper", bn, 4)
     for steps in (1, 5):
@@ -177,7 +177,7 @@ def test_the_textbook_tells_the_semantics_and_the_modes_apart() -> None:
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
-@pytest.mark.parametrize("method", list(methods.TABLE))
+@pytest.mark.parametrize("method", list(methods.METHODS))
 def test_a_step_with_given_images_is_as_exact_as_the_textbook_s(method: str, amp: bool, bf16: None) -> None:
     """Error at most twice that of plain torch in that precision; x~ is where the attack would have begun."""
     both = case(method, "paper", "eval", 0)

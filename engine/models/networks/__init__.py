@@ -1,0 +1,1 @@
+"""Architectures, images in [0, 1] to logits."""
