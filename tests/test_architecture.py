@@ -72,7 +72,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "training",
         "a training step and what surrounds it",
         (
-            ("plan", "optimizer", "schedule", "averaging", "awp", "networks", "profiling"),
+            ("plan", "optimizer", "schedule", "averaging", "awp", "step_networks", "profiling"),
             ("speed", "step"),
             ("micro_batch", "telemetry"),
             ("learner",),
@@ -81,14 +81,19 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "evaluation",
         "accuracy under attacks",
-        (("partial_results", "reports", "results"), ("arguments", "batches"), ("measure",), ("checkpoint",)),
+        (
+            ("partial_results", "reports", "results"),
+            ("arguments", "batches"),
+            ("measure",),
+            ("evaluate_checkpoint",),
+        ),
     ),
     (
         "runs",
         "runs from beginning to end",
         (
             ("run_directory", "checkpoints", "metrics_writer", "resuming"),
-            ("plots", "report", "session"),
+            ("plots", "html_report", "session"),
             ("teachers",),
             ("provenance",),
             ("assemble",),

@@ -27,7 +27,7 @@ from engine.attacks import pgd
 from engine.commands.cli import commands
 from engine.commands.data import Info
 from engine.evaluation import measure
-from engine.evaluation.checkpoint import EvaluationConfig, Report
+from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report
 from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
 from engine.runs.lifecycle import RunResult
@@ -176,14 +176,14 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         datasets.check(dataset)
 
     monkeypatch.setattr("engine.commands.data.write", write)
-    monkeypatch.setattr("engine.runs.report.write", lambda paths, out: None)
+    monkeypatch.setattr("engine.runs.html_report.write", lambda paths, out: None)
     monkeypatch.setattr("engine.commands.data.info", lambda path: Info((), (), ()))
     monkeypatch.setattr("engine.system.launcher.count", lambda gpus, processes, device: 0)
     monkeypatch.setattr("engine.runs.run_directory.RunDir.existing", lambda path: (None, config.load({})))
     monkeypatch.setattr("engine.commands.seeds.train", lambda *arguments, **keys: None)
     monkeypatch.setattr("engine.runs.lifecycle.train", train)
     monkeypatch.setattr("engine.runs.lifecycle.resume", resume)
-    monkeypatch.setattr("engine.evaluation.checkpoint.run", run)
+    monkeypatch.setattr("engine.evaluation.evaluate_checkpoint.run", run)
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
     assert outcome.code == 0, outcome.err

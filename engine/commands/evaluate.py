@@ -97,7 +97,7 @@ def evaluate(
     from engine.commands.tables import print_accuracies
     from engine.common.console import ConsoleReporter, Reporter
     from engine.config import load
-    from engine.evaluation import checkpoint, reports
+    from engine.evaluation import evaluate_checkpoint, reports
     from engine.models import normalize
     from engine.system import distributed, launcher
 
@@ -106,7 +106,7 @@ def evaluate(
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    wanted = checkpoint.EvaluationConfig(names, **options)
+    wanted = evaluate_checkpoint.EvaluationConfig(names, **options)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
         sys.exit(launcher.launch(count, launcher.command(*sys.argv[1:]), None))
@@ -117,7 +117,7 @@ def evaluate(
     with distributed.joined(config, processes.timeout) as world:
         reporter = ConsoleReporter() if world.is_main else Reporter()
         for path, report_path in paths.items():
-            report = checkpoint.run(path, wanted, reporter, out=report_path, world=world)
+            report = evaluate_checkpoint.run(path, wanted, reporter, out=report_path, world=world)
             found[f"{report.title}  {path}"] = report.results
     if isinstance(reporter, ConsoleReporter):
         print_accuracies(reporter, found)

@@ -25,7 +25,7 @@ import click
 def report(paths: tuple[Path, ...], out: Path) -> None:
     """Put run directories and folders of benchmark results into one HTML file, with tables and pictures."""
     from engine.common.console import ConsoleReporter
-    from engine.runs import report
+    from engine.runs import html_report
 
-    report.write(paths, out)
+    html_report.write(paths, out)
     ConsoleReporter().message(f"Written: {out}")

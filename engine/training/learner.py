@@ -15,7 +15,7 @@ from engine.system.data_parallel import RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import averaging, networks, optimizer
+from engine.training import averaging, optimizer, step_networks
 from engine.training.micro_batch import MicroBatches
 from engine.training.step import OnOutput, TrainingStep
 
@@ -46,7 +46,7 @@ class Learner:
         self.micro_batches = MicroBatches(config, world)
         one_backward = config.micro_batch is None and not config.awp.gamma
         replica = replicate(student, world, precision.device, every_backward=one_backward)
-        self.networks = networks.build(
+        self.networks = step_networks.build(
             student, teachers, method, config, precision, counts, replica, self.micro_batches.is_frequent
         )
         self.step = TrainingStep(

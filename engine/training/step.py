@@ -38,7 +38,7 @@ from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
 from engine.training import awp, plan
-from engine.training.networks import Networks
+from engine.training.step_networks import Networks
 
 Network = TypeVar("Network")
 

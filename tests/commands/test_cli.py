@@ -17,7 +17,7 @@ import torch
 from engine import methods, models, recipes
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
-from engine.evaluation import checkpoint, reports
+from engine.evaluation import evaluate_checkpoint, reports
 from engine.models.weights import load_model
 from engine.pipelines.datasets import DATASETS
 from engine.runs import lifecycle
@@ -118,11 +118,11 @@ def test_the_size_of_views_is_part_of_what_is_noted(tiny: Any, cli: Any, tmp_pat
             if what.startswith("PGD-10"):
                 raise Interrupted
 
-    wanted = checkpoint.EvaluationConfig(
+    wanted = evaluate_checkpoint.EvaluationConfig(
         ["natural", "pgd10"], dataset="folder", data=str(tiny.folder), image_size=16
     )
     with pytest.raises(Interrupted):
-        checkpoint.run(path, wanted, Stops(), out=tmp_path / "m.pt.eval.json")
+        evaluate_checkpoint.run(path, wanted, Stops(), out=tmp_path / "m.pt.eval.json")
     (kept,) = (tmp_path / "m.pt.eval.partial").glob("*/*.jsonl")
     fresh = cli(*call, "--image-size", "32", "--out", str(tmp_path / "elsewhere"))
     outcome = cli(*call, "--image-size", "32")

@@ -16,7 +16,7 @@ from engine.commands import data, seeds
 from engine.commands.cli import commands
 from engine.common import errors
 from engine.common.stopping import RunFailed
-from engine.runs import lifecycle, report
+from engine.runs import html_report, lifecycle
 
 NAMES_NOTHING = ("Overflow", "codec", "Expecting value", "0x7", "unpack", "unforeseen", "Traceback")
 RUN = ["--dataset", "digits", "--model", "resnet8", "--method", "st", "--epochs", "1", "--limit-train", "40"]
@@ -131,7 +131,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*arguments: Any, **keys: Any) -> NoReturn:
         raise error
 
-    monkeypatch.setattr(report, "write", fail)
+    monkeypatch.setattr(html_report, "write", fail)
 
 
 class Mute(Exception):
@@ -233,7 +233,7 @@ def test_a_value_error_of_another_package_is_unforeseen(
     def fail(*arguments: Any, **keys: Any) -> None:
         int("x")
 
-    monkeypatch.setattr(report, "write", fail)
+    monkeypatch.setattr(html_report, "write", fail)
     outcome = cli("report", "x")
     assert outcome.code == 1
     assert "unforeseen ValueError: invalid literal" in outcome.err

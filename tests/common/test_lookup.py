@@ -31,7 +31,7 @@ from engine.pipelines.ffcv import beton_writer
 from engine.runs.trainer import Trainer
 from engine.system import precision
 from engine.system.precision import Precision
-from engine.training import averaging, networks, optimizer, plan, schedule
+from engine.training import averaging, optimizer, plan, schedule, step_networks
 from engine.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,7 +184,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "attack.bn": lambda: pgd(bn=UNKNOWN),
     "attack.bn of a twin": lambda: Twin(net(), UNKNOWN, CPU),
     "attack.bn of an adversary": lambda: adversary.Adversary(net(), unknown(attack__bn=UNKNOWN).attack, CPU),
-    "attack.bn of networks": lambda: networks.build(
+    "attack.bn of networks": lambda: step_networks.build(
         net(), {}, methods.get("st"), unknown(attack__bn=UNKNOWN), CPU
     ),
     "forwards.clean in passes": lambda: passes(forwards__clean=UNKNOWN),

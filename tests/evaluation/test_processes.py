@@ -14,8 +14,8 @@ import torch
 
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
-from engine.evaluation import checkpoint as evaluation
-from engine.evaluation.checkpoint import EvaluationConfig
+from engine.evaluation import evaluate_checkpoint as evaluation
+from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import evaluate
 from engine.evaluation.partial_results import Measured, note_of, read_note
 from engine.evaluation.reports import read

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.lib.steps import variants
 from engine.system import precision
-from engine.training import networks
+from engine.training import step_networks
 from tests.gpu.stage import no_wait
 
 METHODS = ("at", "trades", "ard", "akd2", "iad1", "iad2")
@@ -23,14 +23,14 @@ def trained(method: str, **keys: Any) -> dict[str, Tensor]:
     images = variants.images_of(variants.RANDOM, 32)
     workload = variants.Workload(method, "resnet18", 32, images, torch.device("cuda:0"))
     with precision.deterministic(), pytest.MonkeyPatch.context() as patch:
-        build = networks.build
+        build = step_networks.build
         students: list[torch.nn.Module] = []
 
         def noted(student: torch.nn.Module, *rest: Any) -> Any:
             students.append(student)
             return build(student, *rest)
 
-        patch.setattr(networks, "build", noted)
+        patch.setattr(step_networks, "build", noted)
         step = workload.step(variants.Variant("", PLAIN | {"amp": True} | keys))
         for _ in range(STEPS):
             step()

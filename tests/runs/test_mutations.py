@@ -24,7 +24,7 @@ import torch
 
 from engine import config
 from engine.common.stopping import Interrupted
-from engine.evaluation import checkpoint, reports
+from engine.evaluation import evaluate_checkpoint, reports
 from engine.pipelines import ffcv
 from engine.runs import lifecycle
 from tests.runs.test_data_runs import photographs as photographs  # a fixture
@@ -256,9 +256,9 @@ def made(tiny: Any, photographs: Path, tmp_path_factory: pytest.TempPathFactory)
         lifecycle.train(tiny.config(**keys, out=str(at / "stopped")), StopAt(8))
     subprocess.run([sys.executable, "-m", "engine", *evaluate(at)], check=True, capture_output=True)
     best = at / "stopped" / "best.pt"
-    wanted = checkpoint.EvaluationConfig(["fgsm"], batch_size=6, device="cpu")
+    wanted = evaluate_checkpoint.EvaluationConfig(["fgsm"], batch_size=6, device="cpu")
     with pytest.raises(Interrupted):
-        checkpoint.run(best, wanted, StopAt(12), out=reports.path_of(best, None))
+        evaluate_checkpoint.run(best, wanted, StopAt(12), out=reports.path_of(best, None))
     (at / "bench").mkdir()
     (at / "bench" / "step.csv").write_text("date,method,median_s\n2026-01-01,iad1,1.5\n2026-01-01,iad2,2.5\n")
     return at

@@ -16,7 +16,7 @@ from engine.attacks.pgd import started
 from engine.config import RunConfig
 from engine.pipelines.base import Batch
 from engine.system.precision import Precision
-from engine.training import networks
+from engine.training import step_networks
 from engine.training.learner import Learner
 
 CPU = torch.device("cpu")
@@ -195,7 +195,7 @@ def test_the_adversary_s_images_are_the_textbook_s() -> None:
     student, _, _ = both.networks(torch.float64)
     batch, spec = both.batch(0, torch.float64), both.run.attack
     method = methods.get("trades")
-    built = networks.build(student, {}, method, both.run, F64)
+    built = step_networks.build(student, {}, method, both.run, F64)
     assert built.adversary is not None
     start = started(batch.x_nat, spec, seed=5, counter=3, sample=batch.sample)
     sgd = torch.optim.SGD(student.parameters())

@@ -18,7 +18,7 @@ from engine.models.layers import Stage
 from engine.pipelines.base import Batch
 from engine.system.distributed import World
 from engine.system.precision import Precision
-from engine.training import networks
+from engine.training import step_networks
 from engine.training.learner import Learner
 from tests.processes import together
 
@@ -40,7 +40,7 @@ AMP = Precision(CPU, torch.float32, torch.bfloat16)
 )
 def test_what_is_compiled(keys: dict[str, Any], device: str, compiled: bool) -> None:
     net = models.build("resnet8", 4)
-    run = networks.forward_maker(config.load(keys), torch.device(device), bool)(net)
+    run = step_networks.forward_maker(config.load(keys), torch.device(device), bool)(net)
     assert (run is not net) == compiled
 
 
@@ -58,7 +58,7 @@ def test_yaml_s_truth_values_are_switches(value: object, read: str) -> None:
 
 def test_compiled_passes_are_those_that_are_not() -> None:
     """By the real compiler: attack and training are two instances, and a smaller batch runs uncompiled."""
-    run = networks.forward_maker(config.load({"compile": "on"}), CPU, (4).__eq__)
+    run = step_networks.forward_maker(config.load({"compile": "on"}), CPU, (4).__eq__)
     torch.manual_seed(0)
     net, other = models.build("resnet8", 4), models.build("resnet8", 4)
     other.load_state_dict(net.state_dict())
@@ -114,7 +114,7 @@ def test_passes_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) 
     graphs, real = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **how: real(module, backend=graphs, **how))
     torch._dynamo.reset()
-    run = networks.forward_maker(config.load({"compile": "on"}), CPU, bool)(models.build("resnet8", 4))
+    run = step_networks.forward_maker(config.load({"compile": "on"}), CPU, bool)(models.build("resnet8", 4))
     for size in range(1, 13):
         run(torch.rand(size, 3, 8, 8))
     assert graphs.frame_count == 12
@@ -178,7 +178,7 @@ def test_what_a_process_really_runs_is_compiled(
 def test_only_trained_passes_are_recomputed() -> None:
     run = config.load({"method": "iad2", "checkpoint_activations": True})
     student, at, st = (models.build("resnet8", 4) for _ in range(3))
-    built = networks.build(student, {"teacher": at, "teacher_st": st}, methods.get("iad2"), run, F32)
+    built = step_networks.build(student, {"teacher": at, "teacher_st": st}, methods.get("iad2"), run, F32)
     assert built.adversary is not None
     assert built.teacher_at is not None
 
@@ -192,5 +192,5 @@ def test_only_trained_passes_are_recomputed() -> None:
 def test_a_method_gets_what_it_needs() -> None:
     for name in methods.METHODS:
         method = methods.get(name)
-        built = networks.build(models.build("resnet8", 4), {}, method, config.load({"method": name}), F32)
+        built = step_networks.build(models.build("resnet8", 4), {}, method, config.load({"method": name}), F32)
         assert (built.adversary is not None) == method.needs_x_adv

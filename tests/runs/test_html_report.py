@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import engine
-from engine.runs import report
+from engine.runs import html_report
 
 
 class Page(HTMLParser):
@@ -75,7 +75,7 @@ def bench(path: Path, name: str = "x") -> Path:
 
 
 def made(tmp_path: Path, *paths: Path) -> Page:
-    report.write(paths, tmp_path / "report.html")
+    html_report.write(paths, tmp_path / "report.html")
     return Page(tmp_path / "report.html")
 
 
@@ -201,7 +201,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
 def test_the_same_input_gives_the_same_bytes(runs: tuple[Path, Path], tmp_path: Path) -> None:
     pages = []
     for name in ("a", "b"):
-        report.write([*runs, bench(tmp_path / "bench")], tmp_path / f"{name}.html")
+        html_report.write([*runs, bench(tmp_path / "bench")], tmp_path / f"{name}.html")
         pages.append((tmp_path / f"{name}.html").read_bytes())
     assert pages[0] == pages[1]
 
