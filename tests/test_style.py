@@ -23,7 +23,7 @@ PRIVATE_WORDS = {
     "meet": "barrier",
     "beat": "heartbeat",
     "Given": "TeacherOutputs",
-    "Seen": "Forward",
+    "Seen": "OnOutput",
     "hostmemory": "host_memory",
     "rundir": "run_directory",
     "journal": "metrics_writer",
