@@ -22,7 +22,7 @@ _HALF_WRITTEN = ".tmp"
 def replacing(path: Path) -> Iterator[Path]:
     """Context with a path beside the given one; at its end that file is flushed and renamed over the given one.
 
-    After an exception it is removed, and the old file stays. Raises OSError as `regular` does.
+    After an exception it is removed, and the old file stays. Raises OSError as `regular_file` does.
     """
     if path.exists():
         regular_file(path)  # a device or a FIFO must not be replaced

@@ -282,7 +282,7 @@ class Trainer:
             "lr": schedule.learning_rate(config, progress.step - 1, parts.data.pipeline.steps_per_epoch),
         }
         row |= telemetry.summarise(totals, terms)
-        passes = plan.passes(method, config.attack, config.forwards, in_warmup=method is not self.method)
+        passes = plan.passes(method, config.attack, config.forwards, in_warmup=method != self.method)
         of_one_process = totals["samples"] / totals["seconds"] / self.session.world.size
         return row | {"share_of_peak": parts.speedometer.share(of_one_process, passes)}
 

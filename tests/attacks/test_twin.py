@@ -16,6 +16,7 @@ from engine.attacks.twin import Twin, conv_bn_pairs
 from engine.config import AttackSpec
 from engine.system.precision import Precision
 from engine.training.speed import forward_flops
+from tests.compilers import convolution_gradients
 
 CPU = torch.device("cpu")
 F64, F32 = Precision(CPU, torch.float64), Precision(CPU, torch.float32)
@@ -217,21 +218,7 @@ def test_an_attack_s_step_costs_two_forwards(name: str) -> None:
 
 def test_a_compiled_attack_computes_no_weight_gradient() -> None:
     """torch.compile computes those of parameters that are not frozen, whoever needs them."""
-    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-    from torch._dynamo.backends.common import aot_autograd
-
-    masks: list[list[bool]] = []
-
-    def backward(graph: torch.fx.GraphModule, _: Any) -> Any:
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.aten.convolution_backward.default:
-                masks.append(list(node.args[-1]))
-        return make_boxed_func(graph.forward)
-
-    def forward(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
+    masks, backend = convolution_gradients()
 
     def compiled(module: nn.Module) -> Any:
         return torch.compile(module, backend=backend, fullgraph=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.lib.steps import expert, textbook, variants
+from tests.compilers import convolution_gradients
 
 BATCH, SIZE, NUM_STEPS = 4, 16, 3
 
@@ -46,25 +47,6 @@ def test_a_compiled_step_with_given_images_is_the_eager_one(method: str, backend
     torch.testing.assert_close(compiled(*batch()), eager(*batch()), rtol=1e-5, atol=1e-6)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
-
-
-def convolution_gradients() -> tuple[list[list[bool]], Any]:
-    """A compiler, and what it takes note of: whether each convolution's backward gives input, weight and bias."""
-    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-    from torch._dynamo.backends.common import aot_autograd
-
-    masks: list[list[bool]] = []
-
-    def backward(graph: torch.fx.GraphModule, _: Any) -> Any:
-        for node in graph.graph.nodes:
-            if node.target is torch.ops.aten.convolution_backward.default:
-                masks.append(list(node.args[-1]))
-        return make_boxed_func(graph.forward)
-
-    def forward(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
-    return masks, aot_autograd(fw_compiler=forward, bw_compiler=backward)
 
 
 def test_the_attack_computes_no_weight_gradient_and_the_training_does() -> None:
