@@ -10,7 +10,7 @@ JOBS ?= 2
 # Tests of what depends on torch's and triton's versions.
 COMPUTING := tests/kernels tests/fake_cuda tests/models tests/attacks tests/training tests/evaluation/test_measure.py \
   tests/system/test_distributed.py tests/system/test_precision.py tests/runs/test_resume.py tests/runs/test_lifecycle.py \
-  tests/runs/test_trainer.py tests/bench/lib/test_textbook.py tests/bench/test_peaks.py
+  tests/runs/test_trainer.py tests/bench/test_peaks.py
 
 .PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint docs hooks clean
 

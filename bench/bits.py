@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,17 @@ RESULT = ("attack", "correct", "n", "description", "zero_gradients", "non_finite
 @click.option("--out", type=click.Path(path_type=Path), help="Write the digests there, as JSON.")
 @click.option("--compare", type=click.Path(path_type=Path, exists=True), help="Digests of another checkout.")
 def main(checkout: Path, out: Path | None, compare: Path | None) -> None:
-    """Digest what the engine of a checkout computes; exit code 1 where it differs from another's."""
+    """Digest what the engine of a checkout computes; exit code 1 where it differs from another's.
+
+    With --compare, of the methods that the other checkout has.
+    """
+    before: dict[str, str] = {} if compare is None else json.loads(compare.read_text())
+    wanted = dict.fromkeys(name.partition(" ")[0] for name in before) or dict.fromkeys(methods.METHODS)
     with tempfile.TemporaryDirectory() as folder:
-        digests = dict(digests_of(checkout.resolve(), Path(folder)))
+        digests = dict(digests_of(checkout.resolve(), Path(folder), tuple(wanted)))
     if out is not None:
         out.write_text(json.dumps(digests, indent=1))
     if compare is not None:
-        before = json.loads(compare.read_text())
         different = [name for name in sorted(before.keys() | digests) if before.get(name) != digests.get(name)]
         for name in different:
             click.echo(f"differs: {name}")
@@ -62,8 +66,8 @@ def main(checkout: Path, out: Path | None, compare: Path | None) -> None:
         sys.exit(bool(different))
 
 
-def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
-    """Digests by name, e.g. "iad1 paper float32 2 rows", of runs in that folder."""
+def digests_of(checkout: Path, folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Digests by name, e.g. "iad1 paper float32 2 rows", of runs of those methods in that folder."""
     environment = {**os.environ, "ENGINE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def engine(*arguments: str) -> None:
@@ -72,7 +76,7 @@ def digests_of(checkout: Path, folder: Path) -> Iterator[tuple[str, str]]:
         if done.returncode:
             raise click.ClickException(f"{' '.join(line)}\n{done.stderr}")
 
-    for method, semantics, amp, processes in itertools.product(methods.METHODS, SEMANTICS, PRECISIONS, PROCESSES):
+    for method, semantics, amp, processes in itertools.product(wanted, SEMANTICS, PRECISIONS, PROCESSES):
         name = f"{method} {semantics} {amp} {processes}"
         run = folder / name.replace(" ", "-")
         click.echo(name)

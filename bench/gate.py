@@ -41,7 +41,7 @@ TESTS = {
         *(f"tests/kernels/test_{name}.py" for name in ("distill_loss", "pgd_update", "crop_flip", "table")),
         "tests/pipelines/test_contract.py",
         "tests/pipelines/test_tensor.py",
-        "tests/bench/lib/test_textbook.py",
+        "tests/training/test_exactness.py",
     ),
     "cuda": ("tests/gpu", "tests/bench/lib/test_cuda_clock.py"),
 }

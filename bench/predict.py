@@ -116,8 +116,8 @@ def predict(
 ) -> Prediction:
     """Predict a step of the method after its warm-up."""
     count = plan.passes(method, run.attack, run.forwards)
-    beside_attack = int(method.needs_t_at_nat)
-    beside_student = method.needs_t_at_adv + method.needs_t_st_adv
+    forwards = plan.forwards(method, run.attack, run.forwards)
+    beside_attack, beside_student = len(forwards.before_attack), len(forwards.after_attack)
     other = count.forward - beside_attack - beside_student  # of the student
     update = optimizer(passes.parameters)
 
@@ -144,7 +144,7 @@ def predict(
         eager_s=of_passes(eager),
         device_s=of_passes(captured),
         lanes_s=of_passes(captured, lanes=True),
-        peak_mib=peak_bytes(method, count, passes, precision) / 2**20,
+        peak_mib=peak_bytes(run, method, count, passes, precision) / 2**20,
         launches=len(every),
         share_of_convolutions=roofline.share_of_convolutions(every, hardware),
     )
@@ -155,7 +155,7 @@ def optimizer(parameters: int) -> list[Op]:
     return [Op("sgd", 0.0, 5 * 4.0 * parameters, torch.float32)]
 
 
-def peak_bytes(method: Method, count: plan.Passes, passes: PassOps, precision: Precision) -> float:
+def peak_bytes(run: RunConfig, method: Method, count: plan.Passes, passes: PassOps, precision: Precision) -> float:
     """The larger of the two peaks: before the backward, all trained passes are kept; in the attack one is.
 
     Weights and momentum in float32, the student's twin and the teachers in the format of the passes; gradients and
@@ -163,7 +163,7 @@ def peak_bytes(method: Method, count: plan.Passes, passes: PassOps, precision: P
     """
     parameters = passes.parameters
     itemsize = (precision.amp_dtype or precision.dtype).itemsize
-    teachers = method.needs_teacher + method.needs_teacher_st
+    teachers = len(plan.teachers(method, run.attack))
     twin = itemsize if precision.amp_dtype is not None else 0  # else it shares the student's weights
     always = parameters * (2 * 4 + twin * method.needs_x_adv + itemsize * teachers)
     training = count.trained * passes.kept_trained + parameters * (4 + twin)

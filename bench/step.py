@@ -37,7 +37,7 @@ from engine.common.lookup import is_on
 from engine.runs import assemble
 from engine.system import precision
 
-STEP_TESTS = gate.CHECKOUT / "tests" / "bench" / "lib" / "test_textbook.py"
+STEP_TESTS = gate.CHECKOUT / "tests" / "training" / "test_exactness.py"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 10}
 WARM_UP = {"cpu": 1, "cuda": 4}  # a CUDA graph is captured at the second or third step
 

@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "train"]
+__all__ = ["__version__", "register", "resume", "train"]
 
 if TYPE_CHECKING:
-    from engine.runs.lifecycle import train
+    from engine.plugins import register
+    from engine.runs.lifecycle import resume, train
 
 EARLIER_NAMES = {
     "engine.attack": "engine.attacks.pgd",
@@ -22,7 +23,9 @@ EARLIER_NAMES = {
     "engine.evaluate": "engine.evaluation.measure",
     "engine.learner": "engine.training.learner",
     "engine.precision": "engine.system.precision",
+    "engine.recipes": "engine.config.recipes",
     "engine.reporter": "engine.common.console",
+    "engine.semantics": "engine.config.semantics",
     "engine.stopping": "engine.common.stopping",
     "engine.trainer": "engine.runs.lifecycle",
     "engine.weights": "engine.models.weights",
@@ -32,10 +35,10 @@ EARLIER_NAMES = {
 
 def __getattr__(name: str) -> object:
     # Lazy: `engine --help` and the configuration must not wait for torch.
-    if name == "train":
-        from engine.runs.lifecycle import train
-
-        return train
+    if name == "register":
+        return importlib.import_module("engine.plugins.register")
+    if name in ("resume", "train"):
+        return getattr(importlib.import_module("engine.runs.lifecycle"), name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")
 
 

@@ -1,11 +1,11 @@
-"""Shared by the implementations of an op: inputs, outputs, checks, and the logits that each term reads.
+"""Shared by the implementations of an op: inputs, outputs, checks, and the kinds of terms.
 
-Shape suffixes: B batch, C classes, K the six terms.
+Shape suffixes: B batch, C classes, K terms, L logits, G those of them with a gradient, F factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,26 +13,40 @@ from torch import Tensor
 
 Entry = TypeVar("Entry")
 
-# The terms in their order, and the logits that each reads.
-READS: dict[str, tuple[str, ...]] = {
-    "ce_nat": ("s_nat",),
-    "ce_adv": ("s_adv",),
-    "kl_self": ("s_adv", "s_nat"),
-    "kl_at_nat": ("s_adv", "t_at_nat"),
-    "kl_at_adv": ("s_adv", "t_at_adv"),
-    "kl_st_adv": ("s_adv", "t_st_adv"),
-}
+# The kinds of terms: True where one compares with other logits, False where with the labels.
+KINDS: dict[str, bool] = {"ce": False, "kl": True, "margin": False, "kl_live": True}
 
 # A Triton program holds whole rows of logits in registers, and there are no more; beyond, the reference serves.
 MAX_CLASSES = 4096
 
 
+class Term(NamedTuple):
+    """One term of a loss, by the names of logits: w_i l_i of each sample, w_i = (a + b alpha_i) f_i.
+
+    kind: the l of `KINDS`, of student s and target t at a temperature, summed over the classes:
+    ce: -sum y log softmax(s), y the label; it has no temperature. kl: KL(softmax(t) || softmax(s)).
+    Of MART (Wang et al., 2020), p = softmax(s): margin: -log(1.0001 - max_{c != y} p_c + 1e-12); no temperature.
+    kl_live: (1.0000001 - softmax(t)_y) KL, where the factor, of temperature 1, has a gradient, too, and the
+    logarithm of p is log(p + 1e-12).
+    target: None where the kind compares with labels. weight: (a, b). detach: no gradient into the target.
+    factor: name of f, a constant of each sample; None: 1.
+    """
+
+    kind: str
+    student: str
+    target: str | None = None
+    weight: tuple[float, float] = (1.0, 0.0)
+    temperature: float = 1.0
+    detach: bool = False
+    factor: str | None = None
+
+
 class DistillLoss(NamedTuple):
     """The result of `distill_loss`; only `loss` carries a gradient.
 
-    loss: scalar, mean over the batch. alpha: (B,), trust in the teacher, 1 where no T_at(x~) is given.
-    terms: (6,), batch means of the unweighted terms, 0 for a term of zero weight. per_sample: (B,), whose mean is
-    the loss. All are 0 (alpha and per_sample empty) where B = 0.
+    loss: scalar, mean over the batch. alpha: (B,), trust in the teacher, 1 where none is asked for.
+    terms: (K,), batch means of the terms without their weights and factors. per_sample: (B,), whose mean is the
+    loss. All are 0 (alpha and per_sample empty) where B = 0.
     """
 
     loss: Tensor
@@ -42,52 +56,51 @@ class DistillLoss(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """The tensors of one call: logits (B, C), None where no term reads them; labels (B,); sample_weights (B,)."""
+    """The tensors of one call: logits (B, C), L of them; labels (B,); sample_weights (B,); factors (B, F)."""
 
-    s_adv: Tensor | None
-    s_nat: Tensor | None
-    t_at_nat: Tensor | None
-    t_at_adv: Tensor | None
-    t_st_adv: Tensor | None
+    logits: tuple[Tensor, ...]
     labels: Tensor
-    sample_weights: Tensor | None
-
-    @property
-    def student(self) -> Tensor:
-        """Logits of the student: s_adv, or s_nat where s_adv is absent."""
-        given = self.s_adv if self.s_adv is not None else self.s_nat
-        assert given is not None
-        return given
+    sample_weights: Tensor | None = None
+    factors: Tensor | None = None
 
 
-class LossRow(NamedTuple):
-    """The numbers of one call; see `distill_loss`. weights: six pairs (a, b)."""
+class LossTerm(NamedTuple):
+    """A `Term` whose logits and factor are numbers: target -1: the labels. factor -1: none."""
 
-    weights: tuple[tuple[float, float], ...]
-    tau: float
-    tau_self: float
+    kind: str
+    student: int
+    target: int
+    a: float
+    b: float
+    temperature: float
+    detach: bool
+    factor: int
+
+
+class LossSpec(NamedTuple):
+    """All of a call that is no tensor. trust: the logits that alpha is made of; -1: alpha is 1."""
+
+    terms: tuple[LossTerm, ...]
+    trust: int
     beta: float
-    detach_self: bool
     label_smoothing: float
 
-    @property
-    def active(self) -> tuple[bool, ...]:
-        """True for each of the six terms that has a nonzero weight."""
-        return tuple(bool(a or b) for a, b in self.weights)
+    def reaches(self, logits: int) -> bool:
+        """True if the loss has a gradient to those logits."""
+        return any(term.student == logits or (term.target == logits and not term.detach) for term in self.terms)
 
 
 class LossAndGradients(NamedTuple):
     """The output of a fused implementation, computed in one pass, all in float32.
 
-    grad_adv, grad_nat: (B, C) contiguous, the gradient of `loss` to s_adv and s_nat; None where not asked for.
+    gradients: (G, B, C) contiguous, of `loss` to each of the wanted logits in their order; None where G is 0.
     """
 
     loss: Tensor
     alpha: Tensor
     terms: Tensor
     per_sample: Tensor
-    grad_adv: Tensor | None
-    grad_nat: Tensor | None
+    gradients: Tensor | None
 
 
 def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
@@ -97,13 +110,11 @@ def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
     return table[name]
 
 
-def check_terms(implementation: str, computed: tuple[str, ...], row: LossRow) -> None:
-    """Raise ValueError where an implementation computes other terms than the loss and the row have."""
-    if computed != tuple(READS) or len(computed) != len(row.weights):
-        raise ValueError(
-            f"weights: {implementation} computes {', '.join(computed)}; "
-            f"the loss has {', '.join(READS)}, and the row {len(row.weights)} weights"
-        )
+def check_kinds(implementation: str, computed: Collection[str], spec: LossSpec) -> None:
+    """Raise ValueError for a kind of term that an implementation does not compute."""
+    for term in spec.terms:
+        if term.kind not in computed:
+            raise ValueError(f"terms: {implementation} computes {', '.join(computed)}, and not {term.kind!r}")
 
 
 def check_labels(inputs: LossInputs) -> None:
@@ -111,7 +122,7 @@ def check_labels(inputs: LossInputs) -> None:
 
     On an accelerator the kernel asserts that on the device: a check here would wait for it.
     """
-    labels, classes = inputs.labels, inputs.student.shape[1]
+    labels, classes = inputs.labels, inputs.logits[0].shape[1]
     if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if not 0 <= low <= high < classes:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row
+# By op whose calls consist of terms, and implementation: the kinds that it computes; the reference computes all.
+COMPUTES: dict[str, dict[str, frozenset[str]]] = {
+    "distill_loss": {
+        "native": frozenset(("ce", "kl", "margin", "kl_live")),
+        "triton": frozenset(("ce", "kl", "margin", "kl_live")),
+    },
+}
 
 
 class _Implementation(NamedTuple):
@@ -53,10 +61,11 @@ _IMPLEMENTATIONS = {
 CHOICES = ("auto", *_IMPLEMENTATIONS)
 
 
-def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
+def choose(op: str, device: torch.device, *, fused: bool = True, kinds: tuple[str, ...] = ()) -> str:
     """The implementation that serves an op on a device: "native", "triton" or "reference".
 
     fused: False where the call has dtypes or sizes that the fused implementations do not know.
+    kinds: see `COMPUTES`; where the implementation lacks one, the reference serves, and a warning says so once.
     Raises ValueError for an unknown ENGINE_KERNELS, and for one that is not installed.
     """
     wanted = preference()
@@ -67,8 +76,26 @@ def choose(op: str, device: torch.device, *, fused: bool = True) -> str:
     if wanted in known:
         if reason := missing(wanted, device.type):
             raise ValueError(f"ENGINE_KERNELS={wanted}: {reason}")
-        return wanted
-    return next(name for name in known if not missing(name, device.type))
+        chosen = wanted
+    else:
+        chosen = next(name for name in known if not missing(name, device.type))
+    if kinds and (lacking := _lacking(op, chosen, kinds)):
+        if lacking not in _told:
+            _told.add(lacking)
+            warnings.warn(f"{op}: {lacking}: the reference serves", stacklevel=3)
+        return "reference"
+    return chosen
+
+
+def _lacking(op: str, implementation: str, kinds: tuple[str, ...]) -> str:
+    """The kinds of terms that an implementation does not compute, in words; empty where it computes all."""
+    if implementation == "reference" or COMPUTES[op][implementation].issuperset(kinds):
+        return ""
+    unknown = sorted(set(kinds) - COMPUTES[op][implementation])
+    return f"the {implementation} implementation does not compute {', '.join(unknown)}"
+
+
+_told: set[str] = set()  # once is enough
 
 
 # What torch.compiler.assume_constant_result does. Calling that imports torch's compiler: a second, and 150 MiB.
@@ -101,21 +128,28 @@ def missing(implementation: str, device_type: str) -> str:
     return look_up("implementation", implementation, _IMPLEMENTATIONS).missing(device_type)
 
 
-def describe(device: torch.device, *, fused: bool = True) -> str:
-    """One line for the user: the implementation that serves each op on a device, and how to get a faster one."""
+def describe(device: torch.device, *, fused: bool = True, kinds: tuple[str, ...] = ()) -> str:
+    """One line for the user: the implementation that serves each op on a device, and how to get a faster one.
+
+    kinds: of the terms of distill_loss; those that send it to the reference are named, and no warning follows.
+    """
     chosen = {op: choose(op, device, fused=fused) for op in SERVED_BY}
+    if lacking := _lacking("distill_loss", chosen["distill_loss"], kinds):
+        _told.add(lacking)
+        chosen["distill_loss"] = "reference"
     names = {name: [op for op in SERVED_BY if chosen[op] == name] for name in _IMPLEMENTATIONS}
     parts = [
         (f"{name} ({native.description(device.type)})" if name == "native" else name)
         + ("" if len(ops) == len(SERVED_BY) else f" for {', '.join(ops)}")
+        + (f" ({lacking})" if lacking and "distill_loss" in ops else "")
         for name, ops in names.items()
         if ops
     ]
     line = f"Kernels: {'; '.join(parts)}"
     if preference() == "auto" and fused:
         fastest = {op: by_device.get(device.type, _ELSEWHERE)[0] for op, by_device in SERVED_BY.items()}
-        faster = dict.fromkeys(name for op, name in fastest.items() if name != chosen[op])
-        line += "".join(f"; faster with {name}: {missing(name, device.type)}" for name in faster)
+        faster = {name: missing(name, device.type) for op, name in fastest.items() if name != chosen[op]}
+        line += "".join(f"; faster with {name}: {reason}" for name, reason in faster.items() if reason)
     return line
 
 

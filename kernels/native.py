@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,22 @@ from torch import Tensor
 from engine.kernels.contract import (
     LossAndGradients,
     LossInputs,
-    LossRow,
+    LossSpec,
     check_indices,
+    check_kinds,
     check_labels,
-    check_terms,
     look_up,
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 4  # of csrc/library.cpp
+_INTERFACE = 5  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 
-# LossArguments of csrc/cpu.h, and the terms in its order.
-_TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
-_LOSS = struct.Struct("2q" + 5 * "P3q" + "PqP" + len(_TERMS) * "2d" + "4dq" + "6P")
+# Kind of csrc/cpu.h, Term, and LossArguments before the views of its logits.
+_KINDS = {"ce": 0, "kl": 1, "margin": 2, "kl_live": 3}
+_TERM = struct.Struct("5q3d")
+_LOSS, _VIEW = "5q2d2Pq2Pq4P", "P3qP"
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
 _CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
@@ -98,46 +100,73 @@ def _call(op: str, device: torch.device, *arguments: object) -> int:
     return 0
 
 
-def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
+def loss_and_gradients(inputs: LossInputs, spec: LossSpec, wants: tuple[bool, ...]) -> LossAndGradients:
     """Values of `reference.distill_loss` and its gradients on a CPU, of logits in float32, float16 or bfloat16."""
-    check_terms("the native library", _TERMS, row)
-    student, sample_weights = inputs.student, inputs.sample_weights
-    batch, classes = student.shape
+    terms, pack = _terms(spec), _packer(len(wants))
+    labels, sample_weights, factors = inputs.labels, inputs.sample_weights, inputs.factors
+    batch, classes = inputs.logits[0].shape
     if sample_weights is not None:
         sample_weights = sample_weights.to(torch.float32).contiguous()
+    if factors is not None:
+        factors = factors.to(torch.float32).contiguous()
+    wanted = sum(wants)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=student.device)
+        return torch.empty(shape, dtype=torch.float32, device=labels.device)
 
-    result = LossAndGradients(
-        empty(),
-        empty(batch),
-        empty(6),
-        empty(batch),
-        empty(batch, classes) if want_adv else None,
-        empty(batch, classes) if want_nat else None,
-    )
+    gradients = empty(wanted, batch, classes) if wanted else None
+    result = LossAndGradients(empty(), empty(batch), empty(len(spec.terms)), empty(batch), gradients)
     views: list[int] = []
-    for logits in inputs[:5]:
-        views += (0, 0, 0, 0) if logits is None else (logits.data_ptr(), _dtype(logits), *logits.stride())
-    call = _LOSS.pack(
+    place = 0 if gradients is None else gradients.data_ptr()
+    for logits, is_wanted in zip(inputs.logits, wants, strict=True):
+        views += (logits.data_ptr(), _dtype(logits), *logits.stride(), place if is_wanted else 0)
+        place += 4 * batch * classes * is_wanted
+    call = pack(
         batch,
         classes,
-        *views,
-        inputs.labels.data_ptr(),
-        *inputs.labels.stride(),
+        len(wants),
+        len(spec.terms),
+        spec.trust,
+        spec.beta,
+        spec.label_smoothing,
+        ctypes.addressof(terms),
+        labels.data_ptr(),
+        *labels.stride(),
         _pointer(sample_weights),
-        *(number for pair in row.weights for number in pair),
-        row.tau,
-        row.tau_self,
-        row.beta,
-        row.label_smoothing,
-        row.detach_self,
-        *map(_pointer, result),
+        _pointer(factors),
+        0 if factors is None else factors.shape[1],
+        *map(_pointer, result[:4]),
+        *views,
     )
-    if _call("distill_loss", student.device, call) == _OUT_OF_RANGE:
+    if _call("distill_loss", labels.device, call) == _OUT_OF_RANGE:
         check_labels(inputs)
     return result
+
+
+@functools.lru_cache(maxsize=256)
+def _terms(spec: LossSpec) -> ctypes.Array[Any]:
+    """The terms as the library reads them."""
+    check_kinds("the native library", _KINDS, spec)
+    return ctypes.create_string_buffer(
+        b"".join(
+            _TERM.pack(
+                _KINDS[term.kind],
+                term.student,
+                term.target,
+                term.detach,
+                term.factor,
+                term.a,
+                term.b,
+                term.temperature,
+            )
+            for term in spec.terms
+        )
+    )
+
+
+@functools.cache
+def _packer(logits: int) -> Callable[..., bytes]:
+    return struct.Struct(_LOSS + logits * _VIEW).pack
 
 
 def pgd_update(

@@ -28,7 +28,8 @@ def pgd_update(
 ) -> Tensor:
     """x_adv <- clamp(project(x_adv + step_size * sign(grad))), in place, and returned.
 
-    project: onto the epsilon-ball around x_nat. clamp: to [0, 1]. L2: grad / |grad| in place of the sign.
+    project: onto the epsilon-ball around x_nat, the whole space where epsilon is infinite. clamp: to [0, 1].
+    L2: grad / |grad| in place of the sign.
     A sample whose gradient is zero stays where it is. Where a gradient is NaN, in L-inf the pixel stays, and in
     L2 the sample becomes NaN.
 

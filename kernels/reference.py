@@ -1,75 +1,101 @@
 """The ops in eager torch: the standard of the other implementations, and the fallback where none of them serves.
 
-Shape suffixes: B batch, C classes or channels, K the six terms; N data set, H height, W width.
+Shape suffixes: B batch, C classes or channels, K terms; N data set, H height, W width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.contract import DistillLoss, LossInputs, LossRow, check_terms
+from engine.kernels.contract import DistillLoss, LossInputs, LossSpec, check_kinds
 from engine.kernels.philox import Stream, random_words, uniform
 
 # torch ignores the label -100 by default: here that is an error, like any other label that is no class.
 _NO_LABEL = torch.iinfo(torch.int64).min
 
 
-def distill_loss(inputs: LossInputs, row: LossRow) -> DistillLoss:
+def distill_loss(inputs: LossInputs, spec: LossSpec) -> DistillLoss:
     """The loss of `engine.kernels.distill_loss`, differentiable by autograd."""
-    s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv = (
-        None if given is None else given if given.dtype == torch.float64 else given.float() for given in inputs[:5]
-    )
-    labels = inputs.labels
-    example = inputs.student
-    count = max(len(labels), 1)
-
-    def cross_entropy(s_BC: Tensor | None) -> Tensor:
-        assert s_BC is not None
-        return F.cross_entropy(
-            s_BC, labels, reduction="none", label_smoothing=row.label_smoothing, ignore_index=_NO_LABEL
-        )
-
-    def divergence(target_BC: Tensor | None, temperature: float) -> Tensor:
-        assert target_BC is not None
-        assert s_adv is not None
-        log_p_BC = F.log_softmax(target_BC / temperature, dim=1)
-        log_q_BC = F.log_softmax(s_adv / temperature, dim=1)
-        return F.kl_div(log_q_BC, log_p_BC, reduction="none", log_target=True).sum(dim=1)
-
+    check_kinds("the reference", _TERMS, spec)
+    logits = [given if given.dtype == torch.float64 else given.float() for given in inputs.logits]
+    labels, count = inputs.labels, max(len(inputs.labels), 1)
     with torch.no_grad():
-        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(inputs.logits[0].dtype, torch.float32)
         alpha_B = torch.ones_like(labels, dtype=dtype)
-        if t_at_adv is not None:
-            alpha_B = trust(t_at_adv, labels, row.beta)
-
-    terms: dict[str, Callable[[], Tensor]] = {
-        "ce_nat": lambda: cross_entropy(s_nat),
-        "ce_adv": lambda: cross_entropy(s_adv),
-        "kl_self": lambda: divergence(
-            s_nat.detach() if row.detach_self and s_nat is not None else s_nat, row.tau_self
-        ),
-        "kl_at_nat": lambda: divergence(_constant(t_at_nat), row.tau),
-        "kl_at_adv": lambda: divergence(_constant(t_at_adv), row.tau),
-        "kl_st_adv": lambda: divergence(_constant(t_st_adv), row.tau),
-    }
-    check_terms("the reference", tuple(terms), row)
+        if spec.trust >= 0:
+            alpha_B = trust(logits[spec.trust], labels, spec.beta)
     loss_B = torch.zeros_like(alpha_B)
     means_K = []
-    for (a, b), is_active, term in zip(row.weights, row.active, terms.values(), strict=True):
-        if not is_active:
-            means_K.append(alpha_B.new_zeros(()))
-            continue
-        term_B = term()
-        loss_B = loss_B + (a + b * alpha_B if b else a) * term_B
+    for term in spec.terms:
+        target_BC = None if term.target < 0 else logits[term.target]
+        if target_BC is not None and term.detach:
+            target_BC = target_BC.detach()
+        call = TermCall(logits[term.student], target_BC, labels, term.temperature, spec.label_smoothing)
+        term_B = _TERMS[term.kind](call)
+        weight = term.a + term.b * alpha_B if term.b else term.a
+        if term.factor >= 0:
+            assert inputs.factors is not None
+            weight = weight * inputs.factors[:, term.factor].detach().to(dtype)
+        loss_B = loss_B + weight * term_B
         means_K.append(term_B.detach().sum() / count)
     if inputs.sample_weights is not None:
         loss_B = loss_B * inputs.sample_weights.detach().to(loss_B.dtype)
     return DistillLoss(loss_B.sum() / count, alpha_B, torch.stack(means_K), loss_B.detach())
+
+
+class TermCall(NamedTuple):
+    """Arguments of a term. target_BC: None where it compares with the labels."""
+
+    student_BC: Tensor
+    target_BC: Tensor | None
+    labels: Tensor
+    temperature: float
+    label_smoothing: float
+
+
+def _cross_entropy(call: TermCall) -> Tensor:
+    return F.cross_entropy(
+        call.student_BC,
+        call.labels,
+        reduction="none",
+        label_smoothing=call.label_smoothing,
+        ignore_index=_NO_LABEL,
+    )
+
+
+def _divergence(call: TermCall) -> Tensor:
+    assert call.target_BC is not None
+    log_p_BC = F.log_softmax(call.target_BC / call.temperature, dim=1)
+    log_q_BC = F.log_softmax(call.student_BC / call.temperature, dim=1)
+    return F.kl_div(log_q_BC, log_p_BC, reduction="none", log_target=True).sum(dim=1)
+
+
+def _margin(call: TermCall) -> Tensor:
+    p_BC = F.softmax(call.student_BC, dim=1)
+    others_B = p_BC.scatter(1, call.labels[:, None], -torch.inf).amax(dim=1)
+    return -torch.log(1.0001 - others_B + 1e-12)
+
+
+def _live_divergence(call: TermCall) -> Tensor:
+    assert call.target_BC is not None
+    log_p_BC = F.log_softmax(call.target_BC / call.temperature, dim=1)
+    log_q_BC = torch.log(F.softmax(call.student_BC / call.temperature, dim=1) + 1e-12)
+    true_B = F.softmax(call.target_BC, dim=1).gather(1, call.labels[:, None]).squeeze(1)
+    return (1.0000001 - true_B) * F.kl_div(log_q_BC, log_p_BC, reduction="none", log_target=True).sum(dim=1)
+
+
+_TERMS: dict[str, Callable[[TermCall], Tensor]] = {
+    "ce": _cross_entropy,
+    "kl": _divergence,
+    "margin": _margin,
+    "kl_live": _live_divergence,
+}
 
 
 def trust(t_at_adv: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -148,10 +174,6 @@ def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int,
     outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
     crops_BHWC = images_NHWC[index_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
     return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
-
-
-def _constant(logits: Tensor | None) -> Tensor | None:
-    return None if logits is None else logits.detach()
 
 
 def _norm(images: Tensor) -> Tensor:

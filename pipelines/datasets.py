@@ -14,7 +14,7 @@ from typing import Generic, TypeVar, cast
 
 from engine.common import host_memory
 from engine.common.files import cache_dir, expand_user
-from engine.common.lookup import nearest
+from engine.common.lookup import check_registered
 from engine.pipelines.reading import beton, published
 from engine.pipelines.reading.beton import is_beton
 from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
@@ -97,8 +97,7 @@ class Entry:
 
 def check(name: str) -> None:
     """Raise ValueError where there is no data set of that name."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset: {name!r} is not known; {nearest(name, DATASETS)}")
+    check_registered("dataset", name, DATASETS)
 
 
 def load(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import config, models
+from engine import config, methods, models
+from engine.attacks import table
 from engine.common import stopping
 from engine.common.tensor_files import write_tensors
+from engine.config import semantics
+from engine.models.normalize import CONSTANTS
+from engine.pipelines.datasets import DATASETS
+from engine.plugins import imports
+from engine.plugins.loggers import LOGGERS
+from engine.plugins.origins import REGISTERED
 from engine.runs import checkpoints
 from engine.system import precision
 from tests.fake_cuda import cuda_library as cuda_library
@@ -30,6 +37,22 @@ CLASSES = ("circle", "square", "triangle")
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+_REGISTERED: tuple[dict[str, Any] | dict[tuple[str, str], Any], ...] = (
+    methods.METHODS, semantics._OTHERS, models.TABLE, CONSTANTS, DATASETS, table._added, LOGGERS, REGISTERED,
+    imports._loaded,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_name_stays_registered() -> Iterator[None]:
+    """Names that a test registers are gone after it."""
+    before = [dict(each) for each in _REGISTERED]
+    yield
+    for each, entries in zip(_REGISTERED, before, strict=True):
+        each.clear()
+        each.update(entries)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "",
         "what a run is, without torch",
-        (("semantics",), ("config",), ("methods", "recipes")),
+        (("objectives",), ("config",), ("methods",)),
     ),
     ("kernels", "the ops of a step", ()),
     (
@@ -66,13 +66,14 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "attacks",
         "attacks on images",
-        (("pgd",), ("autoattack", "masking", "twin"), ("adversary",)),
+        (("pgd",), ("autoattack", "masking", "overfitting", "twin"), ("adversary", "kinds"), ("table",)),
     ),
     (
         "training",
         "a training step and what surrounds it",
         (
-            ("plan", "optimizer", "schedule", "averaging", "awp", "step_networks", "profiling"),
+            ("plan", "optimizer", "schedule", "averaging", "awp", "factors", "step_networks", "profiling"),
+            ("method_text",),
             ("speed", "step"),
             ("micro_batch", "telemetry"),
             ("learner",),
@@ -82,11 +83,17 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "evaluation",
         "accuracy under attacks",
         (
-            ("partial_results", "reports", "results"),
+            ("dataset_items", "partial_results", "reports", "results", "intervals"),
             ("arguments", "batches"),
-            ("measure",),
+            ("measure", "candidates"),
+            ("candidate_plots",),
             ("evaluate_checkpoint",),
         ),
+    ),
+    (
+        "plugins",
+        "what users bring: methods, models, data, attacks, loggers",
+        (("origins", "guests"), ("imports", "loggers", "own_data"), ("register",), ("objects",)),
     ),
     (
         "runs",
@@ -97,7 +104,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("teachers",),
             ("provenance",),
             ("assemble",),
-            ("trainer",),
+            ("trainer", "compare_teachers"),
             ("lifecycle",),
         ),
     ),
@@ -108,7 +115,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("completion", "tables", "seeds"),
             ("options",),
             ("key_options",),
-            ("train", "evaluate", "data", "report", "doctor", "lists"),
+            ("train", "evaluate", "teachers", "data", "report", "doctor", "lists"),
             ("cli",),
         ),
     ),
@@ -197,7 +204,7 @@ def purpose_of(wing: str) -> str:
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: "" if isinstance(value, Path) else value)
 def test_modules_import_only_what_stands_before_them(module: str, path: Path) -> None:
     if path.name == "__init__.py" and module.count(".") == 1 and wing_of(module) not in ("models", "kernels"):
-        assert not imports_of(path) or module in ("engine.config", "engine.recipes"), (
+        assert not imports_of(path) or module in ("engine.config", "engine.config.recipes"), (
             f"{module}: the __init__ of a wing imports nothing"
         )
         return

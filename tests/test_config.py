@@ -237,7 +237,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ({"metod": "at"}, "'metod'", "did you mean 'method'? known: amp, "),
         ({"los": {"tau": 1}}, "'los'", "did you mean 'loss'?"),
-        ({"loss": {"taus": 1}}, "'loss.taus'", "did you mean 'tau'? known: beta, "),
+        ({"loss": {"taus": 1}}, "'loss.taus'", "did you mean 'tau'? known: balance_floor, balance_rate, beta, "),
         ({"attack": {"num_step": 1}}, "'attack.num_step'", "did you mean 'num_steps'?"),
         ({"eval": {"atack": "x"}}, "'eval.atack'", "did you mean 'attack'?"),
         ({"loss": {"weights": {"klself": 1}}}, "'loss.weights.klself'", "did you mean 'kl_self'? known: ce_adv"),

@@ -23,15 +23,18 @@ import yaml
 
 import engine
 from engine import config, methods, models
-from engine.attacks import pgd
+from engine.attacks import overfitting, table
 from engine.commands.cli import commands
 from engine.commands.data import Info
+from engine.common.lookup import check_known
 from engine.evaluation import measure
+from engine.evaluation.candidates import MEASURES
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report
 from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
+from engine.runs.compare_teachers import TeachersConfig
 from engine.runs.lifecycle import RunResult
-from tests import module_tables
+from tests import method_tables, module_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -172,6 +175,11 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         datasets.check(wanted.dataset or "digits")
         return Report("", {}, None)
 
+    def rank(paths: list[Path], wanted: TeachersConfig, *arguments: Any) -> None:
+        datasets.check(wanted.dataset or "digits")
+        models.check(wanted.model)
+        check_known("--sort-by", wanted.sort_by, MEASURES)
+
     def write(dataset: str, *arguments: Any, **keys: Any) -> None:
         datasets.check(dataset)
 
@@ -184,6 +192,8 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.runs.lifecycle.train", train)
     monkeypatch.setattr("engine.runs.lifecycle.resume", resume)
     monkeypatch.setattr("engine.evaluation.evaluate_checkpoint.run", run)
+    monkeypatch.setattr("engine.runs.compare_teachers.run", rank)
+    monkeypatch.setattr("engine.commands.teachers.print_comparison", lambda reporter, report: None)
     monkeypatch.chdir(ROOT)
     outcome = cli(*arguments)
     assert outcome.code == 0, outcome.err
@@ -284,9 +294,13 @@ def test_the_configuration_table_names_every_choice() -> None:
 
 def test_the_attacks_are_listed_with_all_their_numbers() -> None:
     documented = {code(row[0])[0]: tuple(row[1:]) for row in rows("evaluation.md", "Attacks")}
-    assert {name: row[0] for name, row in documented.items()} == measure.COLUMNS
-    for name, spec in pgd.presets().items():
-        assert documented[name][1] == pgd.describe(spec)
+    named = {name: row for name, row in documented.items() if name not in table.PATTERNS}
+    assert {name: row[0] for name, row in named.items()} == {
+        name: row.title for name, row in table.ATTACKS.items()
+    }
+    for name, row in table.ATTACKS.items():
+        assert named[name][1:] == (row.numbers(10, (8 / 255, "Linf")), f"from {row.least_classes}", row.source)
+    assert {name: row[1] for name, row in documented.items() if name not in named} == table.PATTERNS
 
 
 def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli: Any) -> None:
@@ -308,7 +322,9 @@ def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli:
 # ---------------------------------------------------------------- run-directory.md
 
 
-def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16: None) -> None:
+def test_the_run_directory_is_listed_key_by_key(
+    tiny: Any, tmp_path: Path, bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def listed(heading: str) -> set[str]:
         return {name for row in rows("run-directory.md", heading) for name in code(row[0])}
 
@@ -325,10 +341,20 @@ def test_the_run_directory_is_listed_key_by_key(tiny: Any, tmp_path: Path, bf16:
         key for key in found if key.startswith("probe_") and not key.startswith("probe_amp_")
     } - {"probe_alpha"}
 
+    one_step = tiny.config(method="fgsm-rs", loss={"warmup": 0}, attack={"num_steps": 1}, epochs=1)
+    guarded = tmp_path / "guarded"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            overfitting, "complaint", lambda row, before: "as told" if row.get("attack_steps") == 1 else ""
+        )
+        engine.train(one_step, overfitting_guard="rollback", out=str(guarded))
+    written = [json.loads(line) for line in (guarded / "metrics.jsonl").read_text().splitlines()]
+    assert {key for row in written for key in row} - found == listed("Overfitting of one-step training")
+
     intro = read(ROOT / "docs" / "run-directory.md").partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", intro, re.MULTILINE)
     files = {name.rstrip("/") for cell in cells for name in code(cell)}
-    assert {path.name for path in run.iterdir()} | {
+    assert {path.name for folder in (run, guarded) for path in folder.iterdir()} | {
         "teacher",
         "teacher_st",
         "logs",
@@ -390,6 +416,23 @@ def constants(text: str) -> dict[str, object]:
 def test_the_tables_of_modules_are_those_of_the_wings_and_the_docstrings() -> None:
     page = module_tables.PAGE.read_text(encoding="utf-8")
     assert page == module_tables.written(page), "run python -m tests.module_tables"
+
+
+@pytest.mark.parametrize("path", method_tables.PAGES, ids=lambda path: path.name)
+def test_the_tables_of_methods_are_those_of_the_code(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    assert method_tables.BLOCK.search(page)
+    assert page == method_tables.written(page), "run python -m tests.method_tables"
+
+
+def test_the_diff_of_a_method_is_what_stands_in_the_files() -> None:
+    section = read(ROOT / "CONTRIBUTING.md").partition("## Adding a method\n")[2].partition("\n## ")[0]
+    (diff,) = re.findall(r"```diff\n--- (.*?)```", section, re.DOTALL)
+    parts = [part.splitlines() for part in diff.split("\n--- ")]
+    assert len(parts) >= 5
+    for file, *lines in parts:
+        known = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if line[1:] not in known] == [], file
 
 
 def test_the_tree_of_the_readme_names_every_folder() -> None:

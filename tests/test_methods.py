@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from engine import methods
-from engine.config import TERMS, LossConfig
-from engine.methods import Method, Weight
+from engine.config import AttackSpec, LossConfig
+from engine.methods import Method, Weight, WeightedTerm
+from engine.objectives import DIFFERENCES, FACTORS, LOGITS, TERMS
+from engine.training import plan
 
 PARAMS: dict[str, Any] = {
     "tau": 3, "lam": 0.3, "lam1": 0.2, "lam2": 0.7, "lam3": 0.4, "trades_lambda": 5
@@ -45,15 +47,51 @@ CONSTANT_GAMMA = {  # gamma = 0.5 (Table 9)
 WARMUP = {"iad1": ("ard", ARD), "iad1-down": ("ard", ARD), "iad2": ("akd2", AKD2)}
 
 
+SIX = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
+
+# The newer methods, by term: a + b alpha, a factor, and whether the weight grows. igdm = 2.
+NEWER: dict[str, dict[str, tuple[float, float, str | None, bool]]] = {
+    "mart": {
+        "ce_adv": (1, 0, None, False),
+        "margin_adv": (1, 0, None, False),
+        "kl_self_live": (5, 0, None, False),
+    },
+    "fgsm-rs": {"ce_adv": (1, 0, None, False)},
+    "n-fgsm": {"ce_adv": (1, 0, None, False)},
+    "rslad": {"kl_at_nat": (6.3, 0, None, False), "kl_at_clean": (2.7, 0, None, False)},
+    "adaad": {"kl_at_adv": (6.3, 0, None, False), "kl_at_clean": (2.7, 0, None, False)},
+    "adaiad": {
+        "ce_nat": (0.3, 0, None, False),
+        "kl_self": (0.7, -0.7, None, False),
+        "kl_at_adv": (6.3, 0, None, False),
+    },
+    "mtard": {"kl_at_adv": (9, 0, "robust_share", False), "kl_st_clean": (9, 0, "natural_share", False)},
+    "saad": {
+        "kl_at_adv": (9, 0, "entropy", False),
+        "kl_at_clean": (2.7, 0, "certainty", False),
+        "kl_difference": (2, 0, "entropy", True),
+    },
+    "ard+igdm": {
+        "ce_nat": (0.3, 0, None, False),
+        "kl_at_nat": (6.3, 0, None, False),
+        "kl_difference": (2, 0, None, True),
+    },
+}
+
+
 def is_row(method: Method, row: tuple[tuple[float, float], ...]) -> bool:
-    return all(
-        got == pytest.approx(wanted, rel=1e-14, abs=0) for got, wanted in zip(method.weights, row, strict=True)
+    cells = [method.weights.get(term, Weight(0, 0))[:2] for term in SIX]
+    plain = all(weight[2:] == (None, False) for weight in method.weights.values())
+    return (
+        plain
+        and set(method.weights) <= set(SIX)
+        and all(got == pytest.approx(wanted, rel=1e-14, abs=0) for got, wanted in zip(cells, row, strict=True))
     )
 
 
 def row_of(method: Method) -> dict[str, tuple[float, float]]:
-    """The cells of nonzero weight by term."""
-    return {term: (a, b) for term, (a, b) in zip(TERMS, method.weights, strict=True) if (a, b) != ZERO}
+    """The weights a + b alpha by term."""
+    return {term: (weight.a, weight.b) for term, weight in method.weights.items()}
 
 
 def phase_of(method: Method, phase: str) -> Method:
@@ -64,8 +102,52 @@ def phase_of(method: Method, phase: str) -> Method:
 
 
 def test_the_tables_here_name_every_method() -> None:
-    assert set(PAPER) == set(OFFICIAL) == set(methods.METHODS)
-    assert TERMS == ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
+    assert set(PAPER) == set(OFFICIAL)
+    assert {name.partition("+")[0] for name in (*PAPER, *NEWER)} == set(methods.METHODS)
+    assert tuple(TERMS)[:6] == SIX
+
+
+@pytest.mark.parametrize("semantics", ["paper", "official"])
+@pytest.mark.parametrize("name", NEWER)
+def test_rows_of_the_newer_methods(name: str, semantics: str) -> None:
+    method = methods.get(name, semantics=semantics, igdm=2, **PARAMS)
+    assert list(method.weights) == [term for term in TERMS if term in NEWER[name]]
+    for term, weight in method.weights.items():
+        a, b, *rest = NEWER[name][term]
+        assert weight == (pytest.approx(a, rel=1e-14), pytest.approx(b, rel=1e-14), *rest), term
+
+
+def test_the_warm_up_of_adaiad_is_its_own_row_at_alpha_1() -> None:
+    warmup = methods.get("adaiad", **PARAMS).warmup
+    assert warmup is not None
+    assert warmup.name == "adaiad"
+    assert row_of(warmup) == {"ce_nat": (0.3, 0), "kl_at_adv": (pytest.approx(6.3), 0)}
+
+
+def test_an_addition_is_in_the_warm_up_too() -> None:
+    warmup = methods.get("iad1+igdm", igdm=2).warmup
+    assert warmup is not None
+    assert (warmup.name, row_of(warmup)) == ("ard+igdm", {"kl_at_nat": (1, 0), "kl_difference": (2, 0)})
+
+
+def test_a_term_has_all_its_numbers() -> None:
+    method = methods.get("saad", igdm=2, tau=3, lam=0.5, kl_mean="elements")
+    assert method.terms(10, growth=0.25) == (
+        ("kl_at_adv", "kl", "s_adv", "t_at_adv", (pytest.approx(0.9), 0), 3, False, "entropy"),
+        ("kl_at_clean", "kl", "s_nat", "t_at_nat", (pytest.approx(0.45), 0), 3, False, "certainty"),
+        ("kl_difference", "kl", "s_difference", "t_at_difference", (pytest.approx(0.05), 0), 1, False, "entropy"),
+    )
+    (_, self_term) = methods.get("trades", detach_self=True, tau_self=2, trades_lambda=7).terms(10)
+    assert self_term == WeightedTerm("kl_self", "kl", "s_adv", "s_nat", (7, 0), 2, True, None)
+    assert not methods.get("ard", detach_self=True).terms(10)[0].detach  # of the self term alone
+
+
+def test_the_tables_of_objectives_hold_together() -> None:
+    for term in TERMS.values():
+        assert {term.student, term.target} <= {*LOGITS, *DIFFERENCES, None}
+        assert term.temperature is None or term.temperature in LossConfig.model_fields
+    assert {name for factor in FACTORS.values() for name in factor.reads} <= set(LOGITS)
+    assert {name for pair in DIFFERENCES.values() for name in pair} <= set(LOGITS)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -123,7 +205,8 @@ def test_table_12_row_self_1_minus_alpha_teacher_alpha_is_iad1_down(semantics: s
 def test_at_alpha_1_a_row_is_its_warm_up(name: str, semantics: str) -> None:
     method = methods.get(name, semantics=semantics, **PARAMS)
     assert method.warmup is not None
-    for after, before in zip(method.weights, method.warmup.weights, strict=True):
+    for term in SIX:
+        after, before = (one.weights.get(term, Weight(0, 0)) for one in (method, method.warmup))
         assert after.a + after.b == pytest.approx(before.a, rel=1e-14, abs=0)
 
 
@@ -154,19 +237,24 @@ NEEDS = {
     ("akd2", "after"): "x_adv T_at(x~) T_st(x~)",
     ("iad2", "after"): "x_adv S(x) T_at(x~) T_st(x~) alpha",
     ("iad2", "warmup"): "x_adv T_at(x~) T_st(x~)",
+    ("mart", "after"): "x_adv S(x)",
+    ("fgsm-rs", "after"): "x_adv",
+    ("n-fgsm", "after"): "x_adv",
+    ("rslad", "after"): "x_adv T_at(x)",
+    ("adaad", "after"): "x_adv T_at(x~)",
+    ("adaiad", "after"): "x_adv S(x) T_at(x~) alpha",
+    ("adaiad", "warmup"): "x_adv T_at(x~)",
+    ("mtard", "after"): "x_adv S(x) T_at(x~) T_st(x)",
+    ("saad", "after"): "x_adv T_at(x~) S(x-) T_at(x-)",
+    ("ard+igdm", "after"): "x_adv T_at(x) T_at(x~) S(x-) T_at(x-)",
 }
 
 
 def needs(method: Method) -> str:
-    answers = {
-        "x_adv": method.needs_x_adv,
-        "S(x)": method.needs_s_nat,
-        "T_at(x)": method.needs_t_at_nat,
-        "T_at(x~)": method.needs_t_at_adv,
-        "T_st(x~)": method.needs_t_st_adv,
-        "alpha": method.needs_alpha,
-    }
-    return " ".join(what for what, needed in answers.items() if needed)
+    words = {"s_nat": "S(x)", "t_at_nat": "T_at(x)", "t_at_adv": "T_at(x~)", "t_st_adv": "T_st(x~)"}
+    words |= {"s_mirrored": "S(x-)", "t_at_mirrored": "T_at(x-)", "t_st_nat": "T_st(x)"}
+    found = [word for name, word in words.items() if name in method.reads]
+    return " ".join(["x_adv"] * method.needs_x_adv + found + ["alpha"] * method.needs_alpha)
 
 
 @pytest.mark.parametrize("semantics", ["paper", "official"])
@@ -194,24 +282,25 @@ def test_a_zero_weight_needs_no_forward(name: str, params: dict[str, Any], neede
     assert needs(methods.get(name, **params)) == needed
 
 
-def test_teachers_are_those_of_both_phases() -> None:
-    teachers = {name: (methods.get(name).needs_teacher, methods.get(name).needs_teacher_st) for name in PAPER}
-    assert teachers == {
-        "st": (False, False),
-        "at": (False, False),
-        "trades": (False, False),
-        "ard": (True, False),
-        "iad1": (True, False),
-        "iad1-down": (True, False),
-        "akd2": (True, True),
-        "iad2": (True, True),
+def test_teachers_are_those_of_both_phases_and_of_the_attack() -> None:
+    def teachers(name: str, attack_loss: str = "ce", **params: Any) -> tuple[str, ...]:
+        return plan.teachers(methods.get(name, **params), AttackSpec(loss=attack_loss))
+
+    assert {name: teachers(name) for name in (*PAPER, *NEWER)} == {
+        **dict.fromkeys(("st", "at", "trades", "mart", "fgsm-rs", "n-fgsm"), ()),
+        **dict.fromkeys(("ard", "iad1", "iad1-down", "rslad", "adaad", "adaiad", "saad"), ("teacher",)),
+        "ard+igdm": ("teacher",),
+        **dict.fromkeys(("akd2", "iad2", "mtard"), ("teacher", "teacher_st")),
     }
     # At alpha = 1 this cell is 0: the robust teacher is needed after the warm-up alone.
     method = methods.get("iad2", weights={"kl_at_adv": (1, -1)})
-    assert method.needs_teacher
     assert method.warmup is not None
-    assert not method.warmup.needs_teacher
-    assert methods.get("at", weights={"kl_at_nat": 1}).needs_teacher
+    assert "t_at_adv" in method.reads
+    assert "t_at_adv" not in method.warmup.reads
+    assert teachers("at", weights={"kl_at_nat": 1}) == ("teacher",)
+    for loss in ("kl-teacher", "kl-teacher-moving", "kl-teacher-linear"):
+        assert teachers("at", loss) == ("teacher",)
+        assert teachers("st", loss) == ()  # it attacks nothing
 
 
 def test_params_replace_fields_of_a_given_loss() -> None:
@@ -223,10 +312,10 @@ def test_params_replace_fields_of_a_given_loss() -> None:
 
 
 def test_alpha_has_the_algebra_of_an_affine_function() -> None:
-    assert methods.ALPHA == (0, 1)
-    assert 1 - methods.ALPHA == (1, -1)
-    assert 3 * (1 - methods.ALPHA) == (3, -3)
-    assert 0.5 * Weight(1, 2) == (0.5, 1)
+    assert methods.ALPHA[:2] == (0, 1)
+    assert Weight(1, -1) == 1 - methods.ALPHA
+    assert Weight(3, -3) == 3 * (1 - methods.ALPHA)
+    assert 0.5 * Weight(1, 2, "entropy", grows=True) == Weight(0.5, 1, "entropy", grows=True)
 
 
 def test_a_method_is_frozen() -> None:
@@ -238,12 +327,14 @@ def test_a_method_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "names"),
     [
-        ("iad3", {}, ["method", "'iad3'", "did you mean 'iad", "known: akd2, ard, at, iad1"]),
+        ("iad3", {}, ["method", "'iad3'", "did you mean 'iad", "known: adaad, adaiad, akd2, ard, at, fgsm-rs"]),
         ("IAD1", {}, ["method", "'IAD1'", "known: "]),
         ("iad1", {"semantics": "oficial"}, ["semantics", "'oficial'", "did you mean 'official'", "paper"]),
-        ("iad1", {"taus": 1}, ["'taus'", "did you mean 'tau'", "known: beta"]),
+        ("iad1", {"taus": 1}, ["'taus'", "did you mean 'tau'", "known: balance_floor, balance_rate, beta"]),
         ("iad1", {"tau": 0}, ["tau", "greater than 0", "got 0"]),
         ("iad1", {"lam": "x"}, ["lam", "'x'"]),
+        ("ard+igdn", {}, ["method", "'igdn'", "did you mean 'igdm'"]),
+        ("ard+igdm+igdm", {}, ["method", "'ard+igdm+igdm'", "twice"]),
         ("iad1", {"weights": {"klself": 1}}, ["loss.weights", "'klself'", "did you mean 'kl_self'"]),
         ("iad1", {"semantics": "official", "gamma": 0.5}, ["gamma", "0.5", "'paper'"]),
         ("iad2", {"semantics": "official", "tau_self": 2}, ["tau_self", "official", "got 2"]),
@@ -257,7 +348,7 @@ def test_what_is_unknown_is_named_in_one_line(name: str, keys: dict[str, Any], n
 
 def test_methods_and_configuration_import_no_torch() -> None:
     program = (
-        "import sys, engine, engine.config, engine.methods, engine.semantics;"
+        "import sys, engine, engine.config, engine.methods, engine.config.semantics;"
         "print(*{'torch', 'numpy', 'triton'} & set(sys.modules))"
     )
     root = Path(__file__).parents[1]

@@ -65,7 +65,8 @@ def metadata(wheel: Path) -> Message:
 
 def package_files() -> set[str]:
     """Files of an installation, kernels/ and pipelines/ in the places of the links that lead to them."""
-    found = {"engine/py.typed", *(f"engine/recipes/{path.name}" for path in ROOT.glob("engine/recipes/*.yaml"))}
+    recipes = (path.relative_to(ROOT).as_posix() for path in ROOT.glob("engine/config/recipes/*.yaml"))
+    found = {"engine/py.typed", *recipes}
     for folder in (ROOT / "engine", ROOT / "engine" / "kernels", ROOT / "engine" / "pipelines"):
         found |= {path.relative_to(ROOT).as_posix() for path in folder.rglob("*.py")}
     return found

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from engine.attacks.pgd import climb, started
+from engine.attacks.pgd import Attacked, climb, started
 from engine.attacks.twin import Forward, Twin
+from engine.common.lookup import look_up
 from engine.config import AttackSpec
+from engine.objectives import ATTACK_LOSSES
 from engine.pipelines.base import Batch
 from engine.system.precision import Precision
 
@@ -18,8 +20,9 @@ from engine.system.precision import Precision
 class Adversary:
     """Crafts adversarial images on a frozen twin of the student.
 
-    seed: of the random starts. counts: (2,) int64, to which the zero and the non-finite entries of all gradients
-    are added. make_forward: makes the twin's pass, e.g. a compiled one.
+    teacher: the robust one, for an attack's loss that runs it. seed: of the random starts. counts: (2,) int64, to
+    which the zero and the non-finite entries of all gradients are added. make_forward: makes the twin's pass, e.g.
+    a compiled one.
     capture: on a GPU, the twin's refresh and all steps of the attack are captured as one CUDA graph at the second
     batch, and replayed for every batch of its shape; a batch of another shape is attacked op by op.
     """
@@ -30,6 +33,7 @@ class Adversary:
         spec: AttackSpec,
         precision: Precision,
         *,
+        teacher: Forward | None = None,
         seed: int = 0,
         counts: Tensor | None = None,
         make_forward: Callable[[nn.Module], Forward] = lambda module: module,
@@ -37,43 +41,56 @@ class Adversary:
     ) -> None:
         self.twin = Twin(student, spec.bn, precision, make_forward)
         self.counts = counts
+        self._teacher = teacher
         self._spec, self._seed = spec, seed
+        self._reads_t_nat = bool(look_up("attack.loss", spec.loss, ATTACK_LOSSES).reads)
         self._loss_scale = precision.attack_loss_scale
         self._capture = capture
         self._last_shape: torch.Size | None = None
         self._graph: _Graph | None = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Tensor:
-        """x_adv (B, C, H, W), detached. A captured one is overwritten by the next call."""
+    def __call__(self, batch: Batch, epoch: int, t_nat: Tensor | None = None) -> Tensor:
+        """x_adv (B, C, H, W), detached. A captured one is overwritten by the next call.
+
+        t_nat: T(x), (B, C), for an attack's loss that reads it.
+        """
+        reads = () if t_nat is None or not self._reads_t_nat else (t_nat,)
         with record_function("attack"):
-            return self._craft(batch, epoch)
+            return self._craft(batch, epoch, reads)
+
+    def use(self, spec: AttackSpec) -> None:
+        """Attack with other numbers from now on; loss and mode of BatchNorm stay."""
+        if spec != self._spec:
+            self.release()
+            self._spec = spec
 
     def release(self) -> None:
         """Let go of the captured graph and its memory; another may be captured later."""
         self._graph = self._last_shape = None
 
-    def _craft(self, batch: Batch, epoch: int) -> Tensor:
+    def _craft(self, batch: Batch, epoch: int, reads: tuple[Tensor, ...]) -> Tensor:
         x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
         if not self._capture:
-            self._climb(x_adv, batch.x_nat, batch.labels)
+            self._climb(x_adv, batch.x_nat, batch.labels, *reads)
             return x_adv
         if self._graph is None and self._last_shape == x_adv.shape:
-            self._graph = _Graph(self._climb, x_adv, batch.x_nat, batch.labels)
+            self._graph = _Graph(self._climb, x_adv, batch.x_nat, batch.labels, *reads)
         if self._graph is not None and self._graph.fits(x_adv):
-            return self._graph.replay(x_adv, batch.x_nat, batch.labels)
+            return self._graph.replay(x_adv, batch.x_nat, batch.labels, *reads)
         self._last_shape = x_adv.shape  # what compiles or chooses an algorithm does so before the capture
-        self._climb(x_adv, batch.x_nat, batch.labels)
+        self._climb(x_adv, batch.x_nat, batch.labels, *reads)
         return x_adv
 
-    def _climb(self, x_adv: Tensor, x_nat: Tensor, labels: Tensor) -> None:
+    def _climb(self, x_adv: Tensor, x_nat: Tensor, labels: Tensor, t_nat: Tensor | None = None) -> None:
         self.twin.refresh()
-        climb(self.twin, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self.counts)
+        attacked = Attacked(self.twin, self._teacher, t_nat)
+        climb(attacked, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self.counts)
 
 
 class _Graph:
     """A call captured as a CUDA graph, with the tensors that it reads and writes."""
 
-    def __init__(self, call: Callable[[Tensor, Tensor, Tensor], None], *like: Tensor) -> None:
+    def __init__(self, call: Callable[..., None], *like: Tensor) -> None:
         self._tensors = [torch.empty_like(tensor) for tensor in like]
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: the threads that load images may allocate meanwhile.

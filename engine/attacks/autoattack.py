@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from types import ModuleType
@@ -19,9 +19,31 @@ from torch import Tensor, nn
 from engine.attacks.pgd import NORMS
 from engine.common import optional
 
-LEAST_CLASSES = 4
-AA_PARTS = ("natural", "apgd-ce", "apgd-t", "fab-t", "square")
+NO_ATTACK = "natural"
+AA_PARTS = (NO_ATTACK, "apgd-ce", "apgd-t", "fab-t", "square")
 """No attack, and those of version "standard", in the order in which an image has to stand them."""
+
+
+class PackagePart(NamedTuple):
+    """An attack of the package. least_classes: to be defined. numbers: in words, {targets} for the classes."""
+
+    title: str
+    least_classes: int
+    numbers: str
+    source: str = "Croce and Hein (2020)"
+
+
+_APGD = "100 steps, the first of 2 epsilon, from one random start"
+PARTS = {
+    "apgd-ce": PackagePart("APGD-CE", 2, f"{_APGD}, cross-entropy"),
+    "apgd-dlr": PackagePart("APGD-DLR", 3, f"{_APGD}, DLR"),
+    "apgd-t": PackagePart("APGD-T", 4, f"{_APGD} for each of {{targets}}, targeted DLR"),
+    "fab-t": PackagePart(
+        "FAB-T", 2, "100 steps for each of {targets}, smallest distance", "Croce and Hein (2020)"
+    ),
+    "square": PackagePart("Square", 2, "5,000 queries, margin, no gradient", "Andriushchenko et al. (2020)"),
+}
+"""The attacks of the package that serve alone or in AutoAttack, with the numbers of version "standard"."""
 
 
 class Flag(NamedTuple):
@@ -50,26 +72,32 @@ _MOST_BY_SQUARE, _FEWEST_BY_SQUARE = 0.002, 2
 
 
 class Outcome(NamedTuple):
-    """Attacked batch. x_adv: BCHW. survived_B: int8, number of `AA_PARTS` stood. flags: a bit for each flag."""
+    """Attacked batch. x_adv: BCHW. survived_B: int8, number of parts stood. flags: a bit for each of `FLAGS`."""
 
     x_adv: Tensor
     survived_B: Tensor
     flags: int
 
 
-class AutoAttack:
-    """Version "standard", with as many target classes as there are, at most 9; images are attacked in float32.
+class PackagedAttack:
+    """Attacks of version "standard", one after the other; images are attacked in float32.
 
+    parts: as `defined_parts` gives them. There are as many target classes as there can be, at most 9.
     heartbeat: called in every pass, since a batch may take hours.
-    Raises ValueError where no package has it, and below 4 classes.
+    Raises ValueError where no package has them.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, ball: tuple[str, float], seed: int, heartbeat: Callable[[], None]
+        self,
+        model: nn.Module,
+        num_classes: int,
+        ball: tuple[str, float],
+        seed: int,
+        heartbeat: Callable[[], None],
+        parts: Sequence[str] = AA_PARTS,
     ) -> None:
-        check_classes(num_classes)
         self._package, self._module = installed()
-        self._targets = min(9, num_classes - 1)
+        self._parts, self._targets = parts, count_targets(num_classes)
         self._threat_model, self._epsilon = ball
         self._seed = seed
         dtype = next(model.parameters(), torch.empty(0)).dtype
@@ -80,14 +108,6 @@ class AutoAttack:
             return out.float()
 
         self._logits = logits
-
-    @property
-    def description(self) -> str:
-        """Parts, target classes, ball and package in words."""
-        parts = f"APGD-CE, APGD-T and FAB-T with {self._targets} target classes, Square"
-        norm = NORMS[self._threat_model]
-        package = f"{self._package} {optional.version(self._package)}"
-        return f"AutoAttack standard ({parts}), {norm.name}, epsilon {norm.length(self._epsilon)}, {package}"
 
     def __call__(self, x_nat: Tensor, labels_B: Tensor) -> Outcome:
         """Attack a batch: each part gets the images that stood those before, as they were."""
@@ -108,8 +128,8 @@ class AutoAttack:
             x_adv = images.clone()
             survived_B = torch.zeros_like(labels_B, dtype=torch.int8)
             left = torch.arange(len(images), device=images.device)
-            for part in AA_PARTS:
-                if part != AA_PARTS[0]:
+            for part in self._parts:
+                if part != NO_ATTACK:
                     attack.attacks_to_run = [part]
                     size = {size_argument: len(left)}
                     out = attack.run_standard_evaluation(images[left], labels_B[left], **size)
@@ -122,27 +142,67 @@ class AutoAttack:
         return Outcome(x_adv, survived_B, sum(bit << place for place, bit in enumerate(raised)))
 
 
-def check_classes(num_classes: int) -> None:
-    """Raise ValueError where AutoAttack is not defined."""
-    if num_classes < LEAST_CLASSES:
-        raise ValueError(
-            f"aa: the targeted loss of AutoAttack needs {LEAST_CLASSES} classes, and the model has {num_classes}"
-        )
+def count_targets(num_classes: int) -> int:
+    """Target classes of the targeted attacks: the others, at most 9."""
+    return min(9, num_classes - 1)
 
 
-def complaints(flags: int, stood: Sequence[int]) -> list[str]:
-    """Warnings of the checks, in words. stood: images that stood each of `AA_PARTS` and those before."""
+def defined_parts(num_classes: int) -> tuple[str, ...]:
+    """Those of `AA_PARTS` whose loss is defined for so many classes."""
+    return tuple(part for part in AA_PARTS if part == NO_ATTACK or PARTS[part].least_classes <= num_classes)
+
+
+def describe_autoattack(num_classes: int, threat_model: str, epsilon: float) -> str:
+    """Parts, target classes and ball in words; where a part is not defined, that too, and never "standard"."""
+    targets = _targets(num_classes)
+    titles = {part: PARTS[part].title for part in AA_PARTS[1:]}
+    parts = defined_parts(num_classes)
+    if parts == AA_PARTS:
+        what = f"standard ({titles['apgd-ce']}, {titles['apgd-t']} and {titles['fab-t']} with {targets}, Square)"
+    else:
+        left = [f"{titles[part]}{f' with {targets}' * (part == 'fab-t')}" for part in parts if part in titles]
+        without = ", ".join(title for part, title in titles.items() if part not in parts)
+        what = f"without {without}, which {num_classes} classes do not define ({', '.join(left)})"
+    return f"AutoAttack {what}, {_ball(threat_model, epsilon)}"
+
+
+def describe_part(part: str, num_classes: int, threat_model: str, epsilon: float) -> str:
+    """All numbers of one of `PARTS`."""
+    return f"{_ball(threat_model, epsilon)}, {PARTS[part].numbers.format(targets=_targets(num_classes))}"
+
+
+def _targets(num_classes: int) -> str:
+    count = count_targets(num_classes)
+    return f"{count} target class{'es' * (count != 1)}"
+
+
+def _ball(threat_model: str, epsilon: float) -> str:
+    norm = NORMS[threat_model]
+    return f"{norm.name}, epsilon {norm.length(epsilon)}"
+
+
+def package_version() -> tuple[str, str | None]:
+    """Name and version of the package that has AutoAttack. Raises ValueError as `installed` does."""
+    package, _ = installed()
+    return package, optional.version(package)
+
+
+def complaints(name: str, flags: int, stood: Mapping[str, int]) -> list[str]:
+    """Warnings of the checks, in words. stood: images that stood each part of the attack and those before."""
     found = [flag.meaning for place, flag in enumerate(FLAGS.values()) if flags >> place & 1]
-    *_, before, square = stood
-    by_square, n = before - square, stood[0]
-    if by_square >= _FEWEST_BY_SQUARE and by_square > _MOST_BY_SQUARE * n:
-        found.append(f"Square, which needs no gradient, broke {by_square} of {n} images that all others had left")
-    return [f"aa: {text}; the accuracy may be too high" for text in found]
+    if len(stood) > 2 and [*stood][-1] == "square":
+        n, *_, before, square = stood.values()
+        by_square = before - square
+        if by_square >= _FEWEST_BY_SQUARE and by_square > _MOST_BY_SQUARE * n:
+            found.append(
+                f"Square, which needs no gradient, broke {by_square} of {n} images that all others had left"
+            )
+    return [f"{name}: {text}; the accuracy may be too high" for text in found]
 
 
-def installed() -> tuple[str, ModuleType]:
-    """The package that has AutoAttack. Raises ValueError where there is none."""
-    module = optional.load(*_PACKAGES, missing="aa: AutoAttack is not installed; pip install pyautoattack")
+def installed(name: str = "aa") -> tuple[str, ModuleType]:
+    """The package that has AutoAttack. Raises ValueError, for the attack of that name, where there is none."""
+    module = optional.load(*_PACKAGES, missing=f"{name}: AutoAttack is not installed; pip install pyautoattack")
     return module.__name__, module
 
 

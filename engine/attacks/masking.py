@@ -25,19 +25,28 @@ MOST_MASKED = 0.01
 
 
 def probe(
-    student: nn.Module, x_nat: Tensor, labels: Tensor, spec: AttackSpec, precision: Precision, *, seed: int
+    student: nn.Module,
+    x_nat: Tensor,
+    labels: Tensor,
+    spec: AttackSpec,
+    precision: Precision,
+    *,
+    seed: int,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Compare the attack under AMP with that in full precision, on a fixed set of images, in evaluation mode.
 
     probe_amp_sign_agreement: share of the entries of the first input gradient that have the same sign.
     probe_amp_accuracy_gap: accuracy under the attack crafted with AMP less that under the attack crafted without,
-    both measured in full precision. Positive: AMP makes the attack weaker.
+    both measured in full precision. Positive: AMP makes the attack weaker. teacher: see `pgd`.
     """
     start = started(x_nat, spec, seed=seed)
 
     def crafted(autocast: Autocast, loss_scale: float) -> tuple[Tensor, Tensor]:
         signs = _gradient(student, start, labels, autocast, loss_scale).sign()
-        x_adv = pgd(student, x_nat, labels, spec, seed=seed, autocast=autocast, loss_scale=loss_scale)
+        x_adv = pgd(
+            student, x_nat, labels, spec, seed=seed, autocast=autocast, loss_scale=loss_scale, teacher=teacher
+        )
         with torch.no_grad():
             return signs, (student(x_adv).argmax(dim=1) == labels).double().mean()
 

@@ -6,51 +6,80 @@ gradient is computed and no activation is kept for one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from engine.common.lookup import look_up
+from engine.common.lookup import look_up, nearest
 from engine.config import AttackSpec, validated
 from engine.kernels import pgd_update, random_start
 from engine.models.layers import running_statistics_stay
+from engine.objectives import ATTACK_LOSSES
 
 Logits = Callable[[Tensor], Tensor]
+
+
+class Attacked(NamedTuple):
+    """Networks of an attack, frozen and in its mode.
+
+    teacher, t_nat: the robust teacher, and T(x), where the loss needs them.
+    """
+
+    student: Logits
+    teacher: Logits | None = None
+    t_nat: Tensor | None = None
+
+
 Objective = Callable[[Tensor], Tensor]
 """Loss of images that the attack maximises, a sum over the batch: gradients must not depend on the batch size."""
 
 
+PRESETS = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "pgd20-dlr", "cw")
+"""The usual attacks of an evaluation, of those that `preset` makes."""
+# Name -> number of steps, length of a step as a part of epsilon, and what differs from PGD on the cross-entropy.
+_FIXED: dict[str, tuple[int, float, dict[str, object]]] = {
+    "fgsm": (1, 1, {"random_start": "none"}),
+    "fgsm-rs": (1, 1, {}),
+    "cw": (30, 1 / 4, {"loss": "cw", "kappa": 50.0}),
+}
+_LOSSES: dict[str, dict[str, object]] = {
+    "": {},
+    "-dlr": {"loss": "dlr"},
+    "-cw": {"loss": "cw", "kappa": 50.0},
+}
+PGD_NAMES = tuple(f"pgdN{loss}" for loss in _LOSSES)
+"""Names with any number of steps for N."""
+PGD_NAME = re.compile(rf"pgd([1-9][0-9]{{0,5}})({'|'.join(_LOSSES)})")
+
+
 def presets(epsilon: float = 8 / 255, threat_model: str = "Linf") -> dict[str, AttackSpec]:
-    """Attacks of the evaluation by name; with the paper's epsilon = 8/255 their step is 2/255.
-
-    fgsm: one step of epsilon from x itself; fgsm-rs: the same from a random start, as the published code does.
-    pgd10, pgd20: 10 and 20 steps of epsilon/4 on the cross-entropy from a random start.
-    pgd20-dlr: pgd20 on the difference of logits ratio, which no factor on the logits changes.
-    cw: 30 steps of epsilon/4 on the margin of Carlini and Wagner with kappa = 50, from a random start.
-    """
-
-    def spec(num_steps: int, step_size: float, **keys: object) -> AttackSpec:
-        lengths = {"epsilon": epsilon, "num_steps": num_steps, "step_size": step_size}
-        return validated(AttackSpec, {"bn": "eval", "threat_model": threat_model} | lengths | keys)
-
-    return {
-        "fgsm": spec(1, epsilon, random_start="none"),
-        "fgsm-rs": spec(1, epsilon),
-        "pgd10": spec(10, epsilon / 4),
-        "pgd20": spec(20, epsilon / 4),
-        "pgd20-dlr": spec(20, epsilon / 4, loss="dlr"),
-        "cw": spec(30, epsilon / 4, loss="cw", kappa=50.0),
-    }
+    """The attacks of `PRESETS`; with the paper's epsilon = 8/255 the steps of PGD and CW are of 2/255."""
+    return {name: preset(name, epsilon, threat_model) for name in PRESETS}
 
 
 def preset(name: str, epsilon: float, threat_model: str = "Linf") -> AttackSpec:
-    """The preset of that name. Raises ValueError for an unknown one."""
-    return look_up("attack", name, presets(epsilon, threat_model))
+    """The attack of the evaluation of that name.
+
+    fgsm: one step of epsilon from x itself; fgsm-rs: the same from a random start, as the published code does.
+    pgdN, as pgd20: N steps of epsilon/4 on the cross-entropy from a random start.
+    pgdN-dlr: pgdN on the difference of logits ratio, which no factor on the logits changes.
+    pgdN-cw: pgdN on the margin of Carlini and Wagner with kappa = 50; cw: the same with 30 steps.
+    Raises ValueError for an unknown name.
+    """
+    if match := PGD_NAME.fullmatch(name):
+        num_steps, part, keys = int(match[1]), 1 / 4, _LOSSES[match[2]]
+    elif name in _FIXED:
+        num_steps, part, keys = _FIXED[name]
+    else:
+        raise ValueError(f"attack: {name!r} is not known; {nearest(name, (*PRESETS, *PGD_NAMES))}")
+    lengths = {"epsilon": epsilon, "num_steps": num_steps, "step_size": epsilon * part}
+    return validated(AttackSpec, {"bn": "eval", "threat_model": threat_model} | lengths | keys)
 
 
 def in_255(value: float) -> str:
@@ -70,9 +99,17 @@ NORMS = {
     "Linf": Norm("L-inf", in_255, torch.inf),
     "L2": Norm("L2", "{:g}".format, 2),
 }
+
+
+def _start_ball(spec: AttackSpec) -> str:
+    if spec.start_epsilon is None:
+        return ""
+    return f" in {look_up('attack.threat_model', spec.threat_model, NORMS).length(spec.start_epsilon)}"
+
+
 _STARTS: dict[str, Callable[[AttackSpec], str]] = {
     "none": lambda spec: "from x",
-    "uniform": lambda spec: "random start",
+    "uniform": lambda spec: "random start" + _start_ball(spec),
     "gaussian": lambda spec: f"start {spec.gaussian_std:g} N(0,1)",
 }
 
@@ -82,9 +119,11 @@ def describe(spec: AttackSpec) -> str:
     start = look_up("attack.random_start", spec.random_start, _STARTS)(spec)
     if spec.random_start != "none" and not spec.clamp_start:
         start += " not clamped"
-    loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES).describe(spec)
+    loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES).text.format(kappa=spec.kappa, slope=spec.slope)
     norm = look_up("attack.threat_model", spec.threat_model, NORMS)
     steps = f"{spec.num_steps} step{'s' * (spec.num_steps != 1)} of {norm.length(spec.step_size)}"
+    if not spec.project:
+        steps += " not projected"
     return f"{norm.name}, epsilon {norm.length(spec.epsilon)}, {steps}, {start}, {loss}, BN {spec.bn}"
 
 
@@ -102,8 +141,9 @@ def pgd(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     loss_scale: float = 1.0,
     counts: Tensor | None = None,
+    teacher: nn.Module | None = None,
 ) -> Tensor:
-    """Adversarial images x_adv within epsilon of x_nat and within [0, 1] (Eq. 2).
+    """Adversarial images x_adv within epsilon of x_nat, where the attack projects, and within [0, 1] (Eq. 2).
 
     x_nat: (B, C, H, W) in [0, 1]; labels: (B,) int64.
     The random start depends on (seed, counter, sample) alone; sample: (B,) int64, default 0..B-1.
@@ -112,16 +152,24 @@ def pgd(
     loss_scale: factor on the loss; the sign and the direction of a gradient do not depend on it, but a half
     precision gradient that would vanish does.
     counts: (2,) int64, to which the zero and the non-finite entries of all gradients are added.
+    teacher: the robust one, in evaluation mode, for a loss that runs it; without it ValueError is raised.
     """
     x_adv = started(x_nat, spec, seed=seed, counter=counter, sample=sample, start=start)
 
-    def logits(images: Tensor) -> Tensor:
-        with autocast():
-            out: Tensor = model(images)
-        return out if out.dtype == torch.float64 else out.float()
+    def logits_of(network: nn.Module) -> Logits:
+        def logits(images: Tensor) -> Tensor:
+            with autocast():
+                out: Tensor = network(images)
+            return out if out.dtype == torch.float64 else out.float()
 
-    with batch_norm_mode(model, spec.bn), frozen(model):
-        climb(logits, x_adv, x_nat, labels, spec, loss_scale=loss_scale, counts=counts)
+        return logits
+
+    attacked = Attacked(logits_of(model))
+    with batch_norm_mode(model, spec.bn), frozen(model), nullcontext() if teacher is None else frozen(teacher):
+        if teacher is not None:
+            with torch.no_grad():
+                attacked = Attacked(attacked.student, logits_of(teacher), logits_of(teacher)(x_nat))
+        climb(attacked, x_adv, x_nat, labels, spec, loss_scale=loss_scale, counts=counts)
     return x_adv
 
 
@@ -144,7 +192,7 @@ def started(
                 sample,
                 kind=spec.random_start,
                 threat_model=spec.threat_model,
-                epsilon=spec.epsilon,
+                epsilon=spec.epsilon if spec.start_epsilon is None else spec.start_epsilon,
                 gaussian_std=spec.gaussian_std,
                 seed=seed,
                 counter=counter,
@@ -154,7 +202,7 @@ def started(
 
 
 def climb(
-    logits: Logits,
+    attacked: Attacked,
     x_adv: Tensor,
     x_nat: Tensor,
     labels: Tensor,
@@ -163,8 +211,8 @@ def climb(
     loss_scale: float = 1.0,
     counts: Tensor | None = None,
 ) -> None:
-    """The steps of the attack, in place in x_adv. logits: the network, frozen and in the mode of the attack."""
-    objective = look_up("attack.loss", spec.loss, ATTACK_LOSSES).against(logits, x_nat, labels, spec)
+    """The steps of the attack, in place in x_adv."""
+    objective = look_up("attack.loss", spec.loss, _OBJECTIVES)(attacked, x_nat, labels, spec)
     for _ in range(spec.num_steps):
         with torch.enable_grad():
             images = x_adv.detach().requires_grad_()
@@ -178,25 +226,25 @@ def climb(
                 grad,
                 x_nat,
                 threat_model=spec.threat_model,
-                epsilon=spec.epsilon,
+                epsilon=spec.epsilon if spec.project else torch.inf,
                 step_size=spec.step_size,
                 counts=counts,
             )
 
 
-def _cross_entropy(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
-    return lambda x_adv: F.cross_entropy(logits(x_adv), labels, reduction="sum")
+def _cross_entropy(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    return lambda x_adv: F.cross_entropy(attacked.student(x_adv), labels, reduction="sum")
 
 
-def _carlini_wagner(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
-    return lambda x_adv: -F.relu(_margin(logits(x_adv), labels) + spec.kappa).sum()
+def _carlini_wagner(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    return lambda x_adv: -F.relu(_margin(attacked.student(x_adv), labels) + spec.kappa).sum()
 
 
-def _difference_of_logits_ratio(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+def _difference_of_logits_ratio(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     """-(z_y - max_{c != y} z_c) / (z_(1) - z_(3)), Croce and Hein (2020); of two classes the margin alone."""
 
     def ratio(x_adv: Tensor) -> Tensor:
-        logits_BC = logits(x_adv)
+        logits_BC = attacked.student(x_adv)
         margin_B = _margin(logits_BC, labels)
         if logits_BC.shape[1] < 3:
             return -margin_B.sum()
@@ -206,26 +254,72 @@ def _difference_of_logits_ratio(logits: Logits, x_nat: Tensor, labels: Tensor, s
     return ratio
 
 
-def _divergence(logits: Logits, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+def _divergence(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     with torch.no_grad():
-        log_target = F.log_softmax(logits(x_nat), dim=1)
-    return lambda x_adv: F.kl_div(
-        F.log_softmax(logits(x_adv), dim=1), log_target, reduction="sum", log_target=True
-    )
+        log_target = F.log_softmax(attacked.student(x_nat), dim=1)
+    return lambda x_adv: _kl(log_target, attacked.student(x_adv))
 
 
-class AttackLoss(NamedTuple):
-    """Loss of the attack: in words, and as an objective: against(network, x_nat, labels, spec)."""
+def _divergence_from_teacher(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
+    """KL(T(x) || S(x~)), T(x) fixed: the attack of RSLAD (Zi et al., 2021)."""
+    log_target = F.log_softmax(_given("T(x)", attacked.t_nat, spec), dim=1)
+    return lambda x_adv: _kl(log_target, attacked.student(x_adv))
 
-    describe: Callable[[AttackSpec], str]
-    against: Callable[[Logits, Tensor, Tensor, AttackSpec], Objective]
+
+def _divergence_from_moving_teacher(
+    attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec
+) -> Objective:
+    """KL(T(x~) || S(x~)), with the gradient through both networks: the attack of AdaAD (Huang et al., 2023)."""
+    teacher = _given("the teacher", attacked.teacher, spec)
+    return lambda x_adv: _kl(F.log_softmax(teacher(x_adv), dim=1), attacked.student(x_adv))
 
 
-ATTACK_LOSSES = {
-    "ce": AttackLoss(lambda spec: "cross-entropy", _cross_entropy),
-    "kl": AttackLoss(lambda spec: "KL to S(x)", _divergence),
-    "cw": AttackLoss(lambda spec: f"CW margin, kappa {spec.kappa:g}", _carlini_wagner),
-    "dlr": AttackLoss(lambda spec: "DLR", _difference_of_logits_ratio),
+def _divergence_from_linear_teacher(
+    attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec
+) -> Objective:
+    """KL(p || S(x~)) of SAAD: p = softmax(T(x)), but p_y + slope <grad_x p_y, x~ - x> at y; p is not normalised.
+
+    A p_y that this makes negative is 1e-12: its logarithm would be NaN, and so the gradient.
+    """
+    teacher = _given("the teacher", attacked.teacher, spec)
+    with torch.enable_grad():
+        images = x_nat.detach().requires_grad_()
+        target_BC = F.softmax(teacher(images), dim=1)
+        true_B1 = target_BC.gather(1, labels[:, None])
+        (slope,) = torch.autograd.grad(true_B1.sum(), images)
+    target_BC, true_B1 = target_BC.detach(), true_B1.detach()
+
+    def divergence(x_adv: Tensor) -> Tensor:
+        moved_B1 = true_B1 + spec.slope * (slope * (x_adv - x_nat)).flatten(1).sum(dim=1, keepdim=True)
+        p_BC = target_BC.scatter(1, labels[:, None], moved_B1.clamp_min(1e-12))
+        log_q_BC = F.log_softmax(attacked.student(x_adv), dim=1)
+        return F.kl_div(log_q_BC, p_BC, reduction="sum")
+
+    return divergence
+
+
+def _kl(log_target_BC: Tensor, logits_BC: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(logits_BC, dim=1), log_target_BC, reduction="sum", log_target=True)
+
+
+Needed = TypeVar("Needed")
+
+
+def _given(name: str, value: Needed | None, spec: AttackSpec) -> Needed:
+    if value is None:
+        raise ValueError(f"attack.loss: {spec.loss!r} needs {name}, and there is none")
+    return value
+
+
+# The functions of `objectives.ATTACK_LOSSES`.
+_OBJECTIVES: dict[str, Callable[[Attacked, Tensor, Tensor, AttackSpec], Objective]] = {
+    "ce": _cross_entropy,
+    "kl": _divergence,
+    "cw": _carlini_wagner,
+    "dlr": _difference_of_logits_ratio,
+    "kl-teacher": _divergence_from_teacher,
+    "kl-teacher-moving": _divergence_from_moving_teacher,
+    "kl-teacher-linear": _divergence_from_linear_teacher,
 }
 
 

@@ -136,7 +136,7 @@ def conv_bn_pairs(network: nn.Module) -> list[tuple[str, str]]:
     """
     try:
         nodes = list(_Tracer().trace(network).nodes)
-    except fx.proxy.TraceError:
+    except Exception:  # a user's forward may do anything with what is no tensor
         return []
     calls = [node.target for node in nodes if node.op == "call_module"]
     pairs = []

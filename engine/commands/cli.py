@@ -11,8 +11,9 @@ from engine import __version__
 from engine.commands.data import data
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
-from engine.commands.lists import list_datasets, list_methods, list_models, list_recipes
+from engine.commands.lists import list_attacks, list_datasets, list_methods, list_models, list_recipes
 from engine.commands.report import report
+from engine.commands.teachers import rank_teachers
 from engine.commands.train import train
 from engine.common import errors, standard_streams
 from engine.common.stopping import (
@@ -66,7 +67,19 @@ def _say(message: str) -> None:
 
 
 @click.group(
-    commands=[train, evaluate, data, report, doctor, list_methods, list_models, list_datasets, list_recipes],
+    commands=[
+        train,
+        evaluate,
+        rank_teachers,
+        data,
+        report,
+        doctor,
+        list_attacks,
+        list_methods,
+        list_models,
+        list_datasets,
+        list_recipes,
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, message="engine %(version)s")

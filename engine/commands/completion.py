@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
-from engine import semantics
+from engine import objectives
+from engine.config import semantics
 
 if TYPE_CHECKING:
     from engine.config import Key
@@ -50,6 +51,16 @@ def named(values: str) -> Completed:
     return Completed(lambda incomplete: KNOWN_NAMES[values]())
 
 
+def list_of(values: str) -> Completed:
+    """A type of names separated by commas, of which the last is completed: see `KNOWN_NAMES`."""
+
+    def words(incomplete: str) -> Iterator[str]:
+        before = incomplete[: incomplete.rfind(",") + 1]
+        yield from (f"{before}{name}" for name in KNOWN_NAMES[values]())
+
+    return Completed(words)
+
+
 def _methods() -> Sequence[str]:
     from engine import methods
 
@@ -69,9 +80,9 @@ def _datasets() -> Sequence[str]:
 
 
 def _attacks() -> Sequence[str]:
-    from engine.evaluation.measure import COLUMNS
+    from engine.attacks import table
 
-    return tuple(COLUMNS)
+    return table.names()
 
 
 def _normalisations() -> Sequence[str]:
@@ -86,11 +97,12 @@ KNOWN_NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "model": _models,
     "dataset": _datasets,
     "attack": _attacks,
+    "attack loss": lambda: tuple(objectives.ATTACK_LOSSES),
     "normalisation": _normalisations,
     "device": lambda: ("auto", "cpu", "cuda"),
 }
 """Names that a value may be."""
-WITHOUT_TORCH = ("method", "teacher method", "device")
+WITHOUT_TORCH = ("method", "teacher method", "attack loss", "device")
 
 
 def values_of(key: Key) -> Iterator[str]:
@@ -115,7 +127,7 @@ def _assignments(incomplete: str) -> Iterator[str]:
 
 
 def _recipes(incomplete: str) -> Iterator[str]:
-    from engine import recipes
+    from engine.config import recipes
 
     yield from (f"recipe:{name}" for name in recipes.names())
 

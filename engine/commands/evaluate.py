@@ -8,17 +8,19 @@ from typing import Any
 
 import click
 
-from engine.commands.completion import DIR, FILE, named, one_of
-from engine.commands.options import COUNT, SEED, Processes, process_options
+from engine.commands.completion import DIR, FILE, list_of, named, one_of
+from engine.commands.options import COUNT, SEED, Processes, import_option, process_options
+from engine.common.files import checkpoint_of
 
 
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, required=True, type=FILE, metavar="CHECKPOINT...")
 @click.option(
     "--attacks",
+    type=list_of("attack"),
     default="natural,fgsm,pgd20,cw",
     show_default=True,
-    help="Of natural, fgsm, ..., aa.",
+    help="Of those that `engine attacks` lists, e.g. pgd50, aa, transfer:CKPT.",
 )
 @click.option(
     "--limit",
@@ -81,6 +83,7 @@ from engine.commands.options import COUNT, SEED, Processes, process_options
     metavar="DIR",
     help="Where the JSON of the results goes. [beside each checkpoint]",
 )
+@import_option
 @process_options
 def evaluate(
     checkpoints: tuple[str, ...],
@@ -112,7 +115,7 @@ def evaluate(
         sys.exit(launcher.launch(count, launcher.command(*sys.argv[1:]), None))
 
     folder = None if out is None else Path(out)
-    paths = {path: reports.path_of(path, folder) for path in map(_checkpoint, checkpoints)}
+    paths = {path: reports.path_of(path, folder) for path in map(checkpoint_of, checkpoints)}
     found = {}
     with distributed.joined(config, processes.timeout) as world:
         reporter = ConsoleReporter() if world.is_main else Reporter()
@@ -123,11 +126,3 @@ def evaluate(
         print_accuracies(reporter, found)
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
-
-
-def _checkpoint(name: str) -> Path:
-    """A file, or the best checkpoint of a run directory. Raises ValueError where that cannot be looked up."""
-    try:
-        return Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
-    except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}") from None

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import click
 
-from engine import semantics
 from engine.commands.completion import KNOWN_NAMES, WITHOUT_TORCH, Completed, values_of
 from engine.commands.options import GroupedOption
-from engine.config import DEFAULTS, KEYS, Key, RunConfig, flat
+from engine.config import DEFAULTS, KEYS, Key, RunConfig, flat, semantics
 
 
 @functools.cache

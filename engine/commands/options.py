@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from engine.commands.completion import FILE
+
 COUNT, SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
 
 
@@ -57,6 +59,7 @@ def _checked_timeout(context: click.Context, parameter: click.Parameter, seconds
     return seconds
 
 
+_IMPORTS = "engine.imports"
 option = functools.partial(click.option, cls=GroupedOption)
 _PROCESS_OPTIONS = (
     option(
@@ -83,6 +86,42 @@ _PROCESS_OPTIONS = (
         help="Time after which a process that does not answer the others is lost. [600]",
     ),
 )
+
+
+def import_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --import: files, modules and the plugins of installed packages are loaded before the command runs."""
+
+    @option(
+        "--import",
+        "files",
+        multiple=True,
+        type=FILE,
+        metavar="FILE|MODULE",
+        group="essentials",
+        help="Python file or module that registers methods, models, data sets, attacks or loggers; repeatable.",
+    )
+    @functools.wraps(command)
+    def with_imports(*, files: tuple[str, ...], **others: Any) -> None:
+        from engine.plugins import imports
+
+        imports.load_installed(_warn)
+        click.get_current_context().meta[_IMPORTS] = imports.load(*files)
+        command(**others)
+
+    return with_imports
+
+
+def imported() -> tuple[str, ...]:
+    """Files and modules that --import of the running command has loaded."""
+    names: tuple[str, ...] = click.get_current_context().meta[_IMPORTS]
+    return names
+
+
+def _warn(line: str) -> None:
+    from engine.system.distributed import is_launched
+
+    if not is_launched():  # else the command that launched this one has said it
+        click.echo(f"engine: {line}", err=True)
 
 
 def process_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from engine.commands.options import import_option
+
 
 @click.command()
 @click.argument(
@@ -22,6 +24,7 @@ import click
     type=click.Path(path_type=Path),
     metavar="FILE",
 )
+@import_option
 def report(paths: tuple[Path, ...], out: Path) -> None:
     """Put run directories and folders of benchmark results into one HTML file, with tables and pictures."""
     from engine.common.console import ConsoleReporter

@@ -16,6 +16,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from engine.attacks.table import title
 from engine.common.console import ConsoleReporter
 from engine.common.stopping import (
     EXIT_INTERRUPTED,
@@ -26,7 +27,7 @@ from engine.common.stopping import (
     signal_handler,
 )
 from engine.config import RunConfig, assignments, with_absolute_paths
-from engine.evaluation.measure import COLUMNS
+from engine.plugins import imports
 from engine.runs import lifecycle
 from engine.runs.run_directory import PreparedRun, RunDir
 from engine.system import launcher
@@ -99,12 +100,14 @@ class _SeedRun:
         found = RunDir.find(mine, finished=True) if again else None
         self.begun = found or lifecycle.begin(mine, say=say)
 
-    def start(self, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
+    def start(self, config: RunConfig, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
         """The process that trains it; what it prints goes to the log."""
         assert self.begun is not None
         self.began = time.monotonic()
         changes = assignments(self.begun.changes)
-        command = launcher.command("train", "--resume", str(self.path), "--profile", str(profile), *changes)
+        command = launcher.command(
+            "train", "--resume", str(self.path), "--profile", str(profile), *imports.arguments(config), *changes
+        )
         with self.log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603  # this program
                 command,
@@ -217,7 +220,7 @@ def _start(
             run.code = 0
             reporter.message(f"seed {run.seed}: finished before, {run.path}")
             return None
-        process = run.start(environment, profile)
+        process = run.start(config, environment, profile)
     except (ValueError, OSError) as error:
         run.code = EXIT_USER_ERROR
         run.remove_if_unused()
@@ -246,7 +249,7 @@ def _tell(run: _SeedRun, reporter: ConsoleReporter) -> None:
 def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
     """Accuracies of the "best" or "last" epoch, by attack: on test images, else on held-out ones."""
     if tested := summary.get(f"test_of_{which}"):
-        return {COLUMNS[name]: result["accuracy"] for name, result in tested.items()}
+        return {title(result): result["accuracy"] for result in tested.values()}
     row = summary[which]
     held_out = f"on {row['measured_on']} images"
     return {f"{name} {held_out}": row[f"{name}_accuracy"] for name in ("natural", "robust")}

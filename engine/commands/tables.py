@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from engine.common import standard_streams
@@ -27,21 +27,21 @@ def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Print named results by attack, with the number of images, and each attack with all its numbers."""
-    from engine.evaluation.measure import COLUMNS
+    from engine.attacks.table import title
 
-    # Not every network needs the attacks that were added where gradients were masked.
-    any_of = {name: result for found in results.values() for name, result in found.items()}
-    table = Table(
-        "",
-        *(f"{COLUMNS[name]}\nn = {any_of[name]['n']:,}" for name in any_of),
-        box=box.SIMPLE,
-    )
-    for title, found in results.items():
-        cells = (_accuracy(found[name]) if name in found else "" for name in any_of)
-        table.add_row(Text(title), *cells)  # a path is no markup
+    # Not every network needs the attacks that were added where gradients were masked, nor has each all parts.
+    rows = {
+        row: {(result["attack"], title(result)): result for result in found.values()}
+        for row, found in results.items()
+    }
+    any_of = {column: result for found in rows.values() for column, result in found.items()}
+    heads = (Text(f"{head}\nn = {result['n']:,}") for (_, head), result in any_of.items())  # a path is no markup
+    table = Table("", *map(Column, heads), box=box.SIMPLE)
+    for row, found in rows.items():
+        table.add_row(Text(row), *(_accuracy(found[column]) if column in found else "" for column in any_of))
     reporter.table(table)
-    for name, result in any_of.items():
-        reporter.message(f"{COLUMNS[name]}: {result['description']}")
+    for (_, head), result in any_of.items():
+        reporter.message(f"{head}: {result['description']}")
     if any(result.get("warnings") for found in results.values() for result in found.values()):
         reporter.message("* may be too high: see the warnings")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import ASSIGNMENT, CONFIG, RUN
-from engine.commands.options import GroupedCommand, Processes, option, process_options
+from engine.commands.options import GroupedCommand, Processes, import_option, imported, option, process_options
 
 if TYPE_CHECKING:
     from engine.config import RunConfig, Tree
@@ -63,6 +63,7 @@ class _Request:
     metavar="DIR",
     help="Continue that run; auto: the one of these settings, if it began.",
 )
+@import_option
 @process_options
 @option(
     "--seeds",
@@ -114,6 +115,7 @@ def train(
     changes = merge(
         *(nested(name, value) for name, value in given.items()),
         *(parse_assignment(text) for text in assignments),
+        {"imports": imported()} if imported() else {},
     )
     if directory is None:
         config = load(_read_config(config_file), changes)
@@ -164,6 +166,7 @@ def _launch(request: _Request, count: int) -> None:
     from engine.common.console import ConsoleReporter
     from engine.common.stopping import EXIT_INTERRUPTED
     from engine.config import assignments
+    from engine.plugins import imports
     from engine.runs import lifecycle
     from engine.runs.run_directory import PreparedRun, RunDir
     from engine.system import launcher
@@ -178,6 +181,7 @@ def _launch(request: _Request, count: int) -> None:
         "--resume",
         str(prepared.run.path),
         *assignments(prepared.changes),
+        *imports.arguments(request.config),
     ]
     arguments += [
         "--timeout",
@@ -235,9 +239,8 @@ def _check_seeds(given: Mapping[str, Any], assignments: Sequence[str], *, begins
 
 def _name_recipe(config: RunConfig) -> None:
     """Tell of the row of the paper's Tables 2-4 that a run resembles: its settings may not be the defaults."""
-    from engine import recipes
     from engine.common.console import ConsoleReporter
-    from engine.config import load
+    from engine.config import load, recipes
     from engine.system.distributed import is_launched
 
     if config.limit_train is not None or is_launched():
@@ -258,7 +261,7 @@ def _read_config(name: str | None) -> Tree:
     if name is None:
         return {}
     if name.startswith("recipe:"):
-        from engine import recipes
+        from engine.config import recipes
 
         recipe = recipes.get(name.removeprefix("recipe:"))
         # Measure what the row prints; AutoAttack takes hours and is left to `engine eval`.

@@ -125,6 +125,14 @@ def regular_file(path: Path, most: int | None = None) -> Path:
     return path
 
 
+def checkpoint_of(name: str) -> Path:
+    """A file, or the best checkpoint of a run directory. Raises ValueError where that cannot be looked up."""
+    try:
+        return Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
+
+
 def cache_dir() -> Path:
     """$ENGINE_CACHE, else iad-engine in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("ENGINE_CACHE"):

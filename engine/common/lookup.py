@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 Entry = typing.TypeVar("Entry")
 
@@ -22,6 +22,27 @@ def check_known(argument: str, name: object, known: Iterable[object]) -> None:
     known = tuple(known)
     if name not in known:
         raise ValueError(f"{argument}: {name!r} is not known; {nearest(name, known)}")
+
+
+OBJECT = "python:"
+"""Begin of the names in a configuration that stand for objects of a Python program."""
+
+
+IMPORT_HINT = "one of your own needs --import FILE"
+
+
+def check_registered(argument: str, name: object, known: Iterable[object], imports: Sequence[str] = ()) -> None:
+    """`check_known` for names that users may add. imports: what was imported where the name comes from."""
+    known = tuple(known)
+    if name in known:
+        return
+    if str(name).startswith(OBJECT):
+        raise ValueError(
+            f"{argument}: {name!r} stands for an object that was given to engine.train; in Python, "
+            f"engine.resume(PATH, {argument}=...) goes on with the same one"
+        )
+    hint = f"it was made with --import {' --import '.join(imports)}" if imports else IMPORT_HINT
+    raise ValueError(f"{argument}: {name!r} is not known; {nearest(name, known)}; {hint}")
 
 
 def look_up(argument: str, name: typing.Any, table: Mapping[typing.Any, Entry]) -> Entry:

@@ -1,7 +1,7 @@
 """The configuration of a run: frozen, typed, validated, and the facts of every key. Imports no torch.
 
 A configuration is always complete. What the user leaves out comes from the table of defaults of the method and
-the semantics (`engine.semantics`), so no field means "to be decided later"; see `load`.
+the semantics (`engine.config.semantics`), so no field means "to be decided later"; see `load`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from engine.config.loading import (
 from engine.config.sections import (
     DEFAULTS,
     KEYS,
-    TERMS,
     AttackSpec,
     AveragingConfig,
     AwpConfig,
@@ -50,7 +49,6 @@ __all__ = [
     "GROUPS",
     "KEYS",
     "LARGEST_IMAGE",
-    "TERMS",
     "AttackSpec",
     "AveragingConfig",
     "AwpConfig",

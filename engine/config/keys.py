@@ -16,7 +16,17 @@ GROUPS: tuple[Group, ...] = typing.get_args(Group)
 """Groups of the flags in `engine train --help`, in order."""
 
 Values = Literal[
-    "method", "teacher method", "model", "dataset", "normalisation", "attack", "device", "file", "dir", "path"
+    "method",
+    "teacher method",
+    "model",
+    "dataset",
+    "normalisation",
+    "attack",
+    "attack loss",
+    "device",
+    "file",
+    "dir",
+    "path",
 ]
 """Values of a key that a table or the file system knows, and the key's annotation does not."""
 

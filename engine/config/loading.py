@@ -9,15 +9,17 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from engine import semantics
 from engine.common import yaml_text
 from engine.common.files import expand_user, regular_file
 from engine.common.lookup import look_up, nearest
+from engine.config import semantics
 from engine.config.keys import Key
-from engine.config.sections import KEYS, TERMS, LossConfig, RunConfig, Section, Tree, flat
+from engine.config.sections import KEYS, LossConfig, RunConfig, Section, Tree, flat
+from engine.objectives import TERMS
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
 _END = "...\n"  # of a YAML document that is a bare value
+_RISES = ("one-cycle", "cyclic")  # schedules in which the rate rises
 
 
 def part(tree: Mapping[str, Any], wanted: Callable[[Key], bool]) -> Tree:
@@ -239,8 +241,13 @@ def _check_across(config: RunConfig) -> None:
     check_reading(config.semantics, config.loss)
     if config.micro_batch == "auto" and config.sync_bn == "on":
         raise ValueError("micro_batch: 'auto' and sync_bn exclude each other; give micro_batch a number")
-    if config.optim.schedule == "one-cycle" and config.optim.lr_warmup:
-        raise ValueError("optim.lr_warmup: the one-cycle schedule has a warm-up of its own")
+    if config.optim.schedule in _RISES and config.optim.lr_warmup:
+        raise ValueError(f"optim.lr_warmup: the {config.optim.schedule} schedule has a warm-up of its own")
+    if config.attack.start_epsilon is not None and config.attack.random_start != "uniform":
+        raise ValueError(
+            f"attack.start_epsilon: it is of a uniform start, and attack.random_start is "
+            f"{config.attack.random_start!r}"
+        )
     if config.dtype == "float64" and config.amp:
         raise ValueError("amp: mixed precision and dtype=float64 exclude each other")
     if config.compile == "on" and config.checkpoint_activations:

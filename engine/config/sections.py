@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from engine.common.lookup import check_known
 from engine.config.keys import Key, collect, own, runtime, shared
 from engine.config.values import (
     LARGEST_IMAGE,
@@ -18,6 +19,7 @@ from engine.config.values import (
     Length,
     NotNegative,
     Number,
+    OverfittingGuard,
     PartOfRun,
     PathText,
     Positive,
@@ -26,10 +28,14 @@ from engine.config.values import (
     Triple,
     Utf8PathText,
 )
+from engine.objectives import ATTACK_LOSSES
 
 Tree = dict[str, Any]
-TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")
-"""The six terms of the loss, in the order of the paper's Table 1."""
+
+
+def _known_attack_loss(name: str) -> str:
+    check_known("attack.loss", name, ATTACK_LOSSES)
+    return name
 
 
 class Section(BaseModel):
@@ -47,11 +53,47 @@ class LossConfig(Section):
     gamma: Annotated[NotNegative | None, own("constant weight of the self term (Table 9)", null="1 - alpha")] = (
         None
     )
-    lam: Annotated[Number, Field(ge=0, le=1), own("lambda of ARD and IAD-I")] = 0.0
+    lam: Annotated[
+        Number,
+        Field(ge=0, le=1),
+        own(
+            "lambda of ARD, IAD-I and AdaIAD: part of the clean cross-entropy; of RSLAD and AdaAD: part of the "
+            "clean divergence; of SAAD: weight of it"
+        ),
+    ] = 0.0
     lam1: Annotated[NotNegative, own("lambda_1 of AKD2 and IAD-II: cross-entropy")] = 0.25
     lam2: Annotated[NotNegative, own("lambda_2: robust teacher")] = 0.5
     lam3: Annotated[NotNegative, own("lambda_3: standard teacher")] = 0.25
-    trades_lambda: Annotated[NotNegative, own("weight of the self term of TRADES")] = 6.0
+    trades_lambda: Annotated[NotNegative, own("weight of the self term of TRADES, and of MART")] = 6.0
+    igdm: Annotated[
+        NotNegative,
+        own(
+            "weight of the divergence of differences of SAAD and METHOD+igdm, at the end of its growth", later=True
+        ),
+    ] = 1.0
+    growth_epochs: Annotated[
+        Count | None,
+        own(
+            "epochs in which a weight grows to its value: in epoch e it is e / growth_epochs of it",
+            null="all",
+            later=True,
+        ),
+    ] = None
+    balance_rate: Annotated[
+        Number,
+        Field(ge=0, le=1),
+        own(
+            "rate at which MTARD's weights follow the progress of both terms; it falls with the learning rate",
+            later=True,
+        ),
+    ] = 0.025
+    balance_floor: Annotated[
+        NotNegative,
+        own("added to the target in the logarithm of the terms that MTARD's weights follow", later=True),
+    ] = 0.0
+    entropy_order: Annotated[
+        Positive, own("order of the Renyi entropy by which SAAD weighs samples; 1: Shannon's", later=True)
+    ] = 1.0
     weights: Annotated[
         dict[str, Number | tuple[Number, Number]],
         own("cells of the method's row to replace, by term: a number, or `[a, b]` for a + b alpha"),
@@ -81,15 +123,27 @@ class AttackSpec(Section):
     random_start: Annotated[
         Literal["none", "uniform", "gaussian"], own("`none`, `uniform` in the ball, or `gaussian`")
     ] = "uniform"
+    start_epsilon: Annotated[
+        Length | None, own("radius of the ball of the uniform start", null="`epsilon`", later=True)
+    ] = None
     gaussian_std: Annotated[Positive, own("standard deviation of the gaussian start")] = 0.001
     clamp_start: Annotated[bool, own("clamp the start to [0, 1]")] = True
+    project: Annotated[
+        bool,
+        own("project every step onto the ball of `epsilon`; `false`: images stay in [0, 1] alone", later=True),
+    ] = True
     loss: Annotated[
-        Literal["ce", "kl", "cw", "dlr"],
+        str,
+        AfterValidator(_known_attack_loss),
         own(
-            "loss to maximise: `ce` cross-entropy, `kl` divergence from S(x), `cw` margin, `dlr` difference of "
-            "logits ratio"
+            "loss to maximise: {names}, see [loss.md](loss.md#losses-of-an-attack)",
+            values="attack loss",
         ),
     ] = "ce"
+    slope: Annotated[
+        Number,
+        own("of `kl-teacher-linear`: part of the gradient of T(x)_y along which the target moves", later=True),
+    ] = 1.0
     kappa: Annotated[NotNegative, own("confidence of the margin")] = 50.0
     bn: Annotated[
         Literal["train", "eval", "batch"],
@@ -103,17 +157,23 @@ class AttackSpec(Section):
 
 
 class ForwardsConfig(Section):
-    """Forwards whose output no term needs, kept because they move BatchNorm's running statistics."""
+    """Forwards of the student: their order, and those whose output no term needs.
 
+    Both matter through BatchNorm's running statistics alone, which every forward moves.
+    """
+
+    first: Annotated[
+        Literal["adv", "nat"], own("the first of `adv` S(x~) and `nat` S(x); S(x-) follows S(x~)", later=True)
+    ] = "adv"
     clean: Annotated[
         Literal["skip", "no_grad", "grad"], own("S(x) where no term reads it: `skip`, `no_grad` or `grad`")
     ] = "skip"
     idle: Annotated[
-        Literal[False, True, "iad1", "trades"],
+        Literal[False, True, "iad1", "trades", "adaiad"],
         own(
             "further forwards: `false`: none; `iad1`: S(x~) again, and after the warm-up S(x) too, as "
-            "published; `trades`: S(x) before S(x~), as published; `true`: "
-            "those of `iad1`, after the warm-up alone"
+            "published; `trades`: S(x) before S(x~), as published; `adaiad`: S(x) before S(x~), and after the "
+            "warm-up S(x) at the end too, as published; `true`: those of `iad1`, after the warm-up alone"
         ),
     ] = False
 
@@ -136,10 +196,11 @@ class OptimConfig(Section):
         2e-4
     )
     schedule: Annotated[
-        Literal["milestones", "cosine", "one-cycle"],
+        Literal["milestones", "cosine", "one-cycle", "cyclic"],
         shared(
             "`milestones`; `cosine`: half a wave down to 0; `one-cycle`: up from `lr`/25 in 30 % of the run, "
-            "then down to nothing"
+            "then down to nothing; `cyclic`: straight up from 0 in the first half of the run, straight down to 0 "
+            "in the second"
         ),
     ] = "milestones"
     milestones: Annotated[tuple[PartOfRun, ...], shared("parts of the run, ascending")] = (0.5, 0.75)
@@ -487,6 +548,17 @@ class RunConfig(Section):
             group="method",
         ),
     ] = "warn"
+    overfitting_guard: Annotated[
+        OverfittingGuard,
+        Key(
+            "where one-step training overfits to its own attack: `warn`, `stop` the run, `rollback`: go back to "
+            "the last good epoch and on with more steps, or `off`, see "
+            "[run-directory.md](run-directory.md#overfitting-of-one-step-training)",
+            flag="--overfitting-guard",
+            group="method",
+            resume="free",
+        ),
+    ] = "warn"
     device: Annotated[
         str,
         runtime(
@@ -523,6 +595,17 @@ class RunConfig(Section):
         ),
     ] = 0
     log_every: Annotated[Count, runtime("steps between rows of `metrics.jsonl`")] = 50
+    imports: Annotated[
+        tuple[PathText, ...],
+        runtime(
+            "Python files and modules that register [names of your own](extending.md) in this run; `--import` "
+            "alone runs them"
+        ),
+    ] = ()
+    loggers: Annotated[
+        tuple[str, ...],
+        runtime("[loggers of your own](extending.md#a-logger) that get every row of `metrics.jsonl`"),
+    ] = ()
     loss: LossConfig = LossConfig()
     attack: AttackSpec = AttackSpec()
     forwards: ForwardsConfig = ForwardsConfig()

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from engine.attacks import autoattack
-from engine.common.lookup import check_known
-from engine.evaluation.results import COLUMNS
+from engine.attacks import table
+from engine.evaluation.dataset_items import DatasetItems
 from engine.pipelines.splits import Indexable
 
 
@@ -26,27 +26,25 @@ class LabelledImages(Protocol):
         """Integers, N."""
 
 
+Data = LabelledImages | tuple[Tensor, Tensor] | Dataset[Any]
+"""A Dataset gives pairs (image, label): images float CHW in [0, 1], or uint8 CHW or HWC."""
+
+
 def check_names(attacks: Iterable[str]) -> list[str]:
-    """The names, each once. Raises ValueError for an unknown one, and for AutoAttack where it is not installed."""
-    if isinstance(attacks, str) or not isinstance(attacks, Iterable):
-        raise ValueError(f"attacks: expected a list of names such as 'pgd20', got {attacks!r:.100}")
-    names = []
-    for name in attacks:
-        if not isinstance(name, str):
-            raise ValueError(f"attacks: expected names such as 'pgd20', got {name!r:.100}")
-        check_known("attack", name, COLUMNS)
-        names.append(name)
-    if "aa" in names:
-        autoattack.installed()
-    return list(dict.fromkeys(names))
+    """The names, each once. Raises ValueError for an unknown one, and where what an attack needs is not there."""
+    return [attack.name for attack in table.resolve(attacks)]
 
 
-def check_data(data: LabelledImages | tuple[Tensor, Tensor]) -> tuple[Tensor | Indexable, Tensor]:
+def check_data(data: Data) -> tuple[Tensor | Indexable, Tensor]:
     """Images as they are, and labels as int64 on the CPU. Raises ValueError where they do not fit."""
+    if isinstance(data, Dataset):
+        items = DatasetItems(data)
+        return items, items.labels
     pair: Any = data if isinstance(data, tuple) else (getattr(data, "images", None), getattr(data, "labels", None))
     if len(pair) != 2 or any(part is None for part in pair):
         raise ValueError(
-            f"data: expected (images, labels), or an object with .images and .labels, got {type(data).__name__}"
+            "data: expected (images, labels), a torch Dataset, or an object with .images and .labels, "
+            f"got {type(data).__name__}"
         )
     images, labels = pair
     if not isinstance(labels, Tensor):

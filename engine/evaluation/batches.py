@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attacks import autoattack
+from engine.attacks.autoattack import Outcome, complaints
+from engine.attacks.kinds import Perturb
 from engine.attacks.masking import MOST_ZEROS
 from engine.attacks.pgd import NORMS
 from engine.common.stopping import RunFailed, Stop
@@ -39,17 +40,18 @@ def batch_of(
     return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(device)
 
 
-Perturb = Callable[[Tensor, Tensor, Tensor], "Tensor | autoattack.Outcome"]
-"""(x_nat, labels, sample) -> x_adv, or AutoAttack's outcome."""
-
-
 class Attack(NamedTuple):
-    """Attack of an evaluation. parts: steps that an image has to survive, in order."""
+    """Attack that is made. crafts_on: the network whose gradients it takes. parts: to survive, in order.
+
+    by_image: every gradient is of all images of the batch, so that those without one can be counted.
+    """
 
     name: str
     description: str
     perturb: Perturb
-    parts: tuple[str, ...] = ("all",)
+    crafts_on: nn.Module
+    parts: tuple[str, ...]
+    by_image: bool
 
 
 class _GradientCounts:
@@ -81,7 +83,7 @@ class _GradientCounts:
         self.entries += gradient.numel()
         self.zeros += (gradient == 0).sum()
         self.not_finite += (~gradient.isfinite()).sum()
-        if len(gradient) == len(self.useless_B):  # AutoAttack's passes are of those images that are left
+        if len(gradient) == len(self.useless_B):  # some attacks' passes are of those images that are left
             self.useless_B += useless_B
 
     def hidden_B(self) -> Tensor:
@@ -136,10 +138,10 @@ class BatchRunner:
         begin = time.perf_counter()
         x_nat, labels_B = self.batch(sample_B)
         gradients = _GradientCounts(len(sample_B), x_nat.device)
-        with gradients.of(self.model):
+        with gradients.of(attack.crafts_on):
             attacked = attack.perturb(x_nat, labels_B, sample_B.to(x_nat.device))
         x_adv, survived_parts_B, flags = (
-            attacked if isinstance(attacked, autoattack.Outcome) else (attacked, torch.zeros_like(labels_B), 0)
+            attacked if isinstance(attacked, Outcome) else (attacked, torch.zeros_like(labels_B), 0)
         )
         logits_BC = self.model(x_adv.to(x_nat.dtype))
         correct_B = logits_BC.argmax(dim=1) == labels_B
@@ -199,7 +201,7 @@ class _BatchTable:
             seconds=seconds,
             zero_gradients=zeros / entries if entries else None,
             non_finite_gradients=not_finite / entries if entries else None,
-            masked=masked / n if entries and len(attack.parts) == 1 else None,
+            masked=masked / n if entries and attack.by_image else None,
             parts={
                 part: count / n for part, count in zip(attack.parts, survived, strict=True) if len(survived) > 1
             },
@@ -207,7 +209,7 @@ class _BatchTable:
             verdicts=survived_N == len(attack.parts),
         )
         flags = reduce(or_, map(int, sums[-1].tolist()))
-        of_parts = autoattack.complaints(flags, survived) if result.parts else ()
+        of_parts = complaints(name, flags, dict(zip(attack.parts, survived, strict=True)))
         return replace(result, warnings=(*gradient_warnings(result), *of_parts))
 
 

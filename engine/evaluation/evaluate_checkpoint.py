@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from engine.attacks import autoattack
-from engine.attacks.pgd import presets
-from engine.common import optional
+from engine.attacks import table
+from engine.attacks.kinds import EvaluationAttack, Task
 from engine.common.console import Reporter
 from engine.common.files import code_hash
 from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import reports
-from engine.evaluation.arguments import check_names
-from engine.evaluation.measure import evaluate
+from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
-from engine.evaluation.results import COLUMNS, UNMASKED, Result, further, is_chance
+from engine.evaluation.results import UNMASKED, Result, further, is_chance
 from engine.models.weights import LoadedModel, load_model, weights_sha256
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request, limited
@@ -39,11 +36,12 @@ _AS_IN_TRAINING = ("dataset", "data", "image_size", "on_bad_image", "attack")
 class EvaluationConfig:
     """Choices of one evaluation; what is None is as in the checkpoint's training.
 
+    attacks: as of `evaluate`.
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
     weights, normalize: of the file, as in `load_model`. epsilon: in [0, 1], or a fraction such as "8/255".
     """
 
-    attacks: Sequence[str]
+    attacks: Attacks
     limit: int | None = None
     limit_aa: int | None = None
     dataset: str | None = None
@@ -98,7 +96,7 @@ def run(
     Raises ValueError for whatever cannot be evaluated, and RunFailed for logits that are not finite and for a full
     disk, in one line.
     """
-    names = check_names(config.attacks)
+    attacks = table.resolve(config.attacks)
     loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
     wanted = config.completed(loaded)
     world = world or World()
@@ -112,8 +110,8 @@ def run(
     )
     images = datasets.find(wanted.dataset, wanted.data, request)
     loaded = loaded.for_classes(images.class_names)
-    if "aa" in names:
-        autoattack.check_classes(loaded.num_classes)
+    for attack in attacks:
+        table.check_defined(attack, loaded.num_classes, wanted.attack.threat_model)
     reporter.skipped("test", images.test.skipped)
     for note in loaded.notes:
         reporter.message(f"Note: {note}")
@@ -131,8 +129,12 @@ def run(
         "engine": record["engine"],
         "torch": record["versions"]["torch"],
     }
-    subject = _Subject(network, images.test, config, (wanted.attack.epsilon, wanted.attack.threat_model), identity)
-    measured = _Evaluation(checkpoint, subject, reporter, world).measure(names, record, out)
+    ball = (wanted.attack.epsilon, wanted.attack.threat_model)
+    task = Task(network, loaded.num_classes, ball, config.seed, images.class_names)
+    for note in (note for attack in attacks for note in attack.notes(task)):
+        reporter.message(f"Note: {note}")
+    subject = _Subject(task, images.test, config, identity)
+    measured = _Evaluation(checkpoint, subject, reporter, world).measure(attacks, record, out)
     if loaded.config is None and loaded.normalize is None and (natural := measured.get("natural")):
         _suggest_normalisation(reporter, natural, loaded)
     method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
@@ -155,12 +157,11 @@ def _record(
 
 @dataclass(frozen=True)
 class _Subject:
-    """Network and images of an evaluation. ball: epsilon, threat model. identity: decides the numbers."""
+    """Network and images of an evaluation. identity: decides the numbers of every attack."""
 
-    network: nn.Module
+    task: Task
     images: datasets.AnySplit
     config: EvaluationConfig
-    ball: tuple[float, str]
     identity: Mapping[str, Any]
 
     def limit(self, name: str) -> int | None:
@@ -171,24 +172,25 @@ class _Subject:
         """Images that an attack gets. Raises ValueError where the limit is below the number of classes."""
         return len(limited(self.images.labels, self.limit(name), 0, "--limit-aa"))
 
-    def parameters(self, name: str) -> dict[str, Any]:
+    def parameters(self, attack: EvaluationAttack) -> dict[str, Any]:
         """Everything that decides an attack's result: equal parameters, equal results."""
-        epsilon, threat_model = self.ball
-        own: dict[str, Any] = {}
-        if name == "aa":
-            package, _ = autoattack.installed()
-            own = {"threat_model": threat_model, "epsilon": epsilon, "version": "standard"}
-            own |= {"batch_size": self.config.batch_size, package: optional.version(package)}
-        elif name != "natural":
-            own = presets(epsilon, threat_model)[name].model_dump(mode="json")
-        return {"attack": name, "n": self.count(name)} | own | dict(self.identity)
+        own = attack.parameters(self.task, self.config.batch_size)
+        return {"attack": attack.name, "n": self.count(attack.name)} | own | dict(self.identity)
 
     def partial_identities(self, parameters: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
-        """Hash by attack of its parameters, the batch size, this code and device: the key of its batches."""
-        also = {"batch_size": self.config.batch_size, "device": next(self.network.parameters()).device.type}
+        """Hash by attack of its parameters, the batch size, this code and device: the key of its batches.
+
+        What a function computes is not always known: its batches are found by no other evaluation then.
+        """
+        also = {"batch_size": self.config.batch_size, "device": next(self.task.model.parameters()).device.type}
         also |= {"code": code_hash(), "versions": record["versions"], "kernels": record["kernels"]}
+        unknown = secrets.token_hex(32)
         return {
-            name: hashlib.sha256(json.dumps([of_attack, also], sort_keys=True).encode()).hexdigest()
+            name: hashlib.sha256(
+                json.dumps(
+                    [of_attack, also, *([unknown] if of_attack.get("code", "") is None else [])], sort_keys=True
+                ).encode()
+            ).hexdigest()
             for name, of_attack in parameters.items()
         }
 
@@ -202,18 +204,21 @@ class _Evaluation:
     reporter: Reporter
     world: World
 
-    def measure(self, names: Sequence[str], record: Mapping[str, Any], out: Path | None) -> Results:
+    def measure(self, attacks: Sequence[EvaluationAttack], record: Mapping[str, Any], out: Path | None) -> Results:
         """Results of the attacks, and of further ones that prove necessary; added to the report."""
-        parameters = {name: self.subject.parameters(name) for name in dict.fromkeys((*names, UNMASKED))}
+        subject, world = self.subject, self.world
         if out is None:
-            return {name: result.as_dict() for name, result in self._measured(names, None).items()}
+            return {name: result.as_dict() for name, result in self._measured(attacks, None).items()}
+        every = {attack.name: attack for attack in (table.find(UNMASKED), *attacks)}
+        parameters = {name: subject.parameters(attack) for name, attack in every.items()}
         folder = reports.notes_of(out)
-        partial = PartialResults(folder, self.subject.partial_identities(parameters, record), self.world.rank)
+        identities = world.broadcast_from_main(lambda: subject.partial_identities(parameters, record))
+        partial = PartialResults(folder, identities, world.rank)
         done = False
         try:
             if others := self.world.broadcast_from_main(lambda: _prepared(out, partial)):
                 self.reporter.message(f"Note: {folder} has notes of {others} attacks with other settings as well")
-            found = {name: result.as_dict() for name, result in self._measured(names, partial).items()}
+            found = {name: result.as_dict() for name, result in self._measured(attacks, partial).items()}
             entries = [{**record, **result, "parameters": parameters[name]} for name, result in found.items()]
             for line in self.world.broadcast_from_main(lambda: _written(out, entries)):
                 self.reporter.message(line)
@@ -222,35 +227,38 @@ class _Evaluation:
             partial.release(done=done)
         return found
 
-    def _measured(self, names: Sequence[str], partial: PartialResults | None) -> dict[str, Result]:
+    def _measured(self, attacks: Sequence[EvaluationAttack], partial: PartialResults | None) -> dict[str, Result]:
         found: dict[str, Result] = {}
         stopping = graceful_stop(self.reporter.message, launched=is_launched())
         with stopping as stop, self.world.collective_errors(stop), precision.deterministic():
-            waiting = list(names)
+            waiting = list(attacks)
             while waiting:
-                name = waiting.pop(0)
-                found |= self._attacked(name, stop, partial)
-                for warning in found[name].warnings:
+                attack = waiting.pop(0)
+                found |= self._attacked(attack, stop, partial)
+                for warning in found[attack.name].warnings:
                     self.reporter.message(f"Warning: {self.checkpoint}: {warning}")
-                if not waiting and (waiting := further(found)):
+                if not waiting and (waiting := [table.find(name) for name in further(found)]):
+                    needed = ", ".join(attack.title for attack in waiting)
                     self.reporter.message(
-                        f"Warning: {self.checkpoint}: gradients were zero, so {COLUMNS[UNMASKED]} is measured too"
+                        f"Warning: {self.checkpoint}: gradients were zero, so {needed} is measured too"
                     )
         return found
 
-    def _attacked(self, name: str, stop: Stop, partial: PartialResults | None) -> dict[str, Result]:
+    def _attacked(self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None) -> dict[str, Result]:
         """The result of one attack, by its name, with a line of progress."""
         subject = self.subject
-        self.reporter.begin(f"{COLUMNS[name]}, {self.checkpoint}", subject.count(name))
+        task = subject.task
+        title = attack.title_of(attack.parts(task.num_classes))
+        self.reporter.begin(f"{title}, {self.checkpoint}", subject.count(attack.name))
         try:
             return evaluate(
-                subject.network,
+                task.model,
                 subject.images,
-                [name],
-                epsilon=subject.ball[0],
-                threat_model=subject.ball[1],
+                [attack],
+                epsilon=task.ball[0],
+                threat_model=task.ball[1],
                 batch_size=subject.config.batch_size,
-                limit=subject.limit(name),
+                limit=subject.limit(attack.name),
                 seed=subject.config.seed,
                 on_batch=lambda name, done, total: self.reporter.advance(done),
                 stop=stop,

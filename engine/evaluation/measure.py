@@ -5,18 +5,18 @@ Shape suffixes: B batch, N all samples.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from engine.attacks import autoattack
-from engine.attacks.autoattack import AutoAttack
-from engine.attacks.pgd import batch_norm_mode, describe, frozen, pgd, presets
+from engine.attacks import table
+from engine.attacks.kinds import AttackFunction, EvaluationAttack, Task
+from engine.attacks.pgd import batch_norm_mode, frozen, presets
 from engine.common.stopping import Stop
 from engine.evaluation.arguments import (
+    Data,
     LabelledImages,
     check_data,
     check_names,
@@ -26,13 +26,12 @@ from engine.evaluation.arguments import (
 )
 from engine.evaluation.batches import Attack, BatchRunner, batch_of
 from engine.evaluation.partial_results import PartialResults
-from engine.evaluation.results import COLUMNS, UNMASKED, Result, few_images, further, is_chance
+from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance
 from engine.pipelines.splits import limited
 from engine.system.distributed import World
 from engine.system.precision import full_precision
 
 __all__ = [
-    "COLUMNS",
     "UNMASKED",
     "LabelledImages",
     "Result",
@@ -45,11 +44,16 @@ __all__ = [
 ]
 
 
+AttackLike = str | EvaluationAttack | AttackFunction | tuple[str, AttackFunction]
+Attacks = Iterable[AttackLike] | Mapping[str, AttackFunction]
+"""Names, and functions f(model, x, y) -> x_adv, which may have a name in a pair or a mapping."""
+
+
 # many parameters: the public door, where each keyword is one choice of a measurement
 def evaluate(
     model: nn.Module,
-    data: LabelledImages | tuple[Tensor, Tensor],
-    attacks: Iterable[str],
+    data: Data,
+    attacks: Attacks,
     *,
     epsilon: float = 8 / 255,
     threat_model: str = "Linf",
@@ -64,7 +68,9 @@ def evaluate(
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
-    data: (images, labels), images uint8 NHWC or float NCHW in [0, 1]. attacks: keys of `COLUMNS`.
+    data: (images, labels), images uint8 NHWC or float NCHW in [0, 1]; or a torch Dataset of pairs (image, label).
+    attacks: names of `engine.attacks.table`; functions f(model, x, y) -> x_adv, by their own names or in pairs
+    (name, f); or a mapping of names to functions. See `table.add` for what else f may ask for.
     epsilon, threat_model: the ball of every attack. device: the model's, unless given.
     limit: that many samples, of every class as equally many as there are, whatever the order of the data; the
     choice depends on the labels alone. None: all.
@@ -75,17 +81,18 @@ def evaluate(
 
     Runs in eval mode and in the dtype of the parameters, float32 or float64, without autocast and TF32. Every mode
     and flag and the global random state come back. A random start depends on the seed, the attack and the sample's
-    index in data alone, so neither on the batch nor on the limit. AutoAttack draws its numbers batch by batch.
+    index in data alone, so neither on the batch nor on the limit. AutoAttack, its parts and functions draw their
+    numbers batch by batch.
 
-    Raises ValueError for bad arguments, bad data, unknown attacks, and AutoAttack where it is not installed or the
-    model has fewer than 4 classes; FloatingPointError where logits are not finite; RunFailed where an attack
+    Raises ValueError for bad arguments, bad data, unknown attacks, and attacks that are not installed or not
+    defined for the model's classes; FloatingPointError where logits are not finite; RunFailed where an attack
     leaves its ball; Interrupted after a stop.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     images_N, labels_N = check_data(data)
     presets(epsilon, threat_model)  # refuses a bad ball
-    names = check_names(attacks)
+    chosen = table.resolve(attacks)
     check_whole("batch_size", batch_size, least=1)
     check_whole("seed", seed, least=0)
     sample_N = limited(labels_N, limit, 0, "limit")
@@ -98,34 +105,24 @@ def evaluate(
     with _undisturbed(model, where):
         runner = BatchRunner(model, batch, ball, on_batch, stop or Stop(), world, partial)
         num_classes = count_classes(model, batch(sample_N[:1])[0], labels_N)
-        size = f"{len(sample_N)} images, batch {batch_size}"
+        class_names = tuple(getattr(data, "class_names", ())) or None
+        task = Task(model, num_classes, ball, seed, class_names, world.heartbeat)
         # All attacks are made, and refused, before the first batch.
-        wanted = [
-            _autoattack(runner, num_classes, seed, size) if name == "aa" else _pgd(name, model, ball, seed)
-            for name in names
-        ]
+        wanted = [_made(attack, task, f"{len(sample_N)} images, batch {batch_size}") for attack in chosen]
         return {attack.name: runner.result(attack, sample_N, batch_size) for attack in wanted}
 
 
-def _pgd(name: str, model: nn.Module, ball: tuple[float, str], seed: int) -> Attack:
-    """The attack of the presets, or none for "natural"."""
-    if name == "natural":
-        return Attack(name, "no attack", lambda x_nat, labels_B, sample_B: x_nat)
-    spec, counter = presets(*ball)[name], zlib.crc32(name.encode())
+def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
+    """The attack on the model. Raises ValueError where it cannot be made."""
+    table.check_defined(attack, task.num_classes, task.ball[1])
     return Attack(
-        name,
-        describe(spec),
-        lambda x_nat, labels_B, sample_B: pgd(
-            model, x_nat, labels_B, spec, seed=seed, counter=counter, sample=sample_B
-        ),
+        attack.name,
+        attack.describe(task, size),
+        attack.make(task),
+        attack.crafts_on(task),
+        attack.parts(task.num_classes),
+        attack.takes_whole_batches,
     )
-
-
-def _autoattack(runner: BatchRunner, num_classes: int, seed: int, size: str) -> Attack:
-    epsilon, threat_model = runner.ball
-    aa = AutoAttack(runner.model, num_classes, (threat_model, epsilon), seed, runner.world.heartbeat)
-    description = f"{aa.description}, {size}, seed {seed}"
-    return Attack("aa", description, lambda x_nat, labels_B, sample_B: aa(x_nat, labels_B), autoattack.AA_PARTS)
 
 
 @contextmanager

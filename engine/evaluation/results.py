@@ -1,4 +1,4 @@
-"""Accuracy under one attack: its numbers, its warnings, and the names of the attacks."""
+"""Accuracy under one attack: its numbers and its warnings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attacks.masking import MOST_MASKED, MOST_ZEROS
-
-COLUMNS = {
-    "natural": "Natural",
-    "fgsm": "FGSM",
-    "fgsm-rs": "FGSM-RS",
-    "pgd10": "PGD-10",
-    "pgd20": "PGD-20",
-    "pgd20-dlr": "PGD-20 DLR",
-    "cw": "CW-inf",
-    "aa": "AA",
-}
-"""Every name that `evaluate` knows, with its title in a table."""
+from engine.attacks.table import TRANSFER
 
 UNMASKED = "pgd20-dlr"
 """The attack whose loss no factor on the logits changes."""
@@ -73,8 +62,11 @@ class Result:
 
 
 def further(results: Mapping[str, Result]) -> list[str]:
-    """The attack that is needed beside these: where gradients were masked, one with another loss."""
-    masked = any(result.is_masked for result in results.values())
+    """The attack that is needed beside these: where gradients were masked, one with another loss.
+
+    Gradients of another network, from which images are transferred, say nothing of this one.
+    """
+    masked = any(result.is_masked for name, result in results.items() if not name.startswith(TRANSFER))
     return [UNMASKED] if masked and UNMASKED not in results else []
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from engine.common.lookup import nearest
+from engine.common.errors import printable
+from engine.common.lookup import check_registered
 from engine.models.networks.mobilenetv2 import MobileNetV2
 from engine.models.networks.preactresnet import PreActResNet
 from engine.models.networks.resnet import ResNet
@@ -24,11 +25,13 @@ class Architecture:
     """One entry of the table of architectures.
 
     builder: from the number of classes to the network. input_sizes: the heights and widths it is meant for.
+    version: of a network that was registered, differs where its code may; "" of those in this package.
     """
 
     summary: str
     builder: Callable[[int], nn.Module]
     input_sizes: tuple[int, ...] = (32, 64)
+    version: str = ""
 
 
 TABLE: dict[str, Architecture] = {
@@ -64,8 +67,7 @@ TABLE: dict[str, Architecture] = {
 
 def check(name: str) -> None:
     """Raise ValueError where there is no architecture of that name."""
-    if name not in TABLE:
-        raise ValueError(f"model: {name!r} is not known; {nearest(name, TABLE)}")
+    check_registered("model", name, TABLE)
 
 
 def build(name: str, num_classes: int, *, normalize: bool = False, dataset: str | None = None) -> nn.Module:
@@ -86,6 +88,42 @@ def build(name: str, num_classes: int, *, normalize: bool = False, dataset: str 
             )
         model.normalize = Normalize(*constants(dataset))
     return model
+
+
+def is_registered(name: str) -> bool:
+    """True for a network of the user's: whatever is not of this package."""
+    return name not in TABLE or bool(TABLE[name].version)
+
+
+def build_to_fill(name: str, num_classes: int, *, normalize: bool = False) -> nn.Module:
+    """The network for weights that replace its own at once; torch's global generator is left alone.
+
+    On the meta device, without memory or random numbers; a registered one on the CPU, since it may hold values
+    that are neither parameters nor buffers of its state dict. Raises ValueError as `build` does.
+    """
+    check(name)
+    if is_registered(name):
+        with torch.random.fork_rng(devices=[]):
+            return build(name, num_classes, normalize=normalize)
+    with torch.device("meta"):
+        return build(name, num_classes, normalize=normalize)
+
+
+def check_logits(name: str, network: nn.Module, images_BCHW: Tensor, num_classes: int) -> None:
+    """Raise ValueError, one line, where a network gives no logits (B, C) of such images."""
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            logits = network.eval()(images_BCHW)
+    except Exception as error:
+        raise ValueError(
+            f"model: {name} fails on images {tuple(images_BCHW.shape)} in channels_last: {printable(error):.300}"
+        ) from error
+    finally:
+        network.train(was_training)
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != (len(images_BCHW), num_classes):
+        raise ValueError(f"model: {name} must give logits ({len(images_BCHW)}, {num_classes}), and gives {got}")
 
 
 class _Reached(Exception):

@@ -16,9 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
 from engine import __version__
+from engine.common.errors import printable
 from engine.common.files import code_hash
+from engine.common.lookup import check_registered
 from engine.common.tensor_files import Content, read_tensors, short_repr
-from engine.models import TABLE, build, state_dicts
+from engine.models import TABLE, build_to_fill, is_registered, state_dicts
 from engine.models import class_names as names_of_classes
 from engine.models.normalize import RGB, normalisation
 from engine.models.state_dicts import State
@@ -117,6 +119,10 @@ class LoadedModel:
                 raise ValueError(
                     f"the checkpoint's head has {self.num_classes} classes, the data set has {len(names)}"
                 )
+            if order and is_registered(self.name):
+                raise ValueError(
+                    f"its classes are in another order than the data's, and the head of {self.name} is not known"
+                )
             if order:
                 self.module.load_state_dict(state_dicts.in_order(self.module.state_dict(), order))
         except ValueError as error:
@@ -189,10 +195,14 @@ def read_weights(path: str | Path, weights: str | None = None) -> Weights:
         check_own(path, content)
         notes += origin(payload)
     taken, state, of_choice = state_dicts.choose(path, payload, weights)
-    state, normalisation = state_dicts.split_normalisation(path, state)
-    state = state_dicts.unwrapped(state, sequential=bool(normalisation))
-    state, dropped = state_dicts.without_sub_block1(state)
-    head = state_dicts.head(state)
+    normalisation: State = {}
+    dropped: tuple[str, ...] = ()
+    head = None
+    if not (own and is_registered(payload["model"]["name"])):  # whose names are its own, whatever they look like
+        state, normalisation = state_dicts.split_normalisation(path, state)
+        state = state_dicts.unwrapped(state, sequential=bool(normalisation))
+        state, dropped = state_dicts.without_sub_block1(state)
+        head = state_dicts.head(state)
     recorded = payload["model"]["num_classes"] if own else None
     count = recorded if head is None else state[f"{head}.weight"].shape[0]
     names = names_of_classes.found_in(payload)
@@ -246,19 +256,15 @@ def load_model(
     # Without a head, any number leads to the error below.
     classes = found.num_classes or num_classes or len(class_names or ()) or 2
     try:
-        with torch.device("meta"):  # neither memory nor random numbers for values that are replaced at once
-            module = build(name, classes, normalize=told is not None)
+        check_registered("model", name, TABLE, _imports(found.config))
+        module = build_to_fill(name, classes, normalize=told is not None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     expected = module.state_dict()
     if differences := _differences(state, expected):
         raise ValueError(f"{path}: these are no weights of {name}: {differences}")
     _check_values(path, state)
-    # Normalisation is often written down in float64 beside a network in float32; it does not count.
-    if any(state[key].dtype == torch.float64 for key, _ in module.named_parameters()):
-        module.to(torch.float64)
-    counters = {key: torch.zeros((), dtype=torch.int64) for key in expected if _is_counter(key)}
-    module.to_empty(device="cpu").load_state_dict(counters | state)
+    _fill(name, module, state)
     loaded = LoadedModel(
         path=path,
         module=module.eval(),
@@ -273,6 +279,23 @@ def load_model(
         notes=(*found.notes, *of_normalisation, *_constant(state)),
     )
     return loaded if class_names is None else loaded.for_classes(class_names)
+
+
+def _fill(name: str, module: nn.Module, state: State) -> None:
+    """Give a network of `build_to_fill` its weights, on the CPU."""
+    # Normalisation is often written down in float64 beside a network in float32; it does not count.
+    if any(state[key].dtype == torch.float64 for key, _ in module.named_parameters()):
+        module.to(torch.float64)
+    counters = {key: torch.zeros((), dtype=torch.int64) for key in module.state_dict() if _is_counter(key)}
+    if not is_registered(name):
+        module.to_empty(device="cpu")
+    module.load_state_dict(counters | state)
+
+
+def _imports(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Files and modules by which the training of an own checkpoint knew its names."""
+    imports = (config or {}).get("imports")
+    return tuple(printable(name) for name in imports) if isinstance(imports, list) else ()
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -336,8 +359,13 @@ def architecture_of(state: Mapping[str, Tensor]) -> str | None:
     def names(tensors: Mapping[str, Tensor]) -> set[str]:
         return {key for key in tensors if not _is_counter(key) and not key.startswith("normalize.")}
 
-    with torch.device("meta"):
-        return next((name for name in TABLE if names(build(name, 2).state_dict()) == names(state)), None)
+    def fits(name: str) -> bool:
+        try:
+            return names(build_to_fill(name, 2).state_dict()) == names(state)
+        except ValueError:  # of a registered one that does not take two classes
+            return False
+
+    return next((name for name in TABLE if fits(name)), None)
 
 
 def _is_counter(key: str) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine import methods, models
+from engine.attacks import table
+from engine.attacks.kinds import Task
 from engine.common.console import Reporter
 from engine.common.files import expand_user
 from engine.common.lookup import is_on
@@ -34,6 +36,7 @@ from engine.runs.session import Session
 from engine.runs.teachers import Teacher, TrainRun, card, obtain
 from engine.system.distributed import World
 from engine.system.precision import Precision
+from engine.training import plan
 from engine.training.learner import Learner
 from engine.training.micro_batch import count_parts
 from engine.training.speed import Speedometer
@@ -99,6 +102,8 @@ def assemble(
     init_sha256 = (saved or {}).get("init_sha256") if initial is None else initial.sha256
     if saved and saved["data_sha256"] != data.dataset.sha256:
         raise ValueError(f"--resume: {data.dataset.source} changed since {session.run.last} was written")
+    if models.is_registered(config.model):  # told before teachers are trained
+        _check_logits(config.model, build_student(config, data.dataset, precision), data.dataset, data.image_CHW)
     teachers = _obtain_teachers(session, data, saved, train_teacher)
     if world.is_main:
         provenance.write(
@@ -135,6 +140,7 @@ def _assemble_data(
     wanted = saved.get("pipeline", config.pipeline) if saved else config.pipeline
     dataset = given or _load_or_explain(session, wanted, is_new=saved is None)
     world.check_same("the data set", dataset.sha256)
+    _check_attacks(config, dataset)
     training, held_out, selected_on = hold_out(dataset, config.validation)
     if given is None and (warning := few_images(len(held_out))):
         console.message(f"Warning: the best epoch is chosen on {selected_on} images, {warning}")
@@ -151,6 +157,15 @@ def _assemble_data(
     return data
 
 
+def _check_attacks(config: RunConfig, dataset: AnyDataset) -> None:
+    """Raise ValueError where an attack of an evaluation to come is not defined for the data's classes."""
+    names, ball = dataset.class_names, (config.attack.epsilon, config.attack.threat_model)
+    task = Task(nn.Identity(), len(names), ball, config.seed, names)
+    for attack in table.resolve((config.eval.attack, *config.eval.final)):
+        table.check_defined(attack, len(names), config.attack.threat_model)
+        attack.crafts_on(task)  # reads the checkpoint from which images are transferred
+
+
 def _student(session: Session, dataset: AnyDataset, initial: LoadedModel | None) -> nn.Module:
     """The student with its initial weights, of which the console is told, ready for several processes."""
     config, precision = session.config, session.precision
@@ -162,6 +177,15 @@ def _student(session: Session, dataset: AnyDataset, initial: LoadedModel | None)
     if is_on("sync_bn", config.sync_bn) and session.world.size > 1:
         student = synchronise(student, precision.device)
     return student
+
+
+def _check_logits(name: str, network: nn.Module, dataset: AnyDataset, image_CHW: torch.Size) -> None:
+    """Raise ValueError where a user's network gives no logits of the data's classes."""
+    weight = next(network.parameters())
+    images = torch.zeros(2, *image_CHW, device=weight.device, dtype=weight.dtype)
+    models.check_logits(
+        name, network, images.contiguous(memory_format=torch.channels_last), len(dataset.class_names)
+    )
 
 
 def _load_or_explain(session: Session, pipeline: str, *, is_new: bool) -> AnyDataset:
@@ -194,10 +218,12 @@ def _obtain_teachers(
     """The teachers that the method needs, by section; the console is shown their cards."""
     known = saved["teachers_sha256"] if saved else {}
     found: dict[str, Teacher] = {}
-    sections = teacher_sections(method_of(session.config))
+    sections = teacher_sections(session.config)
     # Those from files first: a file that cannot serve is told of before hours of training the other.
     for section in sorted(sections, key=lambda name: getattr(session.config, name).checkpoint is None):
         teacher = obtain(session, section, data.dataset, train_teacher, known.get(section))
+        if section in session.objects.teachers:
+            _check_logits(teacher.name, teacher.model, data.dataset, data.image_CHW)
         if known.get(section, teacher.sha256) != teacher.sha256:
             raise ValueError(f"--resume: {section} is another than before, from {teacher.source}")
         found[section] = teacher
@@ -211,10 +237,9 @@ def method_of(config: RunConfig) -> Method:
     return methods.get(config.method, semantics=config.semantics, loss=config.loss)
 
 
-def teacher_sections(method: Method) -> tuple[str, ...]:
-    """Sections of the configuration ("teacher", "teacher_st") whose teachers the method needs."""
-    needed = {"teacher": method.needs_teacher, "teacher_st": method.needs_teacher_st}
-    return tuple(section for section, is_needed in needed.items() if is_needed)
+def teacher_sections(config: RunConfig) -> tuple[str, ...]:
+    """Sections of the configuration ("teacher", "teacher_st") whose teachers the method and its attack need."""
+    return plan.teachers(method_of(config), config.attack)
 
 
 def load_data(config: RunConfig, console: Reporter, pipeline: str = "auto") -> AnyDataset:
@@ -314,8 +339,10 @@ def build_telemetry(
     config: RunConfig, image_CHW: tuple[int, ...], precision: Precision, world: World | None = None
 ) -> Telemetry:
     """Sums over the steps of the method on such images; `attack_counts` of it are the learner's `counts`."""
-    entries = config.attack.num_steps * torch.Size(image_CHW).numel() if method_of(config).needs_x_adv else 0
-    return Telemetry(precision.device, entries, world)
+    method = method_of(config)
+    entries = config.attack.num_steps * torch.Size(image_CHW).numel() if method.needs_x_adv else 0
+    names = dict.fromkeys(term for phase in method.phases for term in phase.term_names)
+    return Telemetry(precision.device, entries, world, terms=tuple(names))
 
 
 def build_learner(
@@ -356,14 +383,13 @@ def fewest_images(config: RunConfig, sampling: Sampling, processes: int) -> int:
 
 def check_one_image(config: RunConfig, dataset: AnyDataset, image_CHW: torch.Size) -> None:
     """Raise ValueError where one image alone cannot be trained on: BatchNorm sees a single value of a channel."""
-    with torch.device("meta"):
-        network = models.build(config.model, len(dataset.class_names))
+    network = models.build_to_fill(config.model, len(dataset.class_names))
     values: list[int] = []
     for module in network.eval().modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_hook(lambda module, given, out: values.append(out[0, 0].numel()))
     with torch.no_grad():
-        network(torch.empty(1, *image_CHW, device="meta"))
+        network(torch.zeros(1, *image_CHW, device=next(network.parameters()).device))
     if min(values, default=2) == 1:
         raise ValueError(
             f"batch_size: a batch or a part of one has a single image, and {config.model} has maps of 1x1 for "

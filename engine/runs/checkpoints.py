@@ -20,7 +20,7 @@ from engine.config import RunConfig
 from engine.models.weights import FORMAT, Part, Record, check_own, made_by
 from engine.pipelines.selection import PIPELINE_KINDS
 from engine.training.learner import Learner
-from engine.training.telemetry import TOTALS, Totals
+from engine.training.telemetry import SIX_TERMS, Totals, totals_of
 
 Natural = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
@@ -35,7 +35,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _totals(totals: dict[str, float]) -> dict[str, float]:
-    if totals and set(totals) != set(TOTALS):
+    if totals and not set(totals_of(())) <= set(totals):
         raise ValueError("they are not the sums of this version")
     return totals
 
@@ -54,7 +54,8 @@ class Progress(Part):
     epoch and step_in_epoch name the next batch; step counts all batches so far. Where step_in_epoch equals the
     number of steps of an epoch, the epoch is trained and its evaluation is due.
     totals: telemetry of this epoch, read so far. best and last: epoch rows, {} before the first.
-    rows_size: length of metrics.jsonl that belongs to this state.
+    rows_size: length of metrics.jsonl that belongs to this state. rolled_back: the rows of the event "rollback",
+    by whose number the attack has more steps.
     """
 
     epoch: Natural = 0
@@ -64,11 +65,16 @@ class Progress(Part):
     best: EpochRow = Field(default_factory=dict)
     last: EpochRow = Field(default_factory=dict)
     rows_size: Natural = 0
+    rolled_back: list[EpochRow] = Field(default_factory=list)
+
+
+_LATER = ("rolled_back",)  # files of before have no such key
 
 
 def _whole(value: object) -> object:
     """In a file nothing may be left out."""
-    if isinstance(value, dict) and (missing := [key for key in Progress.model_fields if key not in value]):
+    wanted = [key for key in Progress.model_fields if key not in _LATER]
+    if isinstance(value, dict) and (missing := [key for key in wanted if key not in value]):
         raise ValueError(f"its {missing[0]!r} is missing")
     return value
 
@@ -85,6 +91,7 @@ class TelemetryState(Part):
 
     sums: Tensor
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    terms: list[str] = Field(default_factory=lambda: list(SIX_TERMS))
 
 
 class ParamGroup(Part):
@@ -107,6 +114,7 @@ class LastCheckpoint(BestCheckpoint):
     scaler: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     micro_batch: Annotated[int, Field(ge=1)] | None
     averaged: dict[str, Tensor] | None = None
+    factors: dict[str, Tensor] | None = None
     telemetry: TelemetryState
     pipeline: Annotated[str, AfterValidator(_kind)]
     data_sha256: Sha256
@@ -214,9 +222,9 @@ def check_fit(path: Path, saved: Mapping[str, Any], learner: Learner, steps_per_
         _momentum_fits(saved["optimizer"]["state"], list(learner.student.parameters()))
         if learner.average is not None:
             _same("averaged", saved.get("averaged") or {}, learner.average.state_dict())
-        sums = saved["telemetry"]["sums"]
-        if tensor_fault(sums) or sums.dim() != 2 or not len(sums) or sums.shape[1] != len(TOTALS) - 1:
-            raise ValueError(f"the key 'telemetry.sums' holds no table of {len(TOTALS) - 1} sums")
+        _telemetry_fits(saved, learner)
+        if learner.keeps_factors:
+            _same("factors", saved.get("factors") or {}, learner.factors.state_dict())
         scaler = learner.scaler.state_dict()
         if saved["scaler"] and scaler and set(saved["scaler"]) != set(scaler):
             raise ValueError(
@@ -224,6 +232,19 @@ def check_fit(path: Path, saved: Mapping[str, Any], learner: Learner, steps_per_
             )
     except ValueError as error:
         raise ValueError(f"--resume: {path}: {error}") from None
+
+
+def _telemetry_fits(saved: Mapping[str, Any], learner: Learner) -> None:
+    """The sums are of terms of this method, or of those that earlier checkpoints have sums of."""
+    terms = saved["telemetry"].get("terms", SIX_TERMS)
+    known = {*SIX_TERMS, *(name for phase in learner.method.phases for name in phase.term_names)}
+    if unknown := [name for name in terms if name not in known]:
+        raise ValueError(f"the key 'telemetry.terms' holds {short_repr(unknown)}")
+    if unknown := [name for name in saved["progress"]["totals"] if name not in totals_of(tuple(known))]:
+        raise ValueError(f"the key 'progress.totals' holds {short_repr(unknown)}")
+    sums, count = saved["telemetry"]["sums"], len(totals_of(terms)) - 1
+    if tensor_fault(sums) or sums.dim() != 2 or not len(sums) or sums.shape[1] != count:
+        raise ValueError(f"the key 'telemetry.sums' holds no table of {count} sums")
 
 
 def load_best(path: Path, network: nn.Module, epoch: object) -> None:

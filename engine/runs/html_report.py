@@ -30,7 +30,8 @@ img { max-width: 100%; background: white; }
 .quiet { opacity: .7; }
 """
 _EPOCH_COLUMNS = (
-    "epoch", "phase", "lr", "loss", "alpha", "natural_accuracy", "robust_accuracy", "images_per_second", "seconds",
+    "epoch", "phase", "lr", "loss", "alpha", "natural_accuracy", "robust_accuracy", "attack_steps",
+    "probe_fgsm_pgd_gap", "images_per_second", "seconds",
     "share_of_peak",
 )  # fmt: skip
 
@@ -85,11 +86,14 @@ def _run(path: Path) -> tuple[str, str]:
     config = read_file(path / "config.yaml")
     run = RunDir(path)
     summary = run.read_summary() or {}
-    epochs = [row for row in run.rows() if row.get("event") == "epoch"]
+    rows = list(run.rows())
+    epochs, back = ([row for row in rows if row.get("event") == event] for event in ("epoch", "rollback"))
     title = f"{config.get('method')} on {config.get('dataset')}, {config.get('model')}, {path}"
     parts = [] if summary else [_note(f"Not finished: {len(epochs)} of {config.get('epochs')} epochs so far.")]
     parts += [_accuracies(summary), *(_evaluation(file) for file in sorted(path.glob("*.eval.json")))]
-    parts += [_epochs(epochs), _pictures(path), "<h3>Settings</h3>", _mapping(explicit(config))]
+    parts += [_epochs(epochs)]
+    parts += [_note(f"Epoch {row['epoch']} was rolled back: {row.get('overfitting')}") for row in back]
+    parts += [_pictures(path), "<h3>Settings</h3>", _mapping(explicit(config))]
     for provenance in run.sessions()[-1:]:
         known = {key: provenance[key] for key in ("engine", "commit", "started", "pipeline") if key in provenance}
         groups = ("versions", "hardware", "precision", "kernels", "data", "teachers")

@@ -9,34 +9,40 @@ print(result.summary["best"]["robust_accuracy"])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import models, semantics
-from engine.attacks.pgd import preset
+from torch import nn
+
+from engine import models
+from engine.attacks.autoattack import NO_ATTACK
 from engine.common.console import Reporter
 from engine.common.lookup import is_on, nearest
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
-from engine.config import RunConfig, differing, load, with_absolute_paths
+from engine.config import RunConfig, differing, load, merge, semantics, with_absolute_paths
 from engine.evaluation.measure import check_names
 from engine.kernels import dispatch
 from engine.models.weights import origin
+from engine.objectives import TERMS
 from engine.pipelines import datasets
 from engine.pipelines.datasets import AnyDataset
+from engine.plugins import imports, loggers
+from engine.plugins.loggers import Loggers, RowFunction
+from engine.plugins.objects import Model, Objects
 from engine.runs import checkpoints, provenance, resuming
 from engine.runs.assemble import assemble, method_of
 from engine.runs.checkpoints import Progress
 from engine.runs.metrics_writer import MetricsWriter
 from engine.runs.run_directory import PreparedRun, RunDir
 from engine.runs.session import Session
-from engine.runs.trainer import Trainer
+from engine.runs.trainer import Trainer, restored
 from engine.system import precision
 from engine.system.distributed import World, is_launched, small_batch_warning
-from engine.training import optimizer
+from engine.training import optimizer, plan
 from engine.training.profiling import Profiler
 
 
@@ -48,6 +54,7 @@ class RunResult:
     summary: dict[str, Any]
 
 
+# many parameters: the public door; the last four are what a configuration cannot hold.
 def train(
     run_config: RunConfig | Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
@@ -55,29 +62,42 @@ def train(
     profile: int = 0,
     world: World | None = None,
     again: bool = False,
+    model: str | Model | None = None,
+    dataset: Any = None,
+    teachers: Mapping[str, nn.Module] | None = None,
+    callbacks: Sequence[RowFunction] = (),
     **keys: Any,
 ) -> RunResult:
     """Train a configuration in a new run directory.
 
     run_config: a RunConfig, or nested keys of one; keys: further ones, e.g. epochs=2, which win.
+    model: a name; or a torch.nn.Module, a copy of which is trained, or a function of the number of classes.
+    dataset: a name; or (train, test), see `engine.plugins.own_data.as_images`, or a function that gives them.
+    teachers: networks by section, "teacher" and "teacher_st". callbacks: functions that get every row of
+    metrics.jsonl, in the main process; what they raise ends the call. A run with objects goes on by `resume`.
     reporter: who tells the user; None says nothing.
     profile: that many steps are traced, see `engine.training.profiling`. world: processes that train together; all
     call this with the same arguments. again: see `begin`.
     Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
     signal, when everything is saved for `resume`.
     """
-    world = world or World()
-    config = _complete(run_config, keys)
+    world, console = world or World(), reporter or Reporter()
+    imports.load_installed(console.message)
+    named = {"model": model, "dataset": dataset}
+    keys |= {key: given for key, given in named.items() if isinstance(given, str)}
+    given = {key: None if isinstance(given, str) else given for key, given in named.items()}
+    objects = Objects(**given, teachers=teachers or {}, callbacks=callbacks)
+    config = _complete(run_config, merge(keys, objects.names()))
     mine: list[PreparedRun] = []  # of the main process alone: it made them
 
     def prepare() -> tuple[str, dict[str, Any]]:
-        say = (reporter or Reporter()).message
-        mine.append(begin(config, again=again, processes=world.size, say=say))
+        mine.append(begin(config, again=again, processes=world.size, say=console.message))
         return str(mine[0].run.path), dict(mine[0].changes)
 
-    path, changes = world.broadcast_from_main(prepare)
-    with mine[0].removed_on_failure() if mine else nullcontext():
-        return resume(path, reporter, profile=profile, world=world, **changes)
+    with objects.registered(config):
+        path, changes = world.broadcast_from_main(prepare)
+        with mine[0].removed_on_failure() if mine else nullcontext():
+            return _resume(path, changes, objects, console, world, profile=profile)
 
 
 def begin(
@@ -103,16 +123,40 @@ def resume(
     *,
     profile: int = 0,
     world: World | None = None,
+    model: Model | None = None,
+    dataset: Any = None,
+    teachers: Mapping[str, nn.Module] | None = None,
+    callbacks: Sequence[RowFunction] = (),
     **changes: Any,
 ) -> RunResult:
     """Continue the run in that directory from its last checkpoint; a finished run is returned as it is.
 
     The number of processes may be another than before. changes: keys that are given anew, see
-    `engine.runs.resuming`; more epochs extend the run, a finished one too. Raises as `train` does.
+    `engine.runs.resuming`; more epochs extend the run, a finished one too.
+    model, dataset, teachers, callbacks: as of `train`; a run that began with objects needs the same ones.
+    Raises as `train` does.
     """
+    console = reporter or Reporter()
+    imports.load_installed(console.message)
+    objects = Objects(model, dataset, teachers or {}, callbacks)
+    begun = RunDir.existing(Path(path))[1]
+    objects.check(begun)
+    with objects.registered(begun):
+        return _resume(path, changes, objects, console, world or World(), profile=profile)
+
+
+def _resume(
+    path: Path | str,
+    changes: Mapping[str, Any],
+    objects: Objects,
+    console: Reporter,
+    world: World,
+    *,
+    profile: int,
+) -> RunResult:
     run, begun = RunDir.existing(Path(path))
-    console, world = reporter or Reporter(), world or World()
     config = resuming.carried_on(begun, resuming.changed(begun, changes))
+    _check_names(config)
     if summary := world.broadcast_from_main(lambda: run.result(config)):
         console.message(f"{path} is finished: nothing to resume")
         return RunResult(run.path, summary)
@@ -124,7 +168,7 @@ def resume(
     with graceful_stop(console.message, launched=is_launched()) as stop:
         try:
             with world.collective_errors(stop):
-                summary = _run(run, config, world, console, stop, profile=profile)
+                summary = _run(run, config, world, console, stop, objects=objects, profile=profile)
         except Interrupted:
             raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
     return RunResult(run.path, summary)
@@ -140,18 +184,27 @@ def _complete(given: RunConfig | Mapping[str, Any] | None, keys: Mapping[str, An
 
 def _check(config: RunConfig) -> None:
     """Refuse what would fail only after data were loaded, before a run directory is made."""
-    method_of(config)
-    models.check(config.model)
-    datasets.check(config.dataset)
+    _check_names(config)
+    plan.check_whole_batches(method_of(config), config)
     for section in ("teacher", "teacher_st"):
         name, known = getattr(config, section).method, semantics.TEACHER_METHODS
         if name not in known:
             raise ValueError(f"{section}.method: {name!r} trains no teacher; {nearest(name, known)}")
-    preset(config.eval.attack, config.attack.epsilon)
-    check_names(config.eval.final)
+    if config.eval.attack == NO_ATTACK:
+        raise ValueError(f"eval.attack: {NO_ATTACK!r} is no attack; take e.g. 'pgd10'")
     if config.optim.implementation == "apex":
         optimizer.check_apex()
     precision.device(config.device)
+
+
+def _check_names(config: RunConfig) -> None:
+    """Refuse names that nobody has registered, and imports that its user did not ask for."""
+    imports.check_loaded(config)
+    method_of(config)
+    models.check(config.model)
+    datasets.check(config.dataset)
+    check_names((config.eval.attack, *config.eval.final))
+    loggers.check(config.loggers)
 
 
 def _run(
@@ -162,6 +215,7 @@ def _run(
     stop: Stop,
     *,
     dataset: AnyDataset | None = None,
+    objects: Objects | None = None,
     profile: int = 0,
 ) -> dict[str, Any]:
     """Train the run to its end; its summary. dataset: that of a teacher's student; None: it is loaded."""
@@ -171,8 +225,12 @@ def _run(
             world.broadcast_from_main(lambda: resources.enter_context(run.locked()))
             saved = checkpoints.read(run.last) if world.broadcast_from_main(run.last.exists) else None
             config = _carried_on(run, saved, config, console)
-            world.broadcast_from_main(run.sessions)  # a damaged provenance.json is told of before the work
-            session = Session(config, precision.choose(config, world.local_rank), world, console, stop, run)
+            # A damaged provenance.json is told of before the work.
+            if sessions := world.broadcast_from_main(run.sessions):
+                for line in imports.changed(sessions[-1].get("plugins", {}), imports.record(config)):
+                    console.message(f"Warning: {line}")
+            at = precision.choose(config, world.local_rank)
+            session = Session(config, at, world, console, stop, run, objects or Objects())
             _announce(session, saved)
             return _make_trainer(session, saved, resources, dataset, profile).fit()
     except FloatingPointError as error:
@@ -201,7 +259,9 @@ def _announce(session: Session, saved: Mapping[str, Any] | None) -> None:
     """Tell of kernels, processes, and what is special about a checkpoint that is gone on from."""
     config, precision, size = session.config, session.precision, session.world.size
     say = session.console.message
-    say(dispatch.describe(precision.device, fused=precision.fused))
+    weighted = [term for phase in method_of(config).phases for term in phase.weights]
+    kinds = tuple(dict.fromkeys(TERMS[term].kind for term in weighted))
+    say(dispatch.describe(precision.device, fused=precision.fused, kinds=kinds))
     if size > 1:
         share = config.batch_size // size
         of = f"all {config.batch_size}" if is_on("sync_bn", config.sync_bn) else f"its own {share}"
@@ -224,17 +284,22 @@ def _make_trainer(
     """The trainer of a run at the state of its checkpoint. resources: closes what the trainer uses."""
     run, world = session.run, session.world
     parts = assemble(session, saved, resources, partial(_train_teacher, session), dataset)
-    progress = Progress() if saved is None else Progress(**saved["progress"])
-    if saved is not None:
-        checkpoints.check_fit(run.last, saved, parts.learner, parts.data.pipeline.steps_per_epoch)
-        parts.learner.student.load_state_dict(saved["student"])
-        parts.learner.load_state_dict(saved)
-        parts.telemetry.load_state_dict(saved["telemetry"])
+    progress = Progress() if saved is None else restored(parts, run.last, saved)
     hooks: dict[str, Callable[..., object]] = {}
     if world.is_main:
         run.update(session.config)  # what was given anew fits: the hashes are those of before
         writer = MetricsWriter(run, progress.rows_size, progress.step)
-        hooks["write_row"] = resources.enter_context(closing(writer)).write
+        resources.enter_context(closing(writer))
+        callbacks = session.objects.callbacks
+        others = Loggers(session.config.loggers, run.path, session.console.message, callbacks)
+        resources.enter_context(closing(others))
+
+        def write_row(row: Mapping[str, Any]) -> None:
+            writer.write(row)
+            others.write(row)
+
+        hooks["write_row"] = write_row
+        hooks["cut_rows"] = writer.cut
         if profile:
             profiler = Profiler(profile, run.path, session.precision.device, session.console)
             hooks["on_step"] = resources.enter_context(closing(profiler)).step

@@ -25,15 +25,20 @@ class MetricsWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        run.truncate_rows(rows_size)
         self._run, self._event, self._summary = run, Event, Summary
         run.tensorboard.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"  # read in this order
         self._file = (run.tensorboard / name).open("xb", buffering=0)
         self._records = RecordWriter(self._file)
+        self._start = SessionLog(status=SessionLog.START)
         self._add(file_version="brain.Event:2")
+        self.cut(rows_size, step)
+
+    def cut(self, rows_size: int, step: int) -> None:
+        """Drop the rows beyond that size of metrics.jsonl, and TensorBoard's points after the step."""
+        self._run.truncate_rows(rows_size)
         # TensorBoard drops the points from this step on that were written before.
-        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._add(step=step + 1, session_log=self._start)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; its numbers become points of TensorBoard's curves at the row's step."""

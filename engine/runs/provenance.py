@@ -1,4 +1,4 @@
-"""provenance.json of a run: versions, hardware, data and teachers of each of its sessions."""
+"""provenance.json of a run: versions, hardware, data, teachers and plugins of each of its sessions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from engine.common.files import write_json
 from engine.pipelines.datasets import AnyDataset
+from engine.plugins import imports
 from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.runs.teachers import Teacher
@@ -35,6 +36,8 @@ def write(
             for section, teacher in teachers.items()
         },
     }
+    if (plugins := imports.record(config)) and any(plugins.values()):
+        current["plugins"] = plugins
     if init_sha256 is not None:
         current["init"] = {"source": config.init, "sha256": init_sha256}
     write_json(run.provenance, current | {"earlier_sessions": run.sessions()})

@@ -1,7 +1,8 @@
 """The run directory: its files, and how they are written so that nothing is lost.
 
-config.yaml, provenance.json, metrics.jsonl, tensorboard/, last.pt, best.pt, summary.json, loss.png, accuracy.png,
-reliability.png. Every file but the two append-only logs is written beside its place and renamed over it.
+config.yaml, provenance.json, metrics.jsonl, tensorboard/, last.pt, best.pt, good.pt, summary.json, loss.png,
+accuracy.png, reliability.png. Every file but the two append-only logs is written beside its place and renamed over
+it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from engine.common import yaml_text
 from engine.common.files import create, remove_leftovers, write_atomically
+from engine.common.lookup import OBJECT
 from engine.common.stopping import RunFailed
 from engine.config import RunConfig, changes, differences, differing, read_file
 from engine.config import load as load_config
@@ -152,6 +154,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.last = path / "last.pt"
         self.best = path / "best.pt"
+        self.good = path / "good.pt"
         self.summary = path / "summary.json"
         self.snapshots = path / "snapshots"
 
@@ -163,7 +166,8 @@ class RunDir:
             made_folder = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             if config.out is None:
-                path, made_folder = _new_folder(path, f"{config.method}-{config.dataset}-{config.model}"), True
+                name = f"{config.method}-{config.dataset}-{config.model}".replace(OBJECT, "")
+                path, made_folder = _new_folder(path, name), True
             run = cls(path)
             try:
                 create(run.config, _text(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -14,10 +15,10 @@ from typing import IO
 
 from torch import nn
 
-from engine import semantics
+from engine import models
 from engine.common.files import write_atomically
 from engine.common.stopping import Interrupted
-from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part
+from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part, semantics
 from engine.evaluation.measure import evaluate, is_chance
 from engine.models.weights import LoadedModel, load_model, weights_sha256
 from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
@@ -58,6 +59,14 @@ def obtain(
     config, precision, world, say = session.config, session.precision, session.world, session.console.message
     place = session.run.path / section
     wanted: TeacherConfig = getattr(config, section)
+    if section in session.objects.teachers:
+        network = copy.deepcopy(session.objects.teachers[section])
+        return Teacher(
+            precision.place(network).eval().requires_grad_(False),
+            str(wanted.model),
+            "an object of the program",
+            weights_sha256(network),
+        )
     if wanted.checkpoint is not None:
         # Only what the user said of its architecture counts: a default must not overrule what the file tells.
         model = explicit(config.tree()).get(section, {}).get("model")
@@ -169,6 +178,9 @@ def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
     )
     recipe["amp"] = config.amp and _AMP_IN_KEY[config.amp_dtype]
     recipe["data"] = dataset.sha256
+    if models.is_registered(config.model):
+        models.check(config.model)
+        recipe["model_version"] = models.TABLE[config.model].version
     if config.validation > 0:  # then the test images have no part in it
         recipe["data"] = dataset.train_sha256
         del recipe["limit_test"]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.attacks import masking
-from engine.attacks.pgd import preset
+from engine.attacks import masking, overfitting, table
+from engine.attacks.kinds import Task, craft
+from engine.attacks.pgd import describe
 from engine.common.files import write_json
 from engine.common.lookup import look_up
 from engine.common.stopping import Interrupted, RunFailed
-from engine.config import TERMS, epochs_of
+from engine.config import AttackSpec, epochs_of
 from engine.evaluation.measure import Result, evaluate, further
 from engine.methods import Method
 from engine.pipelines.datasets import AnySplit
@@ -26,11 +28,15 @@ from engine.system.precision import on_device
 from engine.training import plan, schedule, telemetry
 from engine.training.step import StepOutput
 
+# By `overfitting_guard`: the last good epoch is kept, and one that overfits does not replace the best.
+_KEEPS_GOOD = {"off": False, "warn": False, "stop": True, "rollback": True}
+
 
 class Trainer:
     """Training of a run's parts from its progress to its last epoch.
 
-    write_row: keeps a row of metrics. on_step: is called after each step.
+    write_row: keeps a row of metrics. cut_rows: drops those beyond a size of the file, written after that step.
+    on_step: is called after each step.
     """
 
     def __init__(
@@ -40,16 +46,27 @@ class Trainer:
         progress: Progress,
         *,
         write_row: Callable[[Mapping[str, Any]], object] = lambda row: None,
+        cut_rows: Callable[[int, int], object] = lambda size, step: None,
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
         self.session, self.parts, self.progress = session, parts, progress
-        self.write_row, self.on_step = write_row, on_step
+        self.write_row, self.cut_rows, self.on_step = write_row, cut_rows, on_step
         self.saver = checkpoints.Saver()
 
     @property
     def method(self) -> Method:
         """The method that is trained after the warm-up."""
         return self.parts.learner.method
+
+    @property
+    def attack(self) -> AttackSpec:
+        """The attack of the training, with the steps that are in force."""
+        return overfitting.in_force(self.session.config.attack, len(self.progress.rolled_back))
+
+    @property
+    def may_overfit(self) -> bool:
+        """True if the training is one that `overfitting_guard` guards."""
+        return self.method.needs_x_adv and overfitting.is_possible(self.session.config.attack)
 
     @property
     def criterion(self) -> str:
@@ -61,14 +78,16 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train the epochs that are left, evaluate, and return summary.json."""
-        config, console, progress = self.session.config, self.session.console, self.progress
+        config, console = self.session.config, self.session.console
         steps = config.epochs * self.parts.data.pipeline.steps_per_epoch
-        console.begin(f"{self.method.name} {config.model}", steps, progress.step)
+        console.begin(f"{self.method.name} {config.model}", steps, self.progress.step)
         try:
             with self.saver:
-                if not progress.step:
+                if not self.progress.step:
                     self._snapshot()
-                while progress.epoch < config.epochs:
+                if self.may_overfit:
+                    self._begin_guard()
+                while self.progress.epoch < config.epochs:
                     self.epoch()
         except Interrupted:
             # Nobody leaves while the main process still writes: the launcher would end it.
@@ -99,9 +118,10 @@ class Trainer:
             self._after_step()
         self._finish_epoch()
 
-    def save(self, *before: tuple[Path, dict[str, Any]]) -> None:
+    def save(self, *before: tuple[Path, dict[str, Any]], as_good: bool = False) -> None:
         """Write last.pt, which is the same on all processes. before: files to be written first.
 
+        as_good: and good.pt, the same, to go back to.
         Raises FloatingPointError where weights are not finite: the file stays as it was.
         """
         parts, progress, run = self.parts, self.progress, self.session.run
@@ -122,7 +142,8 @@ class Trainer:
             init_sha256=parts.init_sha256,
             **parts.learner.state_dict(),
         )
-        self.saver.save(*before, (run.last, last))
+        good = ((run.good, last),) if as_good else ()
+        self.saver.save(*before, (run.last, last), *good)
 
     def _add(self, output: StepOutput, labels: Tensor) -> None:
         self.parts.telemetry.update(output, labels, self.progress.step)
@@ -172,33 +193,47 @@ class Trainer:
             "measured_on": parts.data.selected_on,
         }
         row |= world.broadcast_from_main(self._probe)
-        self.write_row(row)
+        if overfits := overfitting.complaint(row, progress.last):
+            row[overfitting.COMPLAINT] = overfits
         self.session.console.epoch(row, config.epochs)
+        if overfits and self._can_roll_back():
+            self._roll_back(row)
+            return
+        self.write_row(row)
         progress.last = row
         progress.epoch, progress.step_in_epoch, progress.totals = progress.epoch + 1, 0, {}
         best = []
-        if not progress.best or row[self.criterion] > progress.best[self.criterion]:
+        may_be_best = not (overfits and self._keeps_good)
+        if not progress.best or (may_be_best and row[self.criterion] > progress.best[self.criterion]):
             progress.best = row
             content = checkpoints.content(self._student_part(learner.evaluated), progress)
             best = [(self.session.run.best, content)]
-        self.save(*best)
+        self.save(*best, as_good=self._keeps_good and not overfits)
         self._guard(row)
+        self._guard_overfitting(row)
 
     def _probe(self) -> dict[str, Any]:
         """Reliability of teacher and student on the probe images."""
         config, precision, parts = self.session.config, self.session.precision, self.parts
         student, teacher, attack = parts.learner.evaluated, parts.teachers.get("teacher"), config.attack
+        names, ball = parts.data.dataset.class_names, (attack.epsilon, attack.threat_model)
+        task = Task(student, len(names), ball, config.seed, names, counter=0)
         with on_device(teacher, precision.device):
             found = telemetry.probe(
                 student,
                 teacher,
                 *parts.data.probe_images,
-                preset(config.eval.attack, attack.epsilon, attack.threat_model),
+                partial(craft, table.find(config.eval.attack), task),
                 beta=config.loss.beta,
-                seed=config.seed,
             )
-        if precision.amp_dtype is not None and self.method.needs_x_adv:
-            found |= masking.probe(student, *parts.data.probe_images, attack, precision, seed=config.seed)
+            if precision.amp_dtype is not None and self.method.needs_x_adv:
+                found |= masking.probe(
+                    student, *parts.data.probe_images, attack, precision, seed=config.seed, teacher=teacher
+                )
+            if self.may_overfit:
+                found |= overfitting.probe(
+                    student, *parts.data.probe_images, self.attack, seed=config.seed, teacher=teacher
+                )
         return found
 
     def _guard(self, row: dict[str, Any]) -> None:
@@ -215,6 +250,86 @@ class Trainer:
         answer = look_up("masking_guard", self.session.config.masking_guard, answers)
         if complaint := masking.complaint(row):
             answer(f"the attack of epoch {row['epoch']} may be masked: {complaint}")
+
+    @property
+    def _keeps_good(self) -> bool:
+        guard = self.session.config.overfitting_guard
+        return look_up("overfitting_guard", guard, _KEEPS_GOOD) and self.may_overfit
+
+    def _begin_guard(self) -> None:
+        """Take up the guard against overfitting where the run stands; it may have had another guard before."""
+        progress = self.progress
+        self._use_attack()
+        if self.session.config.overfitting_guard == "rollback" and overfitting.COMPLAINT in progress.last:
+            if self._can_roll_back():
+                self._roll_back(progress.last)
+            else:
+                self._guard_overfitting(progress.last)
+            return
+        is_good = not progress.step_in_epoch and overfitting.COMPLAINT not in progress.last
+        if self._keeps_good and is_good:
+            self.save(as_good=True)  # there is none yet, or a killed run had not written it
+
+    def _guard_overfitting(self, row: Mapping[str, Any]) -> None:
+        """Warn or stop where an epoch overfits to the attack of the training."""
+
+        def stop(text: str, hint: str) -> None:
+            raise RunFailed(f"{text}; everything is saved, and overfitting_guard={hint}")
+
+        answers: dict[str, Callable[[str], None]] = {
+            "off": lambda text: None,
+            "warn": lambda text: self.session.console.message(f"Warning: {text}"),
+            "stop": lambda text: stop(text, "rollback goes back and on with more steps, warn goes on"),
+            "rollback": lambda text: stop(f"{text}; {self._why_not_back()}", "warn goes on"),
+        }
+        answer = look_up("overfitting_guard", self.session.config.overfitting_guard, answers)
+        if overfits := row.get(overfitting.COMPLAINT):
+            answer(f"epoch {row['epoch']} overfits to the attack of the training: {overfits}")
+
+    def _can_roll_back(self) -> bool:
+        """True if the run goes back where it overfits; then good.pt is on the disk."""
+        if self.session.config.overfitting_guard != "rollback":
+            return False
+        if len(self.progress.rolled_back) >= overfitting.MOST_ROLLBACKS:
+            return False
+
+        def is_kept() -> bool:
+            self.saver.wait()
+            return self.session.run.good.exists()
+
+        return self.session.world.broadcast_from_main(is_kept)
+
+    def _why_not_back(self) -> str:
+        done = len(self.progress.rolled_back)
+        if done >= overfitting.MOST_ROLLBACKS:
+            return f"after {done} rollbacks there is no further one"
+        return "there is no checkpoint of a good epoch to go back to"
+
+    def _roll_back(self, row: Mapping[str, Any]) -> None:
+        """Go back to the last good epoch, and on from there with twice the steps of the attack.
+
+        row: of the epoch that overfits. It stays as a row of the event "rollback"; the others of its epoch go.
+        """
+        run = self.session.run
+        good = restored(self.parts, run.good, checkpoints.read(run.good))
+        rows = [*self.progress.rolled_back, {**row, "event": "rollback", "back_to_epoch": good.epoch}]
+        self.cut_rows(good.rows_size, good.step)
+        for rolled_back in rows[len(good.rolled_back) :]:
+            self.write_row(rolled_back)
+        self.progress = good.model_copy(update={"rolled_back": rows})
+        self._use_attack()
+        where = f"end of epoch {good.epoch}" if good.epoch else "beginning"
+        which = f"rollback {len(rows)} of {overfitting.MOST_ROLLBACKS}"
+        self.session.console.message(
+            f"Epoch {row['epoch']} overfits to the attack of the training: {row[overfitting.COMPLAINT]}; {which}: "
+            f"back to the {where}, and on with {describe(self.attack)}"
+        )
+        self.save()
+
+    def _use_attack(self) -> None:
+        """Give the learner and the telemetry the attack that is in force."""
+        self.parts.learner.attack_with(self.attack)
+        self.parts.telemetry.attack_entries = self.attack.num_steps * self.parts.data.image_CHW.numel()
 
     def _finish_run(self) -> dict[str, Any]:
         """Evaluate the last and the best student on the test images, draw the pictures, write summary.json."""
@@ -273,7 +388,6 @@ class Trainer:
         """A row of metrics.jsonl; epochs are counted from 1."""
         config, progress, parts = self.session.config, self.progress, self.parts
         method = self._method_of(progress.epoch)
-        terms = tuple(term for term, weight in zip(TERMS, method.weights, strict=True) if weight != (0, 0))
         row = {
             "event": event,
             "epoch": progress.epoch + 1,
@@ -281,8 +395,10 @@ class Trainer:
             "phase": method.name,
             "lr": schedule.learning_rate(config, progress.step - 1, parts.data.pipeline.steps_per_epoch),
         }
-        row |= telemetry.summarise(totals, terms)
-        passes = plan.passes(method, config.attack, config.forwards, in_warmup=method != self.method)
+        if self.may_overfit:
+            row["attack_steps"] = self.attack.num_steps
+        row |= telemetry.summarise(totals, method.term_names)
+        passes = plan.passes(method, self.attack, config.forwards, in_warmup=method != self.method)
         of_one_process = totals["samples"] / totals["seconds"] / self.session.world.size
         return row | {"share_of_peak": parts.speedometer.share(of_one_process, passes)}
 
@@ -291,3 +407,15 @@ class Trainer:
         config = self.session.config
         warmup = epochs_of(config.loss.warmup, config.epochs)
         return self.method.warmup if self.method.warmup is not None and epoch < warmup else self.method
+
+
+def restored(parts: Parts, path: Path, saved: Mapping[str, Any]) -> Progress:
+    """Give the parts the state of a checkpoint, and return its progress.
+
+    Raises ValueError, one line naming file and key, where it is not of this very training.
+    """
+    checkpoints.check_fit(path, saved, parts.learner, parts.data.pipeline.steps_per_epoch)
+    parts.learner.student.load_state_dict(saved["student"])
+    parts.learner.load_state_dict(saved)
+    parts.telemetry.load_state_dict(saved["telemetry"])
+    return Progress(**saved["progress"])

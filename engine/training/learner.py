@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from engine.common.lookup import is_on
-from engine.config import RunConfig
+from engine.config import AttackSpec, RunConfig
 from engine.methods import Method
 from engine.pipelines.base import Batch
 from engine.system.data_parallel import RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import averaging, optimizer, step_networks
+from engine.training import averaging, optimizer, plan, step_networks
+from engine.training.factors import Factors
 from engine.training.micro_batch import MicroBatches
 from engine.training.step import OnOutput, TrainingStep
 
@@ -42,6 +43,7 @@ class Learner:
         self.optimizer = optimizer.sgd(student.parameters(), config)
         self.scaler = precision.scaler()
         self.average = averaging.build(student, config)
+        self.factors = Factors(config, world, precision.device)
         self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))
         self.micro_batches = MicroBatches(config, world)
         one_backward = config.micro_batch is None and not config.awp.gamma
@@ -57,6 +59,7 @@ class Learner:
             optimizer=self.optimizer,
             scaler=self.scaler,
             method=method,
+            factors=self.factors,
             config=config,
             precision=precision,
             lanes=self.lanes,
@@ -67,6 +70,11 @@ class Learner:
     def evaluated(self) -> nn.Module:
         """The network that is measured and kept as the best: the average, once there is one."""
         return self.average.module if self.average is not None and self.average.has_begun else self.student
+
+    @property
+    def keeps_factors(self) -> bool:
+        """True if factors of the method's terms follow the training, so that a checkpoint keeps them."""
+        return bool(plan.followed_factors(self.method))
 
     def learn(
         self,
@@ -91,6 +99,11 @@ class Learner:
         if self.average is not None:
             self.average.after_step(epoch)
 
+    def attack_with(self, spec: AttackSpec) -> None:
+        """Craft adversarial images with other numbers from now on."""
+        if self.networks.adversary is not None:
+            self.networks.adversary.use(spec)
+
     @property
     def seeks_micro_batch(self) -> bool:
         """True if the size of micro-batches is still to be found."""
@@ -111,6 +124,8 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.micro_batches.size,
         }
+        if self.keeps_factors:
+            state["factors"] = self.factors.state_dict()
         if self.average is not None:
             state["averaged"] = self.average.state_dict()
         return state
@@ -123,6 +138,8 @@ class Learner:
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         if state["scaler"]:  # empty where the run had no float16 before
             self.scaler.load_state_dict(state["scaler"])
+        if self.keeps_factors:
+            self.factors.load_state_dict(state["factors"])
         self.micro_batches.size = state["micro_batch"]  # what "auto" found holds for the whole run
         if self.average is not None:
             self.average.load_state_dict(state["averaged"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine import objectives
 from engine.common.lookup import look_up
-from engine.config import AttackSpec, ForwardsConfig
+from engine.config import AttackSpec, ForwardsConfig, RunConfig
 from engine.methods import Method
 
 
@@ -33,11 +34,12 @@ class Passes(NamedTuple):
 class Idle(NamedTuple):
     """Forwards of the student that nothing reads, of "nat" and "adv" images, in their order.
 
-    before: before S(x~). between: after it, and before S(x).
+    before: before all others. between: after S(x~) and S(x-), and before S(x). after: after all others.
     """
 
     before: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 # By `forwards.idle`, as a function of in_warmup.
@@ -46,33 +48,89 @@ IDLE: dict[bool | str, Callable[[bool], Idle]] = {
     True: lambda in_warmup: Idle() if in_warmup else Idle(between=("adv", "nat")),
     "iad1": lambda in_warmup: Idle(between=("adv",) if in_warmup else ("adv", "nat")),
     "trades": lambda in_warmup: Idle(before=("nat",)),
+    "adaiad": lambda in_warmup: Idle(before=("nat",), after=() if in_warmup else ("nat",)),
 }
 # By `forwards.clean`: True if S(x) has a gradient where no term reads it; None: it is not run.
 CLEAN = {"skip": None, "no_grad": False, "grad": True}
-# Forwards of x that the attack's loss needs before its steps.
-TARGET_FORWARDS = {"ce": 0, "kl": 1, "cw": 0, "dlr": 0}
+# By `forwards.first`: the order in which the student sees the images.
+_ORDERS: dict[str, tuple[str, ...]] = {
+    "adv": ("s_adv", "s_mirrored", "s_nat"),
+    "nat": ("s_nat", "s_adv", "s_mirrored"),
+}
 
 
-def idle(forwards: ForwardsConfig, *, in_warmup: bool) -> Idle:
-    """The idle forwards of a step that crafts adversarial images."""
-    return look_up("forwards.idle", forwards.idle, IDLE)(in_warmup)
+class Forwards(NamedTuple):
+    """The forwards of a step by the names in `objectives.LOGITS`, in their order.
+
+    student: after the attack; True: with a gradient. before_attack, after_attack: of the teachers.
+    attack_waits: the attack reads logits of the teachers.
+    """
+
+    student: dict[str, bool]
+    before_attack: tuple[str, ...]
+    after_attack: tuple[str, ...]
+    attack_waits: bool
 
 
-def s_nat_learns(method: Method, forwards: ForwardsConfig) -> bool | None:
-    """True if S(x) has a gradient, False if not, None if it is not run."""
-    unread = look_up("forwards.clean", forwards.clean, CLEAN)
-    return True if method.needs_s_nat else unread
-
-
-def passes(method: Method, attack: AttackSpec, forwards: ForwardsConfig, *, in_warmup: bool = False) -> Passes:
-    """The passes of a step that trains with that row of weights."""
-    learns = s_nat_learns(method, forwards)
-    forward = method.needs_t_at_nat + method.needs_t_at_adv + method.needs_t_st_adv + (learns is False)
-    if method.needs_x_adv:
-        forward += look_up("attack.loss", attack.loss, TARGET_FORWARDS)
-        forward += sum(map(len, idle(forwards, in_warmup=in_warmup)))
-    return Passes(
-        attacked=attack.num_steps if method.needs_x_adv else 0,
-        trained=method.needs_x_adv + (learns is True),
-        forward=forward,
+def forwards(method: Method, attack: AttackSpec, config: ForwardsConfig) -> Forwards:
+    """The forwards that the method's terms and its attack read, and S(x) as `forwards.clean` wants it."""
+    of_attack = attack_loss(attack).reads if method.needs_x_adv else ()
+    reads = objectives.forwards_of((*method.reads, *of_attack))
+    unread = look_up("forwards.clean", config.clean, CLEAN)
+    learns = dict.fromkeys(objectives.of_network(reads, objectives.STUDENT), True)
+    if unread is not None:
+        learns.setdefault("s_nat", unread)
+    teachers = [name for section in objectives.TEACHERS for name in objectives.of_network(reads, section)]
+    first = [name for name in objectives.LOGITS if name in teachers and objectives.LOGITS[name].view == "nat"]
+    return Forwards(
+        {name: learns[name] for name in look_up("forwards.first", config.first, _ORDERS) if name in learns},
+        tuple(first),
+        tuple(name for name in objectives.LOGITS if name in teachers and name not in first),
+        bool(of_attack),
     )
+
+
+def attack_loss(attack: AttackSpec) -> objectives.AttackLoss:
+    """The loss that an attack ascends. Raises ValueError for an unknown one."""
+    return look_up("attack.loss", attack.loss, objectives.ATTACK_LOSSES)
+
+
+def teachers(method: Method, attack: AttackSpec) -> tuple[str, ...]:
+    """Sections of the configuration whose teachers a run needs, in its warm-up or after it."""
+    reads = {name for phase in method.phases for name in phase.reads}
+    needed = {objectives.LOGITS[name].network for name in reads}
+    if method.needs_x_adv and attack_loss(attack).teacher:
+        needed.add(objectives.LOGITS[objectives.TRUST].network)
+    return tuple(section for section in objectives.TEACHERS if section in needed)
+
+
+def idle(config: ForwardsConfig, *, in_warmup: bool) -> Idle:
+    """The idle forwards of a step that crafts adversarial images."""
+    return look_up("forwards.idle", config.idle, IDLE)(in_warmup)
+
+
+def followed_factors(method: Method) -> tuple[str, ...]:
+    """Factors of the method's terms that follow the training batch by batch."""
+    factors = {weight.factor for weight in method.weights.values() if weight.factor is not None}
+    return tuple(sorted(name for name in factors if objectives.FACTORS[name].has_state))
+
+
+def check_whole_batches(method: Method, config: RunConfig) -> None:
+    """Refuse what gives a batch in parts, or twice, to factors that follow the training batch by batch."""
+    followed = followed_factors(method)
+    for key, is_set in (("micro_batch", config.micro_batch is not None), ("awp.gamma", config.awp.gamma > 0)):
+        if followed and is_set:
+            raise ValueError(f"{key}: {method.name} balances its terms ({', '.join(followed)}) by whole batches")
+
+
+def passes(method: Method, attack: AttackSpec, config: ForwardsConfig, *, in_warmup: bool = False) -> Passes:
+    """The passes of a step that trains with that row of weights."""
+    wanted = forwards(method, attack, config)
+    learning = list(wanted.student.values())
+    forward = len(wanted.before_attack) + len(wanted.after_attack) + learning.count(False)
+    attacked = 0
+    if method.needs_x_adv:
+        ascended = attack_loss(attack)
+        attacked = attack.num_steps * (1 + ascended.teacher_in_loop) + ascended.gradients
+        forward += ascended.forwards + sum(map(len, idle(config, in_warmup=in_warmup)))
+    return Passes(attacked=attacked, trained=learning.count(True), forward=forward)

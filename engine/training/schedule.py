@@ -62,6 +62,12 @@ def _one_cycle(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) 
     return _wave(1.0, 1 / (_START * _END), (step - top) / (total - 1 - top))
 
 
+def _cyclic(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:
+    """One triangle, as of torch's CyclicLR from 0: the first step has the rate 0 (Wong et al., 2020)."""
+    half = config.epochs * steps_per_epoch / 2
+    return min(step / half, 2 - step / half)
+
+
 def _wave(start: float, end: float, part: float) -> float:
     """From start to end along half a wave; part in [0, 1]."""
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
@@ -71,5 +77,6 @@ SCHEDULES: dict[str, Callable[[RunConfig, int, int, int], float]] = {
     "milestones": _milestones,
     "cosine": _cosine,
     "one-cycle": _one_cycle,
+    "cyclic": _cyclic,
 }
 """The factor by name, of the configuration, the step, the steps of the warm-up, and those of an epoch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,19 @@ def forward_flops(network: nn.Module, image_CHW: tuple[int, ...]) -> tuple[float
         total += flops
         first += flops * isinstance(module, ImageConv2d)
 
-    on_meta = copy.deepcopy(network).to("meta").eval()
-    for module in on_meta.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        on_meta(torch.empty(1, *image_CHW, device="meta", dtype=next(on_meta.parameters()).dtype))
+    weight = next(network.parameters())
+    for device in (
+        "meta",
+        weight.device,
+    ):  # a network that looks at its values computes nothing on the meta device
+        total, first = 0.0, 0.0
+        copied = copy.deepcopy(network).to(device).eval()
+        for module in copied.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        with torch.no_grad(), suppress(RuntimeError, NotImplementedError):
+            copied(torch.zeros(1, *image_CHW, device=device, dtype=weight.dtype))
+            break
     return total, first
 
 

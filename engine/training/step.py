@@ -20,7 +20,7 @@ Shape suffixes: B batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -29,28 +29,28 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from engine import objectives
 from engine.config import ForwardsConfig, RunConfig
-from engine.kernels import DistillLoss, distill_loss
+from engine.kernels import DistillLoss, Term, distill_loss, trust
 from engine.methods import Method
 from engine.pipelines.base import Batch
 from engine.system.data_parallel import RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import awp, plan
+from engine.training import awp, plan, schedule
+from engine.training.factors import Factors
 from engine.training.step_networks import Networks
 
 Network = TypeVar("Network")
 
 
 class StepOutput(NamedTuple):
-    """The loss of a step and the logits it was made of, None where the method runs no such forward."""
+    """The loss of a step, the names of its terms, and the logits it was made of, by the names of `objectives`."""
 
     loss: DistillLoss
-    s_adv: Tensor | None
-    s_nat: Tensor | None
-    t_at_nat: Tensor | None
-    t_at_adv: Tensor | None
+    terms: tuple[str, ...]
+    logits: Mapping[str, Tensor]
 
 
 OnOutput = Callable[[StepOutput, Tensor], None]
@@ -58,20 +58,19 @@ OnOutput = Callable[[StepOutput, Tensor], None]
 
 
 class TeacherOutputs(NamedTuple):
-    """x~ and the teachers' logits, against which the student's are compared."""
+    """The images of each of `objectives.VIEWS` that is needed, and the teachers' logits of them by name."""
 
-    x_adv: Tensor | None
-    t_at_nat: Tensor | None
-    t_at_adv: Tensor | None
-    t_st_adv: Tensor | None
+    images: Mapping[str, Tensor]
+    logits: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingStep:
     """A step of a run: the networks, and what turns their gradients into new weights.
 
-    method: the row of the run, after its warm-up. replica: the student whose backward averages gradients over all
-    processes, see `data_parallel.replicate`. statistics: keeps running statistics the same on all of them.
+    method: the row of the run, after its warm-up. factors: of its terms. replica: the student whose backward
+    averages gradients over all processes, see `data_parallel.replicate`. statistics: keeps running statistics the
+    same on all of them.
     """
 
     networks: Networks
@@ -81,6 +80,7 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     method: Method
+    factors: Factors
     config: RunConfig
     precision: Precision
     lanes: Lanes
@@ -102,7 +102,7 @@ class TrainingStep:
             with nullcontext() if is_last else no_sync(self.replica):
                 teachers = self.attack_and_teach(part, method, epoch)
                 with self._perturbed_weights(part, teachers, method, weight, epoch):
-                    output = self.loss(part, teachers, method, self.config.forwards)
+                    output = self.loss(part, teachers, method, self.config.forwards, epoch)
                     with self.statistics.averaged(share) if is_last else nullcontext():
                         self.backward(output.loss.loss, weight)
             on_output(output, part.labels)
@@ -110,55 +110,87 @@ class TrainingStep:
 
     def attack_and_teach(self, batch: Batch, method: Method, epoch: int) -> TeacherOutputs:
         """x~ = argmax of the attack's loss on S (Eq. 2); T(x), T(x~), which may still run on their lane."""
-        x_nat = batch.x_nat
-        x_adv = t_at_nat = t_at_adv = t_st_adv = None
+        forwards = plan.forwards(method, self.config.attack, self.config.forwards)
+        images, logits = {"nat": batch.x_nat}, dict[str, Tensor]()
         with self.lanes.teachers():  # at the same time as the attack
-            if method.needs_t_at_nat:
-                t_at_nat = _needed(self.networks.teacher_at)(x_nat)
+            self._teach(forwards.before_attack, images, logits)
         if method.needs_x_adv:
-            x_adv = _needed(self.networks.adversary)(batch, epoch)
+            if forwards.attack_waits:
+                self.lanes.join()
+            images["adv"] = _needed(self.networks.adversary)(batch, epoch, logits.get("t_at_nat"))
+            if any(objectives.LOGITS[name].view == "mirrored" for name in method.reads):
+                images["mirrored"] = 2 * batch.x_nat - images["adv"]
             with self.lanes.teachers():  # at the same time as the student's passes
-                if method.needs_t_at_adv:
-                    t_at_adv = _needed(self.networks.teacher_at)(x_adv)
-                if method.needs_t_st_adv:
-                    t_st_adv = _needed(self.networks.teacher_st)(x_adv)
-        return TeacherOutputs(x_adv, t_at_nat, t_at_adv, t_st_adv)
+                self._teach(forwards.after_attack, images, logits)
+        return TeacherOutputs(images, logits)
 
-    def loss(self, batch: Batch, teachers: TeacherOutputs, method: Method, forwards: ForwardsConfig) -> StepOutput:
+    def _teach(self, names: Sequence[str], images: Mapping[str, Tensor], logits: dict[str, Tensor]) -> None:
+        for name in names:
+            network, view = objectives.LOGITS[name]
+            with torch.no_grad():
+                logits[name] = _needed(self.networks.teachers.get(network))(images[view])
+
+    def loss(
+        self, batch: Batch, teachers: TeacherOutputs, method: Method, forwards: ForwardsConfig, epoch: int = 0
+    ) -> StepOutput:
         """The weighted sum of the method's terms, alpha among the weights (Eq. 3 and 4); S(x~) and S(x) for it."""
-        x_adv, t_at_nat, t_at_adv, t_st_adv = teachers
         with record_function("student"), self.precision.autocast():
-            s_adv, s_nat = self._student_logits(batch.x_nat, x_adv, method, forwards)
+            student = self._student_logits(teachers.images, method, forwards)
         self.lanes.join()
         with record_function("loss"):
-            classes = next(logits.shape[1] for logits in (s_adv, s_nat) if logits is not None)
-            loss = distill_loss(
-                s_adv, batch.labels, s_nat=s_nat, t_at_nat=t_at_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
-                weights=method.weights_of(classes), tau=method.loss.tau, tau_self=method.loss.tau_self,
-                beta=method.loss.beta, detach_self=method.loss.detach_self,
-                label_smoothing=method.loss.label_smoothing,
-            )  # fmt: skip
-        if s_nat is not None and s_nat.requires_grad and not method.needs_s_nat:
+            logits = {**student, **teachers.logits}
+            loss = self._weighted(logits, batch.labels, method, epoch)
+        s_nat = student.get("s_nat")
+        if s_nat is not None and s_nat.requires_grad and "s_nat" not in method.reads:
             loss = loss._replace(loss=loss.loss + 0 * s_nat.sum())  # forward and backward of a term of weight zero
-        return StepOutput(loss, s_adv, s_nat, t_at_nat, t_at_adv)
+        return StepOutput(loss, method.term_names, logits)
+
+    def _weighted(self, logits: Mapping[str, Tensor], labels: Tensor, method: Method, epoch: int) -> DistillLoss:
+        """The terms, or the function, of a method; epoch: from 0."""
+        trust = objectives.TRUST if objectives.TRUST in logits else None
+        if method.function is not None:
+            return by_function(method, logits, labels, trust)
+        differences = {
+            name: logits[whole] - logits[part]
+            for name, (whole, part) in objectives.DIFFERENCES.items()
+            if whole in logits and part in logits
+        }
+        logits = {**logits, **differences}
+        growth = (epoch + 1) / (method.loss.growth_epochs or self.config.epochs)
+        terms = method.terms(next(iter(logits.values())).shape[1], growth)
+        factors = dict.fromkeys(term.factor for term in terms if term.factor is not None)
+        lr_part = self.optimizer.param_groups[0]["lr"] / schedule.peak(self.config)
+        return distill_loss(
+            logits,
+            labels,
+            [Term(*term[1:]) for term in terms],
+            trust=trust,
+            beta=method.loss.beta,
+            factors=self.factors(factors, logits, labels, lr_part),
+            label_smoothing=method.loss.label_smoothing,
+        )
 
     def _student_logits(
-        self, x_nat: Tensor, x_adv: Tensor | None, method: Method, forwards: ForwardsConfig
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """S(x~) and S(x), in the order of the published code: BatchNorm's running statistics depend on it."""
-        student = self.networks.student
-        s_adv = s_nat = None
-        if x_adv is not None:
-            images = {"nat": x_nat, "adv": x_adv}
+        self, images: Mapping[str, Tensor], method: Method, forwards: ForwardsConfig
+    ) -> dict[str, Tensor]:
+        """S(x~), S(x-) and S(x), in the order of the published code: BatchNorm's statistics depend on it."""
+        idle = plan.Idle()
+        if method.needs_x_adv:
             idle = plan.idle(forwards, in_warmup=method != self.method)
-            self._move_statistics([images[name] for name in idle.before])
-            s_adv = student(x_adv)
-            self._move_statistics([images[name] for name in idle.between])
-        learns = plan.s_nat_learns(method, forwards)
-        if learns is not None:
-            with torch.set_grad_enabled(learns):
-                s_nat = student(x_nat)
-        return s_adv, s_nat
+        learns = plan.forwards(method, self.config.attack, forwards).student
+        logits: dict[str, Tensor] = {}
+        self._move_statistics([images[view] for view in idle.before])
+        seen_adv = False
+        for name, has_gradient in learns.items():
+            view = objectives.LOGITS[name].view
+            if seen_adv and view == "nat":
+                self._move_statistics([images[view] for view in idle.between])
+                idle = idle._replace(between=())
+            with torch.set_grad_enabled(has_gradient):
+                logits[name] = self.networks.student(images[view])
+            seen_adv = seen_adv or view != "nat"
+        self._move_statistics([images[view] for view in (*idle.between, *idle.after)])
+        return logits
 
     @torch.no_grad()
     def _move_statistics(self, batches: Sequence[Tensor]) -> None:
@@ -173,9 +205,11 @@ class TrainingStep:
         if not awp.is_active(self.config, epoch):
             return nullcontext()
 
+        needed = ForwardsConfig(first=self.config.forwards.first)  # and none for BatchNorm's sake
+
         def loss() -> Tensor:
             with no_sync(self.replica):
-                output = self.loss(batch, teachers, method, ForwardsConfig())
+                output = self.loss(batch, teachers, method, needed, epoch)
             return self.scaler.scale(output.loss.loss * weight)
 
         return awp.perturbed(self.student, loss, self.config.awp.gamma, self.world)
@@ -196,6 +230,31 @@ class TrainingStep:
             self.scaler.step(optimizer)
             self.scaler.update()
             optimizer.zero_grad()  # now, so that no gradient is kept through the next attack
+
+
+def by_function(method: Method, logits: Mapping[str, Tensor], labels: Tensor, trusted: str | None) -> DistillLoss:
+    """The mean over the batch of a loss that is a function, (B,), of logits by name and labels.
+
+    Raises ValueError where the function gives anything else, or what has no gradient.
+    """
+    assert method.function is not None
+    given = {name: _at_least_float(logits[name]) for name in method.function_reads}
+    loss_B = method.function(given, labels)
+    if not isinstance(loss_B, Tensor) or loss_B.shape != labels.shape or not loss_B.is_floating_point():
+        got = tuple(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
+        raise ValueError(f"method: the loss of {method.name} must be a floating ({len(labels)},), got {got}")
+    if torch.is_grad_enabled() and not loss_B.requires_grad:
+        raise ValueError(f"method: the loss of {method.name} has no gradient to the student's logits")
+    loss_B = _at_least_float(loss_B)
+    mean = loss_B.sum() / max(len(labels), 1)
+    alpha_B = torch.ones_like(loss_B.detach())
+    if trusted is not None:
+        alpha_B = trust(logits[trusted], labels, method.loss.beta)
+    return DistillLoss(mean, alpha_B, mean.detach()[None], loss_B.detach())
+
+
+def _at_least_float(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _needed(network: Network | None) -> Network:

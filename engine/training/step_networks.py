@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from engine import objectives
 from engine.attacks.adversary import Adversary
 from engine.attacks.pgd import bn_mode
 from engine.attacks.twin import Forward, Twin
@@ -24,12 +25,14 @@ MOST_COMPILATIONS = 64
 
 
 class Networks(NamedTuple):
-    """Networks that a step runs: the student's training pass, in train mode, and others, None where not needed."""
+    """Networks that a step runs: the student's training pass, in train mode, and others where they are needed.
+
+    teachers: by section of the configuration.
+    """
 
     student: Forward
-    adversary: Adversary | None = None
-    teacher_at: Twin | None = None
-    teacher_st: Twin | None = None
+    adversary: Adversary | None
+    teachers: Mapping[str, Twin]
 
 
 def build(
@@ -49,6 +52,10 @@ def build(
     is_frequent: see `forward_maker`.
     """
     make_forward = forward_maker(config, precision.device, is_frequent)
+    twins = {
+        section: Twin(teacher, "eval", precision, make_forward, follows=False)
+        for section, teacher in teachers.items()
+    }
     adversary = None
     # What processes tell each other within the attack is not captured.
     talks = bn_mode(config.attack.bn).by_batch and is_synchronised(student)
@@ -58,14 +65,11 @@ def build(
             config.attack,
             precision,
             seed=config.seed,
+            teacher=twins.get(objectives.LOGITS[objectives.TRUST].network),
             counts=counts,
             make_forward=make_forward,
             capture=is_on("graphs", config.graphs) and precision.device.type == "cuda" and not talks,
         )
-    twins = {
-        section: Twin(teacher, "eval", precision, make_forward, follows=False)
-        for section, teacher in teachers.items()
-    }
     if config.checkpoint_activations:
         recompute(student)
     if layout.is_debug():
@@ -73,7 +77,7 @@ def build(
         for network in (student, *(twin.module for twin in frozen)):
             layout.check_channels_last(network)
     forward = _in_range(make_forward(trained or student))
-    return Networks(forward, adversary, twins.get("teacher"), twins.get("teacher_st"))
+    return Networks(forward, adversary, twins)
 
 
 def _in_range(network: Forward) -> Forward:

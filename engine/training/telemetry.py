@@ -8,24 +8,28 @@ and student are right on x~.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.attacks.pgd import batch_norm_mode, pgd
-from engine.config import TERMS, AttackSpec
+from engine.attacks.pgd import batch_norm_mode
+from engine.common.lookup import check_known
 from engine.kernels import trust
+from engine.objectives import TERMS, TRUST
 from engine.system.distributed import World
 from engine.system.precision import full_precision
 from engine.training.step import StepOutput
 
+SIX_TERMS = tuple(TERMS)[:6]
+"""The terms of the paper's Table 1, which earlier checkpoints have sums of, whatever their method."""
 ALPHA_BINS = 20
 CASES = ("both_right", "only_natural_right", "both_wrong", "only_adversarial_right")
 _ACCURACIES = ("student_natural", "student_adversarial", "teacher_natural", "teacher_adversarial")
+_LOGITS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")  # of the accuracies
 _SUMS = (
-    "samples", "loss", *TERMS, "alpha", "alpha_samples",
+    "alpha", "alpha_samples",
     *(f"{name}_{part}" for name in _ACCURACIES for part in ("right", "samples")),
     *CASES, "case_samples", "attack_entries",
 )  # fmt: skip
@@ -34,8 +38,11 @@ _SUMS = (
 _GRADIENTS = ("attack_zero_gradients", "attack_non_finite_gradients")
 _ALPHA_BINS = tuple(f"alpha_bin_{index}" for index in range(ALPHA_BINS))
 
-TOTALS = (*_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
-"""Keys of `Telemetry.read`."""
+
+def totals_of(terms: Sequence[str]) -> tuple[str, ...]:
+    """Keys of `Telemetry.read` for these terms."""
+    return ("samples", "loss", *terms, *_SUMS, *_ALPHA_BINS, *_GRADIENTS, "seconds")
+
 
 Totals = dict[str, float]
 
@@ -47,15 +54,26 @@ class Telemetry:
     `read`, `check` and `state_dict` bring the sums together, and so all processes call them.
     """
 
-    def __init__(self, device: torch.device, attack_entries: int = 0, world: World | None = None) -> None:
-        """attack_entries: entries of the input gradients that the attack on one image computes."""
-        self.attack_entries = attack_entries
+    def __init__(
+        self,
+        device: torch.device,
+        attack_entries: int = 0,
+        world: World | None = None,
+        *,
+        terms: Sequence[str],
+    ) -> None:
+        """Sums of zero.
+
+        attack_entries: entries of the input gradients that the attack on one image computes. terms: names of all
+        terms that steps will have.
+        """
+        self.attack_entries, self.terms = attack_entries, tuple(terms)
         self._world = world or World()
         self.attack_counts = torch.zeros(len(_GRADIENTS), dtype=torch.int64, device=device)
-        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2 + len(self.terms) + len(_SUMS), dtype=torch.float64, device=device)
         self.alpha_histogram = torch.zeros(ALPHA_BINS, dtype=torch.float64, device=device)
         # [step, one flag per term] of the first non-finite loss; step -1 while there is none
-        self.non_finite = torch.full((1 + len(TERMS),), -1.0, dtype=torch.float64, device=device)
+        self.non_finite = torch.full((1 + len(self.terms),), -1.0, dtype=torch.float64, device=device)
         self._earlier_seconds = 0.0  # of sums that a checkpoint brought
         self.start_clock()
 
@@ -70,16 +88,23 @@ class Telemetry:
 
     @torch.no_grad()
     def update(self, output: StepOutput, labels: Tensor, step: int) -> None:
-        """Add one step's batch; alpha counts wherever T(x~) was run, whether or not the row weighs with it."""
+        """Add one step's batch; alpha counts wherever T(x~) was run, whether or not the row weighs with it.
+
+        Raises ValueError for a term that there are no sums of.
+        """
+        for name in output.terms:
+            check_known("term", name, self.terms)
         batch = float(labels.shape[0])
         loss, alpha_B, terms_K, _ = output.loss
         zero, full = loss.new_zeros(()), loss.new_full((), batch)
         right = [
-            None if logits is None else logits.argmax(dim=1) == labels
-            for logits in (output.s_nat, output.s_adv, output.t_at_nat, output.t_at_adv)
+            None if name not in output.logits else output.logits[name].argmax(dim=1) == labels for name in _LOGITS
         ]
+        if output.terms != self.terms:
+            means = dict(zip(output.terms, terms_K.unbind(), strict=True))
+            terms_K = torch.stack([means.get(name, zero) for name in self.terms])
         row = [full, loss * batch, *(terms_K * batch)]
-        has_alpha = output.t_at_adv is not None
+        has_alpha = TRUST in output.logits
         row += [alpha_B.sum(), full] if has_alpha else [zero, zero]
         for right_B in right:
             row += [zero, zero] if right_B is None else [right_B.sum(), full]
@@ -106,14 +131,14 @@ class Telemetry:
         everybodys = self._world.gather(mine)
         for step, *flags in everybodys[:, : len(self.non_finite)].tolist():
             if step >= 0:
-                bad = [term for term, flag in zip(TERMS, flags, strict=True) if flag] or ["the weighted sum"]
+                bad = [term for term, flag in zip(self.terms, flags, strict=True) if flag] or ["the weighted sum"]
                 raise FloatingPointError(f"the loss of step {int(step)} is not finite: {', '.join(bad)}")
         return everybodys[:, len(self.non_finite) :]
 
     def read(self) -> Totals:
         """Move the sums to the host and start again from zero. Raises as `check` does."""
         values = self._gathered().sum(0).tolist()
-        totals = dict(zip(TOTALS, (*values, self.seconds), strict=True))
+        totals = dict(zip(totals_of(self.terms), (*values, self.seconds), strict=True))
         self.sums.zero_()
         self.attack_counts.zero_()
         self.alpha_histogram.zero_()
@@ -123,18 +148,24 @@ class Telemetry:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far of every process, for a checkpoint. Raises as `check` does."""
-        return {"sums": self._gathered(), "seconds": self.seconds}
+        return {"sums": self._gathered(), "seconds": self.seconds, "terms": list(self.terms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; with another number of processes the first one takes all sums."""
-        rows = state["sums"]
+        rows = self._in_order(state["sums"], state.get("terms", SIX_TERMS))
         if len(rows) != self._world.size:
-            rows = torch.zeros(self._world.size, rows.shape[1], dtype=rows.dtype)
-            rows[0] = state["sums"].sum(0)
+            everybodys, rows = rows, torch.zeros(self._world.size, rows.shape[1], dtype=rows.dtype)
+            rows[0] = everybodys.sum(0)
         own = (self.sums, self.alpha_histogram, self.attack_counts)
         for tensor, values in zip(own, rows[self._world.rank].split([len(tensor) for tensor in own]), strict=True):
             tensor.copy_(values)
         self._earlier_seconds = state["seconds"]
+
+    def _in_order(self, sums: Tensor, terms: Sequence[str]) -> Tensor:
+        """The columns of a checkpoint with these terms, in the order of these sums; an absent one is 0."""
+        columns = dict(zip(totals_of(terms)[:-1], sums.unbind(1), strict=True))
+        zero = sums.new_zeros(len(sums))
+        return torch.stack([columns.get(name, zero) for name in totals_of(self.terms)[:-1]], dim=1)
 
 
 def add(left: Totals, right: Totals) -> Totals:
@@ -170,17 +201,16 @@ def probe(
     teacher: nn.Module | None,
     x_nat: Tensor,
     labels: Tensor,
-    attack: AttackSpec,
+    attack: Callable[[Tensor, Tensor], Tensor],
     *,
     beta: float,
-    seed: int,
 ) -> dict[str, Any]:
     """Reliability on a fixed set of images, for every method, in evaluation mode and full precision.
 
-    x_nat: (B, C, H, W); the attack is run on the student. Shares and accuracies lie in [0, 1].
+    x_nat: (B, C, H, W); attack: of the student, (x_nat, labels) -> x_adv. Shares and accuracies lie in [0, 1].
     """
     with batch_norm_mode(student, "eval"), full_precision():
-        x_adv = pgd(student, x_nat, labels, attack, seed=seed)
+        x_adv = attack(x_nat, labels)
         row: dict[str, Any] = {"probe_student_adversarial_accuracy": _accuracy(student(x_adv), labels)}
         if teacher is None:
             return row

@@ -17,28 +17,33 @@ enum Status : int { OK = 0, OUT_OF_RANGE = 1, OUT_OF_MEMORY = 2 };
 
 enum DType : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
-enum Logits { S_ADV, S_NAT, T_AT_NAT, T_AT_ADV, T_ST_ADV, LOGITS };
+enum Kind : int64_t { CE = 0, KL = 1, MARGIN = 2, KL_LIVE = 3 };  // KINDS of kernels/contract.py
 
-enum Term { CE_NAT, CE_ADV, KL_SELF, KL_AT_NAT, KL_AT_ADV, KL_ST_ADV, TERMS };
-
-// (B, C); strides in elements; data is null where no term reads them.
+// (B, C); strides in elements. gradient: (B, C) contiguous, or null where it is not wanted.
 struct LogitsView {
     const void* data;
     int64_t dtype, row_stride, class_stride;
+    float* gradient;
 };
 
-// One call of distill_loss; kernels/native.py packs it, so every field has 8 bytes.
+// student, target: numbers of logits; -1: the labels. factor: number of a column; -1: none.
+struct Term {
+    int64_t kind, student, target, detach, factor;
+    double a, b, temperature;
+};
+
+// One call of distill_loss; kernels/native.py packs it, so every field has 8 bytes. Its logits lie behind it.
 struct LossArguments {
-    int64_t batch, classes;
-    LogitsView logits[LOGITS];
+    int64_t batch, classes, num_logits, num_terms, trust;  // trust: number of logits, or -1
+    double beta, label_smoothing;
+    const Term* terms;
     const int64_t* labels;
     int64_t label_stride;
-    const float* sample_weights;  // contiguous, or null
-    double weights[TERMS][2];     // (a, b) of each term
-    double tau, tau_self, beta, label_smoothing;
-    int64_t detach_self;
-    float *loss, *alpha, *terms, *per_sample;  // (), (B,), (6,), (B,)
-    float *grad_adv, *grad_nat;                // (B, C) contiguous, or null
+    const float *sample_weights, *factors;  // (B,), (B, num_factors) contiguous, or null
+    int64_t num_factors;
+    float *loss, *alpha, *means, *per_sample;  // (), (B,), (num_terms,), (B,)
+
+    const LogitsView* logits() const { return reinterpret_cast<const LogitsView*>(this + 1); }
 };
 
 // One call of crop_flip.

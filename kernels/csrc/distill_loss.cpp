@@ -1,4 +1,4 @@
-// The loss of every method and both of its gradients, row by row: docs/loss.md has the formulas.
+// The loss of every method and its gradients, row by row: docs/loss.md has the formulas.
 //
 // A row's logits are brought into float32 and padded to whole vectors; all that follows are loops over such rows.
 #include "cpu.h"
@@ -16,11 +16,6 @@ constexpr int LANES = 16;                          // floats of the widest vecto
 constexpr int64_t GRAIN = 1024;                    // classes, of several rows together, that are worth a thread
 constexpr double LOWEST = -3.4028234663852886e38;  // of all float32 numbers
 
-constexpr bool is_divergence(int term) { return term >= KL_SELF; }
-
-// Logits of the target of each divergence, and of the only softmax of a cross-entropy.
-constexpr Logits TARGET[TERMS] = {S_NAT, S_ADV, S_NAT, T_AT_NAT, T_AT_ADV, T_ST_ADV};
-
 // Division by a number as multiplication, without its rounding error: 1 / number = high + low.
 struct Reciprocal {
     float high, low;
@@ -35,7 +30,7 @@ Reciprocal reciprocal(double number) {
 
 // A softmax, shared by terms: p_c = exps[c] * inverse_sum and log p_c = (logits[c] - maximum) / temperature - log_sum.
 struct Softmax {
-    Logits source;
+    int64_t source;
     double temperature;
     Reciprocal divide;  // by the temperature
     const float* logits;
@@ -44,32 +39,43 @@ struct Softmax {
     double sum, log_sum, log_inverse_sum;  // the last of the rounded number, by which p_c is made
 };
 
-// S(x~) at 1, tau and tau_self, S(x) at 1 and tau_self, T_at(x~) at 1 and tau, T_at(x) and T_st(x~) at tau.
-constexpr int MAX_SOFTMAXES = 9;
-
-// The softmaxes that a call needs, the same for all of its rows.
+// The softmaxes that a call needs, the same for all of its rows: numbers of those of each term, -1 where it has none.
 struct Plan {
-    int count = 0;
-    Softmax softmaxes[MAX_SOFTMAXES];
-    bool reads[LOGITS] = {}, active[TERMS];
-    int target[TERMS], student[TERMS];
-    int trust = -1;
+    static constexpr int PER_TERM = 3;
 
-    explicit Plan(const LossArguments& call) {
-        for (int term = 0; term < TERMS; ++term) {
-            active[term] = call.weights[term][0] != 0 || call.weights[term][1] != 0;
-            if (!active[term]) continue;
-            const double temperature = !is_divergence(term) ? 1 : term == KL_SELF ? call.tau_self : call.tau;
-            target[term] = index(TARGET[term], temperature);
-            if (is_divergence(term)) student[term] = index(S_ADV, temperature);
+    int count = 0, trust = -1, gradients = 0;
+    Softmax* softmaxes;  // room for PER_TERM of each term, and the trust's
+    int *student, *target, *target_at_1;
+    int* gradient;  // by logits: number of their gradient; those that nobody wants share the last one
+
+    // memory: `bytes` of it.
+    Plan(const LossArguments& call, void* memory)
+        : softmaxes(static_cast<Softmax*>(memory)),
+          student(reinterpret_cast<int*>(softmaxes + PER_TERM * call.num_terms + 1)),
+          target(student + call.num_terms),
+          target_at_1(target + call.num_terms),
+          gradient(target_at_1 + call.num_terms) {
+        for (int64_t k = 0; k < call.num_terms; ++k) {
+            const Term& term = call.terms[k];
+            student[k] = index(term.student, term.temperature);
+            target[k] = term.target < 0 ? -1 : index(term.target, term.temperature);
+            target_at_1[k] = term.kind == KL_LIVE ? index(term.target, 1) : -1;
         }
-        if (call.logits[T_AT_ADV].data) trust = index(T_AT_ADV, 1);
+        if (call.trust >= 0) trust = index(call.trust, 1);
+        for (int64_t i = 0; i < call.num_logits; ++i)
+            if (call.logits()[i].gradient) gradient[i] = gradients++;
+        for (int64_t i = 0; i < call.num_logits; ++i)
+            if (!call.logits()[i].gradient) gradient[i] = gradients;
     }
 
-    int index(Logits source, double temperature) {
+    static size_t bytes(const LossArguments& call) {
+        const size_t integers = PER_TERM * call.num_terms + call.num_logits;
+        return sizeof(Softmax) * (PER_TERM * call.num_terms + 1) + sizeof(int) * integers;
+    }
+
+    int index(int64_t source, double temperature) {
         for (int k = 0; k < count; ++k)
             if (softmaxes[k].source == source && softmaxes[k].temperature == temperature) return k;
-        reads[source] = true;
         softmaxes[count].source = source;
         softmaxes[count].temperature = temperature;
         softmaxes[count].divide = reciprocal(temperature);
@@ -80,7 +86,7 @@ struct Plan {
 struct Call {
     const LossArguments& arguments;
     const Plan plan;
-    double* rows;  // (B, TERMS + 1): the terms and the loss of each sample
+    double* rows;  // (B, num_terms + 1): the terms and the loss of each sample
     int status;
 };
 
@@ -219,95 +225,168 @@ double cross_entropy(
     return (1 - smoothing) * below + smoothing * (p.maximum - mean) + p.log_sum;
 }
 
+// -log(1.0001 - max_{c != y} p_c + 1e-12); coefficient * its gradient is added to grad. Equal maxima share it.
+double margin(const Softmax& p, int64_t label, double coefficient, int classes, int padded, float* grad) {
+    float highest = -INFINITY;
+    int count = 0;
+    for (int c = 0; c < classes; ++c) {
+        const float z = p.logits[c];
+        if (c == label || z < highest) continue;
+        count = z == highest ? count + 1 : 1;
+        highest = z;
+    }
+    double share = NAN;
+    for (int c = 0; c < classes; ++c)
+        if (c != label && p.logits[c] == highest) share = p.exps[c] / p.sum;
+    const double room = 1.0001 - share + 1e-12, slope = coefficient * share / room;
+    add_softmax(p, 0, static_cast<float>(-slope), padded, grad);
+    for (int c = 0; c < classes; ++c)
+        if (c != label && p.logits[c] == highest) grad[c] += static_cast<float>(slope / count);
+    return -log(room);
+}
+
+// (1.0000001 - softmax(t)_y) sum_c p_c (log p_c - log(q_c + 1e-12)), t the logits of p, of which `at_1` is the softmax
+// at temperature 1; coefficient * its gradients is added to grad_q, and to grad_p unless that is null.
+double live_divergence(
+    const Softmax& p, const Softmax& q, const Softmax& at_1, int64_t label, double coefficient, int classes,
+    int padded, float* difference, float* grad_q, float* grad_p) {
+    double divergence = 0, kept = 0;
+    for (int c = 0; c < classes; ++c) {
+        const double p_c = p.exps[c] / p.sum, q_c = q.exps[c] / q.sum;
+        const double log_p = (static_cast<double>(p.logits[c]) - p.maximum) / p.temperature - p.log_sum;
+        const double d = log_p - log(q_c + 1e-12);
+        difference[c] = static_cast<float>(d);
+        divergence += p_c * d;
+        kept += p_c * (q_c / (q_c + 1e-12));
+    }
+    for (int c = classes; c < padded; ++c) difference[c] = 0;
+    const double at_label = at_1.exps[label] / at_1.sum, live = 1.0000001 - at_label;
+    const double slope = coefficient * live / p.temperature;
+    for (int c = 0; c < classes; ++c) {
+        const double p_c = p.exps[c] / p.sum, q_c = q.exps[c] / q.sum;
+        grad_q[c] += static_cast<float>(slope * (q_c * kept - p_c * (q_c / (q_c + 1e-12))));
+    }
+    if (grad_p) {
+        add_target_gradient(p, difference, static_cast<float>(slope), padded, grad_p);
+        const double of_label = coefficient * divergence * at_label;
+        add_softmax(at_1, 0, static_cast<float>(of_label), padded, grad_p);
+        grad_p[label] -= static_cast<float>(of_label);
+    }
+    return live * divergence;
+}
+
 // ---------------------------------------------------------------- one sample, a range of samples, the batch
 
 // Memory of a thread, for one row at a time.
 struct Workspace {
     const int classes, padded;
-    float *logits[LOGITS], *grad_adv, *grad_nat, *values, *difference;
-    Softmax softmaxes[MAX_SOFTMAXES];
-    static constexpr int ROWS = LOGITS + 4 + MAX_SOFTMAXES;
+    float *logits, *gradients, *maxima, *values, *difference;
+    Softmax* softmaxes;
 
-    Workspace(const Call& call, int padded, float* memory)
-        : classes(static_cast<int>(call.arguments.classes)), padded(padded) {
-        float* unused = memory;
-        const auto next = [&] { return (unused += padded) - padded; };
-        for (float*& row : logits) row = next();
-        grad_adv = next(), grad_nat = next(), values = next(), difference = next();
+    Workspace(const Call& call, int padded, void* memory)
+        : classes(static_cast<int>(call.arguments.classes)), padded(padded), logits(static_cast<float*>(memory)) {
+        const int64_t count = call.arguments.num_logits;
+        gradients = logits + count * padded;
+        values = gradients + (call.plan.gradients + 1) * padded;
+        difference = values + padded;
+        float* exps = difference + padded;
+        maxima = exps + call.plan.count * padded;
+        softmaxes = reinterpret_cast<Softmax*>(maxima + (count + LANES - 1) / LANES * LANES);
         for (int k = 0; k < call.plan.count; ++k) {
             softmaxes[k] = call.plan.softmaxes[k];
-            softmaxes[k].logits = logits[softmaxes[k].source];
-            softmaxes[k].exps = next();
+            softmaxes[k].logits = logits + softmaxes[k].source * padded;
+            softmaxes[k].exps = exps + k * padded;
         }
+        for (int c = 0; c < padded; ++c) gradients[call.plan.gradients * padded + c] = 0;
+    }
+
+    static size_t bytes(const Call& call, int padded) {
+        const int64_t count = call.arguments.num_logits, softmaxes = call.plan.count;
+        const size_t rows = count + call.plan.gradients + 3 + softmaxes;
+        const size_t floats = rows * padded + (count + LANES - 1) / LANES * LANES;
+        const size_t unit = sizeof(float) * LANES, all = sizeof(float) * floats + sizeof(Softmax) * softmaxes;
+        return (all + unit - 1) / unit * unit;
     }
 };
 
+double compute_term(const Call& call, int64_t k, int64_t label, double scale, Workspace& space) {
+    const Term& term = call.arguments.terms[k];
+    const int classes = space.classes, padded = space.padded;
+    const Softmax& student = space.softmaxes[call.plan.student[k]];
+    float* gradient = space.gradients + call.plan.gradient[term.student] * padded;
+    switch (term.kind) {
+        case CE:
+            return cross_entropy(
+                student, label, call.arguments.label_smoothing, scale, classes, padded, gradient);
+        case MARGIN: return margin(student, label, scale, classes, padded, gradient);
+    }
+    const Softmax& target = space.softmaxes[call.plan.target[k]];
+    const bool wanted = !term.detach && call.arguments.logits()[term.target].gradient;
+    float* target_gradient = wanted ? space.gradients + call.plan.gradient[term.target] * padded : nullptr;
+    if (term.kind == KL_LIVE)
+        return live_divergence(
+            target, student, space.softmaxes[call.plan.target_at_1[k]], label, scale, classes, padded,
+            space.difference, gradient, target_gradient);
+    const float coefficient = static_cast<float>(scale / term.temperature);
+    const double value =
+        divergence(target, student, coefficient, padded, space.values, space.difference, gradient);
+    if (wanted) add_target_gradient(target, space.difference, coefficient, padded, target_gradient);
+    return value;
+}
+
 void compute_row(const Call& call, int64_t row, Workspace& space) {
     const LossArguments& given = call.arguments;
-    const Plan& plan = call.plan;
+    const LogitsView* logits = given.logits();
     const int classes = space.classes, padded = space.padded;
-    const int64_t label = given.labels[row * given.label_stride];
+    const int64_t label = given.labels[row * given.label_stride], count = given.num_terms;
 
-    float maxima[LOGITS];
-    for (int source = 0; source < LOGITS; ++source) {
-        if (!plan.reads[source]) continue;
-        load_row(given.logits[source], row, classes, padded, space.logits[source]);
-        maxima[source] = maximum_of(space.logits[source], padded);
+    for (int64_t i = 0; i < given.num_logits; ++i) {
+        load_row(logits[i], row, classes, padded, space.logits + i * padded);
+        space.maxima[i] = maximum_of(space.logits + i * padded, padded);
     }
-    for (int k = 0; k < plan.count; ++k) {
-        space.softmaxes[k].maximum = maxima[space.softmaxes[k].source];
+    for (int k = 0; k < call.plan.count; ++k) {
+        space.softmaxes[k].maximum = space.maxima[space.softmaxes[k].source];
         normalise(space.softmaxes[k], classes, padded);
     }
 
     double alpha = 1;
-    if (plan.trust >= 0) {
-        const Softmax& p = space.softmaxes[plan.trust];
+    if (call.plan.trust >= 0) {
+        const Softmax& p = space.softmaxes[call.plan.trust];
         const double log_p = static_cast<double>(p.logits[label]) - p.maximum - p.log_sum;
         // A probability that underflows to 0 gives alpha 1 at beta = 0, not 0 * -inf. NaN stays.
         alpha = exp(given.beta * (log_p < LOWEST ? LOWEST : log_p));
     }
 
     const double share = given.sample_weights ? given.sample_weights[row] : 1;
-    double* values = call.rows + row * (TERMS + 1);
+    double* values = call.rows + row * (count + 1);
     double loss = 0;
-    for (int c = 0; c < padded; ++c) space.grad_adv[c] = space.grad_nat[c] = 0;
-    for (int term = 0; term < TERMS; ++term) {
-        values[term] = 0;
-        if (!plan.active[term]) continue;
-        const double a = given.weights[term][0], b = given.weights[term][1];
-        const double weight = b != 0 ? a + b * alpha : a, per_batch = weight * share / given.batch;
-        const Softmax& p = space.softmaxes[plan.target[term]];
-        if (is_divergence(term)) {
-            const float coefficient = static_cast<float>(per_batch / p.temperature);
-            const Softmax& q = space.softmaxes[plan.student[term]];
-            values[term] =
-                divergence(p, q, coefficient, padded, space.values, space.difference, space.grad_adv);
-            if (term == KL_SELF && !given.detach_self)
-                add_target_gradient(p, space.difference, coefficient, padded, space.grad_nat);
-        } else {
-            values[term] = cross_entropy(
-                p, label, given.label_smoothing, per_batch, classes, padded,
-                term == CE_NAT ? space.grad_nat : space.grad_adv);
-        }
-        loss += weight * values[term];
+    for (int c = 0; c < call.plan.gradients * padded; ++c) space.gradients[c] = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        const Term& term = given.terms[k];
+        double weight = term.b != 0 ? term.a + term.b * alpha : term.a;
+        if (term.factor >= 0) weight *= given.factors[row * given.num_factors + term.factor];
+        values[k] = compute_term(call, k, label, weight * share / given.batch, space);
+        loss += weight * values[k];
     }
-    values[TERMS] = share * loss;
+    values[count] = share * loss;
     given.alpha[row] = static_cast<float>(alpha);
-    given.per_sample[row] = static_cast<float>(values[TERMS]);
-    const int64_t start = row * given.classes;
-    if (given.grad_adv) memcpy(given.grad_adv + start, space.grad_adv, sizeof(float) * classes);
-    if (given.grad_nat) memcpy(given.grad_nat + start, space.grad_nat, sizeof(float) * classes);
+    given.per_sample[row] = static_cast<float>(values[count]);
+    for (int64_t i = 0; i < given.num_logits; ++i)
+        if (logits[i].gradient)
+            memcpy(
+                logits[i].gradient + row * classes, space.gradients + call.plan.gradient[i] * padded,
+                sizeof(float) * classes);
 }
 
 void compute_rows(int64_t begin, int64_t end, void* context) {
     Call& call = *static_cast<Call*>(context);
     const int padded = static_cast<int>((call.arguments.classes + LANES - 1) / LANES * LANES);
-    void* memory = aligned_alloc(sizeof(float) * LANES, sizeof(float) * padded * Workspace::ROWS);
+    void* memory = aligned_alloc(sizeof(float) * LANES, Workspace::bytes(call, padded));
     if (!memory) {
         __atomic_store_n(&call.status, OUT_OF_MEMORY, __ATOMIC_RELAXED);
         return;
     }
-    Workspace space(call, padded, static_cast<float*>(memory));
+    Workspace space(call, padded, memory);
     for (int64_t row = begin; row < end; ++row) compute_row(call, row, space);
     free(memory);
 }
@@ -315,19 +394,25 @@ void compute_rows(int64_t begin, int64_t end, void* context) {
 }  // namespace
 
 int distill_loss(const LossArguments& given) {
-    double* rows = static_cast<double*>(malloc(sizeof(double) * (given.batch + 1) * (TERMS + 1)));
-    if (!rows) return OUT_OF_MEMORY;
-    Call call{given, Plan(given), rows, OK};
+    const int64_t count = given.num_terms;
+    double* rows = static_cast<double*>(malloc(sizeof(double) * (given.batch + 1) * (count + 1)));
+    void* plan = malloc(Plan::bytes(given));
+    if (!rows || !plan) {
+        free(rows), free(plan);
+        return OUT_OF_MEMORY;
+    }
+    Call call{given, Plan(given, plan), rows, OK};
     if (given.batch) parallel_for(0, given.batch, 1 + GRAIN / given.classes, compute_rows, &call);
 
     // In the order of the batch, whatever thread made which row: the same bits for any number of threads.
-    double sums[TERMS + 1] = {};
+    double* sums = rows + given.batch * (count + 1);
+    for (int64_t k = 0; k <= count; ++k) sums[k] = 0;
     for (int64_t row = 0; row < given.batch; ++row)
-        for (int k = 0; k <= TERMS; ++k) sums[k] += rows[row * (TERMS + 1) + k];
-    const double count = given.batch ? static_cast<double>(given.batch) : 1;
-    for (int term = 0; term < TERMS; ++term) given.terms[term] = static_cast<float>(sums[term] / count);
-    *given.loss = static_cast<float>(sums[TERMS] / count);
-    free(rows);
+        for (int64_t k = 0; k <= count; ++k) sums[k] += rows[row * (count + 1) + k];
+    const double samples = given.batch ? static_cast<double>(given.batch) : 1;
+    for (int64_t k = 0; k < count; ++k) given.means[k] = static_cast<float>(sums[k] / samples);
+    *given.loss = static_cast<float>(sums[count] / samples);
+    free(rows), free(plan);
     return call.status;
 }
 

@@ -1,12 +1,14 @@
 """`distill_loss` as Triton kernels: a launch for values and gradients, one for the means, one for the backward.
 
-A program holds whole rows of logits in registers. Absent logits, gradients and weights are None and compiled out;
-numbers are arguments, and change without a compilation.
-Shape suffixes: B batch, C classes, K the six terms.
+A program holds whole rows of logits in registers. The terms are compiled in, and absent gradients, factors and
+sample weights are None and compiled out; weights and temperatures are arguments, and change without a compilation.
+Shape suffixes: B batch, C classes, K terms, G logits with a gradient.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -14,14 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.contract import LossAndGradients, LossInputs, LossRow, check_terms
+from engine.kernels.contract import LossAndGradients, LossInputs, LossSpec, LossTerm, check_kinds
 from engine.kernels.triton_ops import CHECKED, two_floats
 
 _BLOCK = 1024
-_TERMS = ("ce_nat", "ce_adv", "kl_self", "kl_at_nat", "kl_at_adv", "kl_st_adv")  # that `_loss` computes, by number
 _PADDING = tl.constexpr(-1e30)  # in place of logits beyond the last class: finite, with an exponential of 0
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _HANDS_NAN_ON = tl.constexpr(tl.PropagateNan.ALL)
+
+_KINDS = ("ce", "kl", "margin", "kl_live")
+_CE, _KL, _MARGIN, _KL_LIVE = (tl.constexpr(number) for number in range(4))  # by place in _KINDS
+# Places in a `_CompiledTerm`, whose names Triton 3.6 loses.
+_KIND, _STUDENT, _TARGET, _TEMPERATURE, _FACTOR, _STUDENT_GRADIENT, _TARGET_GRADIENT, _COLUMN = (
+    tl.constexpr(place) for place in range(8)
+)
 
 
 class Tile(NamedTuple):
@@ -44,79 +52,147 @@ def tile(classes: int) -> Tile:
     return Tile(32 * num_warps * values // columns, columns, num_warps)
 
 
-def loss_and_gradients(inputs: LossInputs, row: LossRow, want_adv: bool, want_nat: bool) -> LossAndGradients:
+class _CompiledTerm(NamedTuple):
+    """A term by numbers, which are compiled in; -1: none.
+
+    student, target: in the order in which a program reads the logits; labels count as the student.
+    student_gradient, target_gradient: among the gradients. column: of the terms.
+    """
+
+    kind: int
+    student: int
+    target: int
+    temperature: int
+    factor: int
+    student_gradient: int
+    target_gradient: int
+    column: int
+
+
+class _Plan(NamedTuple):
+    """A launch but for its tensors. logits: their numbers, in the order in which a program reads them.
+
+    weights, temperatures: of the terms in the order of their sum, and as `_reciprocal` has them.
+    """
+
+    logits: tuple[int, ...]
+    terms: tuple[_CompiledTerm, ...]
+    weights: tuple[tuple[float, float], ...]
+    temperatures: tuple[tuple[float, float] | None, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(spec: LossSpec, wants: tuple[bool, ...]) -> _Plan:
+    check_kinds("the Triton kernel", _KINDS, spec)
+    columns = _order(spec.terms, wants)
+    terms = [spec.terms[column] for column in columns]
+    read = [number for term in terms for number in (term.student, term.target) if number >= 0]
+    logits = tuple(dict.fromkeys(read if spec.trust < 0 else [spec.trust, *read]))
+    temperatures = tuple(dict.fromkeys(term.temperature for term in terms))
+
+    def gradient(number: int) -> int:
+        return sum(wants[:number]) if number >= 0 and wants[number] else -1
+
+    compiled = [
+        _CompiledTerm(
+            _KINDS.index(term.kind),
+            logits.index(term.student),
+            logits.index(term.student if term.target < 0 else term.target),
+            temperatures.index(term.temperature),
+            term.factor,
+            gradient(term.student),
+            -1 if term.detach else gradient(term.target),
+            column,
+        )
+        for term, column in zip(terms, columns, strict=True)
+    ]
+    weights = tuple((term.a, term.b) for term in terms)
+    return _Plan(logits, tuple(compiled), weights, tuple(map(_reciprocal, temperatures)))
+
+
+def _order(terms: tuple[LossTerm, ...], wants: tuple[bool, ...]) -> list[int]:
+    """Order in which the terms are summed: first those of the student's logits that most terms have, alone.
+
+    The rest, which read others of the student's logits, follow; else the order is the given one. A target is the
+    student's where its gradient is wanted, where it is detached, and where another term has it as its student.
+    """
+    students = Counter(term.student for term in terms)
+    first = students.most_common(1)[0][0]
+
+    def reads_others(k: int) -> bool:
+        student, target = terms[k].student, terms[k].target
+        return student != first or (target >= 0 and (wants[target] or terms[k].detach or target in students))
+
+    return sorted(range(len(terms)), key=reads_others)
+
+
+def loss_and_gradients(inputs: LossInputs, spec: LossSpec, wants: tuple[bool, ...]) -> LossAndGradients:
     """Values of `reference.distill_loss` and its gradients, of logits in float32, float16 or bfloat16."""
-    check_terms("the Triton kernel", _TERMS, row)
-    batch, classes = inputs.student.shape
+    plan = _plan(spec, wants)
+    first = inputs.logits[0]
+    batch, classes = first.shape
+    count, gradients = len(plan.terms), sum(wants)
 
     def new(*shape: int) -> Tensor:
-        return inputs.student.new_empty(shape, dtype=torch.float32)
+        return first.new_empty(shape, dtype=torch.float32)
 
-    loss, terms_K, alpha_B, loss_B, terms_BK = new(), new(6), new(batch), new(batch), new(batch, 6)
-    grad_adv = new(batch, classes) if want_adv else None
-    grad_nat = new(batch, classes) if want_nat else None
-    result = LossAndGradients(loss, alpha_B, terms_K, loss_B, grad_adv, grad_nat)
+    loss, terms_K, alpha_B, loss_B, terms_BK = new(), new(count), new(batch), new(batch), new(batch, count)
+    gradients_GBC = new(gradients, batch, classes) if gradients else None
+    result = LossAndGradients(loss, alpha_B, terms_K, loss_B, gradients_GBC)
     if not batch:
         loss.zero_()
         terms_K.zero_()
         return result
     rows, columns, num_warps = tile(classes)
-    sample_weights = inputs.sample_weights
-    with torch.cuda.device_of(inputs.student):
+    with torch.cuda.device_of(first):
         _loss[(triton.cdiv(batch, rows),)](
-            tuple(_strided(logits) for logits in inputs[:5]),
+            tuple([_strided(inputs.logits[number]) for number in plan.logits]),
             (inputs.labels, inputs.labels.stride(0)),
-            None if sample_weights is None else (sample_weights, sample_weights.stride(0)),
+            _with_strides(inputs.sample_weights),
+            _with_strides(inputs.factors),
             loss_B,
             alpha_B,
             terms_BK,
-            grad_adv,
-            grad_nat,
-            tuple(pair if active else None for pair, active in zip(row.weights, row.active, strict=True)),
-            _reciprocal(row.tau),
-            _reciprocal(row.tau_self),
-            float(row.beta),
-            float(row.label_smoothing) or None,
+            gradients_GBC,
+            plan.weights,
+            plan.temperatures,
+            float(spec.beta),
+            float(spec.label_smoothing) or None,
             batch,
+            TERMS=plan.terms,
+            TRUST=spec.trust >= 0,
+            GRADIENTS=gradients,
             CLASSES=classes,
-            DETACH_SELF=row.detach_self,
             BLOCK_B=rows,
             BLOCK_C=columns,
             num_warps=num_warps,
             **CHECKED,
         )
-        active = sum(is_active << k for k, is_active in enumerate(row.active))
-        _means[(7,)](loss_B, terms_BK, loss, terms_K, batch, active, BLOCK=_BLOCK, num_warps=4)
+        _means[(1 + count,)](loss_B, terms_BK, loss, terms_K, batch, TERMS=count, BLOCK=_BLOCK, num_warps=4)
     return result
 
 
-def scale(
-    upstream: Tensor,
-    grad_adv: Tensor | None,
-    grad_nat: Tensor | None,
-    dtype_adv: torch.dtype,
-    dtype_nat: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients times the scalar `upstream`, which is read on the device, in the dtypes of the logits."""
-    out_adv = None if grad_adv is None else torch.empty_like(grad_adv, dtype=dtype_adv)
-    out_nat = None if grad_nat is None else torch.empty_like(grad_nat, dtype=dtype_nat)
-    size = max(grad.numel() for grad in (grad_adv, grad_nat) if grad is not None)
+def scale(upstream: Tensor, gradients: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous gradients times the scalar `upstream`, which is read on the device, in a dtype."""
+    scaled = torch.empty_like(gradients, dtype=dtype)
+    size = gradients.numel()
     if size:
         with torch.cuda.device_of(upstream):
-            grid = (triton.cdiv(size, _BLOCK),)
-            _scale[grid](upstream, grad_adv, grad_nat, out_adv, out_nat, size, BLOCK=_BLOCK, num_warps=4)
-    return out_adv, out_nat
+            _scale[(triton.cdiv(size, _BLOCK),)](upstream, gradients, scaled, size, BLOCK=_BLOCK, num_warps=4)
+    return scaled
 
 
-def _strided(logits: Tensor | None) -> tuple[Tensor | int, ...] | None:
+def _strided(logits: Tensor) -> tuple[Tensor | int, ...]:
     """Logits with their strides; without where they are contiguous: the compiler knows the strides then."""
-    if logits is None:
-        return None
     return (logits,) if logits.is_contiguous() else (logits, *logits.stride())
 
 
+def _with_strides(given: Tensor | None) -> tuple[Tensor | int, ...] | None:
+    return None if given is None else (given, *given.stride())
+
+
 def _reciprocal(temperature: float) -> tuple[float, float] | None:
-    """1 / temperature for `_softmax`; None for 1, so that equal temperatures are computed once."""
+    """1 / temperature for `_softmax`; None for 1."""
     return None if temperature == 1 else two_floats(1 / temperature)
 
 
@@ -127,23 +203,23 @@ def _loss(
     logits,
     labels,
     sample_weights,
+    factors,
     loss_ptr,
     alpha_ptr,
     terms_ptr,
-    grad_adv_ptr,
-    grad_nat_ptr,
+    gradients_ptr,
     weights,
-    per_tau,
-    per_tau_self,
+    temperatures,
     beta,
     smoothing,
     batch: tl.int32,
+    TERMS: tl.constexpr,
+    TRUST: tl.constexpr,
+    GRADIENTS: tl.constexpr,
     CLASSES: tl.constexpr,
-    DETACH_SELF: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    s_adv, s_nat, _, t_at_adv, _ = logits
     position = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     stored = position < batch
     # Positions beyond the batch read its last row, so that no load needs a mask.
@@ -154,10 +230,11 @@ def _loss(
     tl.device_assert(known, "distill_loss: a label is out of range")
     is_label = column == tl.where(known, label, -1).to(tl.int32)[:, None]
 
+    z = ()  # the logits that were read
     alpha = tl.full((BLOCK_B,), 1.0, tl.float32)
-    if t_at_adv is not None:
-        z_at_adv = _shifted(t_at_adv, row, column, CLASSES, BLOCK_C)
-        log_p = tl.sum(tl.where(is_label, z_at_adv, 0.0), axis=1) - tl.log(tl.sum(tl.exp(z_at_adv), axis=1))
+    if TRUST:
+        z = _read(z, 0, logits, row, column, CLASSES, BLOCK_C)
+        log_p = tl.sum(tl.where(is_label, z[0], 0.0), axis=1) - tl.log(tl.sum(tl.exp(z[0]), axis=1))
         # A probability that underflows to 0 gives alpha 1 at beta = 0, not 0 * -inf.
         alpha = tl.exp(beta * tl.maximum(log_p, _LOWEST, _HANDS_NAN_ON))
 
@@ -166,55 +243,46 @@ def _loss(
         sample_weight = tl.load(sample_weights[0] + row * sample_weights[1]).to(tl.float32)
     share = sample_weight / batch  # of a sample in the mean
     loss = tl.zeros((BLOCK_B,), tl.float32)
-    grad_adv = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    grad_nat = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-
-    if s_adv is not None:
-        z_adv = _shifted(s_adv, row, column, CLASSES, BLOCK_C)
-        if weights[1] is not None:
-            term, grad = _cross_entropy(z_adv, is_label, smoothing, column, CLASSES)
-            weight = weights[1][0] + weights[1][1] * alpha
-            loss += weight * term
-            grad_adv += (share * weight)[:, None] * grad
-            tl.store(terms_ptr + row * 6 + 1, term, mask=stored)
-        student = _softmax(z_adv, per_tau)
-        for k in tl.static_range(3, 6):
-            if weights[k] is not None:
-                z = z_at_adv if k == 4 else _shifted(logits[k - 1], row, column, CLASSES, BLOCK_C)
-                teacher = _softmax(z, per_tau)
-                term = _divergence(teacher, student)
-                weight = weights[k][0] + weights[k][1] * alpha
-                loss += weight * term
-                grad_adv += _per(share * weight, per_tau)[:, None] * (student[2] - teacher[2])
-                tl.store(terms_ptr + row * 6 + k, term, mask=stored)
-    if s_nat is not None:
-        z_nat = _shifted(s_nat, row, column, CLASSES, BLOCK_C)
-        if weights[0] is not None:
-            term, grad = _cross_entropy(z_nat, is_label, smoothing, column, CLASSES)
-            weight = weights[0][0] + weights[0][1] * alpha
-            loss += weight * term
-            grad_nat += (share * weight)[:, None] * grad
-            tl.store(terms_ptr + row * 6, term, mask=stored)
-        if weights[2] is not None:
-            target = _softmax(z_nat, per_tau_self)
-            student = _softmax(z_adv, per_tau_self)
-            term = _divergence(target, student)
-            weight = weights[2][0] + weights[2][1] * alpha
-            loss += weight * term
-            factor = _per(share * weight, per_tau_self)[:, None]
-            grad_adv += factor * (student[2] - target[2])
-            if not DETACH_SELF:
-                ratio = target[0] - student[0]  # the log of p / q but for a constant, which drops out
-                grad_nat += factor * target[2] * (ratio - tl.sum(target[2] * ratio, axis=1)[:, None])
-            tl.store(terms_ptr + row * 6 + 2, term, mask=stored)
+    gradients = (tl.zeros((BLOCK_B, BLOCK_C), tl.float32),) * GRADIENTS
+    for k in tl.static_range(len(TERMS)):
+        z = _read(z, TERMS[k][_STUDENT], logits, row, column, CLASSES, BLOCK_C)
+        student = _softmax(z[TERMS[k][_STUDENT]], temperatures[TERMS[k][_TEMPERATURE]])
+        z = _read(z, TERMS[k][_TARGET], logits, row, column, CLASSES, BLOCK_C)
+        weight = weights[k][0] + weights[k][1] * alpha
+        if TERMS[k][_FACTOR] >= 0:
+            factor = factors[0] + row * factors[1] + TERMS[k][_FACTOR] * factors[2]
+            weight *= tl.load(factor).to(tl.float32)
+        term, gradients = _term(
+            TERMS[k][_KIND],
+            TERMS[k][_STUDENT_GRADIENT],
+            TERMS[k][_TARGET_GRADIENT],
+            student,
+            z[TERMS[k][_TARGET]],
+            temperatures[TERMS[k][_TEMPERATURE]],
+            is_label,
+            smoothing,
+            share * weight,
+            gradients,
+            column,
+            CLASSES,
+        )
+        loss += weight * term
+        tl.store(terms_ptr + row * len(TERMS) + TERMS[k][_COLUMN], term, mask=stored)
 
     tl.store(alpha_ptr + row, alpha, mask=stored)
     tl.store(loss_ptr + row, sample_weight * loss, mask=stored)
     place = row[:, None] * CLASSES + column
-    if grad_adv_ptr is not None:
-        tl.store(grad_adv_ptr + place, grad_adv, mask=stored[:, None] & (column < CLASSES))
-    if grad_nat_ptr is not None:
-        tl.store(grad_nat_ptr + place, grad_nat, mask=stored[:, None] & (column < CLASSES))
+    for g in tl.static_range(GRADIENTS):
+        ptr = gradients_ptr + batch.to(tl.int64) * (g * CLASSES)
+        tl.store(ptr + place, gradients[g], mask=stored[:, None] & (column < CLASSES))
+
+
+@triton.jit
+def _read(z, NUMBER: tl.constexpr, logits, row, column, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The logits that were read, and these, which are numbered in the order in which they are."""
+    if len(z) == NUMBER:
+        z += (_shifted(logits[NUMBER], row, column, CLASSES, BLOCK_C),)
+    return z
 
 
 @triton.jit
@@ -234,10 +302,66 @@ def _shifted(logits, row, column, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr):
     return shifted
 
 
+# many parameters: a function of the kernel, which has no objects
 @triton.jit
-def _cross_entropy(z, is_label, smoothing, column, CLASSES: tl.constexpr):
+def _term(
+    KIND: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    TARGET_GRADIENT: tl.constexpr,
+    student,
+    z_target,
+    temperature,
+    is_label,
+    smoothing,
+    scale,
+    gradients,
+    column,
+    CLASSES: tl.constexpr,
+):
+    """The term of each row, and the gradients with its own times `scale`.
+
+    Equal softmaxes of several terms are computed once, by the compiler.
+    """
+    if KIND == _CE:
+        term, gradient = _cross_entropy(student, is_label, smoothing, column, CLASSES)
+        gradients = _added(gradients, STUDENT_GRADIENT, scale[:, None] * gradient)
+    elif KIND == _MARGIN:
+        term, gradient = _margin(student, is_label, column, CLASSES)
+        gradients = _added(gradients, STUDENT_GRADIENT, scale[:, None] * gradient)
+    else:
+        target = _softmax(z_target, temperature)
+        if KIND == _KL:
+            term = _divergence(target, student)
+            factor = _per(scale, temperature)[:, None]
+            gradients = _added(gradients, STUDENT_GRADIENT, factor * (student[2] - target[2]))
+            # The log of p / q but for a constant, which drops out.
+            gradient = _log_ratio_gradient(factor, target[2], target[0] - student[0])
+        else:
+            tl.static_assert(KIND == _KL_LIVE)
+            divergence, log_ratio, student_gradient = _guarded_divergence(target, student)
+            p = _softmax(z_target, None)[2]
+            p_label = tl.sum(tl.where(is_label, p, 0.0), axis=1)
+            live = 1.0000001 - p_label
+            term = live * divergence
+            factor = _per(scale * live, temperature)[:, None]
+            gradients = _added(gradients, STUDENT_GRADIENT, factor * student_gradient)
+            gradient = _log_ratio_gradient(factor, target[2], log_ratio)
+            gradient += (scale * divergence * p_label)[:, None] * (p - is_label.to(tl.float32))
+        gradients = _added(gradients, TARGET_GRADIENT, gradient)
+    return term, gradients
+
+
+@triton.jit
+def _added(gradients, NUMBER: tl.constexpr, gradient):
+    if NUMBER >= 0:
+        gradients = gradients[:NUMBER] + (gradients[NUMBER] + gradient,) + gradients[NUMBER + 1 :]  # noqa: RUF005
+    return gradients
+
+
+@triton.jit
+def _cross_entropy(student, is_label, smoothing, column, CLASSES: tl.constexpr):
     """The cross-entropy of each row, and its gradient."""
-    _, normalizer, p = _softmax(z, None)
+    z, normalizer, p = student
     if smoothing is None:
         target = is_label.to(tl.float32)
         expected = tl.sum(tl.where(is_label, z, 0.0), axis=1)
@@ -245,6 +369,18 @@ def _cross_entropy(z, is_label, smoothing, column, CLASSES: tl.constexpr):
         target = tl.where(is_label, 1.0 - smoothing, 0.0) + smoothing / CLASSES
         expected = tl.sum(tl.where(column < CLASSES, target * z, 0.0), axis=1)
     return normalizer - expected, p - target
+
+
+@triton.jit
+def _margin(student, is_label, column, CLASSES: tl.constexpr):
+    """`-log(1.0001 - max_{c != y} p_c + 1e-12)` of each row, and its gradient, which equal maxima share."""
+    p = student[2]
+    others = tl.where(is_label | (column >= CLASSES), float("-inf"), p)
+    largest = tl.max(others, axis=1)
+    remainder = 1.0001 - largest + 1e-12
+    is_largest = (others == largest[:, None]).to(tl.float32)
+    part = is_largest / tl.sum(is_largest, axis=1)[:, None]
+    return -tl.log(remainder), (largest / remainder)[:, None] * (part - p)
 
 
 @triton.jit
@@ -272,22 +408,39 @@ def _divergence(target, student):
 
 
 @triton.jit
+def _guarded_divergence(target, student):
+    """`sum p r` with `r = log p - log(q + 1e-12)`, r, and the gradient to the student's u."""
+    u_p, normalizer_p, p = target
+    q = student[2]
+    log_ratio = u_p - normalizer_p[:, None] - tl.log(q + 1e-12)
+    shrunk = p * (q / (q + 1e-12))
+    gradient = q * tl.sum(shrunk, axis=1)[:, None] - shrunk
+    return tl.sum(p * log_ratio, axis=1), log_ratio, gradient
+
+
+@triton.jit
+def _log_ratio_gradient(factor, p, log_ratio):
+    """The gradient of `sum p log(p / q)` to the target's u, times a factor."""
+    return factor * p * (log_ratio - tl.sum(p * log_ratio, axis=1)[:, None])
+
+
+@triton.jit
 def _per(value, per_temperature):
     if per_temperature is not None:
         value *= per_temperature[0]
     return value
 
 
-@triton.jit(do_not_specialize=["batch", "active"])
-def _means(loss_B_ptr, terms_BK_ptr, loss_ptr, terms_K_ptr, batch: tl.int64, active, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def _means(
+    loss_B_ptr, terms_BK_ptr, loss_ptr, terms_K_ptr, batch: tl.int64, TERMS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Program 0 writes the mean loss, program k + 1 that of term k: each sum has one fixed order."""
     k = tl.program_id(0) - 1
     if k < 0:
         tl.store(loss_ptr, _mean(loss_B_ptr, 1, batch, BLOCK))
-    elif (active >> k) & 1:
-        tl.store(terms_K_ptr + k, _mean(terms_BK_ptr + k, 6, batch, BLOCK))
     else:
-        tl.store(terms_K_ptr + k, 0.0)
+        tl.store(terms_K_ptr + k, _mean(terms_BK_ptr + k, TERMS, batch, BLOCK))
 
 
 @triton.jit
@@ -300,11 +453,8 @@ def _mean(ptr, STRIDE: tl.constexpr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale(upstream_ptr, adv_ptr, nat_ptr, out_adv_ptr, out_nat_ptr, size, BLOCK: tl.constexpr):
+def _scale(upstream_ptr, ptr, out_ptr, size, BLOCK: tl.constexpr):
     upstream = tl.load(upstream_ptr).to(tl.float32)
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < size
-    if adv_ptr is not None:
-        tl.store(out_adv_ptr + offset, upstream * tl.load(adv_ptr + offset, mask=inside), mask=inside)
-    if nat_ptr is not None:
-        tl.store(out_nat_ptr + offset, upstream * tl.load(nat_ptr + offset, mask=inside), mask=inside)
+    tl.store(out_ptr + offset, upstream * tl.load(ptr + offset, mask=inside), mask=inside)

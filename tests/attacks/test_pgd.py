@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.attacks.pgd import ATTACK_LOSSES, batch_norm_mode, describe, frozen, pgd, preset, presets
-from engine.config import AttackSpec
+from engine import config, models
+from engine.attacks.pgd import batch_norm_mode, describe, frozen, pgd, preset, presets
+from engine.config import AttackSpec, validated
+from engine.objectives import ATTACK_LOSSES
 
 MODES = ("train", "eval", "batch")
 BALLS = {"Linf": (8 / 255, 3 / 255), "L2": (0.6, 0.25)}
@@ -120,8 +122,83 @@ def ratio(z: Tensor, y: Tensor, _: Tensor | None) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {"ce": cross_entropy, "kl": divergence, "cw": margin, "dlr": ratio}
 
 
+def soft_divergence(p: Tensor, z: Tensor) -> Tensor:
+    return (p * (p.log() - z.log_softmax(1))).sum()
+
+
+def fixed(student: nn.Module, teacher: nn.Module, x: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """RSLAD: K(T(x) || S(a))."""
+    return soft_divergence(teacher(x).softmax(1).detach(), student(a))
+
+
+def moving(student: nn.Module, teacher: nn.Module, x: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """AdaAD: K(T(a) || S(a)), nothing detached."""
+    return soft_divergence(teacher(a).softmax(1), student(a))
+
+
+def linear(student: nn.Module, teacher: nn.Module, x: Tensor, a: Tensor, y: Tensor) -> Tensor:
+    """SAAD: K(p || S(a)), p = T(x) but T_y(x) + 0.5 <grad T_y(x), a - x>; by the Jacobian of the probabilities."""
+    jacobian = torch.autograd.functional.jacobian(lambda images: teacher(images).softmax(1).sum(0), x)
+    slope = torch.stack([jacobian[label, sample] for sample, label in enumerate(y.tolist())])
+    p = teacher(x).softmax(1).detach()
+    onehot = F.one_hot(y, 5).to(p.dtype)
+    return soft_divergence(p + onehot * 0.5 * (slope * (a - x)).sum((1, 2, 3))[:, None], student(a))
+
+
+TEACHER_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kl-teacher": fixed,
+    "kl-teacher-moving": moving,
+    "kl-teacher-linear": linear,
+}
+
+
 def test_every_loss_has_its_transcription() -> None:
-    assert set(LOSSES) == set(ATTACK_LOSSES)
+    assert {*LOSSES, *TEACHER_LOSSES} == set(ATTACK_LOSSES)
+
+
+def teacher_network() -> nn.Module:
+    """Another network, in evaluation mode, whose probabilities are far from 0."""
+    teacher = network().eval()
+    with torch.no_grad():
+        teacher.conv.weight.mul_(-0.4)
+        teacher.linear.weight.mul_(0.2)
+    return teacher
+
+
+@pytest.mark.parametrize("loss", TEACHER_LOSSES)
+def test_losses_with_a_teacher_equal_their_transcriptions(loss: str) -> None:
+    model, teacher, (x_nat, labels) = network(), teacher_network(), batch()
+    attack = spec(loss=loss, slope=0.5, bn="eval")
+    start = some_start(x_nat, attack.epsilon, "Linf")
+    plain = copy.deepcopy(model).eval()
+    adv = (x_nat + start).clip(0, 1)
+    for _ in range(attack.num_steps):
+        adv = adv.detach().requires_grad_()
+        (g,) = torch.autograd.grad(TEACHER_LOSSES[loss](plain, teacher, x_nat, adv, labels), adv)
+        adv = (x_nat + (adv + attack.step_size * g.sign() - x_nat).clip(-attack.epsilon, attack.epsilon)).clip(
+            0, 1
+        )
+    x_adv = pgd(model, x_nat, labels, attack, start=start, teacher=teacher)
+    torch.testing.assert_close(x_adv, adv.detach(), rtol=0, atol=1e-12)
+    others = [
+        pgd(model, x_nat, labels, spec(loss=other, bn="eval"), start=start, teacher=teacher)
+        for other in {*LOSSES, *TEACHER_LOSSES} - {loss}
+    ]
+    assert all(not torch.allclose(x_adv, other, rtol=0, atol=1e-3) for other in others)
+    assert all(value.requires_grad for value in teacher.parameters())
+
+
+@pytest.mark.parametrize("loss", TEACHER_LOSSES)
+def test_a_loss_with_a_teacher_asks_for_one(loss: str) -> None:
+    with pytest.raises(ValueError, match=rf"^attack.loss: '{loss}' needs .*, and there is none$"):
+        pgd(network(), *batch(), spec(loss=loss))
+
+
+def test_a_linear_probability_below_0_has_a_finite_gradient() -> None:
+    model, teacher, (x_nat, labels) = network(), teacher_network(), batch()
+    counts = torch.zeros(2, dtype=torch.int64)
+    pgd(model, x_nat, labels, spec(loss="kl-teacher-linear", slope=1e4, bn="eval"), counts=counts, teacher=teacher)
+    assert counts[1] == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -584,3 +661,34 @@ def test_torchattacks_finds_the_same_images(name: str, keys: dict[str, Any], att
     assert expected.dtype == torch.float64
     # PGDL2 adds 1e-10 to a gradient's norm.
     torch.testing.assert_close(pgd(network(), x_nat, labels, attack), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("project", "start_epsilon", "reach"), [(True, None, 0.1), (True, 0.2, 0.1), (False, 0.2, 0.3)]
+)
+def test_the_starts_and_ends_of_one_step_training(
+    project: bool, start_epsilon: float | None, reach: float
+) -> None:
+    """N-FGSM: |x~ - x| reaches 2 epsilon + epsilon; FGSM-RS: never beyond epsilon."""
+    net = models.build("resnet8", 3).eval()
+    x_nat, labels = torch.full((8, 3, 8, 8), 0.5), torch.arange(8) % 3
+    one = validated(
+        AttackSpec,
+        {"epsilon": 0.1, "step_size": 0.1, "num_steps": 1, "project": project, "start_epsilon": start_epsilon},
+    )
+    begin = pgd(net, x_nat, labels, one.model_copy(update={"num_steps": 0}), seed=1) - x_nat
+    radius = start_epsilon or 0.1
+    assert 0.95 * radius < begin.abs().max() <= radius + 1e-6
+    assert begin.double().std() == pytest.approx(radius / 3**0.5, rel=0.05)
+    end = pgd(net, x_nat, labels, one, seed=1) - x_nat
+    assert 0.95 * reach < end.abs().max() <= reach + 1e-6
+    moved = (end - begin).abs()
+    if not project:
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.1))
+    words = describe(one)
+    assert ("not projected" in words, "random start in 51/255" in words) == (not project, start_epsilon == 0.2)
+
+
+def test_a_radius_is_of_a_uniform_start() -> None:
+    with pytest.raises(ValueError, match=r"attack\.start_epsilon: it is of a uniform start.*'gaussian'"):
+        config.load({"method": "at", "attack": {"start_epsilon": 0.1, "random_start": "gaussian"}})

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.lib.steps.variants import Flops
 from engine import models
-from engine.attacks.pgd import batch_norm_mode, climb
+from engine.attacks.pgd import Attacked, batch_norm_mode, climb
 from engine.attacks.twin import Twin, conv_bn_pairs
 from engine.config import AttackSpec
 from engine.system.precision import Precision
@@ -184,7 +184,7 @@ class Ops(TorchDispatchMode):
 
 def attack(model: Any, precision: Precision, num_steps: int = 2) -> None:
     x_nat, labels = images(6, precision), torch.arange(6) % 4
-    climb(model, x_nat.clone(), x_nat, labels, AttackSpec(num_steps=num_steps))
+    climb(Attacked(model), x_nat.clone(), x_nat, labels, AttackSpec(num_steps=num_steps))
 
 
 @pytest.mark.parametrize("bn", ["train", "eval", "batch"])

@@ -56,10 +56,10 @@ def test_a_changed_row_is_named_and_fails_the_command(
     changed: dict[str, str], code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"at weights": bits.digest(ONE), "at rows": bits.digest([1, 2])}
-    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder: iter(found.items()))
+    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder, wanted: iter(found.items()))
     before = tmp_path / "before.json"
     assert CliRunner().invoke(bits.main, [str(tmp_path), "--out", str(before)]).exit_code == 0
-    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder: iter((found | changed).items()))
+    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder, wanted: iter((found | changed).items()))
     ended = CliRunner().invoke(bits.main, [str(tmp_path), "--compare", str(before)])
     assert (ended.exit_code, ended.output) == (code, told)
 
@@ -67,7 +67,7 @@ def test_a_changed_row_is_named_and_fails_the_command(
 def test_a_run_without_all_of_the_digests_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tmp_path / "before.json"
     before.write_text('{"at rows": "a", "at weights": "b"}')
-    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder: iter([("at rows", "a")]))
+    monkeypatch.setattr(bits, "digests_of", lambda checkout, folder, wanted: iter([("at rows", "a")]))
     ended = CliRunner().invoke(bits.main, [str(tmp_path), "--compare", str(before)])
     assert (ended.exit_code, ended.output) == (1, "differs: at weights\n1 of 2 digests are equal\n")
 
@@ -110,7 +110,7 @@ def test_every_method_semantics_precision_and_number_of_processes_is_run(
     monkeypatch.setattr("subprocess.run", run)
     for part in ("_tensors", "_rows", "_report"):
         monkeypatch.setattr(bits, part, lambda folder: [])
-    names = [name for name, _ in bits.digests_of(tmp_path, tmp_path)]
+    names = [name for name, _ in bits.digests_of(tmp_path, tmp_path, tuple(methods.METHODS))]
     settings = itertools.product(methods.METHODS, bits.SEMANTICS, bits.PRECISIONS, bits.PROCESSES)
     assert names == [
         " ".join(map(str, (*one, part))) for one in settings for part in ("weights", "rows", "report")

@@ -35,7 +35,7 @@ def test_a_quick_run_times_every_op_in_every_implementation(tmp_path: Path) -> N
     rows = read(tmp_path / "kernels.csv")
     there = [name for name in ("native",) if not dispatch.missing(name, "cpu")]
     assert [(row["op"], row["implementation"]) for row in rows] == [
-        (op, name) for op in op_cases.OPS for name in ("eager", *there)
+        (case.op, name) for case in op_cases.table(0, quick=True) for name in ("eager", *there)
     ]
     for row in rows:
         assert row.keys() == {field.name for field in fields(OpRow)}

@@ -89,7 +89,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "amp and float64": (["train", "--amp", "--set", "dtype=float64"], ["amp", "float64"]),
     "dtype": (["train", "--set", "dtype=float16"], ["dtype", "float16"]),
-    "eval attack": (["train", "--set", "eval.attack=pgd7"], ["pgd7", "pgd10"]),
+    "eval attack": (["train", "--set", "eval.attack=pgd0"], ["pgd0", "pgd10"]),
     "final attacks": (["train", "--set", "eval.final=[pgd20, xyz]"], ["xyz", "pgd20"]),
     "teacher method": (["train", "--set", "teacher.method=ard"], ["teacher.method", "ard", "trades"]),
     "recipe": (["train", "--config", "recipe:table2-cifar10-at-iad9"], ["table2-cifar10-at-iad9"]),
@@ -100,7 +100,7 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "resume and out": (["train", "--resume", "runs/a", "--out", "runs/b"], ["--resume DIR", "drop --out"]),
     "eval without checkpoint": (["eval"], ["CHECKPOINT"]),
     "eval missing": (["eval", "nowhere.pt"], ["nowhere.pt"]),
-    "eval attacks": (["eval", "nowhere.pt", "--attacks", "pgd21"], ["pgd21", "pgd20"]),
+    "eval attacks": (["eval", "nowhere.pt", "--attacks", "pgd-21"], ["pgd-21", "pgd20"]),
     "eval no attacks": (["eval", "nowhere.pt", "--attacks", ","], ["--attacks"]),
 }
 

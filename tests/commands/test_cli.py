@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import methods, models, recipes
+from engine import methods, models
+from engine.attacks import table
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
+from engine.config import recipes
 from engine.evaluation import evaluate_checkpoint, reports
 from engine.models.weights import load_model
 from engine.pipelines.datasets import DATASETS
@@ -26,6 +28,7 @@ from engine.runs import lifecycle
 @pytest.mark.parametrize(
     ("command", "names"),
     [
+        ("attacks", [*table.ATTACKS, *table.PATTERNS]),
         ("methods", list(methods.METHODS)),
         ("models", list(models.TABLE)),
         ("datasets", list(DATASETS)),
@@ -37,6 +40,22 @@ def test_lists_are_whole(command: str, names: list[str], cli: Any) -> None:
     assert outcome.code == 0
     first_words = [line.split()[0] for line in outcome.out.splitlines() if line.strip()]
     assert [word for word in first_words if word in names] == names
+
+
+def test_all_of_one_method_is_told(cli: Any) -> None:
+    told = cli("methods", "iad2+igdm", "--semantics", "official")
+    assert told.code == 0, told.err
+    text = " ".join(told.out.split())
+    for part in (
+        "0.5 (1 - alpha) KL(S(x) || S(x~))",
+        "akd2+igdm, 40 of 200 epochs",
+        "T_at(x-)",
+        "10 steps of 2/255",
+    ):
+        assert part in text
+    wrong = cli("methods", "iad3")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "did you mean" in wrong.err
 
 
 def test_the_paper_s_numbers_stand_beside_the_recipes(cli: Any) -> None:
@@ -164,7 +183,7 @@ def test_a_damaged_report_is_told_of_before_the_attacks(tiny: Any, cli: Any, tmp
     assert {file.name for file in tmp_path.iterdir()} == {"m.pt", "m.pt.eval.json"}
 
 
-def test_autoattack_of_few_classes_leaves_nothing(tiny: Any, cli: Any, tmp_path: Path) -> None:
+def test_an_attack_that_few_classes_do_not_define_leaves_nothing(tiny: Any, cli: Any, tmp_path: Path) -> None:
     shutil.copy(tiny.teacher, tmp_path / "m.pt")
     outcome = cli(
         "eval",
@@ -174,10 +193,10 @@ def test_autoattack_of_few_classes_leaves_nothing(tiny: Any, cli: Any, tmp_path:
         "--data",
         str(tiny.folder),
         "--attacks",
-        "natural,aa",
+        "natural,apgd-t",
     )
     assert outcome.code == 2
-    assert "needs 4 classes, and the model has 3" in outcome.err
+    assert "apgd-t: needs 4 classes, and the model has 3; defined: natural, fgsm," in outcome.err
     assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
 
 

@@ -8,9 +8,10 @@ import click
 import pytest
 from click.shell_completion import ZshComplete
 
-from engine import config, methods, models, recipes
+from engine import config, methods, models
 from engine.commands.cli import commands
 from engine.commands.completion import KNOWN_NAMES, WholeWords
+from engine.config import recipes
 from engine.pipelines.datasets import DATASETS
 
 

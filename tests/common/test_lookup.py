@@ -15,14 +15,14 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from bench.lib.steps import textbook
-from engine import config, methods, models, semantics
+from engine import config, methods, models, objectives
 from engine.attacks import adversary
 from engine.attacks import pgd as attack
 from engine.attacks.twin import Twin
 from engine.common import lookup
-from engine.config import RunConfig
-from engine.kernels import contract, dispatch, distill_loss, native, pgd_update, random_start, reference
-from engine.kernels.contract import LossInputs, LossRow
+from engine.config import RunConfig, semantics
+from engine.kernels import Term, contract, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 from engine.kernels.pgd_update import IS_L2
 from engine.kernels.random_start import STARTS
 from engine.pipelines import sampling, selection, splits
@@ -30,8 +30,9 @@ from engine.pipelines.base import Batch
 from engine.pipelines.ffcv import beton_writer
 from engine.runs.trainer import Trainer
 from engine.system import precision
+from engine.system.distributed import World
 from engine.system.precision import Precision
-from engine.training import averaging, optimizer, plan, schedule, step_networks
+from engine.training import averaging, factors, optimizer, plan, schedule, step_networks
 from engine.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,10 +64,10 @@ TABLES: dict[str, tuple[Iterable[Any], ...]] = {
     "loss.kl_mean": (methods._KL_DIVISORS,),
     "attack.threat_model": (attack.NORMS, IS_L2, *STARTS.values()),
     "attack.random_start": (attack._STARTS, STARTS),
-    "attack.loss": (attack.ATTACK_LOSSES, plan.TARGET_FORWARDS),
     "attack.bn": (attack.BN_MODES,),
     "forwards.clean": (plan.CLEAN,),
     "forwards.idle": (plan.IDLE,),
+    "forwards.first": (plan._ORDERS,),
     "optim.schedule": (schedule.SCHEDULES,),
     "optim.implementation": (optimizer.IMPLEMENTATIONS,),
     "averaging.kind": (averaging.AVERAGING_KINDS,),
@@ -81,6 +82,14 @@ TABLES: dict[str, tuple[Iterable[Any], ...]] = {
 def test_tables_know_what_the_configuration_allows(key: str) -> None:
     for table in TABLES[key]:
         assert set(table) == choices(key)
+
+
+def test_tables_of_functions_are_those_of_objectives() -> None:
+    assert set(attack._OBJECTIVES) == set(objectives.ATTACK_LOSSES)
+    assert set(factors._MAKERS) == set(objectives.FACTORS)
+    assert {term.kind for term in objectives.TERMS.values()} <= set(contract.KINDS)
+    for term in objectives.TERMS.values():
+        assert contract.KINDS[term.kind] == (term.target is not None)
 
 
 def unknown(**keys: Any) -> RunConfig:
@@ -116,8 +125,19 @@ def guard(name: str) -> None:
     Trainer._guard(typing.cast(Trainer, SimpleNamespace(session=session)), {"epoch": 1})
 
 
+def guard_overfitting(name: str) -> None:
+    session = SimpleNamespace(config=unknown(overfitting_guard=name))
+    Trainer._guard_overfitting(typing.cast(Trainer, SimpleNamespace(session=session)), {"epoch": 1})
+
+
+def keep_good(name: str) -> None:
+    session = SimpleNamespace(config=unknown(overfitting_guard=name))
+    vars(Trainer)["_keeps_good"].fget(SimpleNamespace(session=session))
+
+
 def pgd(**keys: Any) -> Tensor:
-    return attack.pgd(net(), IMAGES, LABELS, unknown(**{f"attack__{key}": v for key, v in keys.items()}).attack)
+    spec = unknown(**{f"attack__{key}": v for key, v in keys.items()}).attack
+    return attack.pgd(net(), IMAGES, LABELS, spec, teacher=net().eval())
 
 
 def passes(**keys: Any) -> plan.Passes:
@@ -159,7 +179,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "semantics of defaults": lambda: semantics.defaults("iad1", UNKNOWN, 200),
     "semantics of a loss": lambda: config.check_reading(UNKNOWN, config.LossConfig()),
     "term of a method": lambda: methods.get("iad1", weights={UNKNOWN: 1}),
-    "loss.kl_mean": lambda: row(kl_mean=UNKNOWN).weights_of(4),
+    "loss.kl_mean": lambda: row(kl_mean=UNKNOWN).terms(4),
     "loss.kl_mean in a step": lambda: Learner(
         net(), {"teacher": net().eval()}, row(kl_mean=UNKNOWN), unknown(), CPU
     ).learn(Batch(IMAGES, LABELS, torch.arange(2)), row(kl_mean=UNKNOWN), 0.1),
@@ -189,6 +209,11 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     ),
     "forwards.clean in passes": lambda: passes(forwards__clean=UNKNOWN),
     "forwards.clean in a step": lambda: learn(unknown(forwards__clean=UNKNOWN)),
+    "forwards.first in passes": lambda: passes(forwards__first=UNKNOWN),
+    "factor of a method": lambda: methods._active({"ce_adv": methods.Weight(1, 0, UNKNOWN)}),
+    "factor": lambda: factors.Factors(unknown(), World(), CPU.device)([UNKNOWN], {}, LABELS, 1.0),
+    "kind of a term": lambda: distill_loss({"s_adv": IMAGES[:, 0, 0]}, LABELS, [Term(UNKNOWN, "s_adv")]),
+    "addition of a method": lambda: methods.get(f"ard+{UNKNOWN}"),
     "forwards.idle in passes": lambda: passes(forwards__idle=UNKNOWN),
     "forwards.idle in a step": lambda: learn(unknown(forwards__idle=UNKNOWN)),
     "optim.schedule": lambda: schedule.factor(unknown(optim__schedule=UNKNOWN), 100, 1),
@@ -203,6 +228,8 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "compile": lambda: learner(unknown(compile=UNKNOWN)),
     "a switch": lambda: lookup.is_on("sync_bn", UNKNOWN),
     "masking_guard": lambda: guard(UNKNOWN),
+    "overfitting_guard": lambda: guard_overfitting(UNKNOWN),
+    "overfitting_guard, what is kept": lambda: keep_good(UNKNOWN),
     "order": lambda: sampling.Sampling(4, 2, order=UNKNOWN),
     "last": lambda: sampling.Sampling(4, 2, last=UNKNOWN),
     "pipeline": lambda: choose_pipeline(UNKNOWN),
@@ -233,7 +260,8 @@ def test_what_is_known_is_taken() -> None:
     """The consumers above refuse the name, and not whatever they are given."""
     learn(unknown())
     for key in ("loss", "random_start", "bn", "threat_model"):
-        for name in choices(f"attack.{key}"):
+        names = objectives.ATTACK_LOSSES if key == "loss" else choices(f"attack.{key}")
+        for name in names:
             assert pgd(**{key: name, "num_steps": 1}).shape == IMAGES.shape
     for name in choices("forwards.idle"):
         learn(unknown(forwards__idle=name))
@@ -249,72 +277,38 @@ def test_automatic_is_no_answer_of_a_switch() -> None:
 
 # ---------------------------------------------------------------- terms of the loss
 
-LOSSES: dict[str, Callable[[LossInputs, LossRow], object]] = {
+LOSSES: dict[str, Callable[[LossInputs, LossSpec], object]] = {
     "reference": reference.distill_loss,
-    "native": lambda inputs, of: native.loss_and_gradients(inputs, of, True, True),
-    "triton": lambda inputs, of: dispatch.fused("triton", "distill_loss", "loss_and_gradients")(
-        inputs, of, True, True
+    "native": lambda inputs, spec: native.loss_and_gradients(inputs, spec, (True,)),
+    "triton": lambda inputs, spec: dispatch.fused("triton", "distill_loss", "loss_and_gradients")(
+        inputs, spec, (True,)
     ),
 }
 
 
-def loss_of(implementation: str, weights: int) -> None:
+@pytest.mark.parametrize("implementation", LOSSES)
+def test_a_kind_that_an_implementation_does_not_compute_is_refused(implementation: str) -> None:
     if implementation != "reference" and (reason := dispatch.missing(implementation, "cpu")):
         pytest.skip(reason)
-    logits = torch.randn(2, 4)
-    given = LossInputs(logits, logits, logits, logits, logits, LABELS, None)
-    of = LossRow(((1.0, 0.0),) * weights, 1.0, 1.0, 0.1, False, 0.0)
-    LOSSES[implementation](given, of)
+    spec = LossSpec((LossTerm("entropy", 0, -1, 1.0, 0.0, 1.0, False, -1),), -1, 0.1, 0.0)
+    with pytest.raises(ValueError, match="^terms: the .* computes .*ce, kl.*, and not 'entropy'$"):
+        LOSSES[implementation](LossInputs((torch.randn(2, 4),), LABELS), spec)
 
 
-def test_the_terms_are_those_of_the_configuration() -> None:
-    assert tuple(contract.READS) == tuple(methods._IS_DIVERGENCE) == config.TERMS
-
-
-@pytest.mark.parametrize("implementation", LOSSES)
-@pytest.mark.parametrize("change", ["one more", "one more weight", "another order", "another name"])
-def test_a_term_that_an_implementation_does_not_compute_is_refused(
-    implementation: str, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads, weights = dict(contract.READS), 6
-    if change == "one more":
-        reads, weights = reads | {"entropy": ("s_adv",)}, 7
-    elif change == "one more weight":
-        weights = 7
-    elif change == "another order":
-        reads = dict(reversed(reads.items()))
-    else:
-        reads = {name.replace("kl_st_adv", "js_st_adv"): read for name, read in reads.items()}
-    monkeypatch.setattr(contract, "READS", reads)
-    with pytest.raises(ValueError, match="^weights: the .* computes ce_nat, ce_adv"):
-        loss_of(implementation, weights)
-
-
-def test_the_native_library_numbers_terms_logits_and_formats_as_python_does() -> None:
+def test_the_native_library_numbers_formats_as_python_does() -> None:
     text = (ROOT / "kernels" / "csrc" / "cpu.h").read_text(encoding="utf-8")
-
-    def members(enum: str) -> list[str]:
-        (body,) = re.findall(rf"enum {enum}\b[^{{]*{{([^}}]*)}}", text)
-        return [member.partition("=")[0].strip().lower() for member in body.split(",")]
-
-    assert members("Term") == [*config.TERMS, "terms"]
-    assert members("Logits") == [*LossInputs._fields[:5], "logits"]
+    (body,) = re.findall(r"enum DType\b[^{]*{([^}]*)}", text)
+    members = [member.partition("=")[0].strip().lower() for member in body.split(",")]
     formats = {str(dtype).removeprefix("torch."): number for dtype, number in native._DTYPES.items()}
-    assert formats == {name: number for number, name in enumerate(members("DType"))}
+    assert formats == {name: number for number, name in enumerate(members)}
 
 
 @pytest.mark.skipif(bool(native.missing("cpu")), reason=native.missing("cpu") or "there")
 def test_a_format_that_the_native_library_does_not_read_is_refused() -> None:
     logits = torch.randn(2, 4, dtype=torch.float64)
-    of = LossRow(((0.0, 0.0), (1.0, 0.0), *((0.0, 0.0),) * 4), 1.0, 1.0, 0.1, False, 0.0)
+    spec = LossSpec((LossTerm("ce", 0, -1, 1.0, 0.0, 1.0, False, -1),), -1, 0.1, 0.0)
     with pytest.raises(ValueError, match="^dtype: torch.float64 is unknown"):
-        native.loss_and_gradients(LossInputs(logits, None, None, None, None, LABELS, None), of, True, False)
+        native.loss_and_gradients(LossInputs((logits,), LABELS), spec, (True,))
     images = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match="^dtype: torch.float64 is unknown"):
         native.pgd_update(images, images.double(), images, False, 0.1, 0.1, None)
-
-
-def test_a_row_of_more_weights_than_terms_is_refused() -> None:
-    logits = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="^weights: 6 pairs"):
-        distill_loss(logits, LABELS, weights=[(1.0, 0.0)] * 7)

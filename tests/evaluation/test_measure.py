@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine.evaluation.measure
-from engine.attacks import autoattack
+from engine.attacks import autoattack, kinds
 from engine.attacks.pgd import describe, pgd, presets
 from engine.common.stopping import RunFailed
-from engine.evaluation.measure import COLUMNS, UNMASKED, check_names, evaluate, few_images, further, is_chance
+from engine.evaluation.measure import UNMASKED, check_names, evaluate, few_images, further, is_chance
 from engine.system import precision
 
 PGD_NAMES = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "pgd20-dlr", "cw")
@@ -94,7 +93,7 @@ def crafted(monkeypatch: pytest.MonkeyPatch, name: str = "pgd10", **keys: Any) -
         return x_adv
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.evaluation.measure, "pgd", spy)
+        patch.setattr(kinds, "pgd", spy)
         model = network()
         evaluate(model, labelled(model), [name], **keys)
     return images_of
@@ -216,13 +215,6 @@ def test_a_result_is_frozen_and_goes_into_json() -> None:
     assert result.seconds > 0
     with pytest.raises(FrozenInstanceError):
         result.correct = 24  # type: ignore[misc]
-
-
-def test_every_attack_has_a_column() -> None:
-    assert set(COLUMNS) == {"natural", *presets(), "aa"}
-    assert COLUMNS["natural"] == "Natural"
-    assert COLUMNS["pgd20"] == "PGD-20"
-    assert len(set(COLUMNS.values())) == len(COLUMNS)
 
 
 # ---------------------------------------------------------------- what each image's verdict is
@@ -528,14 +520,10 @@ def test_an_image_outside_the_ball_is_no_result(monkeypatch: pytest.MonkeyPatch)
     model = network()
     data = labelled(model)
     for wrong in (lambda x: (x + 9 / 255).clamp(0, 1), lambda x: x - 4 / 255):
-        monkeypatch.setattr(
-            engine.evaluation.measure, "pgd", lambda model, x_nat, *args, wrong=wrong, **keys: wrong(x_nat)
-        )
+        monkeypatch.setattr(kinds, "pgd", lambda model, x_nat, *args, wrong=wrong, **keys: wrong(x_nat))
         with pytest.raises(RunFailed, match=r"fgsm: an image lies .* outside the ball"):
             evaluate(model, data, ["fgsm"], batch_size=7)
-    monkeypatch.setattr(
-        engine.evaluation.measure, "pgd", lambda model, x_nat, *args, **keys: (x_nat + 8 / 255).clamp(0, 1)
-    )
+    monkeypatch.setattr(kinds, "pgd", lambda model, x_nat, *args, **keys: (x_nat + 8 / 255).clamp(0, 1))
     assert evaluate(model, data, ["fgsm"])["fgsm"].n == 24
 
 
@@ -571,8 +559,14 @@ def test_bad_data_is_refused_in_one_line(images: Tensor, labels: Tensor, message
     [
         ({"attacks": ["natural", "pgd-20"]}, "attack: 'pgd-20' is not known; did you mean 'pgd20'"),
         ({"attacks": "pgd20"}, "attacks: expected a list of names such as 'pgd20', got 'pgd20'"),
-        ({"attacks": presets()["pgd20"]}, "attacks: expected names such as 'pgd20', got"),
-        ({"attacks": [presets()["pgd20"]]}, "attacks: expected names such as 'pgd20', got AttackSpec"),
+        (
+            {"attacks": presets()["pgd20"]},
+            "attacks: expected names such as 'pgd20', functions, or pairs of both, got",
+        ),
+        (
+            {"attacks": [presets()["pgd20"]]},
+            "attacks: expected names such as 'pgd20', functions, or pairs of both, got AttackSpec",
+        ),
         ({"attacks": 20}, "attacks: expected a list of names such as 'pgd20', got 20"),
         ({"batch_size": 0}, "batch_size: a whole number from 1 on is needed, got 0"),
         ({"batch_size": 2.5}, "batch_size: a whole number from 1 on is needed, got 2.5"),
@@ -591,19 +585,9 @@ def test_bad_arguments_are_refused_in_one_line(keys: dict[str, Any], message: st
     assert "\n" not in str(caught.value)
 
 
-class AsTorchDoes(torch.utils.data.Dataset[Any]):
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.zeros(3, 8, 8), index
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (AsTorchDoes(), r"data: expected \(images, labels\), or .* got AsTorchDoes"),
-        (torch.utils.data.TensorDataset(*GOOD), "data: expected .* got TensorDataset"),
         (GOOD[0], "data: expected .* got Tensor"),
         ((*GOOD, GOOD[1]), "data: expected .* got tuple"),
         (None, "data: expected .* got NoneType"),
@@ -687,13 +671,6 @@ def test_autoattack_with_few_classes_l2_and_batches_of_one(dtype: torch.dtype) -
     assert "with 3 target classes" in result.description
     assert "L2, epsilon 2, " in result.description
     assert calls == [2, 3]
-
-
-def test_autoattack_needs_four_classes() -> None:
-    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
-    model = network(3)
-    with pytest.raises(ValueError, match=r"aa: .* needs 4 classes, and the model has 3"):
-        evaluate(model, labelled(model), ["natural", "aa"])
 
 
 def test_autoattack_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

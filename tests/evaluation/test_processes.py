@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attacks.pgd import PRESETS
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
 from engine.evaluation import evaluate_checkpoint as evaluation
@@ -19,13 +20,12 @@ from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import evaluate
 from engine.evaluation.partial_results import Measured, note_of, read_note
 from engine.evaluation.reports import read
-from engine.evaluation.results import COLUMNS
 from engine.system.distributed import World
 from tests.conftest import write_checkpoint
 from tests.processes import together
 from tests.system.test_survival import launched
 
-ATTACKS = list(COLUMNS)
+ATTACKS = ["natural", *PRESETS, "aa"]
 DIGITS: dict[str, Any] = {"dataset": "digits", "limit": 12, "batch_size": 4}
 
 

@@ -36,11 +36,8 @@ CASE = LossCase(
     logits=cases.normal,
     dtypes=(cases.SINGLE,),
     layouts=(cases.contiguous,),
-    row=cases.RANDOM_ROWS[0],
-    tau=2.5,
-    tau_self=0.8,
+    terms=cases.table_1(cases.RANDOM_ROWS[0], tau=2.5, tau_self=0.8),
     beta=0.3,
-    detach_self=False,
     label_smoothing=0.1,
     sample_weights=(cases.SINGLE, cases.contiguous),
     spare=True,
@@ -63,7 +60,7 @@ def test_table_is_no_worse_than_twice_eager(implementation: str, device: str) ->
     """The gradients of each dtype by themselves: float16 rounds more than the arithmetic before it."""
     errors: list[tuple[str, Errors]] = []
     for case in SMALL:
-        dtypes = {"grad_adv": case.dtypes[0], "grad_nat": case.dtypes[1 % len(case.dtypes)]}
+        dtypes = {f"grad_{name}": case.dtypes[i % len(case.dtypes)] for i, name in enumerate(LOGITS)}
         measured = measure(case, implementation, device)
         errors += [(f"{name} {dtypes.get(name, '')}", error) for name, error in measured.items()]
     assert_no_worse_than_twice_eager(errors)
@@ -82,7 +79,7 @@ def test_the_host_does_not_wait(device: str, batch: int) -> None:
 def fill(arguments: dict[str, Any], other: dict[str, Any]) -> None:
     with torch.no_grad():
         for name in LOGITS:
-            arguments[name].copy_(other[name])
+            arguments["logits"][name].copy_(other["logits"][name])
 
 
 @pytest.mark.usefixtures("implementation")
@@ -129,10 +126,10 @@ def test_a_label_out_of_range_is_refused_on_the_device(implementation: str, labe
     assert_the_device_refuses(
         f"""
 import torch
-from engine.kernels import distill_loss
+from engine.kernels import Term, distill_loss
 logits = torch.zeros(2, 5, device="cuda", requires_grad=True)
 labels = torch.tensor([1, {label}], device="cuda")
-distill_loss(logits, labels, weights=[(0, 0), (1, 0), (0, 0), (0, 0), (0, 0), (0, 0)])
+distill_loss({{"s": logits}}, labels, [Term("ce", "s")])
 """,
         implementation,
     )
@@ -144,11 +141,12 @@ def test_addresses_of_more_than_31_bits(device: str, memory: Callable[[float], N
     case = replace(CASE, batch=4, dtypes=(cases.HALF,))
     near = case.arguments(device)
     room = torch.empty(3 * 2**30 + case.classes, dtype=cases.HALF, device=device)
-    far = near | {name: room.as_strided((4, case.classes), (2**30, 1)) for name in LOGITS}
-    fill(far, dict.fromkeys(LOGITS, near["s_adv"]))
-    same = near | {name: near["s_adv"].detach().clone() for name in LOGITS}
+    first = near["logits"]["s_adv"]
+    far = near | {"logits": {name: room.as_strided((4, case.classes), (2**30, 1)) for name in LOGITS}}
+    fill(far, {"logits": dict.fromkeys(LOGITS, first)})
+    same = near | {"logits": {name: first.detach().clone() for name in LOGITS}}
     for call in (far, same):
-        call["s_adv"], call["s_nat"] = (call[name].detach().requires_grad_() for name in ("s_adv", "s_nat"))
+        call["logits"] |= {name: call["logits"][name].detach().requires_grad_() for name in cases.STUDENT}
     got, expected = call_distill_loss(far), call_distill_loss(same)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)

@@ -22,10 +22,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from engine.kernels import crop_flip, distill_loss
+from engine.kernels import Term, crop_flip, dispatch, distill_loss
+from engine.kernels.contract import KINDS
+from engine.kernels.triton_ops import distill_loss as triton_distill_loss
 from engine.kernels.triton_ops.distill_loss import tile
 from tests.interpreter.device import imitate
 from tests.kernels import cases
@@ -113,7 +117,7 @@ def test_distill_loss(case: cases.LossCase) -> None:
 def test_distill_loss_is_no_worse_than_twice_eager() -> None:
     errors: list[tuple[str, Errors]] = []
     for case in LOSS_CASES:
-        dtypes = {"grad_adv": case.dtypes[0], "grad_nat": case.dtypes[1 % len(case.dtypes)]}
+        dtypes = {"grad_s_adv": case.dtypes[0], "grad_s_nat": case.dtypes[1 % len(case.dtypes)]}
         measured = measure_distill_loss(case, "triton")
         errors += [(f"{name} {dtypes.get(name, '')}", error) for name, error in measured.items()]
     assert_no_worse_than_twice_eager(errors)
@@ -135,6 +139,77 @@ def test_crop_flip(case: cases.CropCase) -> None:
     cases.check_crop_flip(case, "triton")
 
 
+# ---------------------------------------------------------------- random tables of terms
+
+STUDENT, TEACHERS = ("s_adv", "s_nat", "s_difference"), ("t_at_adv", "t_at_nat")
+WEIGHTS = st.floats(-2, 2, width=16)
+
+
+@st.composite
+def random_terms(draw: st.DrawFn) -> list[Term]:
+    """Up to six terms, of any kind, whose targets are a teacher's or the student's, and which may repeat."""
+    terms = []
+    for _ in range(draw(st.integers(1, 6))):
+        kind, student = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(STUDENT))
+        others = [name for name in (*TEACHERS, *STUDENT) if name != student]
+        target = draw(st.sampled_from(others)) if KINDS[kind] else None
+        temperature = draw(st.sampled_from((1.0, 0.5, 4.0))) if KINDS[kind] else 1.0
+        weight = (draw(WEIGHTS), draw(st.just(0.0) | WEIGHTS))
+        factor = draw(st.sampled_from((None, "f", "g")))
+        terms.append(Term(kind, student, target, weight, temperature, draw(st.booleans()), factor))
+    return terms
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    terms=random_terms(),
+    classes=st.integers(2, 20),
+    learning=st.sets(st.sampled_from((*STUDENT, *TEACHERS))),
+    trusting=st.booleans(),
+    label_smoothing=st.sampled_from((0.0, 0.1)),
+    seed=st.integers(0, 99),
+)
+def test_random_terms_agree_with_the_reference_in_float64(
+    terms: list[Term], classes: int, learning: set[str], trusting: bool, label_smoothing: float, seed: int
+) -> None:
+    """Values, and the gradient to each of the logits that ask for one, a teacher's among them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {name: 2 * torch.randn(5, classes, generator=generator) for name in (*STUDENT, *TEACHERS)}
+    labels = torch.randint(classes, (5,), generator=generator)
+    factors = {name: 2 * torch.rand(5, generator=generator) for name in ("f", "g")}
+    found = []
+    for dtype in (torch.float32, torch.float64):  # in which the reference serves
+        call = {
+            "logits": {
+                name: one.to(dtype, copy=True).requires_grad_(name in learning) for name, one in values.items()
+            },
+            "labels": labels,
+            "terms": terms,
+            "trust": "t_at_adv" if trusting or any(term.weight[1] for term in terms) else None,
+            "factors": factors,
+            "label_smoothing": label_smoothing,
+        }
+        found.append({name: value.double() for name, value in cases.call_distill_loss(call).items()})
+    got, right = found
+    assert got.keys() == right.keys()
+    for name, value in got.items():
+        assert torch.allclose(value, right[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_the_kernel_computes_what_is_declared() -> None:
+    assert dispatch.COMPUTES["distill_loss"]["triton"] == frozenset(triton_distill_loss._KINDS)
+
+
+def test_a_kind_that_is_not_declared_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setitem(dispatch.COMPUTES, "distill_loss", {"triton": frozenset({"ce"})})
+    (s_adv,), labels, terms = logits(1, 5, 7), torch.arange(5), [Term("margin", "s_adv"), Term("ce", "s_adv")]
+    with pytest.warns(UserWarning, match="triton implementation does not compute margin: the reference serves"):
+        found = distill_loss({"s_adv": s_adv}, labels, terms)
+    monkeypatch.setenv("ENGINE_KERNELS", "reference")
+    assert torch.equal(found.loss, distill_loss({"s_adv": s_adv}, labels, terms).loss)
+
+
 # ---------------------------------------------------------------- what the table does not ask
 
 
@@ -143,14 +218,12 @@ def logits(count: int, batch: int, classes: int, dtype: torch.dtype = torch.floa
     return [torch.randn(batch, classes, generator=generator).to(dtype) for _ in range(count)]
 
 
-ONE = {k: [(float(j == k), 0.0) for j in range(6)] for k in range(6)}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_backward_multiplies_by_the_gradient_from_above(dtype: torch.dtype) -> None:
-    s_adv, s_nat = (given.requires_grad_() for given in logits(2, 5, 100, dtype))
+    s_adv, s_nat = (one.requires_grad_() for one in logits(2, 5, 100, dtype))
     labels = torch.arange(5)
-    loss = distill_loss(s_adv, labels, s_nat=s_nat, weights=ONE[2]).loss
+    named = {"s_adv": s_adv, "s_nat": s_nat}
+    loss = distill_loss(named, labels, [Term("kl", "s_adv", "s_nat")]).loss
     plain = torch.autograd.grad(loss, (s_adv, s_nat), retain_graph=True)
     scaled = torch.autograd.grad(-4 * loss, (s_adv, s_nat))
     for one, other in zip(plain, scaled, strict=True):
@@ -164,19 +237,20 @@ def test_a_divergence_keeps_its_digits_where_the_distributions_are_close(shift: 
     """Eager torch has none left at 1e-3."""
     s_adv, away = logits(2, 7, 10)
     t_at_nat = s_adv + shift * away
-    terms = distill_loss(
-        s_adv, torch.zeros(7, dtype=torch.int64), t_at_nat=t_at_nat, weights=ONE[3], tau=2.0
-    ).terms
-    p, q = ((given.double() / 2).log_softmax(dim=1) for given in (t_at_nat, s_adv))
+    named = {"s_adv": s_adv, "t_at_nat": t_at_nat}
+    labels = torch.zeros(7, dtype=torch.int64)
+    terms = distill_loss(named, labels, [Term("kl", "s_adv", "t_at_nat", temperature=2.0)]).terms
+    p, q = ((one.double() / 2).log_softmax(dim=1) for one in (t_at_nat, s_adv))
     exactly = (p.exp() * (p - q)).sum(dim=1).mean()
-    torch.testing.assert_close(terms[3].double(), exactly, rtol=2e-6 + 1e-7 / shift, atol=0)
+    torch.testing.assert_close(terms[0].double(), exactly, rtol=2e-6 + 1e-7 / shift, atol=0)
 
 
 def test_alpha_is_finite_where_the_label_has_probability_zero() -> None:
     t_at_adv = torch.tensor([[-torch.inf, 1.0, 2.0], [0.0, -3e38, 1e4], [1e4, -1e4, 0.0]])
-    labels, s_adv = torch.tensor([0, 1, 0]), torch.zeros(3, 3)
+    labels, named = torch.tensor([0, 1, 0]), {"s_adv": torch.zeros(3, 3), "t_at_adv": t_at_adv}
+    terms = [Term("ce", "s_adv", weight=(0.0, 1.0))]
     for beta, expected in ((0.0, [1, 1, 1]), (0.1, [0, 0, 1])):
-        result = distill_loss(s_adv, labels, t_at_adv=t_at_adv, weights=[(0, 0), (0, 1), *[(0, 0)] * 4], beta=beta)
+        result = distill_loss(named, labels, terms, trust="t_at_adv", beta=beta)
         assert result.alpha.tolist() == expected
         assert result.loss.isfinite()
 
@@ -185,7 +259,7 @@ def test_alpha_is_finite_where_the_label_has_probability_zero() -> None:
 def test_a_label_out_of_range_is_refused(label: int) -> None:
     (s_adv,) = logits(1, 3, 10)
     with pytest.raises(InterpreterError, match="a label is out of range"):
-        distill_loss(s_adv, torch.tensor([0, label, 9]), weights=ONE[1])
+        distill_loss({"s_adv": s_adv}, torch.tensor([0, label, 9]), [Term("ce", "s_adv")])
 
 
 @pytest.mark.parametrize("wrong", [-1, 6, 2**40, -(2**40)])

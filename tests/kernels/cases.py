@@ -6,6 +6,7 @@ Shape suffixes: B batch, C classes, N data set, H, W.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from engine import methods
-from engine.kernels import crop_flip, distill_loss, pgd_update
-from engine.kernels.contract import READS
+from engine.kernels import DistillLoss, Term, crop_flip, distill_loss, pgd_update
 from tests.kernels import exact
 from tests.kernels.holding import Errors, assert_accurate, assert_same_bits, numpy, poisoned, serving, threads
 
@@ -121,84 +121,180 @@ def near(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 # ---------------------------------------------------------------- distill_loss
 
-LOGITS = ("s_adv", "s_nat", "t_at_nat", "t_at_adv", "t_st_adv")
+STUDENT = ("s_adv", "s_nat")
+LOGITS = (*STUDENT, "t_at_nat", "t_at_adv", "t_st_adv")
 Weights = tuple[tuple[float, float], ...]
+
+# Kind, student and target of the terms of the paper's Table 1, in its order.
+TABLE_1 = (
+    ("ce", "s_nat", None),
+    ("ce", "s_adv", None),
+    ("kl", "s_adv", "s_nat"),
+    ("kl", "s_adv", "t_at_nat"),
+    ("kl", "s_adv", "t_at_adv"),
+    ("kl", "s_adv", "t_st_adv"),
+)
+
+
+def table_1(
+    weights: Sequence[tuple[float, float]], tau: float = 1.0, tau_self: float = 1.0, detach_self: bool = False
+) -> tuple[Term, ...]:
+    """The terms of Table 1 by their weights (a, b), without those that have none."""
+    terms = []
+    for (kind, student, target), weight in zip(TABLE_1, weights, strict=True):
+        of_student = target == "s_nat"
+        temperature = 1.0 if target is None else tau_self if of_student else tau
+        if any(weight):
+            terms.append(Term(kind, student, target, weight, temperature, of_student and detach_self))
+    return tuple(terms)
+
+
+def method_terms(name: str, semantics: str, tau: float, tau_self: float, detach_self: bool) -> tuple[Term, ...]:
+    """The terms of a method over its default weights; those that two temperatures of its own do not fit, at 1."""
+    own: dict[str, Any] = {"tau": tau, "detach_self": detach_self}
+    own |= {} if semantics == "official" else {"tau_self": tau_self}
+    return tuple(Term(*term[1:]) for term in methods.get(name, semantics=semantics, **own).terms(1, 0.5))
+
+
+# many parameters: five logits, and what the terms of Table 1 have in common
+def table_arguments(
+    s_adv: Tensor | None,
+    labels: Tensor,
+    *,
+    s_nat: Tensor | None = None,
+    t_at_nat: Tensor | None = None,
+    t_at_adv: Tensor | None = None,
+    t_st_adv: Tensor | None = None,
+    weights: Sequence[tuple[float, float]],
+    tau: float = 1.0,
+    tau_self: float = 1.0,
+    detach_self: bool = False,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Arguments of `distill_loss` over the terms of Table 1; alpha is that of t_at_adv, where it is given."""
+    named = dict(zip(LOGITS, (s_adv, s_nat, t_at_nat, t_at_adv, t_st_adv), strict=True))
+    logits = {name: value for name, value in named.items() if value is not None}
+    trust = "t_at_adv" if t_at_adv is not None else None
+    return {
+        "logits": logits,
+        "labels": labels,
+        "terms": table_1(weights, tau, tau_self, detach_self),
+        "trust": trust,
+    } | rest
+
+
+def table_loss(*arguments: Any, **keys: Any) -> DistillLoss:
+    return distill_loss(**table_arguments(*arguments, **keys))
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """One call of `distill_loss`. Number i of LOGITS has dtypes[i % n] and layouts[i % n]."""
+    """One call of `distill_loss`. Number i of its logits has dtypes[i % n] and layouts[i % n]."""
 
     batch: int
     classes: int
     logits: Callable[[tuple[int, int], torch.Generator], Tensor]
     dtypes: tuple[torch.dtype, ...]
     layouts: tuple[Layout, ...]
-    row: str | Weights  # "method semantics", or weights
-    tau: float
-    tau_self: float
+    terms: tuple[Term, ...]
     beta: float
-    detach_self: bool
     label_smoothing: float
     sample_weights: tuple[torch.dtype, Layout] | None
     spare: bool  # whether logits are given that no term reads, and labels with a stride
+    trust: str | None = "t_at_adv"  # where logits of that name are read, or any weight depends on alpha
+    learning: tuple[str, ...] = STUDENT  # the logits that ask for a gradient
 
     def __str__(self) -> str:
         dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        row = self.row if isinstance(self.row, str) else "random"
-        return f"{self.batch}x{self.classes} {dtypes} {self.logits.__name__} {self.layouts[0].__name__} {row}"
+        terms = "+".join(f"{term.kind}({term.student},{term.target or 'y'})" for term in self.terms)
+        return f"{self.batch}x{self.classes} {dtypes} {self.logits.__name__} {self.layouts[0].__name__} {terms}"
 
     @property
-    def weights(self) -> Weights:
-        if not isinstance(self.row, str):
-            return self.row
-        name, semantics = self.row.split()
-        return methods.get(name, semantics=semantics, tau=self.tau).weights
+    def alpha_of(self) -> str | None:
+        """The logits that alpha is made of."""
+        used = any(term.weight[1] or term.target == self.trust for term in self.terms)
+        return self.trust if used or self.spare else None
 
     @property
     def read(self) -> set[str]:
         """The logits that must be given."""
-        terms = {
-            name for (a, b), reads in zip(self.weights, READS.values(), strict=True) if a or b for name in reads
-        }
-        return terms | ({"t_at_adv"} if any(b for _, b in self.weights) else set()) or {"s_adv"}
+        names = {name for term in self.terms for name in (term.student, term.target, self.alpha_of)}
+        return {name for name in names if name is not None}
 
     def arguments(self, device: str = "cpu") -> dict[str, Any]:
         """Arguments of `distill_loss`; the student's logits ask for a gradient."""
         generator = torch.Generator().manual_seed(self.batch * self.classes)
-        result: dict[str, Any] = {}
-        for i, name in enumerate(LOGITS):
+        logits: dict[str, Tensor] = {}
+        for i, name in enumerate(dict.fromkeys((*LOGITS, *sorted(self.read)))):
             logits_BC = self.logits((self.batch, self.classes), generator)
             dtype, layout = self.dtypes[i % len(self.dtypes)], self.layouts[i % len(self.layouts)]
             if self.spare or name in self.read:
                 logits_BC = logits_BC.clamp_min(max(-1e30, torch.finfo(dtype).min))
-                result[name] = layout(logits_BC.to(device, dtype)).requires_grad_(name in ("s_adv", "s_nat"))
-            else:
-                result[name] = None
+                logits[name] = layout(logits_BC.to(device, dtype)).requires_grad_(name in self.learning)
         labels_B2 = torch.randint(self.classes, (self.batch, 2), generator=generator).to(device)
-        result["labels"] = labels_B2[:, 1] if self.spare else labels_B2[:, 1].contiguous()
-        result["sample_weights"] = None
+        sample_weights = None
         if self.sample_weights is not None:
             dtype, layout = self.sample_weights
             v_B1 = 2 * torch.rand(self.batch, 1, generator=generator)
-            result["sample_weights"] = layout(v_B1.to(device, dtype))[:, 0]
-        numbers = ("weights", "tau", "tau_self", "beta", "detach_self", "label_smoothing")
-        return result | {name: getattr(self, name) for name in numbers}
+            sample_weights = layout(v_B1.to(device, dtype))[:, 0]
+        names = dict.fromkeys(term.factor for term in self.terms if term.factor is not None)
+        factors = {name: 2 * torch.rand(self.batch, generator=generator).to(device) for name in names}
+        return {
+            "logits": logits,
+            "labels": labels_B2[:, 1] if self.spare else labels_B2[:, 1].contiguous(),
+            "terms": self.terms,
+            "trust": self.alpha_of,
+            "beta": self.beta,
+            "factors": factors,
+            "sample_weights": sample_weights,
+            "label_smoothing": self.label_smoothing,
+        }
 
 
 RANDOM_ROWS: tuple[Weights, ...] = (
     ((0.7, -0.4), (-0.3, 0.9), (0.5, 0.8), (1.2, -0.6), (0.2, 0.3), (-0.8, 0.1)),
     ((0.0, 0.5), (0.0, 0.0), (0.0, -2.0), (0.0, 0.0), (3.0, 0.0), (0.0, 0.0)),
     ((0.0, 0.0), (0.4, 0.0), (0.0, 0.0), (-1.0, 1.0), (0.0, 0.0), (0.0, 0.7)),
-    ((0.0, 0.0),) * 6,
 )
-ROWS = (*(f"{name} {semantics}" for name in methods.METHODS for semantics in ("paper", "official")), *RANDOM_ROWS)
 MIXED_LAYOUTS = (sliced, offset, transposed, contiguous, one_row)
 
+
+def table_case(
+    row: str | Weights, tau: float = 1.0, tau_self: float = 1.0, detach_self: bool = False, **rest: Any
+) -> LossCase:
+    """The case of a method, "name semantics", or of weights of the six terms of Table 1."""
+    temperatures = (tau, tau_self, detach_self)
+    if isinstance(row, str):
+        name, _, semantics = row.partition(" ")
+        terms = method_terms(name, semantics, *temperatures)
+    else:
+        terms = table_1(row, *temperatures)
+    return LossCase(terms=terms, **rest)
+
+
+METHODS = [
+    f"{name} {semantics}"
+    for name, row in methods.METHODS.items()
+    if row.function is None
+    for semantics in ("paper", "official")
+]
+ROWS = (*METHODS, *RANDOM_ROWS)
+OF_TABLE_1 = ("st", "at", "trades", "ard", "akd2", "iad1", "iad1-down", "iad2")
+# Terms of every kind, with factors, over any of the logits, of which a teacher's may learn.
+MIXED_TERMS = (
+    Term("kl", "s_nat", "t_at_adv", (0.5, -0.3), 2.0, factor="f"),
+    Term("kl_live", "s_adv", "s_nat", (0.7, 0.4), 0.8),
+    Term("margin", "s_nat", None, (1.0, 0.2), factor="g"),
+    Term("kl", "t_at_nat", "s_adv", (-0.4, 0.0), 4.0, detach=True),
+    Term("ce", "t_at_nat", None, (0.3, 0.0)),
+    Term("kl", "s_adv", "t_st_adv", (0.2, 0.6), 1.0, factor="f"),
+    Term("kl", "s_nat", "t_at_adv", (0.1, 0.0), 2.0),
+)
+
 LOSS_CASES = [
-    LossCase(**values)
+    table_case(**values)
     for values in pairwise(
-        row=ROWS,
+        row=(*(row for row in METHODS if row.split()[0] in OF_TABLE_1), *RANDOM_ROWS, None),
         batch=(1, 7, 128, 1000),
         classes=(2, 10, 100, 200, 1000, 4096),
         logits=(normal, wide, equal, one_hot, masked, near),
@@ -212,20 +308,48 @@ LOSS_CASES = [
         sample_weights=(None, (SINGLE, contiguous), (HALF, sliced), (DOUBLE, offset), (SINGLE, one_row)),
         spare=(False, True),
     )
+    if values["row"] is not None  # of no term
+]
+LOSS_CASES += [
+    table_case(**values, beta=0.1, label_smoothing=0.0, sample_weights=None, spare=False)
+    for values in pairwise(
+        row=[row for row in METHODS if row.split()[0] not in OF_TABLE_1],
+        batch=(7, 128),
+        classes=(2, 10, 200),
+        logits=(normal, wide, one_hot, masked, near),
+        dtypes=((SINGLE,), (HALF,), (BRAIN, SINGLE, HALF), (DOUBLE,)),
+        layouts=((contiguous,), MIXED_LAYOUTS),
+        tau=(1.0, 3.7),
+        tau_self=(1.0, 6.5),
+        detach_self=(False, True),
+    )
+]
+LOSS_CASES += [
+    LossCase(terms=MIXED_TERMS, label_smoothing=0.1, spare=True, learning=LOGITS, **values)
+    for values in pairwise(
+        batch=(1, 7, 128),
+        classes=(2, 10, 200),
+        logits=(normal, wide, equal, one_hot, masked, near),
+        dtypes=((SINGLE,), (HALF,), (BRAIN, SINGLE, HALF), (DOUBLE,)),
+        layouts=((contiguous,), MIXED_LAYOUTS),
+        beta=(0.0, 0.5),
+        sample_weights=(None, (SINGLE, contiguous)),
+        trust=("t_at_adv", "s_nat"),
+    )
 ]
 LOSS_CASES += [replace(case, batch=0) for case in LOSS_CASES[::10]]
 
 
 def call_distill_loss(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The result of `distill_loss`, and grad_adv and grad_nat, 0 where the loss does not reach."""
+    """The result of `distill_loss`, and grad_NAME of logits that ask for it, 0 where the loss does not reach."""
     result = distill_loss(**arguments)
     outputs: dict[str, Tensor] = {name: value.detach() for name, value in result._asdict().items()}
-    for name, logits in (("grad_adv", arguments["s_adv"]), ("grad_nat", arguments["s_nat"])):
-        if logits is not None:
+    for name, logits in arguments["logits"].items():
+        if logits.requires_grad:
             grad = None
             if result.loss.requires_grad:
                 (grad,) = torch.autograd.grad(result.loss, logits, retain_graph=True, allow_unused=True)
-            outputs[name] = torch.zeros_like(logits) if grad is None else grad
+            outputs[f"grad_{name}"] = torch.zeros_like(logits) if grad is None else grad
     return outputs
 
 
@@ -235,13 +359,19 @@ def check_distill_loss(case: LossCase, implementation: str, device: str = "cpu")
         eager = call_distill_loss(arguments)
     with serving("distill_loss", implementation, device), poisoned():
         got = call_distill_loss(arguments)
-        with threads(2):
+        # Eager torch divides an elementwise op among threads, and rounds the end of a part otherwise.
+        with threads(torch.get_num_threads() if implementation == "reference" else 2):
             assert_same_bits(got, call_distill_loss(arguments))
-    given: dict[str, Any] = {
-        name: numpy(value) if isinstance(value, Tensor) else value for name, value in case.arguments().items()
-    }
-    right = exact.distill_loss(**given)
+    right = exact.distill_loss(**in_numpy(case.arguments()))
     return {name: assert_accurate(name, value, eager[name], right[name]) for name, value in got.items()}
+
+
+def in_numpy(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with arrays in place of tensors."""
+    changed = {name: numpy(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    for name in ("logits", "factors"):
+        changed[name] = {key: numpy(value) for key, value in (arguments.get(name) or {}).items()}
+    return changed
 
 
 # ---------------------------------------------------------------- pgd_update
@@ -361,7 +491,7 @@ PGD_CASES = [
             (cropped, contiguous, contiguous),
             (every_second, every_second, cropped),
         ),
-        epsilon=(0.0, 8 / 255, 0.5, 3.0),
+        epsilon=(0.0, 8 / 255, 0.5, 3.0, math.inf),
         step_size=(0.0, 2 / 255, 1.0),
         counting=(False, True),
     )

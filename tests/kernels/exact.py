@@ -6,9 +6,9 @@ Shares nothing with the code under test. Shape suffixes: B batch, C classes, N d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,64 +87,42 @@ def log_softmax(logits_BC: Array, tau: float) -> Number:
     return shifted_BC - shifted_BC.exp().sum(1, keepdims=True).log()
 
 
-# long: the whole loss by hand, to be read beside docs/loss.md
-# many parameters: those of engine.kernels.distill_loss
 def distill_loss(
-    s_adv: Array | None,
+    logits: Mapping[str, Array],
     labels: Array,
+    terms: Sequence[Any],
     *,
-    s_nat: Array | None,
-    t_at_nat: Array | None,
-    t_at_adv: Array | None,
-    t_st_adv: Array | None,
-    weights: Sequence[tuple[float, float]],
-    tau: float,
-    tau_self: float,
-    beta: float,
-    detach_self: bool,
-    sample_weights: Array | None,
-    label_smoothing: float,
+    trust: str | None = None,
+    beta: float = 0.1,
+    factors: Mapping[str, Array] | None = None,
+    sample_weights: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Number]:
-    """loss, alpha, terms, per_sample, and in closed form (docs/loss.md) the gradients grad_adv and grad_nat."""
-    batch, classes = next(logits.shape for logits in (s_adv, s_nat) if logits is not None)
+    """loss, alpha, terms, per_sample, and in closed form (docs/loss.md) grad_NAME to each of the logits."""
+    batch, classes = next(iter(logits.values())).shape
     divisor = given(1 / max(batch, 1))
-    y_BC = np.full((batch, classes), label_smoothing / classes)
-    y_BC[range(batch), labels] += 1 - label_smoothing
+    y_BC = np.zeros((batch, classes))
+    y_BC[range(batch), labels] = 1
     v_B1 = given(np.ones((batch, 1)) if sample_weights is None else sample_weights[:, None])
     alpha_B1 = given(np.ones((batch, 1)))
-    if t_at_adv is not None:
-        alpha_B1 = (given(beta) * log_softmax(t_at_adv, 1.0).pick(labels)).exp()
+    if trust is not None:
+        alpha_B1 = (given(beta) * log_softmax(logits[trust], 1.0).pick(labels)).exp()
 
     term_means, per_sample_B1 = [], given(np.zeros((batch, 1)))
-    gradients = {"adv": given(np.zeros((batch, classes))), "nat": given(np.zeros((batch, classes)))}
-    reads = (
-        ("nat", s_nat, None, 1.0),
-        ("adv", s_adv, None, 1.0),
-        ("adv", s_adv, s_nat, tau_self),
-        ("adv", s_adv, t_at_nat, tau),
-        ("adv", s_adv, t_at_adv, tau),
-        ("adv", s_adv, t_st_adv, tau),
-    )
-    for k, ((a, b), (student, logits, target, temperature)) in enumerate(zip(weights, reads, strict=True)):
-        if a == b == 0:
-            term_means.append(given(0))
-            continue
-        assert logits is not None
+    gradients = {name: given(np.zeros((batch, classes))) for name in logits}
+    for term in terms:
+        a, b = term.weight
         w_B1 = v_B1 * (given(a) + given(b) * alpha_B1 if b else given(a))
-        upstream_B1 = w_B1 * divisor * given(1 / temperature)
-        log_p_BC = log_softmax(logits, temperature)
-        if target is None:
-            q_BC = given(y_BC)
-            term_B1 = (given(-y_BC) * log_p_BC).sum(1, keepdims=True)
-        else:
-            log_q_BC = log_softmax(target, temperature)
-            q_BC, d_BC = log_q_BC.exp(), log_q_BC - log_p_BC
-            term_B1 = (q_BC * d_BC).sum(1, keepdims=True)
-            if k == 2 and not detach_self:
-                gradients["nat"] += upstream_B1 * q_BC * (d_BC - term_B1)
-        gradients[student] += upstream_B1 * (log_p_BC.exp() - q_BC)
-        term_means.append(term_B1.each(np.ravel).sum(0) * divisor)
-        per_sample_B1 += w_B1 * term_B1
+        if term.factor is not None:
+            assert factors is not None
+            w_B1 *= given(factors[term.factor][:, None])
+        target_BC = None if term.target is None else logits[term.target]
+        slopes = _TERMS[term.kind](logits[term.student], target_BC, y_BC, term.temperature, label_smoothing)
+        gradients[term.student] += w_B1 * divisor * slopes.student_BC
+        if slopes.target_BC is not None and not term.detach:
+            gradients[term.target] += w_B1 * divisor * slopes.target_BC
+        term_means.append(slopes.value_B1.each(np.ravel).sum(0) * divisor)
+        per_sample_B1 += w_B1 * slopes.value_B1
     return {
         "loss": per_sample_B1.each(np.ravel).sum(0) * divisor,
         "alpha": alpha_B1.each(np.ravel),
@@ -152,9 +130,65 @@ def distill_loss(
             np.stack([mean.value for mean in term_means]), np.stack([mean.size for mean in term_means])
         ),
         "per_sample": per_sample_B1.each(np.ravel),
-        "grad_adv": gradients["adv"],
-        "grad_nat": gradients["nat"],
+        **{f"grad_{name}": gradient_BC for name, gradient_BC in gradients.items()},
     }
+
+
+class Slopes(NamedTuple):
+    """A term of each sample, and its gradient to the student's logits and to the target's."""
+
+    value_B1: Number
+    student_BC: Number
+    target_BC: Number | None = None
+
+
+def _cross_entropy(student_BC: Array, _: None, y_BC: Array, temperature: float, smoothing: float) -> Slopes:
+    y_BC = (1 - smoothing) * y_BC + smoothing / y_BC.shape[1]
+    log_p_BC = log_softmax(student_BC, 1.0)
+    return Slopes((given(-y_BC) * log_p_BC).sum(1, keepdims=True), log_p_BC.exp() - given(y_BC))
+
+
+def _divergence(student_BC: Array, target_BC: Array, _: Array, temperature: float, smoothing: float) -> Slopes:
+    log_q_BC, log_p_BC = log_softmax(target_BC, temperature), log_softmax(student_BC, temperature)
+    q_BC, d_BC = log_q_BC.exp(), log_q_BC - log_p_BC
+    value_B1 = (q_BC * d_BC).sum(1, keepdims=True)
+    slope = given(1 / temperature)
+    return Slopes(value_B1, slope * (log_p_BC.exp() - q_BC), slope * q_BC * (d_BC - value_B1))
+
+
+def _margin(student_BC: Array, _: None, y_BC: Array, temperature: float, smoothing: float) -> Slopes:
+    p_BC = log_softmax(student_BC, 1.0).exp()
+    others_BC = np.where(y_BC > 0, -np.inf, student_BC)
+    highest_BC = (others_BC == others_BC.max(axis=1, keepdims=True)) * 1.0
+    highest_BC /= highest_BC.sum(axis=1, keepdims=True)  # equal ones share the gradient
+    p_B1 = p_BC.pick(others_BC.argmax(axis=1))
+    room_B1 = given(1.0001 + 1e-12) - p_B1
+    inverse_B1 = (given(-1) * room_B1.log()).exp()
+    return Slopes(given(-1) * room_B1.log(), inverse_B1 * p_B1 * (given(highest_BC) - p_BC))
+
+
+def _live_divergence(
+    student_BC: Array, target_BC: Array, y_BC: Array, temperature: float, smoothing: float
+) -> Slopes:
+    log_q_BC, p_BC = log_softmax(target_BC, temperature), log_softmax(student_BC, temperature).exp()
+    floor, slope = given(1e-12), given(1 / temperature)
+    q_BC, d_BC = log_q_BC.exp(), log_q_BC - (p_BC + floor).log()
+    value_B1 = (q_BC * d_BC).sum(1, keepdims=True)
+    label_BC = log_softmax(target_BC, 1.0).exp()
+    label_B1 = label_BC.pick(y_BC.argmax(axis=1))
+    live_B1 = given(1.0000001) - label_B1
+    part_BC = q_BC * p_BC * (given(-1) * (p_BC + floor).log()).exp()
+    of_student_BC = live_B1 * slope * (p_BC * part_BC.sum(1, keepdims=True) - part_BC)
+    of_target_BC = live_B1 * slope * q_BC * (d_BC - value_B1)
+    return Slopes(live_B1 * value_B1, of_student_BC, of_target_BC + value_B1 * label_B1 * (label_BC - given(y_BC)))
+
+
+_TERMS: dict[str, Callable[..., Slopes]] = {
+    "ce": _cross_entropy,
+    "kl": _divergence,
+    "margin": _margin,
+    "kl_live": _live_divergence,
+}
 
 
 # ---------------------------------------------------------------- pgd_update
@@ -180,7 +214,7 @@ def pgd_l2(x_adv: Array, grad: Array, x_nat: Array, epsilon: float, step_size: f
     x_nat_BN = given(x_nat.reshape(rows))
     step_BN = given(step_size) * (direction_BN * direction_BN.inverse_norm())
     delta_BN = given(x_adv.reshape(rows)) + step_BN - x_nat_BN
-    factor_B1 = given(epsilon) * delta_BN.inverse_norm()
+    factor_B1 = given(min(epsilon, 1e30)) * delta_BN.inverse_norm()  # infinity times 0 is no number
     outside_B1 = factor_B1.value < 1
     projected_BN = delta_BN * Number(np.where(outside_B1, factor_B1.value, 1), outside_B1 * factor_B1.size)
     moved_BN = x_nat_BN + projected_BN

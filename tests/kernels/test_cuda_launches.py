@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import methods
-from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, random_start
+from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_update, random_start
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
 
@@ -44,7 +44,6 @@ OPS = tuple(KERNELS["triton"])
 CAPTURED = tuple(op for op in OPS if op != "loss backward")  # which needs its forward in the same graph
 
 
-# long: one call for each op and layout, which share their tensors
 def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     """The ops on tensors of a device, as functions of a number that changes from step to step."""
     shape = (8, 3, 32, 32)
@@ -56,23 +55,15 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     labels, sample = torch.zeros(50, dtype=torch.int64, device=device), torch.arange(8, device=device)
     far_sample = sample + 2**40
     out = crop_flip(images, labels, sample, seed=0, epoch=0)
-    logits = [torch.randn(8, 10, device=device, dtype=torch.bfloat16) for _ in range(5)]
+    logits = [torch.randn(8, 10, device=device, dtype=torch.bfloat16) for _ in range(4)]
     scale = torch.tensor(1024.0, device=device)  # as of a gradient scaler
 
     def forward(number: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         s_adv, s_nat = (given.detach().requires_grad_() for given in logits[:2])
-        result = distill_loss(
-            s_adv,
-            labels[:8],
-            s_nat=s_nat,
-            t_at_nat=logits[2],
-            t_at_adv=logits[3],
-            t_st_adv=logits[4],
-            weights=methods.get("iad2", lam1=number).weights,
-            tau=1 + number,
-            tau_self=2 + number,
-            beta=number,
-        )
+        given = {"s_adv": s_adv, "s_nat": s_nat, "t_at_adv": logits[2], "t_st_adv": logits[3]}
+        method = methods.get("iad2", lam1=number, tau=1 + number, tau_self=2 + number)
+        terms = [Term(*term[1:]) for term in method.terms(10)]
+        result = distill_loss(given, labels[:8], terms, trust="t_at_adv", beta=number)
         return result.loss, (s_adv, s_nat)
 
     loss, student = forward(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels.contract import KINDS, LossInputs, LossSpec, LossTerm
 
 NOT_BUILT = "it is not built"
 OPS = ("distill_loss", "random_start", "pgd_update", "crop_flip")
@@ -90,8 +92,8 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(installed: Callable[..
     installed(*ALL, wanted=wanted)
     logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     calls: tuple[Callable[[], object], ...] = (
-        lambda: distill_loss(logits, labels, weights=[(0, 0), (1, 0), *[(0, 0)] * 4]),
-        lambda: distill_loss(logits.double(), labels, weights=[(0, 0), (1, 0), *[(0, 0)] * 4]),
+        lambda: distill_loss({"s": logits}, labels, [Term("ce", "s")]),
+        lambda: distill_loss({"s": logits.double()}, labels, [Term("ce", "s")]),
         lambda: pgd_update(logits, logits, logits, threat_model="Linf", epsilon=0, step_size=0),
         lambda: crop_flip(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), labels[:1], labels, seed=0, epoch=0),
         lambda: dispatch.describe(torch.device("cpu")),
@@ -275,10 +277,72 @@ def test_distill_loss_is_fused_for_logits_of_at_most_32_bits(
 
     installed("native cpu")
     monkeypatch.setattr(native, "loss_and_gradients", serve)
-    s_adv, t_at_adv = torch.zeros(2, classes, dtype=student), torch.zeros(2, classes, dtype=teacher)
-    row = [(0, 0), (0, 1), *[(0, 0)] * 4]
+    logits = {name: torch.zeros(2, classes, dtype=dtype) for name, dtype in (("s", student), ("t", teacher))}
+    terms, labels = [Term("ce", "s", weight=(0, 1))], torch.zeros(2, dtype=torch.int64)
     with pytest.raises(NotImplementedError) if fused else nullcontext():
-        distill_loss(s_adv, torch.zeros(2, dtype=torch.int64), t_at_adv=t_at_adv, weights=row)
+        distill_loss(logits, labels, terms, trust="t")
+
+
+def lacking_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dict.fromkeys(("native", "triton"), frozenset(("ce", "kl")))
+    monkeypatch.setitem(dispatch.COMPUTES, "distill_loss", few)
+    monkeypatch.setattr(dispatch, "_told", set())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_kind_that_an_implementation_lacks_is_the_references_and_that_is_told_once(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    installed(*ALL)
+    lacking_margin(monkeypatch)
+    place = torch.device(device)
+    assert dispatch.choose("distill_loss", place, kinds=("kl", "ce")) != "reference"
+    with pytest.warns(
+        UserWarning, match=r"\Adistill_loss: the \w+ implementation does not compute margin: the ref"
+    ):
+        assert dispatch.choose("distill_loss", place, kinds=("ce", "margin")) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.choose("distill_loss", place, kinds=("margin", "ce")) == "reference"
+
+
+def test_the_line_for_the_user_names_the_kinds_that_the_reference_computes(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(*ALL)
+    lacking_margin(monkeypatch)
+    device, kinds = torch.device("cpu"), ("ce", "margin")
+    assert dispatch.describe(device, kinds=("ce",)) == "Kernels: native (on cpu)"
+    assert dispatch.describe(device, kinds=kinds) == (
+        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip; reference for distill_loss "
+        "(the native implementation does not compute margin)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was told
+        assert dispatch.choose("distill_loss", device, kinds=kinds) == "reference"
+
+
+def test_a_call_of_terms_that_an_implementation_lacks_is_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := native.missing("cpu"):
+        pytest.skip(reason)
+    lacking_margin(monkeypatch)
+    logits, labels = {"s": torch.randn(3, 4)}, torch.tensor([0, 1, 3])
+    with pytest.warns(UserWarning, match="native implementation does not compute margin"):
+        found = distill_loss(logits, labels, [Term("margin", "s"), Term("ce", "s")])
+    monkeypatch.setenv("ENGINE_KERNELS", "reference")
+    assert torch.equal(found.loss, distill_loss(logits, labels, [Term("margin", "s"), Term("ce", "s")]).loss)
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+def test_the_kinds_are_those_of_the_contract(implementation: str) -> None:
+    kinds = {"native": native._KINDS, "reference": reference._TERMS}[implementation]
+    assert list(kinds) == list(KINDS)
+    if implementation != "reference":
+        assert dispatch.COMPUTES["distill_loss"][implementation] == frozenset(kinds)
+    spec = LossSpec((LossTerm("hinge", 0, -1, 1.0, 0.0, 1.0, False, -1),), -1, 0.1, 0.0)
+    inputs = LossInputs((torch.zeros(1, 2),), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="and not 'hinge'"):
+        native._terms(spec) if implementation == "native" else reference.distill_loss(inputs, spec)
 
 
 def test_importing_the_ops_does_not_import_torch_s_compiler() -> None:

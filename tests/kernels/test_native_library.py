@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import crop_flip, dispatch, distill_loss, native, pgd_update
+from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_update
 from tests.kernels.cases import (
     CROP_CASES,
     LOSS_CASES,
@@ -21,6 +21,7 @@ from tests.kernels.cases import (
     check_crop_flip,
     check_distill_loss,
     check_pgd_update,
+    table_loss,
 )
 from tests.kernels.holding import assert_same_bits, threads
 
@@ -97,8 +98,8 @@ def test_half_precision_logits_equal_the_same_numbers_in_float32(instruction_set
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     logits_BC = every[every.isfinite()][: 2**15].view(-1, 256)
     labels = torch.arange(len(logits_BC))
-    keys: dict[str, Any] = {"weights": [(0, 0), (1, 0), *[(0, 0)] * 4]}
-    half, single = (distill_loss(logits, labels % 256, **keys) for logits in (logits_BC, logits_BC.float()))
+    terms = [Term("ce", "z")]
+    half, single = (distill_loss({"z": logits}, labels % 256, terms) for logits in (logits_BC, logits_BC.float()))
     assert_same_bits(half._asdict(), single._asdict())
 
 
@@ -116,7 +117,7 @@ def loss_call(batch: int, classes: int, seed: int = 0) -> dict[str, Any]:
 
 
 def loss_outputs(call: dict[str, Any]) -> dict[str, Tensor]:
-    result = distill_loss(**call)
+    result = table_loss(**call)
     grads = torch.autograd.grad(result.loss, (call["s_adv"], call["s_nat"]))
     return {name: value.detach() for name, value in result._asdict().items()} | dict(
         zip(("grad_adv", "grad_nat"), grads, strict=True)
@@ -193,7 +194,7 @@ def test_a_label_out_of_range_is_refused_before_it_is_used(wrong: int) -> None:
     call["labels"][7] = wrong
     low, high = int(call["labels"].min()), int(call["labels"].max())
     with pytest.raises(ValueError, match=rf"labels: expected 0 <= label < 10, got {low}\.\.{high}"):
-        distill_loss(**call)
+        table_loss(**call)
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**40)])
@@ -205,10 +206,10 @@ def test_a_sample_that_is_not_there_is_refused_before_it_is_read(wrong: int) -> 
 
 def test_tensors_on_several_devices_are_refused() -> None:
     call = loss_call(4, 3)
-    with pytest.raises(ValueError, match="labels is on meta, and s_adv on cpu"):
-        distill_loss(**call | {"labels": call["labels"].to("meta")})
+    with pytest.raises(ValueError, match="labels is on meta, and s_nat on cpu"):
+        table_loss(**call | {"labels": call["labels"].to("meta")})
     with pytest.raises(ValueError, match="t_at_nat is on meta"):
-        distill_loss(**call | {"t_at_nat": call["t_at_nat"].to("meta")})
+        table_loss(**call | {"t_at_nat": call["t_at_nat"].to("meta")})
     x = torch.rand(2, 3, 4, 4)
     with pytest.raises(ValueError, match="grad is on meta, and x_adv on cpu"):
         pgd_update(x, x.to("meta"), x, threat_model="Linf", epsilon=1, step_size=1)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from engine.kernels import crop_flip, distill_loss, pgd_update
+from engine.kernels import crop_flip, pgd_update
 from tests.kernels import exact
-from tests.kernels.cases import LOGITS, RANDOM_ROWS
+from tests.kernels.cases import LOGITS, RANDOM_ROWS, STUDENT, in_numpy, table_arguments, table_loss
 from tests.kernels.holding import numpy
 
-STUDENT = ("s_adv", "s_nat")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = RANDOM_ROWS[0]  # all six terms, each with a part that alpha multiplies
 NUMBERS: dict[str, Any] = {"tau": 2.5, "tau_self": 0.8, "beta": 0.3, "detach_self": False, "label_smoothing": 0.1}
@@ -45,7 +44,7 @@ def loss_of_s_adv(call: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     rest: dict[str, Any] = {
         name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()
     }
-    return lambda s_adv: distill_loss(**rest | {"s_adv": s_adv}).loss
+    return lambda s_adv: table_loss(**rest | {"s_adv": s_adv}).loss
 
 
 # ---------------------------------------------------------------- autograd
@@ -54,16 +53,14 @@ def loss_of_s_adv(call: dict[str, Any]) -> Callable[[Tensor], Tensor]:
 def test_the_gradient_is_the_slope_of_the_exact_loss(implementation: str, device: str) -> None:
     """Differences of the loss in float64, in which neither autograd nor a formula for gradients has a part."""
     call = arguments(device, 3, 4)
-    rest: dict[str, Any] = {
-        name: numpy(value) if isinstance(value, Tensor) else value for name, value in call.items()
-    }
-    for name, gradient in zip(STUDENT, gradients(call, distill_loss(**call).loss), strict=True):
+    for name, gradient in zip(STUDENT, gradients(call, table_loss(**call).loss), strict=True):
         slopes = np.zeros((3, 4))
         for entry in itertools.product(range(3), range(4)):
-            low, high = rest[name].copy(), rest[name].copy()
+            low, high = (call[name].detach().double() for _ in range(2))
             low[entry] -= 1e-4
             high[entry] += 1e-4
-            losses = [exact.distill_loss(**rest | {name: logits})["loss"].value for logits in (low, high)]
+            calls = [in_numpy(table_arguments(**call | {name: logits})) for logits in (low, high)]
+            losses = [exact.distill_loss(**one)["loss"].value for one in calls]
             slopes[entry] = (losses[1] - losses[0]) / 2e-4
         np.testing.assert_allclose(numpy(gradient), slopes, rtol=1e-5, atol=1e-7)
 
@@ -71,26 +68,26 @@ def test_the_gradient_is_the_slope_of_the_exact_loss(implementation: str, device
 @pytest.mark.parametrize("wanted", ["s_adv", "s_nat"])
 def test_a_gradient_that_nobody_asks_for_changes_nothing(implementation: str, device: str, wanted: str) -> None:
     call = arguments(device)
-    both = dict(zip(STUDENT, gradients(call, distill_loss(**call).loss), strict=True))
+    both = dict(zip(STUDENT, gradients(call, table_loss(**call).loss), strict=True))
     constant = "s_nat" if wanted == "s_adv" else "s_adv"
-    (alone,) = torch.autograd.grad(distill_loss(**call | {constant: call[constant].detach()}).loss, call[wanted])
+    (alone,) = torch.autograd.grad(table_loss(**call | {constant: call[constant].detach()}).loss, call[wanted])
     assert torch.equal(alone, both[wanted])
 
 
 def test_one_tensor_may_be_both_of_the_students_logits(implementation: str, device: str) -> None:
     call = arguments(device)
     twin = call | {"s_nat": call["s_adv"].detach().clone().requires_grad_()}
-    both = gradients(twin, distill_loss(**twin).loss)
-    (alone,) = torch.autograd.grad(distill_loss(**call | {"s_nat": call["s_adv"]}).loss, call["s_adv"])
+    both = gradients(twin, table_loss(**twin).loss)
+    (alone,) = torch.autograd.grad(table_loss(**call | {"s_nat": call["s_adv"]}).loss, call["s_adv"])
     torch.testing.assert_close(alone, both[0] + both[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_loss_is_the_same(implementation: str, device: str, mode: Callable[[], Any]) -> None:
     call = arguments(device)
-    expected = distill_loss(**call)
+    expected = table_loss(**call)
     with mode():
-        result = distill_loss(**call)
+        result = table_loss(**call)
     assert not result.loss.requires_grad
     for got, wanted in zip(result, expected, strict=True):
         assert torch.equal(got, wanted)
@@ -98,7 +95,7 @@ def test_without_gradients_the_loss_is_the_same(implementation: str, device: str
 
 def test_backward_twice_adds_the_gradient_twice(implementation: str, device: str) -> None:
     call = arguments(device)
-    loss = distill_loss(**call).loss
+    loss = table_loss(**call).loss
     once = gradients(call, loss, retain_graph=True)
     torch.autograd.backward(loss, retain_graph=True)
     torch.autograd.backward(loss)
@@ -113,11 +110,11 @@ def test_the_gradient_from_above_is_multiplied_before_it_is_rounded(
     """A gradient scaler's 65536: in float16 most entries here would vanish without it."""
     call = arguments(device, 64, 100, dtype)
     call["sample_weights"] *= 1e-5
-    once = gradients(call, distill_loss(**call).loss, retain_graph=True)
-    scaled = gradients(call, 65536 * distill_loss(**call).loss)
+    once = gradients(call, table_loss(**call).loss, retain_graph=True)
+    scaled = gradients(call, 65536 * table_loss(**call).loss)
     wide = {name: value.detach().float() for name, value in call.items() if name in LOGITS}
     wide |= {name: wide[name].requires_grad_() for name in STUDENT}
-    right = gradients(call | wide, distill_loss(**call | wide).loss)
+    right = gradients(call | wide, table_loss(**call | wide).loss)
     for small, large, wanted in zip(once, scaled, right, strict=True):
         assert small.dtype == large.dtype == dtype
         info = torch.finfo(dtype)
@@ -142,7 +139,7 @@ class Dropped(torch.autograd.Function):
 
 def test_a_loss_that_is_not_used_has_no_gradient(implementation: str, device: str) -> None:
     call = arguments(device)
-    loss: Tensor = Dropped.apply(distill_loss(**call).loss)
+    loss: Tensor = Dropped.apply(table_loss(**call).loss)
     torch.autograd.backward(loss + 0 * call["s_nat"].sum())
     assert call["s_adv"].grad is None or not call["s_adv"].grad.any()
     assert not call["s_nat"].grad.any()
@@ -151,7 +148,7 @@ def test_a_loss_that_is_not_used_has_no_gradient(implementation: str, device: st
 @pytest.mark.usefixtures("fused")
 def test_a_second_derivative_is_refused_by_name(device: str) -> None:
     call = arguments(device)
-    loss = distill_loss(**call).loss
+    loss = table_loss(**call).loss
     first, _ = gradients(call, loss, create_graph=True)
     for function in (first.square().sum(), loss + first.square().sum()):  # a penalty must not pass for a constant
         with pytest.raises(RuntimeError, match="FusedDistillLoss has no second derivative"):
@@ -163,10 +160,10 @@ def test_a_second_derivative_is_refused_by_name(device: str) -> None:
 
 def test_func_grad_equals_autograd(implementation: str, device: str) -> None:
     call = arguments(device)
-    expected, _ = gradients(call, distill_loss(**call).loss)
+    expected, _ = gradients(call, table_loss(**call).loss)
     gradient, loss = torch.func.grad_and_value(loss_of_s_adv(call))(call["s_adv"].detach())
     assert torch.equal(gradient, expected)
-    assert torch.equal(loss, distill_loss(**call).loss)
+    assert torch.equal(loss, table_loss(**call).loss)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +189,23 @@ def test_other_transforms_are_refused_by_name(
 
 
 def op_arguments(device: str, dtype: torch.dtype, *, given: tuple[str, ...] = LOGITS) -> tuple[Any, ...]:
-    """Arguments of engine::distill_loss; terms whose logits are not given weigh nothing."""
+    """Arguments of engine::distill_loss: all terms, kinds and a factor, or a cross-entropy of the only logits."""
     call = arguments(device, 4, 6, dtype)
-    flat = [number for pair in WEIGHTS for number in pair] if given == LOGITS else [1.0, 0.0, *[0.0] * 10]
-    tensors = (call[name] if name in given else None for name in LOGITS)
-    wants = ("s_adv" in given, "s_nat" in given)
-    return (*tensors, call["labels"], call["sample_weights"], flat, *NUMBERS.values(), *wants)
+    logits = [call[name].requires_grad_(name != "t_st_adv") for name in given]
+    wants = [one.requires_grad for one in logits]
+    if len(given) == 1:
+        return logits, call["labels"], None, None, [0, 0, -1, 0, -1], [1.0, 0.0, 1.0], -1, 0.3, 0.1, wants
+    terms = {  # kind, student, target, detach, factor: a, b, temperature
+        (0, 1, -1, 0, -1): (0.7, -0.4, 1.0),
+        (1, 0, 1, 0, 0): (0.5, 0.8, 0.8),
+        (1, 0, 2, 1, -1): (1.2, -0.6, 2.5),
+        (2, 0, -1, 0, -1): (0.3, 0.0, 1.0),
+        (3, 0, 3, 0, 1): (0.2, 0.1, 2.0),
+        (1, 0, 4, 0, -1): (-0.8, 0.1, 2.5),
+    }
+    factors = torch.rand(4, 2, generator=torch.Generator().manual_seed(1)).to(device)
+    integers, numbers = (list(itertools.chain(*rows)) for rows in (terms, terms.values()))
+    return logits, call["labels"], call["sample_weights"], factors, integers, numbers, 3, 0.3, 0.1, wants
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,17 +216,11 @@ def test_opcheck_of_distill_loss(device: str, dtype: torch.dtype, given: tuple[s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("absent", [False, True])
-def test_opcheck_of_the_backward_of_distill_loss(
-    implementation: str, device: str, dtype: torch.dtype, absent: bool
-) -> None:
-    upstream, grad_adv = torch.tensor(3.0, device=device), torch.randn(4, 6, device=device)
-    grad_nat = torch.randn(0 if absent else (4, 6), device=device)
-    operands = (upstream, grad_adv, grad_nat, dtype, torch.float32)
-    opcheck(torch.ops.engine.distill_loss_backward.default, operands)
-    scaled_adv, scaled_nat = torch.ops.engine.distill_loss_backward(*operands)
-    assert torch.equal(scaled_adv, (3 * grad_adv).to(dtype))
-    assert torch.equal(scaled_nat, 3 * grad_nat)
+def test_opcheck_of_the_backward_of_distill_loss(implementation: str, device: str, dtype: torch.dtype) -> None:
+    upstream, gradient_BC = torch.tensor(3.0, device=device), torch.randn(4, 6, device=device)
+    opcheck(torch.ops.engine.distill_loss_backward.default, (upstream, gradient_BC, dtype))
+    scaled_BC = torch.ops.engine.distill_loss_backward(upstream, gradient_BC, dtype)
+    assert torch.equal(scaled_BC, (3 * gradient_BC).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -267,7 +269,7 @@ def test_a_compiled_distill_loss_equals_the_eager_one_for_every_batch_size(
     implementation: str, device: str, backend: str
 ) -> None:
     def training_loss(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        result = distill_loss(**call)
+        result = table_loss(**call)
         return 3 * result.loss, result.per_sample
 
     compiled = torch.compile(training_loss, fullgraph=True, dynamic=True, backend=backend)
@@ -288,8 +290,8 @@ def test_a_compiled_distill_loss_keeps_dtypes_and_leaves_out_what_is_not_needed(
     call = arguments(device, dtype=dtype)
     few = {"s_adv": None, "t_at_nat": None, "t_st_adv": None, "sample_weights": None}
     call |= few | {"weights": ((1.0, 0.5), *((0.0, 0.0),) * 5)}
-    result = torch.compile(distill_loss, fullgraph=True, backend="aot_eager")(**call)
-    expected = distill_loss(**call)
+    result = torch.compile(table_loss, fullgraph=True, backend="aot_eager")(**call)
+    expected = table_loss(**call)
     assert_alike(implementation, tuple(result), tuple(expected))
     (got,), (wanted,) = (torch.autograd.grad(each.loss, call["s_nat"]) for each in (result, expected))
     assert got.dtype == dtype
@@ -336,9 +338,9 @@ def test_a_compiled_crop_flip_equals_the_eager_one(implementation: str, device: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(implementation: str, device: str, dtype: torch.dtype) -> None:
     call = arguments(device, dtype=dtype)
-    expected = distill_loss(**call)
+    expected = table_loss(**call)
     with torch.autocast(device, torch.bfloat16):
-        result = distill_loss(**call)
+        result = table_loss(**call)
         loss = result.loss
     for got, wanted in zip(
         (*result, *gradients(call, loss)), (*expected, *gradients(call, expected.loss)), strict=True
@@ -350,7 +352,7 @@ def test_autocast_changes_nothing(implementation: str, device: str, dtype: torch
 def test_whole_numbers_are_numbers_too(implementation: str, device: str) -> None:
     call = arguments(device) | {"tau": 2, "tau_self": 1, "beta": 1, "label_smoothing": 0, "weights": [(1, 1)] * 6}
     real = call | {"tau": 2.0, "tau_self": 1.0, "beta": 1.0, "label_smoothing": 0.0, "weights": [(1.0, 1.0)] * 6}
-    for got, wanted in zip(distill_loss(**call), distill_loss(**real), strict=True):
+    for got, wanted in zip(table_loss(**call), table_loss(**real), strict=True):
         assert torch.equal(got, wanted)
     x_nat, grad = torch.rand(2, 2, 3, 4, 4, device=device)
     for threat_model in ("Linf", "L2"):

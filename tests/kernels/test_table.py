@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import crop_flip
+from engine.kernels import Term, crop_flip
+from engine.kernels.contract import KINDS
 from tests.kernels import cases, exact
 from tests.kernels.cases import (
     CROP_CASES,
+    LOGITS,
     LOSS_CASES,
     PGD_CASES,
     CropCase,
@@ -54,7 +56,7 @@ def test_distill_loss_is_no_worse_than_twice_eager(implementation: str) -> None:
     """The gradients of each dtype by themselves: float16 rounds more than the arithmetic before it."""
     errors: list[tuple[str, Errors]] = []
     for case in SMALL:
-        dtypes = {"grad_adv": case.dtypes[0], "grad_nat": case.dtypes[1 % len(case.dtypes)]}
+        dtypes = {f"grad_{name}": case.dtypes[i % len(case.dtypes)] for i, name in enumerate(LOGITS)}
         measured = measure_distill_loss(case, implementation)
         errors += [(f"{name} {dtypes.get(name, '')}", error) for name, error in measured.items()]
     assert_no_worse_than_twice_eager(errors)
@@ -79,7 +81,26 @@ def test_crop_flip(implementation: str, case: CropCase) -> None:
 # ---------------------------------------------------------------- beside the table
 
 TEMPERATURES = st.floats(math.log(0.1), math.log(100)).map(math.exp)
-WEIGHTS = st.tuples(*[st.tuples(*[st.just(0.0) | st.floats(-2, 2)] * 2)] * 6)
+WEIGHTS = st.tuples(*[st.just(0.0) | st.floats(-2, 2)] * 2)
+ROWS = st.tuples(*[WEIGHTS] * 6).filter(lambda row: any(map(any, row)))
+FACTORS = st.sampled_from((None, "f", "g"))
+OF_LABELS = st.builds(
+    Term,
+    kind=st.sampled_from([kind for kind, has_target in KINDS.items() if not has_target]),
+    student=st.sampled_from(LOGITS),
+    weight=WEIGHTS,
+    factor=FACTORS,
+)
+OF_LOGITS = st.builds(
+    Term,
+    kind=st.sampled_from([kind for kind, has_target in KINDS.items() if has_target]),
+    student=st.sampled_from(LOGITS),
+    target=st.sampled_from(LOGITS),
+    weight=WEIGHTS,
+    temperature=TEMPERATURES,
+    detach=st.booleans(),
+    factor=FACTORS,
+)
 DTYPES = st.sampled_from((cases.SINGLE, cases.HALF, cases.BRAIN))
 LOSS_LAYOUTS = st.sampled_from((*cases.MIXED_LAYOUTS, cases.one_column))
 
@@ -87,13 +108,13 @@ LOSS_LAYOUTS = st.sampled_from((*cases.MIXED_LAYOUTS, cases.one_column))
 @settings(max_examples=150, deadline=None)
 @given(
     case=st.builds(
-        LossCase,
+        cases.table_case,
         batch=st.integers(0, 40),
-        classes=st.integers(1, 300),
+        classes=st.integers(2, 300),
         logits=st.sampled_from((cases.normal, cases.wide, cases.equal, cases.one_hot, cases.masked, cases.near)),
         dtypes=st.lists(DTYPES, min_size=1, max_size=5).map(tuple),
         layouts=st.lists(LOSS_LAYOUTS, min_size=1, max_size=5).map(tuple),
-        row=st.sampled_from(cases.ROWS) | WEIGHTS,
+        row=st.sampled_from(cases.ROWS) | ROWS,
         tau=TEMPERATURES,
         tau_self=TEMPERATURES,
         beta=st.floats(0, 2),
@@ -104,6 +125,29 @@ LOSS_LAYOUTS = st.sampled_from((*cases.MIXED_LAYOUTS, cases.one_column))
     )
 )
 def test_distill_loss_of_any_case(implementation: str, case: LossCase) -> None:
+    check_distill_loss(case, implementation)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    case=st.builds(
+        LossCase,
+        batch=st.integers(0, 40),
+        classes=st.integers(2, 50),
+        logits=st.sampled_from((cases.normal, cases.equal, cases.one_hot, cases.masked)),
+        dtypes=st.lists(DTYPES, min_size=1, max_size=5).map(tuple),
+        layouts=st.lists(LOSS_LAYOUTS, min_size=1, max_size=5).map(tuple),
+        terms=st.lists(OF_LABELS | OF_LOGITS, min_size=1, max_size=9).map(tuple),
+        beta=st.floats(0, 2),
+        label_smoothing=st.sampled_from((0.0, 1.0)) | st.floats(0, 1),
+        sample_weights=st.none() | st.tuples(DTYPES, LOSS_LAYOUTS),
+        spare=st.booleans(),
+        trust=st.sampled_from(LOGITS),
+        learning=st.sets(st.sampled_from(LOGITS)).map(tuple),
+    )
+)
+def test_distill_loss_of_any_terms(implementation: str, case: LossCase) -> None:
+    """Any kinds, students, targets, temperatures and factors, and gradients to any of the logits."""
     check_distill_loss(case, implementation)
 
 
@@ -158,12 +202,15 @@ def unwritten(count: int, dtype: np.dtype[Any]) -> Tensor:
 
 def test_distill_loss_reads_rows_that_lie_far_apart(implementation: str) -> None:
     """The last one begins at the entry 2**31."""
-    case = replace(LOSS_CASES[0], batch=3, classes=50, dtypes=(cases.HALF,), row=cases.RANDOM_ROWS[0])
+    case = replace(
+        LOSS_CASES[0], batch=3, classes=50, dtypes=(cases.HALF,), terms=cases.table_1(cases.RANDOM_ROWS[0])
+    )
     call = case.arguments()
     room = unwritten(2**31 + 50, np.dtype(np.float16)).as_strided((3, 50), (2**30, 1))
-    room.copy_(call["t_at_adv"])
+    room.copy_(call["logits"]["t_at_adv"])
     with serving("distill_loss", implementation, "cpu"):
-        assert_same_bits(call_distill_loss(call | {"t_at_adv": room}), call_distill_loss(call))
+        far = call | {"logits": call["logits"] | {"t_at_adv": room}}
+        assert_same_bits(call_distill_loss(far), call_distill_loss(call))
 
 
 def test_crop_flip_finds_images_that_lie_far_apart(implementation: str) -> None:

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels.contract import READS, LossInputs, LossRow
+from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 from engine.kernels.triton_ops import crop_flip, distill_loss, pgd_update
 
 TARGETS = {
@@ -42,9 +42,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SINGLE, BRAIN = torch.float32, torch.bfloat16
-ALL = ((0.5, 0.5),) * 6
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-IAD2 = ((0.0, 0.0), (0.25, 0.0), (1.0, -1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0))
 
 
 # ---------------------------------------------------------------- what is launched
@@ -52,33 +50,78 @@ IAD2 = ((0.0, 0.0), (0.25, 0.0), (1.0, -1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0)
 
 
 @dataclass(frozen=True)
+class Objective:
+    """Terms over numbered logits, the first ones the student's, which have gradients. trust: see `LossSpec`."""
+
+    name: str
+    terms: tuple[LossTerm, ...]
+    students: int
+    trust: int
+
+    @property
+    def logits(self) -> int:
+        return 1 + max(number for term in self.terms for number in (term.student, term.target, self.trust))
+
+
+def ce(student: int, a: float, b: float = 0.0) -> LossTerm:
+    return LossTerm("ce", student, -1, a, b, 1.0, False, -1)
+
+
+def kl(student: int, target: int, a: float, b: float, temperature: float = 4.0, factor: int = -1) -> LossTerm:
+    return LossTerm("kl", student, target, a, b, temperature, False, factor)
+
+
+# S(x~), S(x), T_at(x~), T_st(x~), T_at(x)
+IAD2 = Objective("IAD-II", (ce(0, 0.25), kl(0, 1, 1, -1, 1.0), kl(0, 2, 0, 0.5), kl(0, 3, 0.5, 0)), 2, 2)
+ALL = Objective(
+    "all",
+    (
+        ce(1, 0.5, 0.5),
+        ce(0, 0.5, 0.5),
+        kl(0, 1, 0.5, 0.5, 1.0),
+        *(kl(0, teacher, 0.5, 0.5) for teacher in (4, 2, 3)),
+    ),
+    2,
+    2,
+)
+# S(x~), S(x), S(x~) - S(x-), T_at(x~), T_at(x), T_at(x~) - T_at(x-)
+SAAD = Objective("SAAD", (kl(0, 3, 16, 0, factor=0), kl(1, 4, 16, 0, factor=1), kl(2, 5, 1, 0, 1.0, 0)), 3, -1)
+# S(x~), S(x)
+MART = Objective(
+    "MART",
+    (
+        ce(0, 1),
+        LossTerm("margin", 0, -1, 1.0, 0.0, 1.0, False, -1),
+        LossTerm("kl_live", 0, 1, 5.0, 0.0, 1.0, False, -1),
+    ),
+    2,
+    -1,
+)
+
+
+@dataclass(frozen=True)
 class Loss:
     """The loss and its backward; with all terms also sample weights and label smoothing."""
 
-    weights: tuple[tuple[float, float], ...]
+    objective: Objective
     dtype: torch.dtype
     classes: int
     layout: str = "contiguous"
     batch: int = 32
     tau: float = 4.0
     beta: float = 0.1
+    scale: float = 1.0  # of some weights
 
     kernels = ("_loss", "_means", "_scale")
 
     def __str__(self) -> str:
-        return f"{'all' if self.weights[0][0] else 'IAD-II'} {short(self.dtype)} {self.classes} {self.layout}"
+        return f"{self.objective.name} {short(self.dtype)} {self.classes} {self.layout}"
 
     @property
     def registers(self) -> int:
         few = 64 + 8 * (OLD_TRITON and self.classes == 200)
         # Tensors with strides have addresses of their own.
         return (few if self.classes <= 200 else 128) + 16 * (self.layout != "contiguous")
-
-    @property
-    def read(self) -> set[str]:
-        return {
-            name for pair, reads in zip(self.weights, READS.values(), strict=True) if any(pair) for name in reads
-        }
 
     @property
     def values(self) -> int:
@@ -92,15 +135,25 @@ class Loss:
         return logits.t() if self.layout == "transposed" else logits[:, : self.classes]
 
     def launch(self) -> None:
-        everything = bool(self.weights[0][0])
+        objective, everything = self.objective, self.objective.name == "all"
+        terms = tuple(
+            term._replace(a=self.scale * term.a, b=self.scale * term.b, temperature=self.tau)
+            if term.temperature == 4
+            else term
+            for term in objective.terms
+        )
+        factors = 1 + max(term.factor for term in terms)
         inputs = LossInputs(
-            **{name: self.logits() if name in self.read else None for name in LossInputs._fields[:5]},
+            tuple(self.logits() for _ in range(objective.logits)),
             labels=torch.zeros(self.batch, dtype=torch.int64),
             sample_weights=torch.ones(self.batch) if everything else None,
+            factors=torch.ones(self.batch, factors) if factors else None,
         )
-        row = LossRow(self.weights, self.tau, 1.0, self.beta, False, 0.1 if everything else 0.0)
-        result = distill_loss.loss_and_gradients(inputs, row, True, True)
-        distill_loss.scale(result.loss, result.grad_adv, result.grad_nat, self.dtype, self.dtype)
+        spec = LossSpec(terms, objective.trust, self.beta, 0.1 if everything else 0.0)
+        wants = tuple(number < objective.students for number in range(objective.logits))
+        result = distill_loss.loss_and_gradients(inputs, spec, wants)
+        assert result.gradients is not None
+        distill_loss.scale(result.loss, result.gradients, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,6 +219,7 @@ def short(dtype: torch.dtype) -> str:
 Launch = Loss | Pgd | Crop
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
+NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 STRIDED = [
     Loss(ALL, dtype, classes, layout)
     for dtype, layout in ((SINGLE, "transposed"), (BRAIN, "sliced"))
@@ -176,11 +230,11 @@ STEPS = [
     *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
 ]
 CROPS = [Crop(32), Crop(64), Crop(32, indexed=True)]
-LAUNCHES: list[Launch] = [*LOSSES, *STRIDED, *STEPS, *CROPS]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
 NEAREST: list[Launch] = [*LOSSES[:2], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], *CROPS[::2]]
 QUICK = {target: set(NEAREST) for target in TARGETS}
-QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2]}
+QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2], *NEWER[1::2]}
 PLAN = [
     pytest.param(case, id=f"{case[0]} {case[1]}", marks=() if case[1] in QUICK[case[0]] else pytest.mark.slow)
     for case in itertools.product(TARGETS, LAUNCHES)
@@ -322,11 +376,11 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
     counts = {binary.kernel: (binary.count(load), binary.count(store)) for binary in compiled.binaries}
     if isinstance(launch, Loss):
         itemsize = launch.dtype.itemsize
-        loads = len(launch.read) * wide(launch.values, itemsize, launch.classes)
+        loads = launch.objective.logits * wide(launch.values, itemsize, launch.classes)
         if launch.layout == "contiguous":
             assert counts["_loss"][0] == loads
-        assert counts["_loss"][1] == 2 * wide(launch.values, 4, launch.classes)
-        assert counts["_scale"] == (2 * wide(8, 4), 2 * wide(8, itemsize))
+        assert counts["_loss"][1] == launch.objective.students * wide(launch.values, 4, launch.classes)
+        assert counts["_scale"] == (wide(8, 4), wide(8, itemsize))
     elif isinstance(launch, Crop):
         assert counts["_crop_flip"][1] == wide(8, 4)
     else:
@@ -382,7 +436,7 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
                 {"batch": 1},
                 {"batch": 33},
                 {"tau": 7.0, "beta": 0.0},
-                {"weights": ((0.0, 0.0), (1.0, -3.0), (2.0, 0.0), (0.0, 0.0), (7.0, 7.0), (0.5, 2.0))},
+                {"scale": 7.0},
             ],
         ),
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),

@@ -226,16 +226,16 @@ def test_the_mean_over_elements_is_that_of_kldivloss(method: str) -> None:
     (output,) = seen
 
     def mean(target: Tensor, tau: float) -> Tensor:
-        log_q, p = F.log_softmax(output.s_adv / tau, dim=1), F.softmax(target / tau, dim=1)
+        log_q, p = F.log_softmax(output.logits["s_adv"] / tau, dim=1), F.softmax(target / tau, dim=1)
         return F.kl_div(log_q, p, reduction="none").mean()
 
     if method == "ard":
-        expected = 900 * mean(output.t_at_nat, 30.0)
+        expected = 900 * mean(output.logits["t_at_nat"], 30.0)
         torch.testing.assert_close(output.loss.loss, expected, rtol=1e-10, atol=0)
-    by_batch = methods.get(method, tau=30.0).weights
-    for term, whole, part in zip(config.TERMS, by_batch, row.weights_of(4), strict=True):
-        factor = 1 / 4 if term.startswith("kl") else 1.0
-        assert part == pytest.approx((whole.a * factor, whole.b * factor)), term
+    by_batch = methods.get(method, tau=30.0).terms(4)
+    for whole, part in zip(by_batch, row.terms(4), strict=True):
+        factor = 1 / 4 if whole.name.startswith("kl") else 1.0
+        assert part.weight == pytest.approx([factor * number for number in whole.weight]), whole.name
 
 
 # ---------------------------------------------------------------- runs begun with earlier defaults

@@ -32,7 +32,7 @@ def test_the_functions_build_what_a_run_trains(method: str, tiny: Any, tmp_path:
     training, _, name = assemble.hold_out(dataset, run_config.validation)
     assert (name, len(training)) == ("validation", 34)
     student = assemble.build_student(run_config, training, at)
-    sections = assemble.teacher_sections(assemble.method_of(run_config))
+    sections = assemble.teacher_sections(run_config)
     assert sections == {"trades": (), "iad2": ("teacher", "teacher_st")}[method]
     teachers = {section: load_teacher(getattr(tiny, section), run_config, training, at) for section in sections}
     counts = assemble.build_telemetry(run_config, (3, 8, 8), at).attack_counts

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from engine import config, methods
+from engine.commands.completion import values_of
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
 from engine.common.tensor_files import write_tensors
@@ -248,7 +249,7 @@ def another(begun: config.RunConfig, name: str) -> config.RunConfig:
     """The configuration with some other value that the key may have; of "epochs" a smaller one."""
     *groups, last = name.split(".")
     section = type(begun) if not groups else type(getattr(begun, groups[0]))
-    named = re.findall(r"'([\w-]+)'", str(section.model_fields[last].annotation))
+    named = [*values_of(config.KEYS[name]), *re.findall(r"'([\w-]+)'", str(section.model_fields[last].annotation))]
     for value in (*named, *VALUES):
         try:
             wanted = resuming.changed(begun, config.nested(name, value))
@@ -267,7 +268,8 @@ def test_every_key_may_change_or_may_not(name: str) -> None:
     old, new = (config.flat(each.tree())[name] for each in (begun, wanted))
     free = {
         "data", "teacher.checkpoint", "teacher_st.checkpoint", "workers", "batches_ahead", "lanes", "graphs",
-        "checkpoint_activations", "masking_guard", "device", "checkpoint_every", "snapshot_every", "log_every",
+        "checkpoint_activations", "masking_guard", "overfitting_guard", "device", "checkpoint_every",
+        "snapshot_every", "log_every",
         "amp_dtype",  # which a run that began with "auto" decided
     }  # fmt: skip
     if name in free:

@@ -32,6 +32,16 @@ F64 = Precision(torch.device("cpu"), torch.float64)
         ("iad1", "official", (10, 2, 4)),  # two idle forwards
         ("akd2", "paper", (10, 1, 2)),
         ("iad2", "paper", (10, 2, 2)),
+        ("mart", "paper", (10, 2, 0)),
+        ("fgsm-rs", "paper", (1, 1, 0)),
+        ("n-fgsm", "paper", (1, 1, 0)),
+        ("rslad", "paper", (10, 2, 1)),  # T(x) serves the attack and both terms
+        ("adaad", "paper", (20, 1, 2)),  # the teacher in every step; S(x) for BatchNorm's sake, T(x~)
+        ("adaiad", "paper", (20, 2, 2)),  # an idle S(x), T(x~)
+        ("adaiad", "official", (20, 2, 3)),
+        ("mtard", "paper", (10, 2, 2)),
+        ("saad", "paper", (11, 2, 3)),  # the gradient of T(x)_y; T(x~), T(x-), S(x) for BatchNorm's sake
+        ("ard+igdm", "paper", (10, 2, 4)),  # S(x), T(x), T(x~), T(x-)
     ],
 )
 def test_passes(method: str, semantics: str, passes: tuple[int, int, int]) -> None:

@@ -45,6 +45,19 @@ def test_one_cycle() -> None:
     assert rates(optim={"schedule": "one-cycle"}) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("steps_per_epoch", [7, 2])
+def test_cyclic(steps_per_epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up from 0 to the middle of the run, and down again; the middle may fall between two steps."""
+    monkeypatch.setattr("tests.training.test_schedule.STEPS", steps_per_epoch)
+    half: Any = 9 * steps_per_epoch / 2  # torch's annotation knows whole numbers alone
+    monkeypatch.setattr("tests.training.test_schedule.EPOCHS", 9)
+    expected = torchs(lambda sgd: lr_scheduler.CyclicLR(sgd, 0.0, 0.2, half, half, cycle_momentum=False))
+    found = rates(optim={"schedule": "cyclic"})
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert found[0] == 0
+    assert max(found) == pytest.approx(0.2, rel=1 / half)
+
+
 @pytest.mark.parametrize("kind", ["milestones", "cosine"])
 def test_the_warm_up_rises_linearly_and_then_the_schedule_begins(kind: str) -> None:
     warmup = 2 * STEPS
@@ -65,6 +78,7 @@ def test_a_linear_scale_multiplies_by_batches_of_128(kind: str) -> None:
     assert rates(optim={"schedule": kind}, lr_scale="linear") == rates(optim={"schedule": kind})
 
 
-def test_a_one_cycle_has_a_warm_up_of_its_own() -> None:
-    with pytest.raises(ValueError, match=r"optim\.lr_warmup"):
-        rates(optim={"schedule": "one-cycle", "lr_warmup": 1})
+@pytest.mark.parametrize("kind", ["one-cycle", "cyclic"])
+def test_a_schedule_that_rises_has_a_warm_up_of_its_own(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.lr_warmup: the {kind} schedule"):
+        rates(optim={"schedule": kind, "lr_warmup": 1})

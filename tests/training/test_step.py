@@ -57,7 +57,7 @@ def run_step(name: str, semantics: str, in_warmup: bool) -> tuple[list[str], lis
     run = learner.networks
     attacked = [] if run.adversary is None else calls(run.adversary.twin)
     assert len(attacked) == (complete.attack.num_steps + (complete.attack.loss == "kl") if row.needs_x_adv else 0)
-    return student.calls, calls(run.teacher_at), calls(run.teacher_st), attacked
+    return student.calls, calls(run.teachers["teacher"]), calls(run.teachers["teacher_st"]), attacked
 
 
 def calls(twin: Twin | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from engine import config, methods, models
-from engine.attacks.pgd import climb
+from engine.attacks.pgd import Attacked, climb
 from engine.attacks.twin import Forward, Twin
 from engine.models.layers import Stage
 from engine.pipelines.base import Batch
@@ -68,7 +68,7 @@ def test_compiled_passes_are_those_that_are_not() -> None:
     for student, how in ((net, run), (other, lambda module: module)):
         twin, trained = Twin(student, "train", F32, how), how(student)
         x_adv = x.clone()
-        climb(twin, x_adv, x, labels, spec)
+        climb(Attacked(twin), x_adv, x, labels, spec)
         nn.functional.cross_entropy(trained(x), labels).backward()
         part = trained(x[:2])
         gradients = torch.cat([value.grad.flatten() for value in student.parameters() if value.grad is not None])
@@ -180,13 +180,12 @@ def test_only_trained_passes_are_recomputed() -> None:
     student, at, st = (models.build("resnet8", 4) for _ in range(3))
     built = step_networks.build(student, {"teacher": at, "teacher_st": st}, methods.get("iad2"), run, F32)
     assert built.adversary is not None
-    assert built.teacher_at is not None
 
     def stages(network: nn.Module) -> set[bool]:
         return {module.recompute for module in network.modules() if isinstance(module, Stage)}
 
     assert stages(student) == {True}
-    assert stages(built.adversary.twin.module) == stages(built.teacher_at.module) == {False}
+    assert stages(built.adversary.twin.module) == stages(built.teachers["teacher"].module) == {False}
 
 
 def test_a_method_gets_what_it_needs() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from bench.lib.timing import Call
-from engine import kernels, methods
+from engine import kernels, methods, objectives
 from engine.common.numbers import ceil_div
 from engine.kernels import reference
-from engine.kernels.contract import LossInputs, LossRow
+from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
 OPS = ("distill_loss", "pgd_update", "crop_flip")
-LOGITS = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
+LOSS_SIZES = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
 TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
 PIXELS = (32, 64)  # H = W
 CHANNELS = 3
@@ -60,11 +60,16 @@ class OpCase:
 def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
     """All cases, op by op; cache_bytes: of the last level."""
     if quick:
-        return [distill_loss(8, 10, 1.0, 1.0), pgd_update(4, 8), crop_flip(4, 8)]
+        return [
+            *(distill_loss(8, 10, 1.0, 1.0, name=name) for name in ("iad2", "saad")),
+            pgd_update(4, 8),
+            crop_flip(4, 8),
+        ]
     images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
     return [
-        *(distill_loss(*logits, *taus) for logits in LOGITS for taus in TEMPERATURES),
+        *(distill_loss(*logits, *taus) for logits in LOSS_SIZES for taus in TEMPERATURES),
         distill_loss(1024, 1000, 1.0, 1.0, torch.bfloat16),
+        *(distill_loss(*logits, 1.0, 1.0, name="saad") for logits in LOSS_SIZES[1:4:2]),
         *(pgd_update(*size) for size in images),
         pgd_update(BATCH, 32, torch.bfloat16),
         *(crop_flip(*size) for size in images),
@@ -72,42 +77,76 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
 
 
 def distill_loss(
-    batch: int, classes: int, tau: float, tau_self: float, dtype: torch.dtype = torch.float32
+    batch: int,
+    classes: int,
+    tau: float,
+    tau_self: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    name: str = "iad2",
 ) -> OpCase:
-    """Forward and backward with the row of IAD-II, which reads four logits and has two gradients.
+    """Forward and backward with a method's terms, of random logits and factors.
 
-    Moved: 4 logits and 2 gradients of B C values; of each sample its label, alpha and loss.
+    That of IAD-II reads four logits and has two gradients, that of SAAD six, with three gradients and two factors.
+    Moved: logits and gradients of B C values; of each sample its label, factors, alpha and loss.
     """
+    method = methods.get(name, tau=tau, tau_self=tau_self, lam=0.5)  # of which SAAD has no term of S(x) at 0
+    terms = [kernels.Term(*term[1:]) for term in method.terms(classes)]
+    read = list(dict.fromkeys(name for term in terms for name in (term.student, term.target) if name is not None))
+    learning = [name for name in read if name.startswith("s_")]
+    named = list(dict.fromkeys(term.factor for term in terms if term.factor is not None))
+    trust = objectives.TRUST if objectives.TRUST in read else None
 
     def calls(device: torch.device) -> Calls:
         generator = torch.Generator().manual_seed(0)
-        s_adv, s_nat, t_at_adv, t_st_adv = (
-            torch.randn(batch, classes, generator=generator).to(device, dtype) for _ in range(4)
-        )
+        logits = {name: torch.randn(batch, classes, generator=generator).to(device, dtype) for name in read}
         labels = torch.randint(classes, (batch,), generator=generator).to(device)
-        student = (s_adv.requires_grad_(), s_nat.requires_grad_())
-        weights = methods.get("iad2", tau=tau, tau_self=tau_self).weights
-        inputs = LossInputs(s_adv, s_nat, None, t_at_adv, t_st_adv, labels, None)
-        row = LossRow(tuple((a, b) for a, b in weights), tau, tau_self, 0.1, False, 0.0)
+        factors = {name: torch.rand(batch, generator=generator).to(device) for name in named}
+        student = [logits[name].requires_grad_() for name in learning]
 
         def public() -> kernels.DistillLoss:
-            return kernels.distill_loss(
-                s_adv, labels, s_nat=s_nat, t_at_adv=t_at_adv, t_st_adv=t_st_adv,
-                weights=weights, tau=tau, tau_self=tau_self, beta=0.1,
-            )  # fmt: skip
+            return kernels.distill_loss(logits, labels, terms, trust=trust, beta=0.1, factors=factors)
+
+        inputs = LossInputs(
+            tuple(logits.values()), labels, factors=torch.stack(list(factors.values()), 1) if named else None
+        )
+        by_reference = (inputs, _spec(terms, read, named, trust))
 
         def both_ways(forward: Callable[[], kernels.DistillLoss]) -> Call:
             return lambda: torch.autograd.grad(forward().loss, student)
 
         return Calls(
-            both_ways(functools.partial(reference.distill_loss, inputs, row)),
-            both_ways(functools.partial(compiled(reference.distill_loss), inputs, row)),
+            both_ways(functools.partial(reference.distill_loss, *by_reference)),
+            both_ways(functools.partial(compiled(reference.distill_loss), *by_reference)),
             both_ways(public),
         )
 
-    moved = 6 * batch * classes * dtype.itemsize + batch * (8 + 4 + 4)
-    setting = f"tau {tau:g}, tau_self {tau_self:g}"
+    moved = (len(read) + len(learning)) * batch * classes * dtype.itemsize + batch * (8 + 4 * len(named) + 4 + 4)
+    setting = f"tau {tau:g}, tau_self {tau_self:g}" if name == "iad2" else name
     return OpCase("distill_loss", f"{batch}x{classes}", setting, dtype, moved, moved, calls)
+
+
+def _spec(
+    terms: Sequence[kernels.Term], logits: Sequence[str], factors: Sequence[str], trust: str | None
+) -> LossSpec:
+    """The terms by numbers of logits and factors, as the public function has them."""
+
+    def number(names: Sequence[str], name: str | None) -> int:
+        return -1 if name is None else names.index(name)
+
+    numbered = (
+        LossTerm(
+            term.kind,
+            number(logits, term.student),
+            number(logits, term.target),
+            *term.weight,
+            term.temperature,
+            term.detach,
+            number(factors, term.factor),
+        )
+        for term in terms
+    )
+    return LossSpec(tuple(numbered), number(logits, trust), 0.1, 0.0)
 
 
 def pgd_update(batch: int, pixels: int, dtype: torch.dtype = torch.float32) -> OpCase:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter
 
 from bench.lib.calls.op_cases import COMPILE, COPY, EAGER, OpCase, beyond
 from bench.lib.machine import Facts
@@ -156,6 +158,29 @@ class EpochRow(MeasuredRow):
     table14_epoch_s: float
     table14_relative_to_ard: float
     table14_mib: int
+
+
+@dataclass(frozen=True)
+class MethodRow(MeasuredRow):
+    """One line of methods.csv; README.md describes the columns."""
+
+    settings: str
+    method: str
+    semantics: str
+    model: str
+    images: int
+    epochs: int
+    batch_size: int
+    seed: int
+    epoch_s: float
+    relative_to_at: float
+    test_images: int
+    attacked_images: int
+    natural: float
+    pgd20: float
+    chance: float
+    p_value: float
+    above_chance: bool
 
 
 @dataclass(frozen=True)
@@ -423,3 +448,12 @@ def write(
         writer.writerow(field.name for field in fields(rows[0]))
         for row in rows:
             writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in astuple(row))
+
+
+Row = TypeVar("Row", bound=MeasuredRow)
+
+
+def read(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a file that `write` wrote. Raises ValueError where its columns are not those of the kind."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return TypeAdapter(list[kind]).validate_python(list(csv.DictReader(file)))  # type: ignore[valid-type]

@@ -33,7 +33,7 @@ class EngineStep:
             student = synchronise(student, self.precision.device)
         teachers = {
             section: assemble.build_student(config.model_copy(update={"seed": seed}), images, self.precision)
-            for seed, section in enumerate(assemble.teacher_sections(self._method), config.seed + 1)
+            for seed, section in enumerate(assemble.teacher_sections(config), config.seed + 1)
         }
         for teacher in teachers.values():
             teacher.eval().requires_grad_(False)

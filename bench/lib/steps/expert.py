@@ -41,10 +41,12 @@ class ExpertStep(textbook.TextbookStep):
         with frozen(self.student):
             return super().attack(x, labels, start)
 
-    def ascend(self, a: Tensor, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    def ascend(
+        self, a: Tensor, x: Tensor, objective: Callable[[Tensor], Tensor], numbers: textbook.AttackNumbers
+    ) -> Tensor:
         """One step of PGD, as the textbook's."""
         self._begin()
-        return super().ascend(a, x, objective)
+        return super().ascend(a, x, objective, numbers)
 
     def _begin(self) -> None:
         """Nobody reads any more what the graphs have left in their memory."""

@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
     # six arrays of 1,280 floats; 128 labels, alphas and losses
     (op_cases.distill_loss(128, 10, 1.0, 1.0), 30_720 + 2_048, 32_768),
     (op_cases.distill_loss(128, 10, 1.0, 1.0, torch.bfloat16), 15_360 + 2_048, 17_408),
+    # nine arrays; two factors of each sample, too
+    (op_cases.distill_loss(128, 10, 1.0, 1.0, name="saad"), 46_080 + 3_072, 49_152),
     # 393,216 pixels of three arrays, one of them written as well
     (op_cases.pgd_update(128, 32), 6_291_456, 4_718_592),
     (op_cases.pgd_update(128, 32, torch.bfloat16), 5_505_024, 3_932_160),
@@ -46,6 +48,7 @@ def test_the_table_has_every_size() -> None:
         *(("distill_loss", shape, f"tau {taus}", torch.float32) for shape in logits
           for taus in ("1, tau_self 1", "5, tau_self 2")),
         ("distill_loss", "1024x1000", "tau 1, tau_self 1", torch.bfloat16),
+        *(("distill_loss", shape, "saad", torch.float32) for shape in ("128x100", "1024x1000")),
         *(("pgd_update", shape, "Linf", torch.float32) for shape in images),
         ("pgd_update", "128x3x32x32", "Linf", torch.bfloat16),
         *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
@@ -62,8 +65,9 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
 
 
 @pytest.mark.parametrize("case", [
-    op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8)
-], ids=lambda case: case.op)  # fmt: skip
+    op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.distill_loss(6, 5, 3.0, 2.0, name="saad"),
+    op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8)
+], ids=lambda case: f"{case.op} {case.setting}")  # fmt: skip
 def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
     monkeypatch.setenv("ENGINE_KERNELS", "reference")
@@ -99,13 +103,13 @@ def flat(given: Any) -> list[Any]:
     return [leaf for part in given for leaf in flat(part)] if isinstance(given, tuple) else [given]
 
 
-def test_the_loss_is_timed_with_both_gradients_and_the_row_of_iad2() -> None:
-    calls = op_cases.distill_loss(6, 5, 3.0, 2.0).calls(CPU)
-    gradients: Any = calls.eager()
-    grad_adv, grad_nat = gradients
-    assert grad_adv.shape == grad_nat.shape == (6, 5)
-    assert bool((grad_adv != 0).all())
-    assert bool((grad_nat != 0).all())
+@pytest.mark.parametrize(("name", "gradients"), [("iad2", 2), ("saad", 3)])
+def test_the_loss_is_timed_with_all_gradients(name: str, gradients: int) -> None:
+    found: Any = op_cases.distill_loss(6, 5, 3.0, 2.0, name=name).calls(CPU).eager()
+    assert len(found) == gradients
+    for gradient_BC in found:
+        assert gradient_BC.shape == (6, 5)
+        assert bool((gradient_BC != 0).all())
 
 
 def test_crop_flip_walks_through_the_data_set_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,205 +1,196 @@
-"""The engine's step against the textbook's, in every method, semantics and mode of BatchNorm in the attack."""
+"""The textbook's formulas: values for two samples of three classes, and what is known of each method."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.lib.steps import expert, textbook
-from engine import config, methods, models
-from engine.attacks.pgd import started
-from engine.config import RunConfig
-from engine.pipelines.base import Batch
-from engine.system.precision import Precision
-from engine.training import step_networks
-from engine.training.learner import Learner
+from bench.lib.steps import textbook
+from bench.lib.steps.textbook import attacks, formulas, losses
+from bench.lib.steps.textbook.parts import StepParts
 
-CPU = torch.device("cpu")
-CLASSES, BATCH, SIZE = 4, 6, 8
+LABELS = torch.tensor([0, 1])
 
 
-@dataclass(frozen=True)
-class Case:
-    """Both steps from the same weights on the same batches."""
+class Fixture(NamedTuple):
+    """Logits of student and teacher: on natural, adversarial and mirrored images."""
 
-    run: RunConfig
-
-    def networks(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
-        torch.manual_seed(0)
-        student, at, st = (models.build("resnet8", CLASSES).to(dtype) for _ in range(3))
-        for teacher in (at, st):
-            teacher(torch.rand(64, 3, SIZE, SIZE, dtype=dtype))  # statistics that folding cannot take for 0 and 1
-            teacher.eval().requires_grad_(False)
-        return student.train(), at, st
-
-    def batch(self, step: int, dtype: torch.dtype) -> Batch:
-        generator = torch.Generator().manual_seed(step)
-        x_nat = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64).to(dtype)
-        labels = torch.randint(CLASSES, (BATCH,), generator=generator)
-        return Batch(x_nat.to(memory_format=torch.channels_last), labels, torch.arange(BATCH) + step * BATCH)
-
-    def ours(self, steps: int, precision: Precision) -> dict[str, Tensor]:
-        """Everything that training changes, after so many steps of the engine."""
-        student, at, st = self.networks(precision.dtype)
-        student = precision.place(student)
-        method = methods.get(self.run.method, semantics=self.run.semantics, loss=self.run.loss)
-        learner = Learner(student, {"teacher": at, "teacher_st": st}, method, self.run, precision)
-        for step in range(steps):
-            learner.learn(self.batch(step, precision.dtype), method, self.run.lr, epoch=3)
-        return state(student, learner.optimizer)
-
-    def textbook(
-        self, steps: int, precision: Precision, layout: torch.memory_format = torch.contiguous_format
-    ) -> dict[str, Tensor]:
-        student, at, st = (network.to(memory_format=layout) for network in self.networks(precision.dtype))
-        sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
-        spec = self.run.attack
-        setting = textbook.StepSetting(self.run.method, self.run.semantics, spec.bn, spec.num_steps)
-        step = textbook.TextbookStep(
-            setting, Cast(student, precision), Cast(at, precision), Cast(st, precision), sgd
-        )
-        for number in range(steps):
-            batch = self.batch(number, precision.dtype)
-            start = started(batch.x_nat, spec, seed=self.run.seed, counter=3, sample=batch.sample)
-            step(
-                batch.x_nat.contiguous(memory_format=layout), batch.labels, start.contiguous(memory_format=layout)
-            )
-        return state(student, sgd)
-
-    def expert(self, steps: int) -> dict[str, Tensor]:
-        """State after steps of the expert in float64, not compiled."""
-        student, at, st = map(textbook.plain, self.networks(torch.float64))
-        sgd = expert.sgd(student, 0.1)
-        spec = self.run.attack
-        setting = textbook.StepSetting(self.run.method, self.run.semantics, spec.bn, spec.num_steps)
-        runs, t_at, t_st = (expert.AutocastNetwork(network, nullcontext) for network in (student, at, st))
-        step = expert.ExpertStep(setting, runs, t_at, t_st, sgd)
-        for number in range(steps):
-            batch = self.batch(number, torch.float64)
-            start = started(batch.x_nat, spec, seed=self.run.seed, counter=3, sample=batch.sample)
-            step(batch.x_nat, batch.labels, start)
-        return state(student, sgd)
+    s_x: Tensor
+    s_a: Tensor
+    s_m: Tensor
+    t_x: Tensor
+    t_a: Tensor
+    t_m: Tensor
 
 
-class Cast(nn.Module):
-    """A network as plain torch runs it: under autocast, if there is any, with its first and last layer too."""
-
-    def __init__(self, network: nn.Module, precision: Precision) -> None:
-        super().__init__()
-        self.network, self.precision = textbook.plain(network), precision
-
-    def forward(self, images: Tensor) -> Tensor:
-        with self.precision.autocast():
-            logits: Tensor = self.network(images)
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def state(student: nn.Module, sgd: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Without the count of BatchNorm's batches, which the engine does not keep."""
-    values = {
-        name: value.detach().clone()
-        for name, value in student.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    momentum = {
-        f"momentum of {name}": sgd.state[value]["momentum_buffer"].clone()
-        for name, value in student.named_parameters()
-    }
-    return values | momentum
+def fixture() -> Fixture:
+    rows = (
+        [[1, 0, -1], [0.5, 0.2, 0]],
+        [[0.4, 0.3, -0.2], [-0.1, 0.6, 0.1]],
+        [[1.2, -0.1, -1.3], [0.7, 0, -0.2]],
+        [[2, 0, -1], [1, 0.5, 0]],
+        [[1, 0.4, -0.5], [0, 0.8, 0.2]],
+        [[2.3, -0.3, -1.4], [1.3, 0.2, -0.1]],
+    )
+    return Fixture(*(torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in rows))
 
 
-def together(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All momentum, which is the gradient after one step, and all running statistics, each as one vector."""
-    kinds = {"gradient": "momentum of", "mean": "running_mean", "variance": "running_var"}
-    return {
-        kind: torch.cat([value.double().flatten() for name, value in values.items() if part in name])
-        for kind, part in kinds.items()
-    }
+def adaiad(given: Fixture) -> Tensor:
+    own = formulas.adaiad_self(given.s_x, given.s_a, given.t_a, LABELS)
+    return formulas.adaiad(given.s_a, given.t_a) + own
 
 
-def case(method: str, semantics: str, bn: str, num_steps: int, **keys: Any) -> Case:
-    given = {"method": method, "semantics": semantics, "attack": {"bn": bn, "num_steps": num_steps}, "seed": 5}
-    return Case(config.load(given, keys))
+def saad(given: Fixture, b: float = 0.5) -> Tensor:
+    w, certain = formulas.saad_weights(given.t_a)
+    robust = formulas.kl(given.t_a, given.s_a) + 0.5 * igdm(given)
+    return w * robust + b * certain * formulas.kl(given.t_x, given.s_x)
 
 
-def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, float]:
-    """Relative difference of each tensor, by its norm."""
-    assert left.keys() == right.keys()
-    return {
-        name: float(
-            (left[name].double() - right[name].double()).norm() / right[name].double().norm().clamp(min=1e-12)
-        )
-        for name in left
-    }
+def igdm(given: Fixture) -> Tensor:
+    return formulas.igdm(given.s_a, given.s_m, given.t_a, given.t_m)
 
 
-F64, F32 = Precision(CPU, torch.float64), Precision(CPU, torch.float32)
+def mart(given: Fixture) -> Tensor:
+    return formulas.mart(given.s_x, given.s_a, LABELS)
 
 
-@pytest.mark.parametrize("bn", ["train", "eval", "batch"])
-@pytest.mark.parametrize("semantics", ["paper", "official"])
-@pytest.mark.parametrize("method", list(methods.METHODS))
-def test_the_step_is_the_textbook_s_in_float64(method: str, semantics: str, bn: str) -> None:
-    both = case(method, semantics, bn, 4)
-    for steps in (1, 20):
-        apart = distance(both.ours(steps, F64), both.textbook(steps, F64))
-        assert max(apart.values()) < 1e-9, max(apart, key=apart.__getitem__)
+FORMULAS: dict[str, tuple[Callable[[Fixture], Tensor], float]] = {
+    "rslad": (lambda given: formulas.rslad(given.s_x, given.s_a, given.t_x), 0.250357),
+    "adaad": (lambda given: formulas.adaad(given.s_x, given.s_a, given.t_x, given.t_a), 0.029278),
+    "adaiad": (adaiad, 0.041550),
+    "igdm": (igdm, 0.023293),
+    "saad": (saad, 0.021852),
+    "mart": (mart, 1.501007),
+}
 
 
-@pytest.mark.parametrize("bn", ["train", "eval", "batch"])
-@pytest.mark.parametrize("method", list(methods.METHODS))
-def test_the_expert_s_step_is_the_textbook_s_in_float64(method: str, bn: str) -> None:
-    both = case(method, "paper", bn, 4)
-    for steps in (1, 5):
-        apart = distance(both.expert(steps), both.textbook(steps, F64))
-        assert max(apart.values()) < 1e-9, max(apart, key=apart.__getitem__)
+@pytest.mark.parametrize("method", FORMULAS)
+def test_the_value_of_the_two_samples(method: str) -> None:
+    """The values were rounded in float32, in which AdaIAD's tau^2 = 900 leaves five digits."""
+    formula, value = FORMULAS[method]
+    found = float(formula(fixture()).mean().detach())
+    assert found == pytest.approx(value, abs=1e-5 if method == "adaiad" else 1e-6)
 
 
-def test_the_textbook_tells_the_semantics_and_the_modes_apart() -> None:
-    """A fault that the equality above would miss, if both sides ignored these."""
-    settings = [
-        ("iad1", "paper", "train"),
-        ("iad1", "official", "train"),
-        ("iad1", "paper", "eval"),
-        ("iad1", "paper", "batch"),
-        ("ard", "paper", "train"),
-        ("iad1-down", "paper", "train"),
-    ]
-    states = [case(*setting, 4).textbook(1, F64) for setting in settings]
-    for index, left in enumerate(states):
-        for right in states[:index]:
-            assert max(distance(left, right).values()) > 1e-6
+@pytest.mark.parametrize(("formula", "norm"), [(adaiad, 0.026954), (mart, 1.012349)])
+def test_the_target_s_gradient_is_part_of_the_loss(formula: Callable[[Fixture], Tensor], norm: float) -> None:
+    given = fixture()
+    (gradient,) = torch.autograd.grad(formula(given).mean(), given.s_x)
+    assert float(gradient.abs().sum()) == pytest.approx(norm, abs=6e-7)
+    detached = given._replace(s_x=given.s_x.detach())
+    torch.testing.assert_close(formula(detached), formula(given), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
-@pytest.mark.parametrize("method", list(methods.METHODS))
-def test_a_step_with_given_images_is_as_exact_as_the_textbook_s(method: str, amp: bool, bf16: None) -> None:
-    """Error at most twice that of plain torch in that precision; x~ is where the attack would have begun."""
-    both = case(method, "paper", "eval", 0)
-    precision = Precision(CPU, torch.float32, torch.bfloat16 if amp else None)
-    # In our layout: torch's sums of a channel are less exact there.
-    plain = both.textbook(1, precision, torch.channels_last)
-    exact, ours, textbook = map(together, (both.textbook(1, F64), both.ours(1, precision), plain))
-    for kind, value in exact.items():
-        assert (ours[kind] - value).norm() <= 2 * (textbook[kind] - value).norm(), kind
-        assert (textbook[kind] - value).norm() > 0
+def test_a_floor_in_the_target_s_logarithm_moves_the_value_and_no_gradient() -> None:
+    given = fixture()
+    plain, floored = (formulas.rslad(given.s_x, given.s_a, given.t_x.detach(), floor=f) for f in (0.0, 1e-5))
+    assert 1e-5 < float((floored - plain).detach().min()) < 1e-4
+    for student in (given.s_x, given.s_a):
+        left, right = (torch.autograd.grad(loss.sum(), student, retain_graph=True)[0] for loss in (plain, floored))
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-15)
 
 
-def test_the_adversary_s_images_are_the_textbook_s() -> None:
-    both = case("trades", "paper", "eval", 10)
-    student, _, _ = both.networks(torch.float64)
-    batch, spec = both.batch(0, torch.float64), both.run.attack
-    method = methods.get("trades")
-    built = step_networks.build(student, {}, method, both.run, F64)
-    assert built.adversary is not None
-    start = started(batch.x_nat, spec, seed=5, counter=3, sample=batch.sample)
-    sgd = torch.optim.SGD(student.parameters())
-    step = textbook.TextbookStep(textbook.StepSetting("trades", bn="eval"), student, student, student, sgd)
-    expected = step.attack(batch.x_nat, batch.labels, start)
-    torch.testing.assert_close(built.adversary(batch, 3), expected, rtol=0, atol=1e-15)
-    assert (expected - batch.x_nat).abs().max() > 7 / 255
+def test_mtard_s_weights_follow_both_terms() -> None:
+    balance = textbook.Balance()
+    followed = [balance.follow(*pair)[1] for pair in ((0.2, 0.1), (0.1, 0.1), (0.1, 0.05))]
+    assert followed == pytest.approx([0.5, 0.504167, 0.504062], abs=6e-7)
+    assert balance.follow(0.1, 0.05)[0] == 1 - balance.natural
+
+
+def test_igdm_compares_differences_alone() -> None:
+    given = fixture()
+    assert float(formulas.igdm(given.s_a, given.s_m, given.s_a, given.s_m).detach().abs().max()) < 1e-15
+    shift = torch.tensor([[3.0], [-2.0]], dtype=torch.float64)
+    for name in ("s_a", "s_m", "t_a", "t_m"):
+        shifted = given._replace(**{name: getattr(given, name) + shift})
+        torch.testing.assert_close(igdm(shifted), igdm(given), rtol=0, atol=1e-14)
+    gradients = torch.autograd.grad(igdm(given).sum(), (given.s_a, given.s_m))
+    torch.testing.assert_close(gradients[0], -gradients[1])
+
+
+def test_saad_leaves_out_the_sample_of_the_lowest_entropy() -> None:
+    given = fixture()
+    lowest = int(formulas.renyi_entropy(given.t_a).argmin())
+    gradients = torch.autograd.grad(saad(given, b=0).sum(), (given.s_a, given.s_m))
+    for gradient in gradients:
+        assert gradient[lowest].abs().max() == 0
+        assert gradient[1 - lowest].abs().max() > 1e-3
+
+
+def test_renyi_s_entropy_becomes_shannon_s() -> None:
+    logits = fixture().t_x.detach()
+    near = formulas.renyi_entropy(logits, 1 + 1e-7)
+    torch.testing.assert_close(near, formulas.renyi_entropy(logits), rtol=0, atol=1e-6)
+    uniform = torch.zeros(1, 5, dtype=torch.float64)
+    for order in (0.5, 1.0, 2.0):
+        assert float(formulas.renyi_entropy(uniform, order)) == pytest.approx(math.log(5))
+
+
+# ---------------------------------------------------------------- attacks
+
+
+def parts(method: str, **numbers: Any) -> textbook.TextbookStep:
+    """A step between linear networks of 3 * 4 * 4 pixels."""
+    torch.manual_seed(3)
+    student, at, st = (nn.Sequential(nn.Flatten(), nn.Linear(48, 5, bias=False)).double() for _ in range(3))
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    setting = replace(textbook.StepSetting(method), **numbers)
+    return textbook.TextbookStep(setting, student, at, st, sgd)
+
+
+def images(count: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    pixels = torch.rand(count, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return pixels, torch.randint(5, (count,), generator=generator)
+
+
+def gradient_of(make: attacks.MakeObjective, step: StepParts, x: Tensor, labels: Tensor, a: Tensor) -> Tensor:
+    a = a.clone().requires_grad_()
+    return torch.autograd.grad(make(step, x, labels)(a), a)[0]
+
+
+def test_adaad_s_attack_goes_through_the_teacher() -> None:
+    step, (x, labels) = parts("adaad"), images()
+    through = gradient_of(attacks.from_moving_teacher, step, x, labels, x)
+    fixed = gradient_of(attacks.from_teacher, step, x, labels, x)  # the same value, T(x) detached
+    assert (through.sign() != fixed.sign()).double().mean() > 0.1
+
+
+def test_saad_s_target_moves_along_the_gradient_of_the_label_s_probability() -> None:
+    """Its objective by finite differences, in a direction."""
+    step, (x, labels) = parts("saad", saad_lam=1.0), images(2)
+    a, direction = x + 0.01, torch.randn_like(x)
+    objective = attacks.from_linear_teacher(step, x, labels)
+    gradient = gradient_of(attacks.from_linear_teacher, step, x, labels, a)
+    with torch.no_grad():
+        numeric = (objective(a + 1e-6 * direction) - objective(a - 1e-6 * direction)) / 2e-6
+    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=1e-6)
+    still = replace(step, setting=replace(step.setting, saad_lam=0.0))
+    torch.testing.assert_close(
+        gradient_of(attacks.from_linear_teacher, still, x, labels, a),
+        gradient_of(attacks.from_teacher, still, x, labels, a),
+    )
+    assert (gradient - gradient_of(attacks.from_teacher, step, x, labels, a)).abs().max() > 1e-4
+
+
+def test_n_fgsm_leaves_the_ball_and_fgsm_rs_does_not() -> None:
+    (x, labels), epsilon = images(), 8 / 255
+    noise = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 1
+    around = parts("n-fgsm").attack(x, labels, (x + 2 * epsilon * noise).clamp(0, 1))
+    inside = parts("fgsm-rs").attack(x, labels, (x + epsilon * noise).clamp(0, 1))
+    assert 2 * epsilon < (around - x).abs().max() <= 3 * epsilon + 1e-15
+    assert (inside - x).abs().max() <= epsilon + 1e-15
+    assert (inside - x).abs().max() > epsilon - 1e-9
+    for a in (around, inside):
+        assert a.min() >= 0
+        assert a.max() <= 1
+
+
+def test_attacks_and_losses_are_of_the_same_methods() -> None:
+    assert set(attacks.ATTACK_OF) == {name.partition("+")[0] for name in losses.METHOD_LOSSES}

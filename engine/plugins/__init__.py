@@ -1,0 +1,1 @@
+"""Methods, models, data sets, attacks and loggers of users."""
