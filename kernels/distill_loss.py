@@ -28,6 +28,7 @@ from engine.kernels.contract import (
 )
 
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
+_CACHED = 2**20  # numbers that a processor's caches hold: of more, one gradient is scaled after the other
 
 
 def distill_loss(
@@ -62,8 +63,9 @@ def distill_loss(
     call = resolve(tuple(terms), tuple(logits), trust, float(beta), float(label_smoothing), tuple(factors or ()))
     spec = call.spec
     given = tuple(logits[name] for name in call.logits)
-    inputs = LossInputs(given, labels, sample_weights, _stacked(factors, call.factors, given[0].shape[:1]))
-    _check(inputs, call)
+    columns = {name: factors[name] for name in call.factors} if factors else {}
+    _check(call, given, labels, sample_weights, columns)
+    inputs = LossInputs(given, labels, sample_weights, _stacked(columns) if columns else None)
     implementation = _implementation(inputs, call.kinds)
     if implementation == "reference":  # the compiler can fuse it
         if not torch.compiler.is_compiling():
@@ -158,17 +160,9 @@ def _check_term(place: str, term: Term, logits: tuple[str, ...], factors: tuple[
         raise ValueError(f"{place}.temperature: {term.kind!r} has none, got {term.temperature:g}")
 
 
-def _stacked(factors: Mapping[str, Tensor] | None, used: tuple[str, ...], shape: torch.Size) -> Tensor | None:
+def _stacked(factors: Mapping[str, Tensor]) -> Tensor:
     """The factors that terms read, (B, F) contiguous float32, or float64 where one is."""
-    if not used:
-        return None
-    assert factors is not None
-    for name in used:
-        if factors[name].shape != shape:
-            raise ValueError(
-                f"factors: {name} has shape {tuple(factors[name].shape)}, expected (B,), {tuple(shape)}"
-            )
-    columns = [factors[name].detach() for name in used]
+    columns = [factor.detach() for factor in factors.values()]
     double = any(column.dtype == torch.float64 for column in columns)
     return torch.stack([column.to(torch.float64 if double else torch.float32) for column in columns], dim=1)
 
@@ -275,7 +269,8 @@ def _save(ctx: Any, logits: tuple[Tensor, ...], wants: tuple[bool, ...], gradien
 
 def _scaled(upstream: Tensor, gradients_GBC: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     """The scaled gradients of each of the logits, in their dtypes."""
-    if len(set(dtypes)) == 1:
+    at_once = gradients_GBC.device.type != "cpu" or gradients_GBC.numel() <= _CACHED
+    if at_once and len(set(dtypes)) == 1:
         return _scale(upstream, gradients_GBC, dtypes[0]).unbind()
     pairs = zip(gradients_GBC, dtypes, strict=True)
     return tuple(_scale(upstream, gradient_BC, dtype) for gradient_BC, dtype in pairs)
@@ -382,11 +377,16 @@ _op.register_autograd(_backward, setup_context=_save_op)
 # ---------------------------------------------------------------- checks
 
 
-def _check(inputs: LossInputs, call: _Call) -> None:
+def _check(
+    call: _Call,
+    logits: tuple[Tensor, ...],
+    labels: Tensor,
+    sample_weights: Tensor | None,
+    factors: Mapping[str, Tensor],
+) -> None:
     """Raise ValueError for tensors whose shapes, dtypes or devices do not fit."""
-    shape, device = inputs.logits[0].shape, inputs.logits[0].device
-    labels, sample_weights = inputs.labels, inputs.sample_weights
-    for name, value in zip(call.logits, inputs.logits, strict=True):
+    shape, device = logits[0].shape, logits[0].device
+    for name, value in zip(call.logits, logits, strict=True):
         if value.dim() != 2 or value.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, expected (B, C) as of {call.logits[0]}, {tuple(shape)}"
@@ -395,12 +395,15 @@ def _check(inputs: LossInputs, call: _Call) -> None:
             raise ValueError(f"{name} has dtype {value.dtype}, expected a floating one")
     if "margin" in call.kinds and shape[1] < 2:
         raise ValueError(f"{call.logits[0]} has {shape[1]} class, and 'margin' needs two")
-    given = (*inputs.logits, labels, sample_weights, inputs.factors)
+    given = (*logits, labels, sample_weights, *factors.values())
     if any(one is not None and one.device != device for one in given):
-        check_device(**dict(zip((*call.logits, "labels", "sample_weights", "factors"), given, strict=True)))
+        check_device(**dict(zip((*call.logits, "labels", "sample_weights", *factors), given, strict=True)))
     if labels.shape != shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels: expected int64 of shape ({shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if sample_weights is not None and sample_weights.shape != shape[:1]:
         raise ValueError(f"sample_weights: expected shape ({shape[0]},), got {tuple(sample_weights.shape)}")
+    for name, factor in factors.items():
+        if factor.shape != shape[:1]:
+            raise ValueError(f"factors: {name} has shape {tuple(factor.shape)}, expected ({shape[0]},)")

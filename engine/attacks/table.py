@@ -90,9 +90,9 @@ def check_defined(attack: EvaluationAttack, num_classes: int, threat_model: str)
     raise ValueError(f"{attack.name}: {reason}; defined: {', '.join(defined)}")
 
 
-def title(result: Mapping[str, Any]) -> str:
-    """Title in a table of a result as in `Result.as_dict`."""
-    return find(result["attack"]).title_of(result.get("parts") or ())
+def title(name: str, result: Mapping[str, Any]) -> str:
+    """Title in a table of an attack's result, as in `Result.as_dict`."""
+    return find(name).title_of(result.get("parts") or ())
 
 
 def add(

@@ -249,7 +249,7 @@ def _tell(run: _SeedRun, reporter: ConsoleReporter) -> None:
 def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
     """Accuracies of the "best" or "last" epoch, by attack: on test images, else on held-out ones."""
     if tested := summary.get(f"test_of_{which}"):
-        return {title(result): result["accuracy"] for result in tested.values()}
+        return {title(name, result): result["accuracy"] for name, result in tested.items()}
     row = summary[which]
     held_out = f"on {row['measured_on']} images"
     return {f"{name} {held_out}": row[f"{name}_accuracy"] for name in ("natural", "robust")}

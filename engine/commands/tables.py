@@ -31,7 +31,7 @@ def print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dic
 
     # Not every network needs the attacks that were added where gradients were masked, nor has each all parts.
     rows = {
-        row: {(result["attack"], title(result)): result for result in found.values()}
+        row: {(name, title(name, result)): result for name, result in found.items()}
         for row, found in results.items()
     }
     any_of = {column: result for found in rows.values() for column, result in found.items()}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from engine.common.lookup import check_known
+from engine.common.lookup import nearest
 from engine.config.keys import Key, collect, own, runtime, shared
 from engine.config.values import (
     LARGEST_IMAGE,
@@ -34,7 +34,8 @@ Tree = dict[str, Any]
 
 
 def _known_attack_loss(name: str) -> str:
-    check_known("attack.loss", name, ATTACK_LOSSES)
+    if name not in ATTACK_LOSSES:
+        raise ValueError(f"{name!r} is not known; {nearest(name, ATTACK_LOSSES)}")
     return name
 
 

@@ -107,9 +107,9 @@ def test_an_attack_that_is_not_defined_is_told_with_those_that_are() -> None:
 def test_autoattack_is_named_after_the_parts_that_are_run(classes: int, parts: tuple[str, ...]) -> None:
     aa = table.find("aa")
     assert aa.parts(classes) == defined_parts(classes) == parts
-    result = {"attack": "aa", "parts": dict.fromkeys(parts, 0.5)}
+    result = {"parts": dict.fromkeys(parts, 0.5)}
     whole = parts == AA_PARTS
-    assert table.title(result) == ("AA" if whole else "AA without APGD-T")
+    assert table.title("aa", result) == ("AA" if whole else "AA without APGD-T")
     assert ("standard" in aa.numbers(classes, LINF)) == whole
     assert (f"without APGD-T, which {classes} classes do not define" in aa.numbers(classes, LINF)) != whole
 
@@ -189,7 +189,6 @@ class Called:
         ([mine, mine], ["mine"]),
         ([], []),
     ],
-    ids=str,
 )
 def test_lists_of_attacks(attacks: Any, names: list[str]) -> None:
     assert [attack.name for attack in table.resolve(attacks)] == names
@@ -207,7 +206,6 @@ def test_lists_of_attacks(attacks: Any, names: list[str]) -> None:
         ([("a", mine), ("a", other)], "attacks: two functions are called 'a'"),
         ({"aa": mine}, "'aa' is a built-in attack"),
     ],
-    ids=str,
 )
 def test_what_is_no_list_of_attacks_is_one_line(attacks: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:

@@ -43,7 +43,7 @@ def right(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- any number of steps
 
 
-def test_pgd50_is_fifty_steps_by_hand_in_float64() -> None:
+def test_pgd50_is_fifty_steps_by_hand_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     model, epsilon = network(), 3 / 255
     images, labels = labelled(model)
     twin, x = copy.deepcopy(model).eval(), floats(images, torch.float64)
@@ -55,7 +55,15 @@ def test_pgd50_is_fifty_steps_by_hand_in_float64() -> None:
         x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
     expected = right(model, x_adv, labels)
     assert 0 < expected.sum() < right(model, x, labels).sum()
+    crafted: list[Tensor] = []
+
+    def spy(*arguments: Any, **keys: Any) -> Tensor:
+        crafted.append(pgd(*arguments, **keys))
+        return crafted[-1]
+
+    monkeypatch.setattr(kinds, "pgd", spy)
     result = evaluate(model, (images, labels), ["pgd50"], epsilon=epsilon, seed=5, batch_size=7)["pgd50"]
+    torch.testing.assert_close(torch.cat(crafted), x_adv, rtol=0, atol=1e-12)
     assert torch.equal(result.verdicts, expected)
     assert result.description == (
         "L-inf, epsilon 3/255, 50 steps of 0.75/255, random start, cross-entropy, BN eval"
@@ -158,7 +166,7 @@ def test_autoattack_of_few_classes_runs_the_parts_that_are_defined(classes: int,
     assert result.correct < expected[0].sum()
     assert "standard" not in result.description
     assert f"AutoAttack without APGD-T, which {classes} classes do not define" in result.description
-    assert table.title(result.as_dict()) == "AA without APGD-T"
+    assert table.title("aa", result.as_dict()) == "AA without APGD-T"
 
 
 @pytest.mark.parametrize(("name", "classes", "least"), [("apgd-t", 3, 4), ("apgd-dlr", 2, 3), ("pgd10", 1, 2)])

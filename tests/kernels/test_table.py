@@ -88,7 +88,9 @@ OF_LABELS = st.builds(
     Term,
     kind=st.sampled_from([kind for kind, has_target in KINDS.items() if not has_target]),
     student=st.sampled_from(LOGITS),
+    target=st.none(),
     weight=WEIGHTS,
+    temperature=st.just(1.0),
     factor=FACTORS,
 )
 OF_LOGITS = st.builds(

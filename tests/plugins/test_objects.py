@@ -111,7 +111,6 @@ def test_a_module_is_copied_and_a_name_is_still_a_name(tmp_path: Path) -> None:
         ({"dataset": (images_of(9),)}, "gives tuple, and no pair"),
         ({"dataset": 3}, "gives int, and no pair"),
     ],
-    ids=str,
 )
 def test_what_is_no_such_object_is_told_in_one_line(given: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told) as error:
