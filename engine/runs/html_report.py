@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from engine.attacks import table
 from engine.common.files import regular_file, write_atomically
 from engine.config import explicit, read_file
 from engine.evaluation.reports import read as read_results
@@ -159,7 +160,11 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _result(name: str, result: Mapping[str, Any]) -> tuple[Cell, ...]:
-    return name, _percent(result), result.get("n"), result.get("description")
+    parts = result.get("parts")
+    is_whole = name != "aa" or not isinstance(parts, Mapping) or not parts
+    missing = "" if is_whole else table.title(name, result).partition(" without ")[2]
+    shown = f"{name} without {missing}" if missing else name
+    return shown, _percent(result), result.get("n"), result.get("description")
 
 
 def _percent(result: Mapping[str, Any] | None) -> str:

@@ -160,6 +160,14 @@ def test_results_of_a_report_are_told_apart(runs: tuple[Path, Path], tmp_path: P
     assert "<b>doubt" in page.text
 
 
+def test_autoattack_of_few_classes_is_told_by_its_name() -> None:
+    result = {"accuracy": 0.5, "n": 4, "description": "numbers"}
+    parts = dict.fromkeys(("natural", "apgd-ce", "fab-t", "square"), 0.5)
+    assert html_report._result("aa", result | {"parts": parts})[0] == "aa without APGD-T"
+    assert html_report._result("aa", result | {"parts": parts | {"apgd-t": 0.5}})[0] == "aa"
+    assert html_report._result("aa", result)[0] == "aa"  # as earlier reports have it
+
+
 def test_a_folder_of_benchmarks(tmp_path: Path) -> None:
     page = made(tmp_path, bench(tmp_path / "bench"))
     assert page.table("op", "seconds", "speedup") == [["x", "0.0012346", "2"], ["b", "12.5", ""]]
