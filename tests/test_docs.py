@@ -170,7 +170,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         return RunResult(ROOT / "docs", {})
 
     def run(checkpoint: Path, wanted: EvaluationConfig, reporter: object, **keys: Any) -> Report:
-        measure.check_names(wanted.attacks)
+        measure.check_names(str(name) for name in wanted.attacks)
         models.check(wanted.model or "resnet8")
         datasets.check(wanted.dataset or "digits")
         return Report("", {}, None)

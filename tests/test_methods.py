@@ -132,11 +132,12 @@ def test_an_addition_is_in_the_warm_up_too() -> None:
 
 def test_a_term_has_all_its_numbers() -> None:
     method = methods.get("saad", igdm=2, tau=3, lam=0.5, kl_mean="elements")
-    assert method.terms(10, growth=0.25) == (
+    expected: tuple[Any, ...] = (
         ("kl_at_adv", "kl", "s_adv", "t_at_adv", (pytest.approx(0.9), 0), 3, False, "entropy"),
         ("kl_at_clean", "kl", "s_nat", "t_at_nat", (pytest.approx(0.45), 0), 3, False, "certainty"),
         ("kl_difference", "kl", "s_difference", "t_at_difference", (pytest.approx(0.05), 0), 1, False, "entropy"),
     )
+    assert method.terms(10, growth=0.25) == expected
     (_, self_term) = methods.get("trades", detach_self=True, tau_self=2, trades_lambda=7).terms(10)
     assert self_term == WeightedTerm("kl_self", "kl", "s_adv", "s_nat", (7, 0), 2, True, None)
     assert not methods.get("ard", detach_self=True).terms(10)[0].detach  # of the self term alone

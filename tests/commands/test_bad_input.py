@@ -71,7 +71,10 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "set no yaml": (["train", "--set", "lr=[1,"], ["lr"]),
     "epsilon": (["train", "--set", "attack.epsilon=-1/255"], ["attack.epsilon"]),
     "epsilon fraction": (["train", "--set", "attack.epsilon=8/0"], ["attack.epsilon", "8/0"]),
-    "attack loss": (["train", "--set", "attack.loss=hinge"], ["attack.loss: 'hinge' is not known", "cw, dlr, kl, kl-teacher"]),
+    "attack loss": (
+        ["train", "--set", "attack.loss=hinge"],
+        ["attack.loss: 'hinge' is not known", "ce, cw, dlr, kl"],
+    ),
     "tau": (["train", "--set", "loss.tau=0"], ["loss.tau", "0"]),
     "beta": (["train", "--set", "loss.beta=-1"], ["loss.beta", "-1"]),
     "lambda": (["train", "--set", "loss.lam=1.5"], ["loss.lam", "1.5"]),
