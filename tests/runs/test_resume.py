@@ -269,7 +269,7 @@ def test_every_key_may_change_or_may_not(name: str) -> None:
     free = {
         "data", "teacher.checkpoint", "teacher_st.checkpoint", "workers", "batches_ahead", "lanes", "graphs",
         "checkpoint_activations", "masking_guard", "overfitting_guard", "device", "checkpoint_every",
-        "snapshot_every", "log_every",
+        "snapshot_every", "log_every", "imports", "loggers",
         "amp_dtype",  # which a run that began with "auto" decided
     }  # fmt: skip
     if name in free:
