@@ -158,6 +158,11 @@ class World:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def max_in_place(self, tensor: Tensor) -> None:
+        """Make each entry the largest of all processes, by one collective on the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
     def check_same(self, what: str, mine: str) -> None:
         """Raise ValueError, naming them, where processes have another value than the main one."""
         main = self.broadcast_from_main(lambda: mine)

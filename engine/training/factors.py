@@ -50,11 +50,13 @@ class Factors:
         self.balance.copy_(state["balance"])
 
     def _entropies(self, logits: Logits, labels: Tensor, lr_part: float) -> dict[str, Tensor]:
-        """SAAD: 5 (H - min H), and 1 - (H - min H) / (max H - min H); minimum and maximum over the batch."""
-        weight_B = _SCALE * entropy(logits["t_at_adv"], self._config.loss.entropy_order)
-        weight_B = weight_B - weight_B.min()
-        low, high = weight_B.aminmax()
-        return {"entropy": weight_B, "certainty": 1 - (weight_B - low) / (high - low + 1e-8)}
+        """SAAD: 5 (H - min H), and 1 - (H - min H) / (max H - min H), over the batch of all processes."""
+        scaled_B = _SCALE * entropy(logits["t_at_adv"], self._config.loss.entropy_order)
+        nothing = scaled_B.new_full((1,), -torch.inf)  # a process may have no image of the last batch
+        ends = torch.stack((torch.cat((-scaled_B, nothing)).amax(), torch.cat((scaled_B, nothing)).amax()))
+        self._world.max_in_place(ends)
+        weight_B = scaled_B + ends[0]
+        return {"entropy": weight_B, "certainty": 1 - weight_B / (ends.sum() + 1e-8)}
 
     def _shares(self, logits: Logits, labels: Tensor, lr_part: float) -> dict[str, Tensor]:
         """MTARD: w <- w - g (w - r_nat / (r_adv + r_nat)), with r a term relative to the run's first."""

@@ -61,6 +61,12 @@ def test_the_surest_sample_of_a_batch_weighs_nothing() -> None:
     assert found["certainty"].tolist() == pytest.approx(certainty, rel=1e-12)
 
 
+def test_a_process_without_images_has_factors_of_none() -> None:
+    none = torch.empty(0, 3, dtype=torch.float64)
+    found = make()(["entropy", "certainty"], {"t_at_adv": none}, LABELS[:0], 1.0)
+    assert {name: factor.shape for name, factor in found.items()} == {"entropy": (0,), "certainty": (0,)}
+
+
 # ---------------------------------------------------------------- balance of two teachers
 
 

@@ -110,7 +110,7 @@ def test_share_of_clean_batches_in_the_published_running_statistics(
     assert clean == pytest.approx(share, abs=5e-4)
 
 
-@pytest.mark.parametrize("name", list(methods.METHODS))
+@pytest.mark.parametrize("name", ["st", "at", "trades", "ard", "akd2", "iad1", "iad1-down", "iad2"])
 @pytest.mark.parametrize("semantics", ["paper", "official"])
 def test_a_step_equals_its_transcription(name: str, semantics: str) -> None:
     """Gradients and running statistics of one step in float64, written out by hand from the formulas."""
