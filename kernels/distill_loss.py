@@ -28,7 +28,7 @@ from engine.kernels.contract import (
 )
 
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
-_CACHED = 2**20  # numbers that a processor's caches hold: of more, one gradient is scaled after the other
+_AT_ONCE = 2**16  # numbers: of more, a CPU scales one gradient after the other, which its inner cache then holds
 
 
 def distill_loss(
@@ -269,7 +269,7 @@ def _save(ctx: Any, logits: tuple[Tensor, ...], wants: tuple[bool, ...], gradien
 
 def _scaled(upstream: Tensor, gradients_GBC: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     """The scaled gradients of each of the logits, in their dtypes."""
-    at_once = gradients_GBC.device.type != "cpu" or gradients_GBC.numel() <= _CACHED
+    at_once = gradients_GBC.device.type != "cpu" or gradients_GBC.numel() <= _AT_ONCE
     if at_once and len(set(dtypes)) == 1:
         return _scale(upstream, gradients_GBC, dtypes[0]).unbind()
     pairs = zip(gradients_GBC, dtypes, strict=True)
