@@ -276,8 +276,8 @@ class Method:
             if weight.grows:
                 weight = growth * weight
             temperature = 1.0 if term.temperature is None else getattr(self.loss, term.temperature)
-            of_student = term.target in objectives.of_network(objectives.LOGITS, objectives.STUDENT)
-            detach = self.loss.detach_self and of_student
+            target = objectives.LOGITS.get(term.target or "")
+            detach = self.loss.detach_self and target is not None and target.network == objectives.STUDENT
             found.append(WeightedTerm(name, *term[1:4], (weight.a, weight.b), temperature, detach, weight.factor))
         return tuple(found)
 
@@ -333,22 +333,20 @@ def get(name: str, *, semantics: str = "paper", loss: LossConfig | None = None, 
         loss = validated(LossConfig, {**(loss or LossConfig()).model_dump(), **params})
     loss = loss or LossConfig()
     check_reading(semantics, loss)
-    replaced = {term: _weight(cell) for term, cell in loss.weights.items()}
+    replaced = _weights(loss.weights)
     if row.function is not None:
         return _by_function(name, row, loss)
     added: dict[str, Weight] = {}
     for addition in additions:
-        added |= {term: _weight(cell) for term, cell in reading(ADDITIONS[addition])(loss).items()}
-    weights = _row(reading(row), loss, added | replaced)
+        added |= _weights(reading(ADDITIONS[addition])(loss))
+    weights = _active(_weights(reading(row)(loss)) | added | replaced)
     if row.base is None:
         return Method(name, weights, loss)
-    sure = {term: weight._replace(a=weight.a + weight.b, b=0.0) for term, weight in replaced.items()}
+    in_warmup = _weights(reading(look_up("method", row.base, METHODS))(loss))
     if row.base == base:
-        own = {term: _weight(cell) for term, cell in reading(row)(loss).items()}
-        own = {term: weight._replace(a=weight.a + weight.b, b=0.0) for term, weight in own.items()}
-        return Method(name, weights, loss, Method(name, _active(own | added | sure), loss))
-    of_base = _row(reading(look_up("method", row.base, METHODS)), loss, added | sure)
-    return Method(name, weights, loss, Method("+".join((row.base, *additions)), of_base, loss))
+        in_warmup = _at_alpha_1(in_warmup)
+    in_warmup = _active(in_warmup | added | _at_alpha_1(replaced))
+    return Method(name, weights, loss, Method("+".join((row.base, *additions)), in_warmup, loss))
 
 
 def _by_function(name: str, row: Row, loss: LossConfig) -> Method:
@@ -364,11 +362,15 @@ def _weight(cell: float | tuple[float, float] | Weight) -> Weight:
     return Weight(*cell) if isinstance(cell, tuple) else Weight(float(cell), 0.0)
 
 
-def _row(rule: Rule, loss: LossConfig, replaced: Mapping[str, Weight]) -> Mapping[str, Weight]:
-    return _active({term: _weight(cell) for term, cell in rule(loss).items()} | dict(replaced))
+def _weights(cells: Mapping[str, float | tuple[float, float] | Weight]) -> dict[str, Weight]:
+    return {term: _weight(cell) for term, cell in cells.items()}
 
 
-def _active(cells: Mapping[str, Weight]) -> Mapping[str, Weight]:
+def _at_alpha_1(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    return {term: weight._replace(a=weight.a + weight.b, b=0.0) for term, weight in weights.items()}
+
+
+def _active(cells: Mapping[str, Weight]) -> dict[str, Weight]:
     """The cells that weigh anything, in the order of the terms. Raises ValueError for unknown names."""
     if unknown := sorted(set(cells) - set(TERMS)):
         raise ValueError(f"loss.weights: {unknown[0]!r} is no term; {nearest(unknown[0], TERMS)}")
