@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attacks.pgd import batch_norm_mode, pgd, preset
-from engine.common.lookup import look_up
 from engine.config import AttackSpec
-from engine.objectives import ATTACK_LOSSES
 from engine.system.precision import full_precision
 
 # Limits between healthy and overfitted epochs: docs/performance.md shows measured ones.
@@ -63,14 +61,13 @@ def probe(
     probe_fgsm_accuracy: accuracy under the attack of the training. probe_fgsm_pgd_gap: the same less the accuracy
     under PGD-10. teacher: for an attack's loss that needs one.
     """
-    needs_teacher = look_up("attack.loss", attack.loss, ATTACK_LOSSES).teacher
     right = []
     with batch_norm_mode(student, "eval"), full_precision():
-        for spec, asked in (
-            (attack.model_copy(update={"bn": "eval"}), teacher if needs_teacher else None),
-            (preset("pgd10", attack.epsilon, attack.threat_model), None),
+        for spec in (
+            attack.model_copy(update={"bn": "eval"}),
+            preset("pgd10", attack.epsilon, attack.threat_model),
         ):
-            x_adv = pgd(student, x_nat, labels, spec, seed=seed, teacher=asked)
+            x_adv = pgd(student, x_nat, labels, spec, seed=seed, teacher=teacher)
             right.append((student(x_adv).argmax(dim=1) == labels).double().mean())
     fgsm, of_pgd = torch.stack(right).tolist()
     return {"probe_fgsm_accuracy": fgsm, "probe_fgsm_pgd_gap": fgsm - of_pgd}

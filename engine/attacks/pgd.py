@@ -164,6 +164,8 @@ def pgd(
 
         return logits
 
+    if not look_up("attack.loss", spec.loss, ATTACK_LOSSES).teacher:
+        teacher = None  # it is not asked
     attacked = Attacked(logits_of(model))
     with batch_norm_mode(model, spec.bn), frozen(model), nullcontext() if teacher is None else frozen(teacher):
         if teacher is not None:
