@@ -142,7 +142,7 @@ BUDGETS = {
     "adaad": Budget(871, 411, 462),
     "adaiad": Budget(1004, 544, 462),
     "mtard": Budget(814, 549, 267),
-    "saad": Budget(1009, 596, 421),
+    "saad": Budget(1011, 598, 421),
 }
 IAD1_COMPILED = Budget(435, 293, 142)
 
