@@ -40,6 +40,7 @@ def probe(
     probe_amp_accuracy_gap: accuracy under the attack crafted with AMP less that under the attack crafted without,
     both measured in full precision. Positive: AMP makes the attack weaker. teacher: see `pgd`.
     """
+    spec = spec.model_copy(update={"bn": "eval"})
     start = started(x_nat, spec, seed=seed)
 
     def crafted(autocast: Autocast, loss_scale: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def probe(
         with torch.no_grad():
             return signs, (student(x_adv).argmax(dim=1) == labels).double().mean()
 
-    with batch_norm_mode(student, "eval"), frozen(student), full_precision():
+    with batch_norm_mode(student, spec.bn), frozen(student), full_precision():
         signs, accuracy = crafted(nullcontext, 1.0)
         amp_signs, amp_accuracy = crafted(precision.autocast, precision.attack_loss_scale)
     agreement, gap = torch.stack([(signs == amp_signs).double().mean(), amp_accuracy - accuracy]).tolist()

@@ -53,7 +53,7 @@ class Factors:
         """SAAD: 5 (H - min H), and 1 - (H - min H) / (max H - min H), over the batch of all processes."""
         scaled_B = _SCALE * entropy(logits["t_at_adv"], self._config.loss.entropy_order)
         both_2B = torch.stack((-scaled_B, scaled_B))
-        ends = F.pad(both_2B, (0, 1), value=-torch.inf).amax(dim=1)  # a process may have no image of the last batch
+        ends = F.pad(both_2B, (0, 1), value=-torch.inf).amax(dim=1)  # padded: a process may have no image
         self._world.max_in_place(ends)
         weight_B = scaled_B + ends[0]
         return {"entropy": weight_B, "certainty": 1 - weight_B / (ends.sum() + 1e-8)}

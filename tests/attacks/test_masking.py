@@ -70,9 +70,13 @@ def test_the_gap_is_the_difference_of_two_accuracies_in_full_precision(bf16: Non
     assert row["probe_amp_accuracy_gap"] > 0.5  # an attack without a gradient stands still
 
 
-def test_flags_and_modes_come_back(bf16: None) -> None:
+@pytest.mark.parametrize("bn", ["eval", "train", "batch"])
+def test_flags_modes_and_statistics_stay(bn: str, bf16: None) -> None:
     net, (x, labels) = models.build("resnet8", 4), inputs()
-    masking.probe(net, x, labels, SPEC, AMP, seed=0)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    row = masking.probe(net, x, labels, SPEC.model_copy(update={"bn": bn}), AMP, seed=0)
+    assert row == masking.probe(net, x, labels, SPEC, AMP, seed=0), "in evaluation mode, however the run attacks"
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert all(module.training for module in net.modules())
     assert all(parameter.requires_grad for parameter in net.parameters())
 

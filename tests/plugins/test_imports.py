@@ -150,6 +150,14 @@ def test_a_run_says_what_it_imported_and_a_change_of_it(own: Path, cli: Cli) -> 
     assert RunDir(Path("run")).sessions()[-1]["plugins"]["imports"] != before
 
 
+def test_own_networks_on_own_data_are_compared_as_teachers(own: Path, cli: Cli) -> None:
+    made = cli("train", "--import", "my.py", *KEYS, "--epochs=1", "--out", "run")
+    assert made.code == 0, made.err
+    compared = cli("teachers", "run", "--import", "my.py", "--dataset", "stripes", "--device", "cpu")
+    assert compared.code == 0, compared.err
+    assert "24 test images of stripes" in compared.out
+
+
 def test_nothing_is_run_because_a_file_names_it(own: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     own.write_text("raise SystemExit('it was run')")
     Path("config.yaml").write_text(f"imports: [{own}]\ndataset: digits\nmodel: resnet8\nmethod: at\n")

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from bench.lib.steps import variants
-from engine import config, methods, models
+from engine import config, methods, models, register
 from engine.pipelines.base import Batch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
@@ -217,6 +217,29 @@ def test_an_attack_that_reads_the_teacher_waits_for_it(graphs: str, hot: Hot) ->
     steps = position(calls, "graph_launch", stream=main) or position(calls, "kernel", name="_linf", stream=main)
     assert teacher[-1] < steps[0]
     assert any(teacher[-1] < record < wait < steps[0] for record, wait in waits(calls, main, lane))
+
+
+SOFTMAX = "softmax_warp_forward<float, float, float, 2, false"  # `false`: not its logarithm
+
+
+def registered_step() -> dict[str, Any]:
+    """A step of a method whose loss is a function of the student's and a teacher's logits."""
+
+    def loss(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        target = logits["t_at_adv"].softmax(dim=1)
+        return -(target * logits["s_adv"].log_softmax(dim=1)).sum(dim=1)
+
+    register.method("by-function", loss=loss, reads=[("student", "x_adv"), ("teacher", "x_adv")])
+    return hot_step("by-function", {})
+
+
+def test_a_loss_that_is_a_function_waits_for_its_teacher_and_not_for_the_device(fake_cuda: FakeCuda) -> None:
+    seen = fake_cuda.run(registered_step)
+    calls, main, lane = seen["calls"], seen["main"], seen["teachers"]
+    assert not [call for call in calls if call["call"] in ("synchronize", "copy_and_wait")]
+    teacher = position(calls, "kernel", stream=lane)
+    (target,) = (number for number in position(calls, "kernel", stream=main) if SOFTMAX in calls[number]["name"])
+    assert any(teacher[-1] < record < wait < target for record, wait in waits(calls, main, lane))
 
 
 @pytest.mark.parametrize("method", ["adaad", "adaiad"])
