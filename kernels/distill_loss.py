@@ -6,7 +6,7 @@ Shape suffixes: B batch, C classes, K terms, L logits, G those of them with a gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,16 +189,20 @@ def _compute(inputs: LossInputs, spec: LossSpec, wants: tuple[bool, ...], implem
     return output
 
 
-def _scale(upstream: Tensor, gradients_GBC: Tensor, dtype: torch.dtype) -> Tensor:
-    """`upstream * gradients`, the backward: the gradients of the forward, scaled, in the dtype of the logits."""
+def _scales(gradients: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+    """The backward where these lie: from upstream, gradients of the forward and a dtype to their product in it."""
     if (
         not torch._C._are_functorch_transforms_active()  # whose tensors have no memory
-        and dispatch.choose("distill_loss", gradients_GBC.device, fused=gradients_GBC.dtype in _FUSED) == "triton"
+        and dispatch.choose("distill_loss", gradients.device, fused=gradients.dtype in _FUSED) == "triton"
     ):
         from engine.kernels.triton_ops import distill_loss as triton_distill_loss
 
-        return triton_distill_loss.scale(upstream, gradients_GBC, dtype)
-    return (gradients_GBC * upstream).to(dtype)
+        return triton_distill_loss.scale
+    return _scale
+
+
+def _scale(upstream: Tensor, gradients: Tensor, dtype: torch.dtype) -> Tensor:
+    return (gradients * upstream).to(dtype)
 
 
 # ---------------------------------------------------------------- autograd, eager, which needs no dispatcher
@@ -269,11 +273,12 @@ def _save(ctx: Any, logits: tuple[Tensor, ...], wants: tuple[bool, ...], gradien
 
 def _scaled(upstream: Tensor, gradients_GBC: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     """The scaled gradients of each of the logits, in their dtypes."""
+    scale = _scales(gradients_GBC)
     at_once = gradients_GBC.device.type != "cpu" or gradients_GBC.numel() <= _AT_ONCE
     if at_once and len(set(dtypes)) == 1:
-        return _scale(upstream, gradients_GBC, dtypes[0]).unbind()
-    pairs = zip(gradients_GBC, dtypes, strict=True)
-    return tuple(_scale(upstream, gradient_BC, dtype) for gradient_BC, dtype in pairs)
+        return scale(upstream, gradients_GBC, dtypes[0]).unbind()
+    pairs = zip(gradients_GBC.unbind(), dtypes, strict=True)
+    return tuple(scale(upstream, gradient_BC, dtype) for gradient_BC, dtype in pairs)
 
 
 class _Gradient(torch.autograd.Function):
@@ -344,7 +349,7 @@ def _(
 
 @torch.library.custom_op("engine::distill_loss_backward", mutates_args=())
 def _op_backward(upstream: Tensor, gradient_BC: Tensor, dtype: torch.dtype) -> Tensor:
-    return _scale(upstream, gradient_BC, dtype)
+    return _scales(gradient_BC)(upstream, gradient_BC, dtype)
 
 
 @_op_backward.register_fake
