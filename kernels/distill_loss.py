@@ -189,8 +189,8 @@ def _compute(inputs: LossInputs, spec: LossSpec, wants: tuple[bool, ...], implem
     return output
 
 
-def _scales(gradients: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
-    """The backward where these lie: from upstream, gradients of the forward and a dtype to their product in it."""
+def _scale_for(gradients: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+    """The backward where these gradients lie: a function of upstream, gradients, and the dtype of the logits."""
     if (
         not torch._C._are_functorch_transforms_active()  # whose tensors have no memory
         and dispatch.choose("distill_loss", gradients.device, fused=gradients.dtype in _FUSED) == "triton"
@@ -273,7 +273,7 @@ def _save(ctx: Any, logits: tuple[Tensor, ...], wants: tuple[bool, ...], gradien
 
 def _scaled(upstream: Tensor, gradients_GBC: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     """The scaled gradients of each of the logits, in their dtypes."""
-    scale = _scales(gradients_GBC)
+    scale = _scale_for(gradients_GBC)
     at_once = gradients_GBC.device.type != "cpu" or gradients_GBC.numel() <= _AT_ONCE
     if at_once and len(set(dtypes)) == 1:
         return scale(upstream, gradients_GBC, dtypes[0]).unbind()
@@ -349,7 +349,7 @@ def _(
 
 @torch.library.custom_op("engine::distill_loss_backward", mutates_args=())
 def _op_backward(upstream: Tensor, gradient_BC: Tensor, dtype: torch.dtype) -> Tensor:
-    return _scales(gradient_BC)(upstream, gradient_BC, dtype)
+    return _scale_for(gradient_BC)(upstream, gradient_BC, dtype)
 
 
 @_op_backward.register_fake
