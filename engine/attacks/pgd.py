@@ -164,13 +164,15 @@ def pgd(
 
         return logits
 
-    if not look_up("attack.loss", spec.loss, ATTACK_LOSSES).teacher:
+    loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES)
+    if not loss.teacher:
         teacher = None  # it is not asked
     attacked = Attacked(logits_of(model))
     with batch_norm_mode(model, spec.bn), frozen(model), nullcontext() if teacher is None else frozen(teacher):
         if teacher is not None:
+            asked = logits_of(teacher)
             with torch.no_grad():
-                attacked = Attacked(attacked.student, logits_of(teacher), logits_of(teacher)(x_nat))
+                attacked = Attacked(attacked.student, asked, asked(x_nat) if loss.reads else None)
         climb(attacked, x_adv, x_nat, labels, spec, loss_scale=loss_scale, counts=counts)
     return x_adv
 

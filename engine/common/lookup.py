@@ -8,6 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Entry = typing.TypeVar("Entry")
 
+OBJECT = "python:"
+"""Begin of the names in a configuration that stand for objects of a Python program."""
+IMPORT_HINT = "one of your own needs --import FILE"
+
 
 def nearest(name: object, known: Iterable[object]) -> str:
     """Tail of an error message: the nearest known name if one is near, and all known names."""
@@ -22,13 +26,6 @@ def check_known(argument: str, name: object, known: Iterable[object]) -> None:
     known = tuple(known)
     if name not in known:
         raise ValueError(f"{argument}: {name!r} is not known; {nearest(name, known)}")
-
-
-OBJECT = "python:"
-"""Begin of the names in a configuration that stand for objects of a Python program."""
-
-
-IMPORT_HINT = "one of your own needs --import FILE"
 
 
 def check_registered(argument: str, name: object, known: Iterable[object], imports: Sequence[str] = ()) -> None:

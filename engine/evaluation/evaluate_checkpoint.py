@@ -184,15 +184,13 @@ class _Subject:
         """
         also = {"batch_size": self.config.batch_size, "device": next(self.task.model.parameters()).device.type}
         also |= {"code": code_hash(), "versions": record["versions"], "kernels": record["kernels"]}
-        unknown = secrets.token_hex(32)
-        return {
-            name: hashlib.sha256(
-                json.dumps(
-                    [of_attack, also, *([unknown] if of_attack.get("code", "") is None else [])], sort_keys=True
-                ).encode()
-            ).hexdigest()
-            for name, of_attack in parameters.items()
-        }
+        found = {}
+        for name, of_attack in parameters.items():
+            decisive = [of_attack, also]
+            if of_attack.get("code", "") is None:
+                decisive.append(secrets.token_hex(32))
+            found[name] = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return found
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ def named(what: str, function: Callable[Arguments, Value]) -> Callable[Arguments
         except (Interrupted, RunFailed, MemoryError):
             raise
         except Exception as error:
-            if (
-                type(error).__name__ == "OutOfMemoryError"
-            ):  # torch's, which a command that lists names never imports
+            # torch's, by its name: a command that lists names never imports torch.
+            if type(error).__name__ == "OutOfMemoryError":
                 raise
             raise ValueError(f"{what}: {told(error)}") from error
 

@@ -37,14 +37,10 @@ Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
 Terms = Callable[[LossConfig], Mapping[str, float | tuple[float, float] | Weight]]
 """Hyper-parameters to weights of terms."""
 
-_VIEWS = {
-    formula.replace("x~", "x_adv").replace("x-", "x_mirrored"): view for view, formula in objectives.VIEWS.items()
+_IMAGES = {
+    view: formula.replace("x~", "x_adv").replace("x-", "x_mirrored") for view, formula in objectives.VIEWS.items()
 }
-_READS = {
-    (logits.network, view): name
-    for name, logits in objectives.LOGITS.items()
-    for view in (key for key, value in _VIEWS.items() if value == logits.view)
-}
+_READS = {(logits.network, _IMAGES[logits.view]): name for name, logits in objectives.LOGITS.items()}
 """Names of logits by network and images, as ("student", "x_adv")."""
 
 

@@ -23,7 +23,7 @@ def forward_flops(network: nn.Module, image_CHW: tuple[int, ...]) -> tuple[float
     A convolution has 2 C_out H_out W_out (C_in / groups) k^2 of them, a linear layer 2 C_out C_in; the rest, some
     hundredths of a residual network, is not counted.
     """
-    total, first = 0.0, 0.0
+    total = first = 0.0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal total, first
@@ -33,11 +33,9 @@ def forward_flops(network: nn.Module, image_CHW: tuple[int, ...]) -> tuple[float
         first += flops * isinstance(module, ImageConv2d)
 
     weight = next(network.parameters())
-    for device in (
-        "meta",
-        weight.device,
-    ):  # a network that looks at its values computes nothing on the meta device
-        total, first = 0.0, 0.0
+    # A network that looks at its values computes nothing on the meta device.
+    for device in ("meta", weight.device):
+        total = first = 0.0
         copied = copy.deepcopy(network).to(device).eval()
         for module in copied.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -147,9 +147,9 @@ class TrainingStep:
 
     def _weighted(self, logits: Mapping[str, Tensor], labels: Tensor, method: Method, epoch: int) -> DistillLoss:
         """The terms, or the function, of a method; epoch: from 0."""
-        trust = objectives.TRUST if objectives.TRUST in logits else None
+        trusted = objectives.TRUST if objectives.TRUST in logits else None
         if method.function is not None:
-            return by_function(method, logits, labels, trust)
+            return by_function(method, logits, labels, trusted)
         differences = {
             name: logits[whole] - logits[part]
             for name, (whole, part) in objectives.DIFFERENCES.items()
@@ -164,7 +164,7 @@ class TrainingStep:
             logits,
             labels,
             [Term(*term[1:]) for term in terms],
-            trust=trust,
+            trust=trusted,
             beta=method.loss.beta,
             factors=self.factors(factors, logits, labels, lr_part),
             label_smoothing=method.loss.label_smoothing,
