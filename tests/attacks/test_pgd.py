@@ -188,6 +188,15 @@ def test_losses_with_a_teacher_equal_their_transcriptions(loss: str) -> None:
     assert all(value.requires_grad for value in teacher.parameters())
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, *TEACHER_LOSSES])
+def test_the_teacher_runs_where_the_loss_reads_it_and_nowhere_else(loss: str) -> None:
+    attack, teacher, calls = spec(loss=loss, bn="eval"), teacher_network(), list[None]()
+    teacher.register_forward_hook(lambda *_: calls.append(None))
+    pgd(network(), *batch(), attack, teacher=teacher)
+    once = {"kl-teacher": 1, "kl-teacher-moving": attack.num_steps, "kl-teacher-linear": 1}
+    assert len(calls) == once.get(loss, 0)
+
+
 @pytest.mark.parametrize("loss", TEACHER_LOSSES)
 def test_a_loss_with_a_teacher_asks_for_one(loss: str) -> None:
     with pytest.raises(ValueError, match=rf"^attack.loss: '{loss}' needs .*, and there is none$"):
