@@ -105,7 +105,7 @@ def usual_batch(device: torch.device, *, quick: bool) -> int:
 
 def table_of_cases(model: str, batch_size: int, setting: PeakSetting) -> list[list[PeakCase]]:
     """Groups of cases of a network, on images of 32x32 pixels or of the size that it is made for."""
-    meant = models.TABLE[model].input_sizes
+    meant = models.get(model).input_sizes
     side = 32 if 32 in meant else meant[0]
     network, images = models.build(model, 10), (batch_size, 3, side, side)
     layers = convolutions.layers(network, images)

@@ -107,7 +107,8 @@ class AttackLoss(NamedTuple):
 
     text: in words, {kappa} and {slope} standing for those numbers of the attack. reads: logits that are made
     before the attack. forwards: passes before the steps. gradients: passes with a gradient before them.
-    teacher_in_loop: the robust teacher is run, and differentiated through, in every step.
+    teacher_in_loop: the robust teacher is run, and differentiated through, in every step. one_label: it is not
+    defined for mixed images, which have two.
     """
 
     text: str
@@ -115,6 +116,7 @@ class AttackLoss(NamedTuple):
     forwards: int = 0
     gradients: int = 0
     teacher_in_loop: bool = False
+    one_label: bool = False
 
     @property
     def teacher(self) -> bool:
@@ -125,12 +127,12 @@ class AttackLoss(NamedTuple):
 ATTACK_LOSSES: dict[str, AttackLoss] = {
     "ce": AttackLoss("cross-entropy"),
     "kl": AttackLoss("KL to S(x)", forwards=1),
-    "cw": AttackLoss("CW margin, kappa {kappa:g}"),
-    "dlr": AttackLoss("DLR"),
+    "cw": AttackLoss("CW margin, kappa {kappa:g}", one_label=True),
+    "dlr": AttackLoss("DLR", one_label=True),
     "kl-teacher": AttackLoss("KL to T(x)", reads=("t_at_nat",)),
     "kl-teacher-moving": AttackLoss("KL to T(x~), through both networks", teacher_in_loop=True),
     "kl-teacher-linear": AttackLoss(
-        "KL to T(x), its probability of y moved along {slope:g} of its gradient", gradients=1
+        "KL to T(x), its probability of y moved along {slope:g} of its gradient", gradients=1, one_label=True
     ),
 }
 """The losses of an attack; "kl-teacher" is RSLAD's, "kl-teacher-moving" AdaAD's, "kl-teacher-linear" SAAD's."""

@@ -25,6 +25,11 @@ class Stream(enum.IntEnum):
     ATTACK_START = 1
     SHUFFLE = 2
     ATTACK_SCALE = 3
+    MIX = 4
+    TRIVIAL_AUGMENT = 5
+    COLOUR_JITTER = 6
+    EXTRA = 7
+    DROPOUT = 8
 
 
 def random_words(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batches of images in [0,1], and the protocol of every pipeline. B batch, C channels, H, W."""
+"""Batches of images in [0,1], and the protocol of every pipeline. B batch, C channels or classes, H, W."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Other images that are mixed into those of a batch.
+
+    labels: int64 B, of the others. share: float B in [0,1], of each own image in the mixed one.
+    """
+
+    labels: Tensor
+    share: Tensor
+    num_classes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,13 +27,41 @@ class Batch:
     """Images and labels of one training step, on the device of the training.
 
     x_nat: float BCHW in [0,1], channels_last. labels: int64 B. sample: int64 B, each image's index in the split;
-    with (seed, epoch) it decides the image's randomness, whichever batch it stands in. All are the batch's own: no
-    later one is written over them.
+    with (seed, epoch) it decides the image's randomness, whichever batch it stands in. mixture: of mixed images.
+    All are the batch's own: no later one is written over them.
     """
 
     x_nat: Tensor
     labels: Tensor
     sample: Tensor
+    mixture: Mixture | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels that an attack leads away from; of mixed images the share of each class, float BC."""
+        if self.mixture is None:
+            return self.labels
+        classes_C = torch.arange(self.mixture.num_classes, device=self.labels.device)
+        share_B1 = self.mixture.share[:, None]
+        own_BC, other_BC = (labels[:, None] == classes_C for labels in (self.labels, self.mixture.labels))
+        return share_B1 * own_BC + (1 - share_B1) * other_BC
+
+    @property
+    def main_labels(self) -> Tensor:
+        """The label of the larger share of each image, int64 B."""
+        if self.mixture is None:
+            return self.labels
+        return torch.where(self.mixture.share >= 0.5, self.labels, self.mixture.labels)
+
+    def split(self, where: int | list[int]) -> list[Batch]:
+        """The batch in so many parts, as even as possible, or cut at these indices."""
+        images, labels, samples = (tensor.tensor_split(where) for tensor in (self.x_nat, self.labels, self.sample))
+        if self.mixture is None:
+            return [Batch(*part) for part in zip(images, labels, samples, strict=True)]
+        others, shares = (tensor.tensor_split(where) for tensor in (self.mixture.labels, self.mixture.share))
+        parts = zip(others, shares, strict=True)
+        mixtures = [Mixture(labels_B, share_B, self.mixture.num_classes) for labels_B, share_B in parts]
+        return [Batch(*part) for part in zip(images, labels, samples, mixtures, strict=True)]
 
 
 class Pipeline(Protocol):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from engine.kernels.philox import Stream, random_words
 
+RANDOM_RESIZED_CROP = "random-resized-crop"
+"""Name of `random_crops` in a configuration, for images of one size."""
+
 _TRIES = 10
 _MIN_AREA = 0.08  # of the image's
 _MAX_LOG_RATIO = 0.28768207245178096  # log(4/3)

@@ -138,7 +138,7 @@ class FileSource:
             start=start,
             shape=shape,
             axis_names="HW",
-            adjust_orientation=False,  # as Pillow and the other pipelines read it
+            adjust_orientation=False,  # `Listing.read` gives upright images
             jpeg_fancy_upsampling=True,  # on a GPU as on a CPU
         )
         images = fn.resize(images, size=self.images.shape)

@@ -17,10 +17,18 @@ from engine.common.files import cache_dir, expand_user
 from engine.common.lookup import check_registered
 from engine.pipelines.reading import beton, published
 from engine.pipelines.reading.beton import is_beton
-from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits, listing, read_splits
-from engine.pipelines.reading.folder import image_folder
+from engine.pipelines.reading.encoded import (
+    EncodedImages,
+    FoundSplits,
+    Listing,
+    encoded_splits,
+    listing,
+    read_splits,
+)
+from engine.pipelines.reading.folder import Wanted, image_folder
+from engine.pipelines.reading.held_out import HeldOut
 from engine.pipelines.reading.published import Absent
-from engine.pipelines.splits import Progress, Request, Split, balanced, split_validation
+from engine.pipelines.splits import SPLIT_NAMES, Progress, Request, Split, balanced, split_validation
 
 __all__ = [
     "DATASETS",
@@ -28,6 +36,7 @@ __all__ = [
     "AnySplit",
     "Dataset",
     "Entry",
+    "FoundSplits",
     "Progress",
     "Split",
     "balanced",
@@ -41,13 +50,15 @@ __all__ = [
 
 AnySplit = Split | EncodedImages
 Kind = TypeVar("Kind", bound=AnySplit, covariant=True)
-FoundSplits = tuple[AnySplit, AnySplit, str]
-"""The train and test splits, and their source in words."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset(Generic[Kind]):
-    """A data set. flip: a mirrored image is still of its class. source: its place in words."""
+    """A data set. flip: a mirrored image is still of its class. source: its place in words.
+
+    notes: sentences on how it was read, for the user. held_out: the test images, where a rule chose them.
+    extra: images that are trained on beside `train`.
+    """
 
     name: str
     train: Kind
@@ -55,10 +66,13 @@ class Dataset(Generic[Kind]):
     class_names: tuple[str, ...]
     flip: bool
     source: str
+    notes: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
+    extra: Kind | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256, in hex, of class names and of both splits: in memory, of image shapes, images and labels.
+        """SHA-256, in hex, of class names, splits and extra images: in memory, of image shapes, images and labels.
 
         In files, of labels, names, and the content of up to 16,384 evenly chosen ones. Of the test
         split alone, where only that was asked for.
@@ -67,13 +81,15 @@ class Dataset(Generic[Kind]):
 
     @cached_property
     def train_sha256(self) -> str:
-        """`sha256` of the training split alone."""
+        """`sha256` without the test split."""
         return self._hash(self.train)
 
     def _hash(self, *splits: AnySplit) -> str:
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for split in splits:
             split.update(digest)
+        if self.extra is not None:
+            self.extra.update(digest)
         return digest.hexdigest()
 
 
@@ -126,11 +142,12 @@ def find(name: str, data: str | None, request: Request) -> AnyDataset:
     """
     check(name)
     try:
-        train, test, source = _found(name, data, request)
+        found = _found(name, data, request)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise ValueError(f"data: cannot read the data set {name}: {where}{error.strerror or error}") from None
-    return Dataset(name, train, test, train.class_names, DATASETS[name].flip, source)
+    flip, class_names = DATASETS[name].flip, found.train.class_names
+    return Dataset(name, found.train, found.test, class_names, flip, found.source, found.notes, found.held_out)
 
 
 def _found(name: str, data: str | None, request: Request) -> FoundSplits:
@@ -155,10 +172,12 @@ def _folder(data: str | None, request: Request) -> FoundSplits:
     path = expand_user("data", given)
     if is_beton(path):
         return _beton("folder", path, request)
-    train, test = image_folder(path, only_test=request.only_test)
-    return *_in_memory_or_not(
-        listing(train, "train", request), listing(test, "test", request), request
-    ), f"image folder {path}"
+    found = image_folder(path, Wanted(request.only_test, request.whole_if_flat))
+    splits = zip(SPLIT_NAMES, (found.train, found.test), strict=True)
+    train, test = (listing(files, part, request) for part, files in splits)
+    return FoundSplits(
+        *_in_memory_or_not(train, test, request), f"image folder {path}", found.notes, found.held_out
+    )
 
 
 def _beton(name: str, path: Path, request: Request) -> FoundSplits:
@@ -166,7 +185,7 @@ def _beton(name: str, path: Path, request: Request) -> FoundSplits:
     published.check_classes(name, train.class_names, str(path))
     if name == "digits":
         raise ValueError(f"data: the dataset digits is embedded and is not read from a path, got {str(path)!r}")
-    return *_in_memory_or_not(train, test, request), str(path)
+    return FoundSplits(*_in_memory_or_not(train, test, request), str(path))
 
 
 def _in_memory_or_not(train: Listing, test: Listing, request: Request) -> tuple[AnySplit, AnySplit]:
@@ -285,7 +304,7 @@ DATASETS: dict[str, Entry] = {
         find=_searched("tiny-imagenet", published.tiny_imagenet, published.download_tiny_imagenet),
     ),
     "folder": Entry(
-        summary="your images: train/<class>/* and test/<class>/* (or val/), folders, zips or a .beton file",
+        summary="your images: train/<class>/* and test/<class>/* (or val/), or <class>/*: a folder, zip or beton",
         origin="the path in `data` or $ENGINE_DATA",
         num_classes=None,
         image_size=None,

@@ -1,4 +1,4 @@
-"""Images loaded batch by batch, in advance: the base of FFCV's and DALI's pipelines. B batch, C, H, W."""
+"""Images loaded batch by batch, in advance: the base of all pipelines but `tensor`. B batch, C, H, W."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PrefetchingPipeline(ABC):
         workers: int | None = None,
         batches_ahead: int = 2,
     ) -> None:
-        assert len(data) == sampling.num_samples, (len(data), sampling.num_samples)
+        assert len(data) == sampling.num_images, (len(data), sampling.num_images)
         for name, value in (("workers", workers), ("batches_ahead", batches_ahead)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -72,6 +72,7 @@ class PrefetchingPipeline(ABC):
         self._labels_N = data.labels.to(device)
         self._device = self._labels_N.device
         self._augment = augment
+        self._cuts = data.any_size  # views are crops, resized
         self._flip = flip
         self._dtype = dtype
         sharing = sampling.shard.here or sampling.shard.world
@@ -82,7 +83,7 @@ class PrefetchingPipeline(ABC):
     @property
     def num_samples(self) -> int:
         """Images of one epoch, of all ranks together."""
-        return self._sampling.num_samples
+        return self._sampling.epoch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -120,14 +121,14 @@ class PrefetchingPipeline(ABC):
                         seed=self._sampling.seed,
                         epoch=epoch,
                         flip=self._flip,
-                        augment=self._augment and not self._data.any_size,
+                        augment=self._augment and not self._cuts,
                         dtype=self._dtype,
                     )
                 yield Batch(x_nat, labels_B, sample_B)
 
     def _crops(self, epoch: int, sample_B: Tensor, heights_B: Tensor, widths_B: Tensor) -> Crops:
         """Crops of images of those sizes, before `crop_flip`."""
-        if not self._data.any_size:
+        if not self._cuts:
             zero_B = torch.zeros_like(sample_B)
             return Crops(zero_B, zero_B, heights_B, widths_B, zero_B)
         if not self._augment:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.common.lookup import look_up
+from engine.config import ColourJitterConfig
 from engine.pipelines import dali, ffcv
 from engine.pipelines.base import Pipeline
+from engine.pipelines.crops import RANDOM_RESIZED_CROP
 from engine.pipelines.datasets import AnySplit, cache_dir
 from engine.pipelines.ffcv import beton_writer
 from engine.pipelines.reading import beton
@@ -33,7 +35,10 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """Options of a pipeline beside its data and its sampling; "tensor" has no workers and prefetches nothing."""
+    """Options of a pipeline beside its data and its sampling; "tensor" has no workers and prefetches nothing.
+
+    augmentation, colour_jitter: see `ImagePipeline`.
+    """
 
     augment: bool
     flip: bool
@@ -41,31 +46,53 @@ class LoaderOptions:
     dtype: torch.dtype
     workers: int | None = None
     batches_ahead: int = 2
+    augmentation: tuple[str, ...] = ()
+    colour_jitter: ColourJitterConfig = field(default_factory=ColourJitterConfig)
 
 
-def select(kind: str, data: AnySplit, device: torch.device) -> Selection:
-    """The pipeline of that kind; with "auto" the first of tensor, ffcv and dali that can serve.
+def select(kind: str, data: AnySplit, device: torch.device, augmentation: tuple[str, ...] = ()) -> Selection:
+    """The pipeline of that kind; with "auto" the first of `PIPELINE_KINDS` that can serve.
 
-    Raises ValueError, saying what is needed, where the kind cannot serve these images, or none can.
+    Raises ValueError, saying what is needed, where the kind cannot serve these images with that augmentation.
     """
     if kind != "auto":
-        if fault := look_up("pipeline", kind, _KINDS).fault(data):
+        if fault := _fault(kind, data, augmentation):
             raise ValueError(f"pipeline: {fault}")
         return Selection(kind, "as asked for")
     faults: list[str] = []
     for each in PIPELINE_KINDS:
-        fault = look_up("pipeline", each, _KINDS).fault(data)
+        fault = _fault(each, data, augmentation)
         if each == "tensor":
             fault = fault or _memory_fault(data, device)
         if not fault:
-            return Selection(each, "; ".join(faults) or "the images fit into the device's memory")
+            break
         faults.append(fault)
-    raise ValueError(f"pipeline: none can serve: {'; '.join(faults)}")
+    if each == "image" and faults[-1] == _dali_fault(data):
+        faults[-1] += ", and would be faster"
+    return Selection(each, "; ".join(faults) or "the images fit into the device's memory")
 
 
 def build(kind: str, data: AnySplit, sampling: Sampling, options: LoaderOptions, say: Say) -> Pipeline:
-    """The pipeline of a kind that `select` gave. Images in memory are written to the cache for ffcv, once."""
+    """The pipeline of a kind that `select` gave. Images in memory are written to the cache for ffcv, once.
+
+    Raises ValueError for augmentation that the kind does not do.
+    """
+    if fault := _augmentation_fault(kind, data, options.augmentation):
+        raise ValueError(f"pipeline: {fault}")
     return look_up("pipeline", kind, _KINDS).build(data, sampling, options, say)
+
+
+def _fault(kind: str, data: AnySplit, augmentation: tuple[str, ...]) -> str:
+    """The reason why a pipeline of the kind cannot serve, empty where it can."""
+    return _augmentation_fault(kind, data, augmentation) or look_up("pipeline", kind, _KINDS).fault(data)
+
+
+def _augmentation_fault(kind: str, data: AnySplit, augmentation: tuple[str, ...]) -> str:
+    # Of images of any size every pipeline makes random crops.
+    wanted = [name for name in augmentation if not (data.any_size and name == RANDOM_RESIZED_CROP)]
+    if wanted and not look_up("pipeline", kind, _KINDS).augments:
+        return f"{kind} does no {' and no '.join(wanted)}, which image does"
+    return ""
 
 
 def _tensor_fault(data: AnySplit) -> str:
@@ -101,13 +128,15 @@ def _tensor(data: AnySplit, sampling: Sampling, options: LoaderOptions, say: Say
 def _ffcv_fault(data: AnySplit) -> str:
     if isinstance(data, EncodedImages) and data.beton is None:
         place = data.tree.where()
+        if not place:  # of a tree that `extra.join` made
+            return "ffcv reads .beton files, and extra_data stand beside them"
         return f"ffcv reads .beton files and {place} is none; `engine data write` makes one"
     return _said_by(ffcv.check_installed)
 
 
 def _ffcv(data: AnySplit, sampling: Sampling, options: LoaderOptions, say: Say) -> Pipeline:
     images = data if isinstance(data, EncodedImages) else _in_cache(data, say)
-    return ffcv.FFCVPipeline(images, sampling, **vars(options))
+    return ffcv.FFCVPipeline(images, sampling, **_without_augmentation(options))
 
 
 def _dali_fault(data: AnySplit) -> str:
@@ -115,7 +144,21 @@ def _dali_fault(data: AnySplit) -> str:
 
 
 def _dali(data: AnySplit, sampling: Sampling, options: LoaderOptions, say: Say) -> Pipeline:
-    return dali.DALIPipeline(data, sampling, **vars(options))
+    return dali.DALIPipeline(data, sampling, **_without_augmentation(options))
+
+
+def _without_augmentation(options: LoaderOptions) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if key not in ("augmentation", "colour_jitter")}
+
+
+def _image_fault(data: AnySplit) -> str:
+    return ""  # it serves all
+
+
+def _image(data: AnySplit, sampling: Sampling, options: LoaderOptions, say: Say) -> Pipeline:
+    from engine.pipelines.images import ImagePipeline  # imports torchvision, in a second that others need not wait
+
+    return ImagePipeline(data, sampling, **vars(options))
 
 
 class _Kind(NamedTuple):
@@ -123,12 +166,14 @@ class _Kind(NamedTuple):
 
     fault: Callable[[AnySplit], str]
     build: Callable[[AnySplit, Sampling, LoaderOptions, Say], Pipeline]
+    augments: bool = False
 
 
 _KINDS = {
     "tensor": _Kind(_tensor_fault, _tensor),
     "ffcv": _Kind(_ffcv_fault, _ffcv),
     "dali": _Kind(_dali_fault, _dali),
+    "image": _Kind(_image_fault, _image, augments=True),
 }
 PIPELINE_KINDS = tuple(_KINDS)
 

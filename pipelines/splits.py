@@ -98,6 +98,7 @@ class Request:
     on_bad_image: "fail" at an image that cannot be read, or "skip" it. image_size: of the views, crops of images
     of any size; None: all images are of one size. resident: images of one size are decoded into memory "always",
     "never", or "if it fits" into half of what is free. only_test: no training images are read, nor need be there.
+    whole_if_flat: then a flat folder of classes is of test images only, see `Wanted` of `reading.folder`.
     """
 
     limit_train: int | None = None
@@ -108,6 +109,7 @@ class Request:
     image_size: int | None = None
     resident: str = "always"
     only_test: bool = False
+    whole_if_flat: bool = False
 
     def __post_init__(self) -> None:
         check_known("on_bad_image", self.on_bad_image, SKIPS)

@@ -29,7 +29,7 @@ class TensorPipeline:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        assert len(data) == sampling.num_samples, (len(data), sampling.num_samples)
+        assert len(data) == sampling.num_images, (len(data), sampling.num_images)
         self._images_NHWC = data.images.to(device)
         self._labels_N = data.labels.to(device)
         self._sampling = sampling
@@ -40,7 +40,7 @@ class TensorPipeline:
     @property
     def num_samples(self) -> int:
         """Images of one epoch, of all ranks together."""
-        return self._sampling.num_samples
+        return self._sampling.epoch_size
 
     @property
     def steps_per_epoch(self) -> int:

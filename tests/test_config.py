@@ -355,12 +355,24 @@ def test_a_bad_value_is_named_with_its_key_in_one_line(path: str, value: object,
         ({"semantics": "official", "loss": {"gamma": 0.5}}, ["loss.gamma", "paper", "0.5"]),
         ({"dtype": "float64", "amp": True}, ["amp", "dtype=float64"]),
         ({"epochs": 10, "optim": {"milestones": [8, 0.5]}}, ["optim.milestones", "[8.0, 0.5]"]),
+        ({"augment": False, "augmentation": "colour-jitter"}, ["augmentation: colour-jitter", "augment is false"]),
+        ({"augmentation": "colour-jitter,random-resized-crop"}, ["augmentation: random-resized-crop comes first"]),
+        ({"augmentation": ["colour-jitter"] * 2}, ["augmentation: each name", "got colour-jitter, colour-jitter"]),
     ],
 )
 def test_values_that_exclude_each_other(tree: dict[str, Any], names: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
         load(tree)
     assert [name for name in names if name not in str(error.value)] == []
+
+
+def test_augmentation_is_a_list_or_words_with_commas() -> None:
+    names = ("random-resized-crop", "trivial-augment")
+    for given_ in (",".join(names), ", ".join(names), list(names)):
+        assert load({"augmentation": given_}).augmentation == names
+    assert load({"augmentation": ""}).augmentation == load({}).augmentation == ()
+    with pytest.raises(ValueError, match=r"\Aaugmentation\.1: [^\n]*'trivial-augment'[^\n]*, got 'trivial'\Z"):
+        load({"augmentation": "random-resized-crop,trivial"})
 
 
 def test_whole_numbers_in_texts_are_numbers_also_where_a_default_depends_on_them() -> None:

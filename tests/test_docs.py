@@ -26,6 +26,7 @@ from engine import config, methods, models
 from engine.attacks import overfitting, table
 from engine.commands.cli import commands
 from engine.commands.data import Info
+from engine.commands.inspect import Found
 from engine.common.lookup import check_known
 from engine.evaluation import measure
 from engine.evaluation.candidates import MEASURES
@@ -186,6 +187,8 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.commands.data.write", write)
     monkeypatch.setattr("engine.runs.html_report.write", lambda paths, out: None)
     monkeypatch.setattr("engine.commands.data.info", lambda path: Info((), (), ()))
+    monkeypatch.setattr("engine.commands.inspect.look", lambda path, told: Found("", {}))
+    monkeypatch.setattr("engine.commands.inspect.save", lambda path, told, out: None)
     monkeypatch.setattr("engine.system.launcher.count", lambda gpus, processes, device: 0)
     monkeypatch.setattr("engine.runs.run_directory.RunDir.existing", lambda path: (None, config.load({})))
     monkeypatch.setattr("engine.commands.seeds.train", lambda *arguments, **keys: None)
@@ -332,7 +335,7 @@ def test_the_run_directory_is_listed_key_by_key(
     for method in ("trades", "iad1", "iad2"):
         run = tmp_path / method
         keys: dict[str, Any] = {"loss": {"warmup": 0}, "averaging": {"kind": "ema"}}
-        keys |= {"init": str(tiny.teacher), "snapshot_every": 5}
+        keys |= {"init": str(tiny.teacher), "snapshot_every": 5, "attack": {"epsilon_warmup": 2}}
         engine.train(tiny.config(method=method, amp=True, out=str(run), **keys), profile=2)
         written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found |= {key for row in written for key in row}
@@ -357,6 +360,7 @@ def test_the_run_directory_is_listed_key_by_key(
     assert {path.name for folder in (run, guarded) for path in folder.iterdir()} | {
         "teacher",
         "teacher_st",
+        "test_split.json",
         "logs",
         "log.txt",
         "summary-N.json",

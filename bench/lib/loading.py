@@ -18,6 +18,7 @@ from engine.pipelines.base import Batch, Pipeline
 from engine.pipelines.dali import DALIPipeline
 from engine.pipelines.ffcv import FFCVPipeline, beton_writer
 from engine.pipelines.ffcv.beton_writer import BetonFormat
+from engine.pipelines.images import ImagePipeline
 from engine.pipelines.reading import beton
 from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits, listing
 from engine.pipelines.reading.folder import image_folder
@@ -57,12 +58,13 @@ def cifar10(scratch: Path, device: torch.device, count: int | None = None) -> Ca
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
     found = Candidates(len(train), 32)
-    found.epochs[BASELINE] = baseline(ArrayImages(train, transform), device)
+    found.epochs[BASELINE] = baseline(PillowImages(train, transform), device)
     given: Any = {"augment": True, "flip": True, "device": device}
     sampling = Sampling(len(train), BATCH_SIZE)
     found.offer("tensor", lambda: TensorPipeline(train, sampling, **given))
     found.offer("ffcv", lambda: FFCVPipeline(in_beton(train, scratch / "cifar10.beton"), sampling, **given))
     found.offer("dali", lambda: DALIPipeline(train, sampling, **given))
+    found.offer("image", lambda: ImagePipeline(train, sampling, **given))
     return found
 
 
@@ -75,9 +77,9 @@ def jpeg224(scratch: Path, device: torch.device, count: int | None = None) -> Ca
     transform = transforms.Compose(
         [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
-    request = Request(image_size=size)
+    request, read = Request(image_size=size), image_folder(folder)
     train, test = (
-        listing(files, part, request) for files, part in zip(image_folder(folder), SPLIT_NAMES, strict=True)
+        listing(files, part, request) for files, part in zip((read.train, read.test), SPLIT_NAMES, strict=True)
     )
     files, _ = encoded_splits(train, test, request)
     found = Candidates(len(train), size)
@@ -91,13 +93,14 @@ def jpeg224(scratch: Path, device: torch.device, count: int | None = None) -> Ca
         ),
     )
     found.offer("dali", lambda: DALIPipeline(files, sampling, **given))
+    found.offer("image", lambda: ImagePipeline(files, sampling, **given))
     return found
 
 
 DATA = {"cifar10": cifar10, "jpeg224": jpeg224}
 
 
-class ArrayImages(Dataset[tuple[Tensor, int]]):
+class PillowImages(Dataset[tuple[Tensor, int]]):
     """Images in memory as torchvision's CIFAR10 gives them."""
 
     def __init__(self, images: Split, transform: Callable[[Image.Image], Tensor]) -> None:

@@ -70,21 +70,22 @@ class Adversary:
 
     def _craft(self, batch: Batch, epoch: int, reads: tuple[Tensor, ...]) -> Tensor:
         x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
+        targets = batch.targets
         if not self._capture:
-            self._climb(x_adv, batch.x_nat, batch.labels, *reads)
+            self._climb(x_adv, batch.x_nat, targets, *reads)
             return x_adv
         if self._graph is None and self._last_shape == x_adv.shape:
-            self._graph = _Graph(self._climb, x_adv, batch.x_nat, batch.labels, *reads)
+            self._graph = _Graph(self._climb, x_adv, batch.x_nat, targets, *reads)
         if self._graph is not None and self._graph.fits(x_adv):
-            return self._graph.replay(x_adv, batch.x_nat, batch.labels, *reads)
+            return self._graph.replay(x_adv, batch.x_nat, targets, *reads)
         self._last_shape = x_adv.shape  # what compiles or chooses an algorithm does so before the capture
-        self._climb(x_adv, batch.x_nat, batch.labels, *reads)
+        self._climb(x_adv, batch.x_nat, targets, *reads)
         return x_adv
 
-    def _climb(self, x_adv: Tensor, x_nat: Tensor, labels: Tensor, t_nat: Tensor | None = None) -> None:
+    def _climb(self, x_adv: Tensor, x_nat: Tensor, targets: Tensor, t_nat: Tensor | None = None) -> None:
         self.twin.refresh()
         attacked = Attacked(self.twin, self._teacher, t_nat)
-        climb(attacked, x_adv, x_nat, labels, self._spec, loss_scale=self._loss_scale, counts=self.counts)
+        climb(attacked, x_adv, x_nat, targets, self._spec, loss_scale=self._loss_scale, counts=self.counts)
 
 
 class _Graph:

@@ -145,7 +145,7 @@ def pgd(
 ) -> Tensor:
     """Adversarial images x_adv within epsilon of x_nat, where the attack projects, and within [0, 1] (Eq. 2).
 
-    x_nat: (B, C, H, W) in [0, 1]; labels: (B,) int64.
+    x_nat: (B, C, H, W) in [0, 1]; labels: (B,) int64, or of mixed images the share of each class, (B, classes).
     The random start depends on (seed, counter, sample) alone; sample: (B,) int64, default 0..B-1.
     start: a perturbation to use instead, of the shape of x_nat.
     autocast: precision of the forward; images and their update keep the dtype of x_nat.
@@ -215,7 +215,9 @@ def climb(
     loss_scale: float = 1.0,
     counts: Tensor | None = None,
 ) -> None:
-    """The steps of the attack, in place in x_adv."""
+    """The steps of the attack, in place in x_adv. Raises ValueError for mixed labels where its loss knows one."""
+    if labels.is_floating_point() and look_up("attack.loss", spec.loss, ATTACK_LOSSES).one_label:
+        raise ValueError(f"attack.loss: {spec.loss!r} is of one label an image, and these are mixed ones")
     objective = look_up("attack.loss", spec.loss, _OBJECTIVES)(attacked, x_nat, labels, spec)
     for _ in range(spec.num_steps):
         with torch.enable_grad():

@@ -3,7 +3,7 @@
 A twin is a network's frozen copy in the form that costs least to run. It needs no gradient of a weight and so
 keeps no activation for one; its weights are converted to half precision once, and not in every pass; in evaluation
 mode BatchNorm has become part of the convolutions; and its mode never changes, so that a compiled or captured pass
-of it stays valid.
+of it stays valid. Whatever is random in train mode, as dropout, is off in it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
-from engine.attacks.pgd import bn_mode
-from engine.models.layers import Classifier, ImageConv2d, Stage
+from engine.attacks.pgd import BatchNormMode, bn_mode
+from engine.models.layers import ImageConv2d, Resize, Stage, is_plain
+from engine.models.sync_batch_norm import SyncBatchNorm
 from engine.system.precision import Precision
 
 Forward = Callable[[Tensor], Tensor]
@@ -42,6 +43,7 @@ class Twin:
     follows: False lets go of the original, of which nothing that is converted or folded is kept in memory.
 
     What is neither converted nor folded is shared with the original; the rest is as it was at the last `refresh`.
+    is_opaque: True where BatchNorm is as it was because no tracer sees the network's operations.
     """
 
     def __init__(
@@ -54,13 +56,15 @@ class Twin:
         follows: bool = True,
     ) -> None:
         mode = bn_mode(bn)
-        self.module = copy.deepcopy(network).requires_grad_(False).train(mode.by_batch)
+        self.module = copy.deepcopy(network).requires_grad_(False).eval()
         self._precision = precision
         self._converted: list[tuple[Tensor, Tensor]] = []
         self._folded: list[_Folded] = []
         for name, original in network.named_modules():
-            self._take(original, self.module.get_submodule(name), statistics_move=mode.tracked)
-        for conv, norm in [] if mode.by_batch else conv_bn_pairs(self.module):
+            self._take(original, self.module.get_submodule(name), mode)
+        nodes = [] if mode.by_batch or not _has_batch_norm(network) else traced(self.module)
+        self.is_opaque = nodes is None
+        for conv, norm in conv_bn_pairs(self.module, nodes or []):
             self._fold(network, conv, norm)
         self.refresh()
         if not follows:
@@ -88,12 +92,13 @@ class Twin:
             mean_C = norm.running_mean if original.bias is None else norm.running_mean - original.bias
             conv.bias.copy_(norm.bias - mean_C * scale_C)
 
-    def _take(self, original: nn.Module, own: nn.Module, *, statistics_move: bool) -> None:
+    def _take(self, original: nn.Module, own: nn.Module, mode: BatchNormMode) -> None:
         """Make a module's tensors the original's, or copies in half precision."""
         if isinstance(own, Stage):
             own.recompute = False  # of a frozen pass half as much is kept as of one that is trained
         if isinstance(own, _BatchNorm):
-            own.track_running_stats = own.track_running_stats and statistics_move
+            own.training = mode.by_batch
+            own.track_running_stats = own.track_running_stats and mode.tracked
         own._buffers.update(original._buffers)
         half = self._precision.amp_dtype if _runs_in_half(own) else None
         for name, value in original.named_parameters(recurse=False):
@@ -111,44 +116,70 @@ class Twin:
         self._converted = [pair for pair in self._converted if pair[1] not in set(original.parameters())]
         conv.weight = nn.Parameter(torch.empty_like(conv.weight), requires_grad=False)
         conv.bias = nn.Parameter(conv.weight.new_empty(conv.out_channels), requires_grad=False)
-        self.module.set_submodule(norm_name, nn.Identity())
+        rest = _rest(self.module.get_submodule(norm_name))
+        assert rest is not None
+        self.module.set_submodule(norm_name, rest)
         self._folded.append(_Folded(conv, original, norm))
 
 
 def _runs_in_half(module: nn.Module) -> bool:
-    """Autocast would convert its weights."""
-    return isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, ImageConv2d | Classifier)
+    """Autocast would convert its weights, and nothing else reads them."""
+    return type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+
+
+def _has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """True for a convolution by its weights as they are, and not by standardised ones, say."""
+    return type(conv).forward in (nn.Conv2d.forward, ImageConv2d.forward)
+
+
+def _rest(norm: nn.Module) -> nn.Module | None:
+    """The rest of a BatchNorm, after it has normalised; None where that is not known."""
+    if is_plain(norm) or isinstance(norm, SyncBatchNorm):
+        return nn.Identity()
+    if f"{type(norm).__module__}.{type(norm).__name__}" == "timm.layers.norm_act.BatchNormAct2d":
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return None
 
 
 class _Tracer(fx.Tracer):
     """Follows a network down to its layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm) or super().is_leaf_module(
+        return isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm | Resize) or super().is_leaf_module(
             m, module_qualified_name
         )
 
 
-def conv_bn_pairs(network: nn.Module) -> list[tuple[str, str]]:
+def traced(network: nn.Module) -> list[fx.Node] | None:
+    """The operations of a network in order; None where no tracer sees them, as its way depends on values."""
+    try:
+        return list(_Tracer().trace(network).nodes)
+    except Exception:  # a forward that is not of this package may do anything with what is no tensor
+        return None
+
+
+def conv_bn_pairs(network: nn.Module, nodes: list[fx.Node]) -> list[tuple[str, str]]:
     """Names of each convolution whose only reader is a BatchNorm with running statistics, and of that BatchNorm.
 
-    There are none in a network whose way depends on its input.
+    nodes: as `traced`.
     """
-    try:
-        nodes = list(_Tracer().trace(network).nodes)
-    except Exception:  # a user's forward may do anything with what is no tensor
-        return []
     calls = [node.target for node in nodes if node.op == "call_module"]
+    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
     pairs = []
     for node in nodes:
         if node.op != "call_module" or not node.args or not isinstance(before := node.args[0], fx.Node):
             continue
-        if before.op != "call_module" or len(before.users) != 1:
+        if before.op != "call_module" or len(before.users) != 1 or str(before.target) in read:
             continue
         conv, norm = network.get_submodule(str(before.target)), network.get_submodule(str(node.target))
         if (
-            isinstance(conv, nn.Conv2d)
+            _is_plain(conv)
             and isinstance(norm, _BatchNorm)
+            and _rest(norm) is not None
             and norm.track_running_stats
             and norm.affine
             and calls.count(before.target) == calls.count(node.target) == 1

@@ -11,6 +11,7 @@ from engine import __version__
 from engine.commands.data import data
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
+from engine.commands.inspect import inspect
 from engine.commands.lists import list_attacks, list_datasets, list_methods, list_models, list_recipes
 from engine.commands.report import report
 from engine.commands.teachers import rank_teachers
@@ -71,6 +72,7 @@ def _say(message: str) -> None:
         train,
         evaluate,
         rank_teachers,
+        inspect,
         data,
         report,
         doctor,

@@ -122,6 +122,7 @@ def write(
             raise RunFailed(f"{out} was not written: {error.strerror or error}") from None
         finally:
             reporter.end()
+    reporter.notes(found.notes)
     for part, split in zip(SPLIT_NAMES, parts, strict=True):
         reporter.message(f"{part}: {len(split):,} images from {found.source}")
         reporter.skipped(part, split.skipped)
@@ -131,7 +132,7 @@ def write(
 @data.command("info")
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
 def info_command(path: Path) -> None:
-    """Tell fields, counts, sizes and classes of a .beton file."""
+    """Tell fields, counts, sizes and classes of a .beton file, whatever its name."""
     from engine.commands.tables import print_list
     from engine.common.console import ConsoleReporter
 

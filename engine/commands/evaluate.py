@@ -9,7 +9,15 @@ from typing import Any
 import click
 
 from engine.commands.completion import DIR, FILE, list_of, named, one_of
-from engine.commands.options import COUNT, SEED, Processes, import_option, process_options
+from engine.commands.options import (
+    COUNT,
+    SEED,
+    Processes,
+    import_option,
+    normalisation_options,
+    process_options,
+    weights_option,
+)
 from engine.common.files import checkpoint_of
 
 
@@ -35,17 +43,8 @@ from engine.common.files import checkpoint_of
     type=named("model"),
     help="Architecture, where the checkpoint does not tell.",
 )
-@click.option(
-    "--weights",
-    help="Which of a file's state dicts, e.g. state_dict_ema. [the usual one]",
-)
-@click.option(
-    "--normalize",
-    type=named("normalisation"),
-    help="What its loader normalised by: cifar10, imagenet, ... [as the file tells]",
-)
-@click.option("--normalize-mean", metavar="R,G,B", help="The mean itself, of images in [0, 1].")
-@click.option("--normalize-std", metavar="R,G,B", help="The standard deviation itself.")
+@weights_option
+@normalisation_options
 @click.option("--epsilon", help="Radius of the attacks, e.g. 8/255. [as in training, else 8/255]")
 @click.option(
     "--threat-model",
@@ -83,12 +82,26 @@ from engine.common.files import checkpoint_of
     metavar="DIR",
     help="Where the JSON of the results goes. [beside each checkpoint]",
 )
+@click.option(
+    "--robustbench-json",
+    type=FILE,
+    metavar="FILE",
+    help="Write the entry of RobustBench's leaderboard, of natural and aa on all test images.",
+)
+@click.option(
+    "--robustbench-info",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="What is not measured: link, name, authors, venue, reported, ...; repeatable.",
+)
 @import_option
 @process_options
 def evaluate(
     checkpoints: tuple[str, ...],
     attacks: str,
     out: str | None,
+    robustbench_json: str | None,
+    robustbench_info: tuple[str, ...],
     processes: Processes,
     **options: Any,
 ) -> None:
@@ -100,7 +113,7 @@ def evaluate(
     from engine.commands.tables import print_accuracies
     from engine.common.console import ConsoleReporter, Reporter
     from engine.config import load
-    from engine.evaluation import evaluate_checkpoint, reports
+    from engine.evaluation import evaluate_checkpoint, reports, robustbench
     from engine.models import normalize
     from engine.system import distributed, launcher
 
@@ -109,7 +122,8 @@ def evaluate(
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    wanted = evaluate_checkpoint.EvaluationConfig(names, **options)
+    entry = robustbench.asked(robustbench_json, robustbench_info, checkpoints, options["limit_aa"])
+    wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
         sys.exit(launcher.launch(count, launcher.command(*sys.argv[1:]), None))
@@ -126,3 +140,6 @@ def evaluate(
         print_accuracies(reporter, found)
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
+        if entry is not None and report.benchmark is not None:
+            for line in entry.write(reports.read(report_path), report.sha256, report.benchmark):
+                reporter.message(line)

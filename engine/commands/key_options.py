@@ -41,6 +41,8 @@ def _type(key: Key) -> dict[str, Any]:
             "type": Completed(lambda incomplete: values_of(key)),
             "metavar": f"[{'|'.join(words)}]",
         }
+    if tuple in key.kinds:
+        return {"type": click.STRING, "metavar": "NAME,..."}
     if int in key.kinds:
         return {"type": click.INT, "metavar": "N"}
     return {"type": click.STRING, "metavar": "NUMBER"}
@@ -68,6 +70,8 @@ def _default(name: str) -> str:
         return "by the method"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value == []:
+        return "none"
     return KEYS[name].null if value is None else str(value)
 
 

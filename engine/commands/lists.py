@@ -56,7 +56,7 @@ def _facts(name: str, semantics: str) -> Iterator[tuple[str, str]]:
 @click.command("models")
 @import_option
 def list_models() -> None:
-    """List the architectures."""
+    """List the architectures, and the forms of names of further ones."""
     from engine import models
     from engine.commands.tables import print_list
 
@@ -64,6 +64,7 @@ def list_models() -> None:
         (name, entry.summary, ", ".join(f"{size}x{size}" for size in entry.input_sizes))
         for name, entry in models.TABLE.items()
     ]
+    rows += [(form, family.summary, family.images) for form, family in models.FAMILIES.items()]
     print_list(("model", "what it is", "images"), rows)
 
 

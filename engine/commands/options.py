@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from engine.commands.completion import FILE
+from engine.commands.completion import FILE, named
 
 COUNT, SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
 
@@ -59,6 +59,22 @@ def _checked_timeout(context: click.Context, parameter: click.Parameter, seconds
     return seconds
 
 
+weights_option = click.option(
+    "--weights-key",
+    "--weights",
+    "weights",
+    metavar="KEY",
+    help="Which of a file's networks, e.g. state_dict_ema. [the only one]",
+)
+_NORMALISATION = (
+    click.option(
+        "--normalize",
+        type=named("normalisation"),
+        help="What its loader normalised by: cifar10, imagenet, ... [as the file tells]",
+    ),
+    click.option("--normalize-mean", metavar="R,G,B", help="The mean itself, of images in [0, 1]."),
+    click.option("--normalize-std", metavar="R,G,B", help="The standard deviation itself."),
+)
 _IMPORTS = "engine.imports"
 option = functools.partial(click.option, cls=GroupedOption)
 _PROCESS_OPTIONS = (
@@ -109,6 +125,13 @@ def import_option(command: Callable[..., None]) -> Callable[..., None]:
         command(**others)
 
     return with_imports
+
+
+def normalisation_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --normalize, --normalize-mean and --normalize-std."""
+    for decorate in reversed(_NORMALISATION):
+        command = decorate(command)
+    return command
 
 
 def imported() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import DIR, FILE, named, one_of
-from engine.commands.options import COUNT, SEED, import_option
+from engine.commands.options import COUNT, SEED, import_option, weights_option
 from engine.common.files import checkpoint_of
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ TABLES = (
 )
 @click.option("--student-epochs", type=COUNT, default=10, show_default=True, help="Length of its training, by AT.")
 @click.option("--student-images", type=COUNT, default=2000, show_default=True, help="Training images for it.")
+@weights_option
 @click.option(
     "--normalize",
     type=named("normalisation"),

@@ -47,6 +47,11 @@ class Reporter:
 
         return progress
 
+    def notes(self, notes: Sequence[str]) -> None:
+        """Report what the user should know."""
+        for note in notes:
+            self.message(f"Note: {note}")
+
     def skipped(self, part: str, names: Sequence[str]) -> None:
         """Report the images of a part that were left out, if any."""
         if names:

@@ -5,20 +5,25 @@ torch.load compares no checksum of a file, and lets a tensor claim more memory t
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
+import json
 import re
 import reprlib
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from engine.common.errors import printable
 from engine.common.files import regular_file, replacing
 
 _ZIP = b"PK\x03\x04"
@@ -26,19 +31,72 @@ _END_OF_ZIP, _END_LENGTH = b"PK\x05\x06", 22  # without a comment
 _MARK = b"engine sha256:"
 _DIGEST_LENGTH = 64
 _MOST_DEPTH, _MOST_VALUES = 32, 1_000_000
+_LENGTH_OF_HEADER, _MOST_HEADER = 8, 1 << 24
+
+# Kinds of files by their first bytes, or those at a place.
+_KINDS: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?)"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"GGUF", "a GGUF file"),
+    (4, b"TFL3", "a TensorFlow Lite model"),
+    (257, b"ustar", "a tar archive: unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip: unpack it"),
+    (0, b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
+    (0, b"\xfd7zXZ", "compressed by xz: unpack it"),
+    (0, b"BZh", "compressed by bzip2: unpack it"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS, and not the file itself: git lfs pull"),
+    (0, b"<!DOCTYPE html", "a web page: the download gave that instead of the file"),
+    (0, b"<!doctype html", "a web page: the download gave that instead of the file"),
+    (0, b"<html", "a web page: the download gave that instead of the file"),
+)
+_NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
+_ONNX = re.compile(rb"\x08[\x01-\x14](\x12.{1,40}|[\x1a\x22\x2a\x32\x3a])", re.DOTALL)
+"""Its version, the producer's name or what else may come next."""
+
+
+class _NumberType:
+    """Stand-in for numpy.dtype, of which a file could make one that misleads NumPy."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code not in _NUMBERS:
+            raise ValueError("no number")
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(kind: _NumberType, content: bytes) -> Any:
+    """A number of NumPy as one of Python."""
+    return np.frombuffer(content, kind.order + kind.code)[0].item()
+
+
+_VALUES: list[Any] = [
+    argparse.Namespace,
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+]
+"""Plain values that checkpoints often have beside weights: a script's options, and NumPy's numbers."""
 
 
 @dataclass(frozen=True)
 class Content:
     """Content of a file. sealed: its checksum was there, and fits. sha256: of the file.
 
-    note: names what could not be checked, "" where all was.
+    note: names what could not be checked, "" where all was. kind: of the file. metadata: of a safetensors file.
     """
 
     value: Any
     sealed: bool
     sha256: str
     note: str
+    kind: str = "torch"
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -72,6 +130,12 @@ def read_tensors(path: str | Path) -> Content:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except MemoryError:
         raise ValueError(f"{path}: does not fit into the memory") from None
+    if not data:
+        raise ValueError(f"{path}: is empty")
+    if _is_safetensors(data):
+        return _read_safetensors(path, data)
+    if kind := kind_of(data):
+        raise ValueError(f"{path}: is no checkpoint: it is {kind}")
     sealed = data[-_DIGEST_LENGTH - len(_MARK) :].startswith(_MARK)
     if sealed and hashlib.sha256(data[:-_DIGEST_LENGTH]).hexdigest().encode() != data[-_DIGEST_LENGTH:]:
         raise ValueError(f"{path}: is damaged: its content does not fit its checksum")
@@ -79,6 +143,65 @@ def read_tensors(path: str | Path) -> Content:
     value = _load(path, data)
     _check_extent(path, value)
     return Content(value, sealed, hashlib.sha256(data).hexdigest(), note)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, atomically."""
+    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    content = safetensors.torch.save(plain, dict(metadata))
+    with replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def kind_of(data: bytes) -> str:
+    """Words for a file that is no file of tensors, by its content; "" where it may be one."""
+    for place, mark, words in _KINDS:
+        if data[place : place + len(mark)] == mark:
+            return words
+    if data.startswith(_ZIP):
+        return _kind_of_archive(data)
+    return "an ONNX model" if _ONNX.match(data) else ""
+
+
+def _kind_of_archive(data: bytes) -> str:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+    except Exception:  # a damaged archive may raise anything in zipfile
+        return ""
+    within = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in within or any(name.startswith("code/") for name in within):
+        return "a TorchScript archive, whose code would run: save the network's state_dict() alone"
+    if "data.pkl" in within:
+        return ""
+    if any(name.startswith(("models/", "data/aotinductor")) or name == "archive_format" for name in within):
+        return "an exported program of torch.export: save the network's state_dict() alone"
+    if names and all(name.endswith(".npy") for name in names):
+        return "an .npz file of NumPy arrays"
+    return f"a ZIP archive of {len(names):,} other files, the first {short_repr(next(iter(names), None))}"
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """True where a length comes first, and then a header in JSON of that length."""
+    length = int.from_bytes(data[:_LENGTH_OF_HEADER], "little")
+    start = data[_LENGTH_OF_HEADER : _LENGTH_OF_HEADER + 2]
+    return start[:1] == b"{" and start[1:] in (b'"', b"}", b" ") and length <= len(data)
+
+
+def _read_safetensors(path: str | Path, data: bytes) -> Content:
+    length = int.from_bytes(data[:_LENGTH_OF_HEADER], "little")
+    if length > _MOST_HEADER:
+        raise ValueError(
+            f"{path}: is no checkpoint: its header has {length:,} bytes, and {_MOST_HEADER:,} are the most"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[_LENGTH_OF_HEADER : _LENGTH_OF_HEADER + length])
+    except Exception as error:  # whatever the package raises, its own exceptions among it
+        raise ValueError(f"{path}: is a damaged safetensors file: {printable(error):.200}") from None
+    note = "a safetensors file, which has no checksums: damage to it cannot be seen"
+    metadata = header.get("__metadata__", {})
+    return Content(tensors, False, hashlib.sha256(data).hexdigest(), note, "safetensors", metadata)
 
 
 def tensor_fault(value: object) -> str:
@@ -162,7 +285,8 @@ def _load(path: str | Path, data: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about how the file was written
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_VALUES):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind may raise anything in torch's reader
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from engine.config.keys import GROUPS, Group, Key, collect, own, runtime, shared
 from engine.config.loading import (
+    LABELLED_BY_TEACHER,
+    LIBRARIES,
     as_begun,
     assignments,
     changes,
@@ -32,6 +34,7 @@ from engine.config.sections import (
     AttackSpec,
     AveragingConfig,
     AwpConfig,
+    ColourJitterConfig,
     EvalConfig,
     ForwardsConfig,
     LossConfig,
@@ -48,10 +51,13 @@ __all__ = [
     "DEFAULTS",
     "GROUPS",
     "KEYS",
+    "LABELLED_BY_TEACHER",
     "LARGEST_IMAGE",
+    "LIBRARIES",
     "AttackSpec",
     "AveragingConfig",
     "AwpConfig",
+    "ColourJitterConfig",
     "EvalConfig",
     "ForwardsConfig",
     "Group",

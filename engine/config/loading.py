@@ -14,12 +14,17 @@ from engine.common.files import expand_user, regular_file
 from engine.common.lookup import look_up, nearest
 from engine.config import semantics
 from engine.config.keys import Key
-from engine.config.sections import KEYS, LossConfig, RunConfig, Section, Tree, flat
-from engine.objectives import TERMS
+from engine.config.optimizers import OPTIMIZERS
+from engine.config.sections import DEFAULTS, KEYS, LossConfig, OptimConfig, RunConfig, Section, Tree, flat
+from engine.objectives import ATTACK_LOSSES, TERMS
 
 AnySection = typing.TypeVar("AnySection", bound=Section)
 _END = "...\n"  # of a YAML document that is a bare value
 _RISES = ("one-cycle", "cyclic")  # schedules in which the rate rises
+LIBRARIES = ("timm", "torchvision")
+"""Values of `init` that are no paths: pretrained weights of that library."""
+LABELLED_BY_TEACHER = "teacher"
+"""Value of `extra_labels` that is no path."""
 
 
 def part(tree: Mapping[str, Any], wanted: Callable[[Key], bool]) -> Tree:
@@ -141,7 +146,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         section: teacher.model_copy(update={"checkpoint": absolute(f"{section}.checkpoint", teacher.checkpoint)})
         for section, teacher in (("teacher", config.teacher), ("teacher_st", config.teacher_st))
     }
-    paths = {"data": absolute("data", config.data), "init": absolute("init", config.init)}
+    init = config.init if config.init in LIBRARIES else absolute("init", config.init)
+    by = config.extra_labels
+    paths = {
+        "data": absolute("data", config.data),
+        "init": init,
+        "extra_data": absolute("extra_data", config.extra_data),
+        "extra_labels": by if by == LABELLED_BY_TEACHER else absolute("extra_labels", by),
+    }
     return config.model_copy(update=paths | teachers)
 
 
@@ -186,7 +198,14 @@ def _check_official(loss: LossConfig) -> None:
 def _defaults(tree: Mapping[str, Any]) -> Tree:
     given = {key: tree[key] for key in ("method", "semantics", "epochs") if key in tree}
     chosen = validated(RunConfig, given)
-    return semantics.defaults(chosen.method, chosen.semantics, chosen.epochs)
+    of_method = semantics.defaults(chosen.method, chosen.semantics, chosen.epochs)
+    usual, wanted = (_optimizer(each) for each in (of_method, tree))
+    return of_method if wanted == usual else merge(of_method, OPTIMIZERS[wanted].defaults)
+
+
+def _optimizer(tree: Mapping[str, Any]) -> str:
+    named = {key: value for key, value in tree.get("optim", {}).items() if key == "implementation"}
+    return validated(RunConfig, {"optim": named}).optim.implementation
 
 
 def _difference(tree: Tree, default: Tree) -> Tree:
@@ -231,6 +250,7 @@ def _check_across(config: RunConfig) -> None:
     epochs = [epochs_of(part, config.epochs) for part in optim.milestones]
     if epochs != sorted(epochs):
         raise ValueError(f"optim.milestones must ascend, got {list(optim.milestones)}")
+    _check_optimizer(optim)
     for term in config.loss.weights:
         if term not in TERMS:
             raise ValueError(f"unknown key 'loss.weights.{term}'; {nearest(term, TERMS)}")
@@ -248,7 +268,36 @@ def _check_across(config: RunConfig) -> None:
             f"attack.start_epsilon: it is of a uniform start, and attack.random_start is "
             f"{config.attack.random_start!r}"
         )
+    _check_augmentation(config)
+    for key in ("extra_fraction", "extra_labels"):
+        if getattr(config, key) != DEFAULTS[key] and config.extra_data is None:
+            raise ValueError(f"{key}: it is of extra images, and extra_data names none")
+    for key in ("mixup", "cutmix"):
+        if getattr(config, key) and ATTACK_LOSSES[config.attack.loss].one_label:
+            raise ValueError(
+                f"{key}: attack.loss {config.attack.loss!r} is of one label, and mixed images have two"
+            )
     if config.dtype == "float64" and config.amp:
         raise ValueError("amp: mixed precision and dtype=float64 exclude each other")
     if config.compile == "on" and config.checkpoint_activations:
         raise ValueError("compile: 'on' and checkpoint_activations exclude each other")
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    names = config.augmentation
+    if names and not config.augment:
+        raise ValueError(f"augmentation: {', '.join(names)}, and augment is false")
+    if len(set(names)) < len(names):
+        raise ValueError(f"augmentation: each name may stand there once, got {', '.join(names)}")
+    if "random-resized-crop" in names[1:]:
+        raise ValueError(f"augmentation: random-resized-crop comes first, got {', '.join(names)}")
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    """Refuse keys that the optimizer would ignore."""
+    keys = look_up("optim.implementation", optim.implementation, OPTIMIZERS).keys
+    given = flat({"optim": optim.model_dump(mode="json")})
+    for other, optimizer in OPTIMIZERS.items():
+        for name in (f"optim.{key}" for key in optimizer.keys if key not in keys):
+            if given[name] != DEFAULTS[name]:
+                raise ValueError(f"{name}: it is of {other}, and optim.implementation is {optim.implementation!r}")

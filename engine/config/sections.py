@@ -11,6 +11,7 @@ from engine.common.lookup import nearest
 from engine.config.keys import Key, collect, own, runtime, shared
 from engine.config.values import (
     LARGEST_IMAGE,
+    Augmentations,
     Auto,
     Count,
     CountOrZero,
@@ -20,6 +21,7 @@ from engine.config.values import (
     NotNegative,
     Number,
     OverfittingGuard,
+    PartOfOne,
     PartOfRun,
     PathText,
     Positive,
@@ -119,6 +121,14 @@ class AttackSpec(Section):
     epsilon: Annotated[Length, shared("radius of the ball, images in [0, 1]; the evaluation uses the same")] = (
         8 / 255
     )
+    epsilon_warmup: Annotated[
+        PartOfRun,
+        shared(
+            "part of the run in which the training's attack grows to its size: of E epochs the first has 1/E of "
+            "`epsilon`, `step_size` and the lengths of the start; the evaluation has all of it at any time",
+            later=True,
+        ),
+    ] = 0.0
     step_size: Annotated[Length, shared("length of a step")] = 2 / 255
     num_steps: Annotated[CountOrZero, shared("number of steps")] = 10
     random_start: Annotated[
@@ -180,22 +190,45 @@ class ForwardsConfig(Section):
 
 
 class OptimConfig(Section):
-    """SGD; with milestones, the rate is lr before the first, and lr * lr_factors[i] from milestone i on."""
+    """Optimizer; with milestones, the rate is lr before the first, and lr * lr_factors[i] from milestone i on."""
 
     implementation: Annotated[
-        Literal["torch", "apex"],
+        Literal["torch", "apex", "adamw"],
         shared(
-            "implementation of SGD: `torch`: its fused one; `apex`: FusedSGD of NVIDIA's apex, where that is "
-            "installed",
+            "`torch`: SGD, torch's fused one; `apex`: SGD, FusedSGD of NVIDIA's apex, where that is installed; "
+            "`adamw`: torch's fused AdamW, for which `lr` is 0.001 and `optim.weight_decay` 0.05 unless they are "
+            "given",
             flag="--optimizer",
             group="method",
         ),
     ] = "torch"
-    momentum: Annotated[Number, Field(ge=0, lt=1), shared("momentum")] = 0.9
-    nesterov: Annotated[bool, shared("Nesterov's momentum")] = False
-    weight_decay: Annotated[NotNegative, shared("weight decay of all parameters, those of BatchNorm included")] = (
-        2e-4
-    )
+    momentum: Annotated[Number, Field(ge=0, lt=1), shared("momentum of SGD")] = 0.9
+    nesterov: Annotated[bool, shared("Nesterov's momentum, of SGD")] = False
+    betas: Annotated[
+        tuple[PartOfOne, PartOfOne],
+        shared("decay of the averages of the gradient and of its square, of `adamw`", later=True),
+    ] = (0.9, 0.999)
+    eps: Annotated[
+        Positive, shared("added to the root of the second average in the denominator, of `adamw`", later=True)
+    ] = 1e-8
+    weight_decay: Annotated[NotNegative, shared("weight decay, see `optim.decay_norms_and_biases`")] = 2e-4
+    decay_norms_and_biases: Annotated[
+        bool | None,
+        shared(
+            "weight decay of norms, biases and other vectors, and of embeddings of positions and classes, too",
+            null="`true` for SGD, `false` for `adamw`",
+            later=True,
+        ),
+    ] = None
+    layer_decay: Annotated[
+        Number,
+        Field(gt=0, le=1),
+        own(
+            "layer-wise decay of the learning rate: the head has the rate itself, and every layer this factor of "
+            "the next one's, see [recipes.md](recipes.md#fine-tuning)",
+            later=True,
+        ),
+    ] = 1.0
     schedule: Annotated[
         Literal["milestones", "cosine", "one-cycle", "cyclic"],
         shared(
@@ -237,6 +270,19 @@ class AwpConfig(Section):
         NotNegative, own("size of the perturbation of each layer's weights, relative to them; 0: none")
     ] = 0.0
     start: Annotated[PartOfRun, own("part of the run before it begins")] = 0.0
+
+
+class ColourJitterConfig(Section):
+    """Strengths of the augmentation `colour-jitter`, as torchvision's ColorJitter takes them."""
+
+    brightness: Annotated[
+        NotNegative, shared("the factor of the brightness is 1 - this, or 0, to 1 + this", later=True)
+    ] = 0.4
+    contrast: Annotated[NotNegative, shared("the same of the contrast", later=True)] = 0.4
+    saturation: Annotated[NotNegative, shared("the same of the saturation", later=True)] = 0.4
+    hue: Annotated[
+        Number, Field(ge=0, le=0.5), shared("the hue turns by at most this part of the circle", later=True)
+    ] = 0.1
 
 
 class TeacherConfig(Section):
@@ -329,7 +375,13 @@ class RunConfig(Section):
     ] = "paper"
     model: Annotated[
         str,
-        shared("architecture of the student: {names}", flag="--model", group="essentials", values="model"),
+        shared(
+            "architecture of the student: {names}; or any other that `engine models` names by its form, such as "
+            "`wrn28-10` or `timm:convnext_tiny`, see [api.md](api.md#modelsbuild)",
+            flag="--model",
+            group="essentials",
+            values="model",
+        ),
     ] = "resnet18"
     normalize: Annotated[
         bool,
@@ -341,8 +393,8 @@ class RunConfig(Section):
     init: Annotated[
         PathText | None,
         own(
-            "checkpoint of any origin with the student's first weights: of `model`, the data's classes, and "
-            "`normalize`",
+            "checkpoint of any origin with the student's first weights, of `model` and `normalize`; or `timm` or "
+            "`torchvision`: pretrained weights of that library. For other classes the head is a new one",
             null="drawn from `seed`",
             flag="--init",
             group="method",
@@ -373,6 +425,37 @@ class RunConfig(Section):
         Count | None,
         shared("so many test images, balanced over classes", null="all", flag="--limit-test", group="data"),
     ] = None
+    extra_data: Annotated[
+        PathText | None,
+        Key(
+            "[extra images](data.md#extra-images) to train on: an .npz file, or a folder of the data's class "
+            "folders or of images without labels",
+            null="none",
+            flag="--extra-data",
+            group="data",
+            values="path",
+            teacher=True,
+            resume="place",
+        ),
+    ] = None
+    extra_fraction: Annotated[
+        Number,
+        Field(gt=0, lt=1),
+        shared("part of each batch that is extra images", flag="--extra-fraction", group="data", later=True),
+    ] = 0.7
+    extra_labels: Annotated[
+        PathText | None,
+        Key(
+            "who labels the extra images: `teacher`, the run's robust one, which is then trained without them, or "
+            "a checkpoint of any origin",
+            null="their file or folder",
+            flag="--extra-labels",
+            group="data",
+            values="file",
+            teacher=True,
+            resume="place",
+        ),
+    ] = None
     validation: Annotated[
         Number,
         Field(ge=0, lt=1),
@@ -388,6 +471,35 @@ class RunConfig(Section):
             "`flip` allows it"
         ),
     ] = True
+    augmentation: Annotated[
+        Augmentations,
+        shared(
+            "[further augmentation](data.md#augmentation), in order: `random-resized-crop`, `trivial-augment`, "
+            "`colour-jitter`, with commas between them",
+            flag="--augmentation",
+            group="data",
+            later=True,
+        ),
+    ] = ()
+    mixup: Annotated[
+        NotNegative,
+        shared(
+            "a of the Beta(a, a) of [mixup](data.md#mixed-images); 0: none; 0.2, say",
+            flag="--mixup",
+            group="data",
+            later=True,
+        ),
+    ] = 0.0
+    cutmix: Annotated[
+        NotNegative,
+        shared(
+            "a of the Beta(a, a) of [CutMix](data.md#mixed-images); 0: none; 1, say; with `mixup`, each image "
+            "draws one of both",
+            flag="--cutmix",
+            group="data",
+            later=True,
+        ),
+    ] = 0.0
     flip: Annotated[
         bool | None,
         shared(
@@ -409,9 +521,9 @@ class RunConfig(Section):
         shared("`fail` at an image that cannot be read, or `skip` it", flag="--on-bad-image", group="data"),
     ] = "fail"
     pipeline: Annotated[
-        Literal["auto", "tensor", "ffcv", "dali"],
+        Literal["auto", "tensor", "ffcv", "dali", "image"],
         Key(
-            "[what loads the images](data.md): `auto`, `tensor`, `ffcv` or `dali`",
+            "[what loads the images](data.md): `auto`, `tensor`, `ffcv`, `dali` or `image`",
             flag="--pipeline",
             group="data",
             teacher=True,
@@ -612,6 +724,7 @@ class RunConfig(Section):
     forwards: ForwardsConfig = ForwardsConfig()
     optim: OptimConfig = OptimConfig()
     averaging: AveragingConfig = AveragingConfig()
+    colour_jitter: ColourJitterConfig = ColourJitterConfig()
     awp: AwpConfig = AwpConfig()
     teacher: Annotated[TeacherConfig, Field(title="robust")] = TeacherConfig()
     teacher_st: Annotated[TeacherConfig, Field(title="standard")] = TeacherConfig(method="st")

@@ -53,6 +53,11 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _words(value: object) -> object:
+    """Accept "a,b" where words are expected, as options give them."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
 def _length(value: float, info: ValidationInfo) -> float:
     """In L-inf no two images in [0,1] are more than 1 apart: a larger number was meant in steps of 255."""
     if value > 1 and info.data.get("threat_model") == "Linf":
@@ -65,6 +70,7 @@ def _length(value: float, info: ValidationInfo) -> float:
 Number = Annotated[float, BeforeValidator(_fraction), BeforeValidator(_no_truth_value), Field(ge=-1e30, le=1e30)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
+PartOfOne = Annotated[Number, Field(ge=0, lt=1)]
 Length = Annotated[NotNegative, AfterValidator(_length)]
 Triple = tuple[Number, Number, Number]
 """Red, green, blue."""
@@ -78,6 +84,9 @@ Few = Annotated[Integer, Field(ge=1, le=1024)]
 Seed = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, le=2**63 - 1)]
 PathText = Annotated[str, AfterValidator(_path)]
 Utf8PathText = Annotated[PathText, AfterValidator(_utf8)]
+Augmentations = Annotated[
+    tuple[Literal["random-resized-crop", "trivial-augment", "colour-jitter"], ...], BeforeValidator(_words)
+]
 Auto = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 Guard = Annotated[Literal["warn", "stop", "off"], BeforeValidator(_switch)]

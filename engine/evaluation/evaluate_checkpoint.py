@@ -16,12 +16,14 @@ from engine.common.console import Reporter
 from engine.common.files import code_hash
 from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
-from engine.evaluation import reports
+from engine.evaluation import reports, robustbench
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, further, is_chance
 from engine.models.weights import LoadedModel, load_model, weights_sha256
 from engine.pipelines import datasets
+from engine.pipelines.reading.folder import is_named_as_test
+from engine.pipelines.reading.held_out import TEST_SPLIT
 from engine.pipelines.splits import Request, limited
 from engine.system import environment, precision
 from engine.system.distributed import World, is_launched
@@ -29,6 +31,7 @@ from engine.system.distributed import World, is_launched
 Results = dict[str, dict[str, Any]]
 """By attack, as in `Result.as_dict`."""
 
+_SLOW = "aa"  # has a limit of its own
 _AS_IN_TRAINING = ("dataset", "data", "image_size", "on_bad_image", "attack")
 
 
@@ -38,6 +41,7 @@ class EvaluationConfig:
 
     attacks: as of `evaluate`.
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
+    for_robustbench: refuse, before anything is measured, what is no benchmark of RobustBench's leaderboards.
     weights, normalize: of the file, as in `load_model`. epsilon: in [0, 1], or a fraction such as "8/255".
     """
 
@@ -56,6 +60,13 @@ class EvaluationConfig:
     device: str = "auto"
     image_size: int | None = None
     on_bad_image: str | None = None
+    for_robustbench: bool = False
+
+    def images_read(self, attacks: Sequence[EvaluationAttack]) -> int | None:
+        """Test images that are needed at most; None: all of them."""
+        if self.limit is None and all(attack.name == _SLOW for attack in attacks):
+            return self.limit_aa
+        return self.limit
 
     def completed(self, loaded: LoadedModel) -> RunConfig:
         """Data, device and ball, from the training's configuration where not chosen. Raises ValueError."""
@@ -72,11 +83,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """Results by attack. path: of the file that has them too, with all that is needed to repeat them."""
+    """Results by attack. path: of the file that has them too, with all that is needed to repeat them.
+
+    sha256: of the checkpoint. benchmark: the leaderboard, where it was asked for one.
+    """
 
     title: str
     results: Results
     path: Path | None
+    sha256: str = ""
+    benchmark: robustbench.Benchmark | None = None
 
 
 def run(
@@ -101,20 +117,15 @@ def run(
     wanted = config.completed(loaded)
     world = world or World()
     at = precision.choose(wanted, world.local_rank)
-    request = Request(
-        limit_test=config.limit,
-        on_bad_image=wanted.on_bad_image,
-        image_size=wanted.image_size,
-        resident="if it fits",
-        only_test=True,
-    )
-    images = datasets.find(wanted.dataset, wanted.data, request)
+    images = _read(loaded, wanted, config.images_read(attacks))
     loaded = loaded.for_classes(images.class_names)
+    benchmark = _benchmark(images, wanted) if config.for_robustbench else None
     for attack in attacks:
         table.check_defined(attack, loaded.num_classes, wanted.attack.threat_model)
+    reporter.notes([*images.notes, *loaded.notes])
+    if images.held_out and (warning := images.held_out.difference(checkpoint.parent / TEST_SPLIT)):
+        reporter.message(f"Warning: {warning}")
     reporter.skipped("test", images.test.skipped)
-    for note in loaded.notes:
-        reporter.message(f"Note: {note}")
     network = loaded.module.to(at.device)
     at = replace(at, dtype=next(network.parameters()).dtype)
     record = _record(loaded, images, wanted, at) | {"processes": world.size}
@@ -131,14 +142,39 @@ def run(
     }
     ball = (wanted.attack.epsilon, wanted.attack.threat_model)
     task = Task(network, loaded.num_classes, ball, config.seed, images.class_names)
-    for note in (note for attack in attacks for note in attack.notes(task)):
-        reporter.message(f"Note: {note}")
+    reporter.notes([note for attack in attacks for note in attack.notes(task)])
     subject = _Subject(task, images.test, config, identity)
     measured = _Evaluation(checkpoint, subject, reporter, world).measure(attacks, record, out)
     if loaded.config is None and loaded.normalize is None and (natural := measured.get("natural")):
         _suggest_normalisation(reporter, natural, loaded)
     method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
-    return Report(f"{method}{loaded.name}", measured, out)
+    return Report(f"{method}{loaded.name}", measured, out, loaded.sha256, benchmark)
+
+
+def _read(loaded: LoadedModel, wanted: RunConfig, limit: int | None) -> datasets.AnyDataset:
+    """The test images, at most so many."""
+    request = Request(
+        limit_test=limit,
+        on_bad_image=wanted.on_bad_image,
+        image_size=wanted.image_size,
+        resident="if it fits",
+        only_test=True,
+        whole_if_flat=_tests_on_all(loaded, wanted),
+    )
+    return datasets.find(wanted.dataset, wanted.data, request)
+
+
+def _tests_on_all(loaded: LoadedModel, wanted: RunConfig) -> bool:
+    """True if a flat folder of classes is of test images only: the network was not trained on a part of it."""
+    if loaded.dataset != "folder":
+        return True
+    trained = (loaded.config or {}).get("data")
+    return wanted.data is not None and wanted.data != trained and is_named_as_test(Path(wanted.data))
+
+
+def _benchmark(images: datasets.AnyDataset, wanted: RunConfig) -> robustbench.Benchmark:
+    ball = (wanted.attack.epsilon, wanted.attack.threat_model)
+    return robustbench.benchmark_of(images.name, ball, len(images.test))
 
 
 def _record(
@@ -166,7 +202,7 @@ class _Subject:
 
     def limit(self, name: str) -> int | None:
         """Images at most under this attack."""
-        return self.config.limit_aa if name == "aa" else None
+        return self.config.limit_aa if name == _SLOW else None
 
     def count(self, name: str) -> int:
         """Images that an attack gets. Raises ValueError where the limit is below the number of classes."""

@@ -102,7 +102,7 @@ def evaluate(
     def batch(sample_B: Tensor) -> tuple[Tensor, Tensor]:
         return batch_of(images_N, labels_N, sample_B, where, dtype)
 
-    with _undisturbed(model, where):
+    with undisturbed(model, where):
         runner = BatchRunner(model, batch, ball, on_batch, stop or Stop(), world, partial)
         num_classes = count_classes(model, batch(sample_N[:1])[0], labels_N)
         class_names = tuple(getattr(data, "class_names", ())) or None
@@ -126,7 +126,7 @@ def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradient, full float32 precision inside; everything comes back afterwards."""
     with (
         batch_norm_mode(model, "eval"),

@@ -58,6 +58,39 @@ class Classifier(nn.Linear):
             return super().forward(features.to(self.weight.dtype))
 
 
+def head_of(network: nn.Module) -> str | None:
+    """The name of the layer that gives a network's logits, a linear one; None where no single one is known to."""
+    heads = [name for name, module in network.named_modules() if isinstance(module, Classifier)]
+    return heads[0] if len(heads) == 1 else None
+
+
+class Resize(nn.Module):
+    """Images of another height and width, bilinear and antialiased.
+
+    As two products of matrices: on a GPU the gradient of torch's own resizing has other bits in every run.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if images_BCHW.shape[2:] == self.size:
+            return images_BCHW
+        sides = zip(images_BCHW.shape[2:], self.size, strict=True)
+        rows, columns = (_resizing(old, new, images_BCHW) for old, new in sides)
+        with torch.autocast(images_BCHW.device.type, enabled=False) if _autocasts(images_BCHW) else nullcontext():
+            resized = rows @ images_BCHW @ columns.mT
+        is_last = images_BCHW.is_contiguous(memory_format=torch.channels_last)
+        return resized.contiguous(memory_format=torch.channels_last) if is_last else resized
+
+
+def _resizing(old: int, new: int, like: Tensor) -> Tensor:
+    """Matrix (new, old) that resizes one side of an image."""
+    identity = torch.eye(old, device=like.device, dtype=like.dtype)[None, None]
+    return F.interpolate(identity, (new, old), mode="bilinear", antialias=True)[0, 0]
+
+
 def _autocasts(x: Tensor) -> bool:
     # Meta tensors have no autocast. torch.amp.is_autocast_available would say so, and break a graph of torch 2.11.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
@@ -84,6 +117,11 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.momentum,
             self.eps,
         )
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """True for a BatchNorm that normalises and does nothing else, as one with an activation inside does."""
+    return type(norm).forward in (BatchNorm2d.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class Stage(nn.Sequential):
@@ -136,10 +174,15 @@ def running_statistics_stay(network: nn.Module) -> Iterator[None]:
 
 
 def recompute(network: nn.Module) -> None:
-    """Trade time for memory: every stage of the network keeps the inputs of its blocks alone."""
-    for module in network.modules():
-        if isinstance(module, Stage):
-            module.recompute = True
+    """Trade time for memory: every stage of the network keeps the inputs of its blocks alone.
+
+    Raises ValueError for a network without stages.
+    """
+    stages = [module for module in network.modules() if isinstance(module, Stage)]
+    if not stages:
+        raise ValueError("checkpoint_activations: this network is not made of blocks that can be run again")
+    for module in stages:
+        module.recompute = True
 
 
 def stage(block: Block, in_channels: int, channels: int, num_blocks: int, stride: int) -> Stage:

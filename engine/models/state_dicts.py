@@ -1,9 +1,11 @@
-"""State dicts in checkpoint files of any origin: their places, prefixes and names."""
+"""State dicts in checkpoint files of any origin: where they are, and which of their tensors a network has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,155 +13,201 @@ from torch import Tensor
 from engine.common.lookup import look_up
 from engine.common.tensor_files import short_repr, tensor_fault
 
-CONTAINERS = ("student", "state_dict", "net", "model", "model_state_dict", "network", "weights", "params")
-"""Where a checkpoint keeps its state dict, if not bare; the first is this project's own."""
-AVERAGES = (
-    "averaged",
-    "ema",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema_model",
-    "swa_state_dict",
-    "swa",
-)
-"""Where it keeps averages of the same weights: they are taken where nothing else is there, or on demand."""
-WRAPPERS = ("module.", "model.", "_orig_mod.", "basic_net.")
-"""Prefixes left by DataParallel, torch.compile and classes that hold the network as an attribute."""
-MEANS, STDS = ("mean", "mu"), ("std", "sigma")
+AVERAGES = frozenset(("averaged", "average", "avg", "ema", "swa"))
+"""Words in the names of averages, as state_dict_ema, of weights that lie beside them and are taken first."""
+UNAVERAGED = "unaveraged"
+"""A word in the names of weights before averaging, where the usual name has the average, which is published."""
+MEANS, STDS = ("mean", "mu", "new_mean"), ("std", "sigma", "new_std")
 """Last parts of the names that normalisation buffers go by."""
+UNUSED = ("sub_block1", "model_preact_hl1")
+"""Parts of published networks that no forward uses: a further first group (TRADES; it also breaks DDP), a second
+name of the first layers (Andriushchenko and Flammarion, 2020)."""
+TRAINING = frozenset(("criterion", "loss", "loss_fn", "loss_function", "metrics", "n_averaged"))
+"""What a training keeps beside a network, under the name of a part of a class: nothing of it leads to logits."""
 
 State = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of a network's tensors, CLASS_COUNT standing for the number of classes."""
+CLASS_COUNT = 7919
+"""A number of classes that no layer has as its width."""
+
+_MOST_DEPTH, _MOST_STATES = 8, 10_000
 
 
-def choose(path: str | Path, payload: Mapping[Any, Any], wanted: str | None) -> tuple[str, State, tuple[str, ...]]:
-    """The state dict of that name, else the usual one; its name, "" for a bare one; notes for the user.
+def find(payload: Mapping[Any, Any] | Sequence[Any]) -> dict[str, State]:
+    """The tensors of every mapping in which some could be weights, by place: "" is the file itself, then "a.b".
 
-    Raises ValueError, one line with the path, where there is none, or it holds what is no plain tensor.
+    Raises ValueError where there are too many.
     """
-    found = _candidates(payload)
-    if wanted is not None:
-        if not found or "" in found:
-            raise ValueError(f"{path}: weights: {wanted!r} is not there, as it holds one unnamed state dict")
-        try:
-            name, state = wanted, look_up("weights", wanted, found)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    else:
-        name, state = min(found.items(), key=lambda item: _rank(item[0])) if found else ("", _only(path, payload))
-    for key, value in state.items():
-        if wrong := tensor_fault(value):
-            raise ValueError(f"{path}: {short_repr(key)} is {wrong}")
-    others = [short_repr(other) for other in found if other != name]
-    if not others:
-        return name, dict(state), ()
-    note = f"the weights under {short_repr(name)} are taken, and the file also has {', '.join(others)} (weights)"
-    return name, dict(state), (note,)
-
-
-def _candidates(payload: Mapping[Any, Any]) -> dict[str, State]:
-    """All state dicts of networks by their place: "" for the file itself, else "a" or "a.b"."""
-    if _is_state(payload):
-        return {"": dict(payload)}
-    found = {}
-    for key, value in payload.items():
-        if isinstance(key, str) and isinstance(value, Mapping):
-            inside = {"": value} if _is_state(value) else value
-            for inner, state in inside.items():
-                if isinstance(inner, str) and isinstance(state, Mapping) and _is_state(state):
-                    found[f"{key}.{inner}" if inner else key] = dict(state)
+    found: dict[str, State] = {}
+    left: list[tuple[str, Any, int]] = [("", payload, 0)]
+    for place, value, depth in left:
+        items = list(value.items()) if isinstance(value, Mapping) else [(str(i), v) for i, v in enumerate(value)]
+        tensors = {key: inner for key, inner in items if isinstance(key, str) and isinstance(inner, Tensor)}
+        if isinstance(value, Mapping) and any(tensor.dim() >= 2 for tensor in tensors.values()):
+            found[place] = tensors
+        if len(found) > _MOST_STATES:
+            raise ValueError(f"holds more than {_MOST_STATES:,} state dicts")
+        if depth < _MOST_DEPTH:
+            left += [
+                (joined(place, key), inner, depth + 1)
+                for key, inner in items
+                if isinstance(key, str) and isinstance(inner, Mapping | list | tuple)
+            ]
     return found
 
 
-def _is_state(value: Mapping[Any, Any]) -> bool:
-    """True if these are named tensors of a network, and not a normalisation alone."""
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()):
-        return False
-    return any(tensor.dim() >= 2 and _last(key) not in (*MEANS, *STDS) for key, tensor in value.items())
+def under(found: Mapping[str, State], wanted: str) -> State:
+    """The state dict of that place, or the part of one whose names begin so. Raises ValueError where none is."""
+    if wanted in found:
+        return found[wanted]
+    for place, state in found.items():
+        prefix = f"{wanted}." if not place else f"{wanted.removeprefix(f'{place}.')}."
+        if not place or wanted.startswith(f"{place}."):
+            part = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            if part:
+                return part
+    if set(found) == {""}:
+        raise ValueError(f"weights: {wanted!r} is not there, as it holds one unnamed state dict")
+    return look_up("weights", wanted, found)
 
 
-def _rank(place: str) -> int:
-    """Usual names before others, weights before their averages."""
-    known = (*CONTAINERS, *AVERAGES)
-    first = place.partition(".")[0]
-    return known.index(first) if first in known else len(known)
+def rank(key: str) -> int:
+    """0 for weights, 1 for an average of weights, 2 for the weights before a published average."""
+    words = set(re.split(r"[._-]", key))
+    return 2 if UNAVERAGED in words else int(not AVERAGES.isdisjoint(words))
 
 
-def _only(path: str | Path, payload: Mapping[Any, Any]) -> State:
-    """The tensors of a file in which nothing looks like a network. Raises ValueError unless they are named."""
-    state = next((payload[key] for key in CONTAINERS if isinstance(payload.get(key), Mapping)), payload)
-    if not state:
-        raise ValueError(f"{path}: holds no weights, its state dict is empty")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: holds {type(value).__name__} under {short_repr(key)}, and not a state dict, "
-                f"neither bare nor under one of: {', '.join((*CONTAINERS, *AVERAGES))}"
-            )
-    return dict(state)
+@dataclass(frozen=True)
+class Match:
+    """A network's tensors in a state dict.
+
+    prefix: of their names there, "" or ending in a dot. missing: names that are not there.
+    mean, std: names of its normalisation. rest: names that belong to no network, and not to a training alone.
+    dropped: names of what is not read.
+    """
+
+    prefix: str
+    missing: tuple[str, ...]
+    means: tuple[str, ...]
+    stds: tuple[str, ...]
+    rest: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Names of `rest` among the network's tensors."""
+        return tuple(key for key in self.rest if key.startswith(self.prefix))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Names of `rest` beside the network."""
+        return tuple(key for key in self.rest if not key.startswith(self.prefix))
 
 
-def split_normalisation(path: str | Path, state: State) -> tuple[State, State]:
-    """The network's own tensors, and its normalisation under this project's names, empty where there is none."""
-    means, stds = ([key for key in state if _last(key) in names] for names in (MEANS, STDS))
-    network = {key: tensor for key, tensor in state.items() if key not in (*means, *stds)}
-    if not means and not stds:
-        return network, {}
-    if len(means) != 1 or len(stds) != 1:
-        found = short_repr(means + stds)
-        raise ValueError(f"{path}: one mean and one std are expected for normalisation, got {found}")
-    for key in (means[0], stds[0]):
+def matches(state: State, names: Iterable[str]) -> list[Match]:
+    """The networks with those names in a state, the outermost first; where none is whole, what comes nearest."""
+    names = set(names)
+    votes: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for count in range(len(parts)):
+            if ".".join(parts[count:]) in names:
+                votes[".".join((*parts[:count], ""))] += 1
+    most = max(votes.values(), default=0)
+    prefixes = sorted((prefix for prefix, count in votes.items() if count == most), key=lambda p: (len(p), p))
+    if most < len(names) or not prefixes:
+        prefixes = prefixes[:1] or [""]
+    owned = {prefix: _own(state, prefix, names) for prefix in prefixes}
+    networks = set().union(*owned.values())
+    means, stds = (_nearest(state, networks, prefixes, last) for last in (MEANS, STDS))
+    others = networks.union(*means.values(), *stds.values())
+    unread = {key for key in state if key not in others and _is_unread(key)}
+    return [
+        Match(
+            prefix,
+            missing=tuple(name for name in names if prefix + name not in state),
+            means=means[prefix],
+            stds=stds[prefix],
+            rest=tuple(key for key in state if key not in others and key not in unread),
+            dropped=tuple(k for k in state if k not in (owned[prefix] | {*means[prefix], *stds[prefix]})),
+        )
+        for prefix in prefixes
+    ]
+
+
+def _own(state: State, prefix: str, names: set[str]) -> set[str]:
+    """Names of the network under a prefix, BatchNorm's counters included."""
+    layers = {name.rpartition(".")[0] for name in names if name.endswith(".running_var")}
+    own = {prefix + name for name in (*names, *(f"{layer}.num_batches_tracked" for layer in layers))}
+    return {key for key in state if key in own}
+
+
+def _nearest(
+    state: State, networks: set[str], prefixes: Sequence[str], last: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Normalisation buffers of each network: of the one with whose names that of the buffer begins the longest."""
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(prefixes, ())
+    for key in state:
+        if key not in networks and key.rpartition(".")[2] in last:
+            # Of equally near ones the outermost, as `prefixes` are sorted.
+            prefix = max(prefixes, key=lambda each: _shared(each, key))
+            found[prefix] += (key,)
+    return found
+
+
+def _shared(prefix: str, key: str) -> int:
+    """Parts of two names that are the same at their beginning."""
+    pairs = zip(prefix.split(".")[:-1], key.split("."), strict=False)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), prefix.count("."))
+
+
+def _is_unread(key: str) -> bool:
+    parts = key.split(".")
+    return is_counter(key) or any(part in UNUSED or part in TRAINING for part in parts)
+
+
+def is_counter(key: str) -> bool:
+    """True for BatchNorm's count of batches, which no default network reads; old checkpoints lack it."""
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+def has_shapes(state: State, prefix: str, shapes: Shapes) -> bool:
+    """True where all sound tensors of the network have its shapes, with one number of classes."""
+    counts = set()
+    for name, expected in shapes.items():
+        tensor = state.get(prefix + name)
+        if tensor is None or tensor_fault(tensor):
+            continue
+        if tensor.dim() != len(expected):
+            return False
+        for size, wanted in zip(tensor.shape, expected, strict=True):
+            if wanted == CLASS_COUNT:
+                counts.add(size)
+            elif size != wanted:
+                return False
+    return len(counts) <= 1
+
+
+def normalisation(state: State, match: Match) -> State:
+    """The normalisation of a network under this project's names. Raises ValueError where it is not plain."""
+    found = (*match.means, *match.stds)
+    if not found:
+        return {}
+    if len(match.means) != 1 or len(match.stds) != 1:
+        raise ValueError(f"one mean and one std are expected for normalisation, got {short_repr(list(found))}")
+    for key in found:
+        if fault := tensor_fault(state[key]):
+            raise ValueError(f"{short_repr(key)} is {fault}")
         if tuple(state[key].shape) not in ((3,), (3, 1, 1), (1, 3, 1, 1)):
             raise ValueError(
-                f"{path}: normalisation needs 3 channels, {short_repr(key)} has shape {tuple(state[key].shape)}"
+                f"normalisation needs 3 channels, {short_repr(key)} has shape {tuple(state[key].shape)}"
             )
-    mean, std = (state[key].reshape(3, 1, 1) for key in (means[0], stds[0]))
-    return network, {"normalize.mean": mean, "normalize.std": std}
+    return {
+        f"normalize.{part}": state[key].reshape(3, 1, 1) for part, key in zip(("mean", "std"), found, strict=True)
+    }
 
 
-def unwrapped(state: State, *, sequential: bool) -> State:
-    """The state without the prefixes that all its keys share, and without torch's count of averaged models.
-
-    sequential: nn.Sequential(normalize, network), whose network is "1.", is a wrapper too. Where a normalisation
-    without buffers may stand before the network, that prefix stays, and the key is later refused.
-    """
-    state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}
-    wrappers = (*WRAPPERS, "1.") if sequential else WRAPPERS
-    while prefix := next((p for p in wrappers if state and all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
-
-
-def without_sub_block1(state: State) -> tuple[State, tuple[str, ...]]:
-    """Published TRADES Wide ResNets hold a further first group that no forward uses; it also breaks DDP."""
-    unused = {key: tensor for key, tensor in state.items() if key.startswith("sub_block1.")}
-    if not unused:
-        return state, ()
-    parameters = sum(tensor.numel() for key, tensor in unused.items() if key.endswith((".weight", ".bias")))
-    note = f"dropped {len(unused)} unused sub_block1 tensors ({parameters / 1e6:.1f} M parameters no forward uses)"
-    return {key: tensor for key, tensor in state.items() if key not in unused}, (note,)
-
-
-def head(state: State) -> str | None:
-    """The name of the last linear layer, before ".weight": of the only matrix; None if there is not one alone."""
-    # All else in these networks is 4-D or 1-D.
-    matrices = [key for key, tensor in state.items() if tensor.dim() == 2 and tensor.numel()]
-    return matrices[0].removesuffix(".weight") if len(matrices) == 1 else None
-
-
-def in_order(state: State, order: list[int]) -> State:
-    """The state of the network whose output i is output order[i] of this one.
-
-    Raises ValueError where it has not one linear layer.
-    """
-    name = head(state)
-    if name is None:
-        raise ValueError(
-            "its classes are in another order than the data's, and which layer is its head is not known"
-        )
-    rows = {key: state[key][order] for key in (f"{name}.weight", f"{name}.bias") if key in state}
-    return state | rows
-
-
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
+def joined(*parts: str) -> str:
+    """Parts of a name, of which some may be empty, joined by dots."""
+    return ".".join(part for part in parts if part)

@@ -8,14 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d
+from engine.models.layers import BatchNorm2d, is_plain
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with every BatchNorm2d normalising over all processes; parameters and buffers are the same.
 
-    device: on which it will be trained.
+    device: on which it will be trained. Raises ValueError for a BatchNorm that does something else, too.
     """
+    for name, norm in network.named_modules():
+        if isinstance(norm, nn.BatchNorm2d) and not (is_plain(norm) or isinstance(norm, SyncBatchNorm)):
+            raise ValueError(
+                f"sync_bn: {name} of the network is a {type(norm).__name__}, which no other can replace"
+            )
     if device.type != "cpu":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return converted

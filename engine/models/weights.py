@@ -18,9 +18,19 @@ from torch import Tensor, nn
 from engine import __version__
 from engine.common.errors import printable
 from engine.common.files import code_hash
-from engine.common.lookup import check_registered
-from engine.common.tensor_files import Content, read_tensors, short_repr
-from engine.models import TABLE, build_to_fill, is_registered, state_dicts
+from engine.common.tensor_files import Content, read_tensors, short_repr, tensor_fault
+from engine.models import (
+    FAMILIES,
+    TABLE,
+    build_to_fill,
+    get,
+    head_of,
+    is_registered,
+    matching,
+    robustbench,
+    safetensors_files,
+    state_dicts,
+)
 from engine.models import class_names as names_of_classes
 from engine.models.normalize import RGB, normalisation
 from engine.models.state_dicts import State
@@ -62,7 +72,8 @@ class Weights:
     """The tensors of one network under this project's names, and what the file says of it.
 
     state: normalisation, where there is one, is under normalize.mean and normalize.std, of shape (3, 1, 1).
-    taken: where in the file they were, "" in a bare state dict.
+    taken: where in the file they were, "" in a bare state dict. prefix: of their names there.
+    dropped: names there of what was not read.
     model: the recorded architecture, or the one that the names of the tensors reveal; None if neither is known.
     num_classes: the rows of the head, or as recorded; None if neither is known. class_names: of its outputs.
     config: the configuration of an own checkpoint's training. sha256: of the file.
@@ -78,6 +89,8 @@ class Weights:
     dataset: str | None = None
     config: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    prefix: str = ""
+    dropped: tuple[str, ...] = ()
 
     @property
     def normalize(self) -> bool:
@@ -103,31 +116,50 @@ class LoadedModel:
     config: dict[str, Any] | None
     sha256: str
     notes: tuple[str, ...]
+    prefix: str = ""
+    dropped: tuple[str, ...] = ()
 
     def for_classes(self, names: Sequence[str]) -> LoadedModel:
         """The same network with its outputs in the order of these classes; it is changed in place.
 
         Raises ValueError, one line with the path, where it knows other classes, or another number of them.
         """
-        order, note = None, ""
         try:
-            if self.class_names is None:
-                note = f"the file names no classes: its outputs are taken as {names_of_classes.summary(names)}"
-            elif order := names_of_classes.order(self.class_names, names):
-                note = "its classes are in another order than the data's: the rows of its head are put into that"
-            if self.num_classes != len(names):
-                raise ValueError(
-                    f"the checkpoint's head has {self.num_classes} classes, the data set has {len(names)}"
-                )
-            if order and is_registered(self.name):
-                raise ValueError(
-                    f"its classes are in another order than the data's, and the head of {self.name} is not known"
-                )
+            order, note = _order(self.class_names, self.num_classes, names)
             if order:
-                self.module.load_state_dict(state_dicts.in_order(self.module.state_dict(), order))
+                rows = _class_rows(self.name, self.module)
+                state = self.module.state_dict()
+                self.module.load_state_dict(state | {key: state[key][order] for key in rows})
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-        return replace(self, class_names=tuple(names), notes=(*self.notes, *([note] if note else [])))
+        return replace(self, class_names=tuple(names), notes=(*self.notes, *note))
+
+
+def _order(
+    known: Sequence[str] | None, count: int | None, names: Sequence[str]
+) -> tuple[list[int] | None, tuple[str, ...]]:
+    """Row of a network's head for each of the data's classes, None where it is in their order, and a note on it.
+
+    Raises ValueError where the network has other classes.
+    """
+    order: list[int] | None = None
+    note: tuple[str, ...] = ()
+    if known is None:
+        note = (f"the file names no classes: its outputs are taken as {names_of_classes.summary(names)}",)
+    elif order := names_of_classes.order(known, names):
+        note = ("its classes are in another order than the data's: the rows of its head are put into that",)
+    if count != len(names):
+        raise ValueError(f"the checkpoint's head has {count} classes, the data set has {len(names)}")
+    return order, note
+
+
+def _class_rows(name: str, network: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors whose rows are classes. Raises ValueError where they are not known."""
+    if head := head_of(network):
+        return tuple(key for key in (f"{head}.weight", f"{head}.bias") if key in network.state_dict())
+    if not is_registered(name) and (rows := matching.class_rows(name)):
+        return rows
+    raise ValueError(f"its classes are in another order than the data's, and the head of {name} is not known")
 
 
 def checked(kind: type[Part], content: Mapping[Any, Any]) -> None:
@@ -179,48 +211,150 @@ def origin(content: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"written by {written or 'an unknown version'}, and read by {read}",)
 
 
-def read_weights(path: str | Path, weights: str | None = None) -> Weights:
-    """The weights in a checkpoint file: a state dict, bare or in a container, with or without wrappers' prefixes.
+def read_weights(path: str | Path, weights: str | None = None, *, model: str | None = None) -> Weights:
+    """The weights of a network in a checkpoint file, wherever in it they are, with or without wrappers' prefixes.
 
-    weights: which state dict to take, where a file holds several. Raises ValueError, one line with the path, where
-    the file cannot be read as such.
+    weights: where they are, where a file holds several: a place, or the beginning of their names. model: their
+    architecture, where the file does not tell. Raises ValueError, one line with the path, where the file cannot be
+    read as such.
     """
     content = read_tensors(path)
     payload = content.value
-    if not isinstance(payload, Mapping):
+    if not isinstance(payload, Mapping | list | tuple):
         raise ValueError(f"{path}: holds {type(payload).__name__} where a dict of tensors is expected")
-    own = "student" in payload and "format" in payload
-    notes: tuple[str, ...] = (content.note,) if content.note else ()
-    if own:
-        check_own(path, content)
-        notes += origin(payload)
-    taken, state, of_choice = state_dicts.choose(path, payload, weights)
-    normalisation: State = {}
-    dropped: tuple[str, ...] = ()
-    head = None
-    if not (own and is_registered(payload["model"]["name"])):  # whose names are its own, whatever they look like
-        state, normalisation = state_dicts.split_normalisation(path, state)
-        state = state_dicts.unwrapped(state, sequential=bool(normalisation))
-        state, dropped = state_dicts.without_sub_block1(state)
-        head = state_dicts.head(state)
-    recorded = payload["model"]["num_classes"] if own else None
-    count = recorded if head is None else state[f"{head}.weight"].shape[0]
-    names = names_of_classes.found_in(payload)
-    if names is not None and len(names) != (count or len(names)):
-        if own:
-            raise ValueError(f"{path}: its head has {count} classes, and it names {len(names)}")
-        names = None  # of something else
-    return Weights(
-        state=state | normalisation,
-        taken=taken,
-        model=payload["model"]["name"] if own else architecture_of(state),
+    try:
+        own = _own(path, content)
+        found = _found(payload, weights, model or own.model, own)
+        names = names_of_classes.found_in(payload) if isinstance(payload, Mapping) else None
+        names = own.class_names or names
+        count = own.num_classes if found.num_classes is None else found.num_classes
+        if names is not None and len(names) != (count or len(names)):
+            if own.model is not None:
+                raise ValueError(f"its head has {count} classes, and it names {len(names)}")
+            names = None  # of something else
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
+    return replace(
+        found,
         num_classes=count,
         class_names=names,
         sha256=content.sha256,
-        dataset=payload["dataset"] if own else None,
-        config=payload["config"] if own else None,
-        notes=(*notes, *of_choice, *dropped),
+        dataset=own.dataset,
+        config=own.config,
+        notes=(*own.notes, *found.notes),
     )
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Facts that a file of this project tells, none of which one from elsewhere does. place: of its weights."""
+
+    notes: tuple[str, ...]
+    place: str | None = None
+    model: str | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    config: dict[str, Any] | None = None
+
+
+def _own(path: str | Path, content: Content) -> _Own:
+    payload = content.value
+    if content.kind == "safetensors" and (facts := safetensors_files.facts_in(payload, content.metadata)):
+        names = None if facts.class_names is None else tuple(facts.class_names)
+        notes = origin({"format": FORMAT, "made_by": facts.made_by})
+        return _Own(notes, "", facts.model, facts.num_classes, names, facts.dataset, facts.config)
+    notes = (content.note,) if content.note else ()
+    if not (isinstance(payload, Mapping) and "student" in payload and "format" in payload):
+        return _Own(notes)
+    check_own(path, content)
+    model, names = payload["model"], tuple(payload["class_names"])
+    return _Own(
+        notes=(*notes, *origin(payload)),
+        place="student",
+        model=model["name"],
+        num_classes=model["num_classes"],
+        class_names=names,
+        dataset=payload["dataset"],
+        config=payload["config"],
+    )
+
+
+def _found(
+    payload: Mapping[Any, Any] | Sequence[Any], weights: str | None, model: str | None, own: _Own
+) -> Weights:
+    """The tensors of the network that is taken, with notes on it."""
+    places = state_dicts.find(payload)
+    if not places:
+        raise ValueError(_nothing(payload))
+    wanted = own.place if weights is None else weights
+    if wanted is not None:
+        places = {wanted: state_dicts.under(places, wanted)}
+    if wanted is not None and own.model is not None and is_registered(own.model):
+        # Its names are its own, whatever they look like.
+        return Weights(_sound(places[wanted]), wanted, own.model, None, None, "")
+    network, notes = matching.choose(places, model)
+    match = network.match
+    if match.outside and not match.missing:
+        raise ValueError(
+            f"beside the network under {short_repr(network.key)} there are {len(match.outside)} tensors that its "
+            f"forward may read, the first {short_repr(match.outside[0])}; --weights-key {network.key} takes the "
+            "network without them"
+        )
+    state = network.tensors() | state_dicts.normalisation(network.state, match)
+    return Weights(
+        state=_sound(state),
+        taken=network.place,
+        model=network.name,
+        num_classes=network.num_classes,
+        class_names=None,
+        sha256="",
+        prefix=match.prefix,
+        dropped=match.dropped,
+        notes=(*notes, *_about_dropped(network), *_about_dtypes(state)),
+    )
+
+
+def _sound(state: State) -> State:
+    for key, value in state.items():
+        if fault := tensor_fault(value):
+            raise ValueError(f"{short_repr(key)} is {fault}")
+    return state
+
+
+def _nothing(payload: Mapping[Any, Any] | Sequence[Any]) -> str:
+    """Words for a file without a state dict."""
+    inner = payload.values() if isinstance(payload, Mapping) else payload
+    if not payload or any(isinstance(value, Mapping) and not value for value in inner):
+        return "holds no weights, its state dict is empty"
+    first = next(iter(payload.items() if isinstance(payload, Mapping) else enumerate(payload)))
+    return (
+        f"holds no weights: nothing in it is a mapping of names to tensors; the first is {short_repr(first[0])}, "
+        f"{short_repr(first[1])}"
+    )
+
+
+def _about_dropped(network: matching.FoundNetwork) -> tuple[str, ...]:
+    """Notes on tensors that are no part of any network, or of which no forward makes use."""
+    notes = []
+    parts = {key: key.split(".") for key in network.match.dropped}
+    for name in state_dicts.UNUSED:
+        unused = {key: network.state[key] for key, within in parts.items() if name in within}
+        parameters = sum(tensor.numel() for key, tensor in unused.items() if key.endswith((".weight", ".bias")))
+        if unused:
+            notes.append(
+                f"dropped {len(unused)} unused {name} tensors ({parameters / 1e6:.1f} M parameters no forward "
+                "uses)"
+            )
+    if training := [key for key, within in parts.items() if not state_dicts.TRAINING.isdisjoint(within)]:
+        notes.append(f"not read, as no logits come of them: {short_repr(training)[1:-1]}")
+    return tuple(notes)
+
+
+def _about_dtypes(state: State) -> tuple[str, ...]:
+    halves = {tensor.dtype for tensor in state.values()} & {torch.float16, torch.bfloat16}
+    named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+    return (f"its weights are {named}, loaded as float32",) if halves else ()
 
 
 def load_model(
@@ -241,30 +375,31 @@ def load_model(
     [0, 1], or a name of `engine.models.normalize.CONSTANTS`; for a network that does not do so itself.
     Leaves torch's global generator alone. Raises ValueError, one line with the path, where anything does not fit.
     """
-    found = read_weights(path, weights)
-    name = model or found.model
+    found = read_weights(path, weights, model=model)
+    name = found.model
     if name is None:
-        raise ValueError(
-            f"{path}: its {len(found.state)} tensors (first {short_repr(next(iter(found.state), None))}) fit no "
-            f"known architecture; name one to be told what differs; known: {', '.join(sorted(TABLE))}"
-        )
+        raise ValueError(f"{path}: {_unknown(found.state)}")
     if num_classes is not None and found.num_classes not in (None, num_classes):
         raise ValueError(
             f"{path}: the checkpoint's head has {found.num_classes} classes, the data set has {num_classes}"
         )
-    state, told, of_normalisation = _normalised(path, found, normalize)
     # Without a head, any number leads to the error below.
     classes = found.num_classes or num_classes or len(class_names or ()) or 2
     try:
-        check_registered("model", name, TABLE, _imports(found.config))
+        robustbench.check_classes(name, classes)
+        constants = get(name, _imports(found.config)).normalization
+        state, told, of_normalisation = _normalised(found, normalize, constants)
         module = build_to_fill(name, classes, normalize=told is not None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     expected = module.state_dict()
-    if differences := _differences(state, expected):
-        raise ValueError(f"{path}: these are no weights of {name}: {differences}")
-    _check_values(path, state)
-    _fill(name, module, state)
+    try:
+        if differences := _differences(state, expected):
+            raise ValueError(f"these are no weights of {name}: {differences}")
+        _check_values(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    _fill(module, state)
     loaded = LoadedModel(
         path=path,
         module=module.eval(),
@@ -277,17 +412,62 @@ def load_model(
         config=found.config,
         sha256=found.sha256,
         notes=(*found.notes, *of_normalisation, *_constant(state)),
+        prefix=found.prefix,
+        dropped=found.dropped,
     )
     return loaded if class_names is None else loaded.for_classes(class_names)
 
 
-def _fill(name: str, module: nn.Module, state: State) -> None:
+def _unknown(state: State) -> str:
+    """Words for tensors of no known architecture."""
+    first, known = short_repr(next(iter(state), None)), ", ".join(sorted((*TABLE, *FAMILIES)))
+    return (
+        f"its {len(state)} tensors (first {first}) fit no known architecture; name one to be told what differs; "
+        f"known: {known}"
+    )
+
+
+def fill(
+    network: nn.Module, found: Weights, class_names: Sequence[str], *, new_head: bool = False
+) -> tuple[str, ...]:
+    """Give a network for those classes the weights of a file, in place; returns notes for the user.
+
+    The network is of `found.model`, on any device and in any floating type. new_head: it keeps the layer of its
+    logits, as it is, where the file has other classes, or another number of them. A library's network keeps its
+    normalisation where the file has none. Raises ValueError where anything does not fit.
+    """
+    name, own = str(found.model), network.state_dict()
+    if get(name).normalization is not None:
+        own_normalisation = {key: tensor for key, tensor in own.items() if key.startswith("normalize.")}
+    else:
+        own_normalisation = {}
+    state = own_normalisation | found.state
+    try:
+        order, notes = _order(found.class_names, found.num_classes, class_names)
+        if order:
+            state = state | {key: state[key][order] for key in _class_rows(name, network)}
+    except ValueError as error:
+        if not new_head:
+            raise
+        state = state | {key: own[key] for key in _class_rows(name, network)}
+        notes = (f"the head is a new one: {error}",)
+    if differences := _differences(state, own):
+        raise ValueError(f"these are no weights of {name}: {differences}")
+    _check_values(state)
+    counters = {key: tensor for key, tensor in own.items() if state_dicts.is_counter(key)}
+    network.load_state_dict(counters | state)
+    return (*found.notes, *notes, *_constant(state))
+
+
+def _fill(module: nn.Module, state: State) -> None:
     """Give a network of `build_to_fill` its weights, on the CPU."""
     # Normalisation is often written down in float64 beside a network in float32; it does not count.
     if any(state[key].dtype == torch.float64 for key, _ in module.named_parameters()):
         module.to(torch.float64)
-    counters = {key: torch.zeros((), dtype=torch.int64) for key in module.state_dict() if _is_counter(key)}
-    if not is_registered(name):
+    counters = {
+        key: torch.zeros((), dtype=torch.int64) for key in module.state_dict() if state_dicts.is_counter(key)
+    }
+    if next(module.parameters()).is_meta:
         module.to_empty(device="cpu")
     module.load_state_dict(counters | state)
 
@@ -298,51 +478,83 @@ def _imports(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(printable(name) for name in imports) if isinstance(imports, list) else ()
 
 
+def save_safetensors(loaded: LoadedModel, path: str | Path) -> None:
+    """Write a network as a safetensors file, which `load_model` reads back with all that it knows of it."""
+    facts = safetensors_files.NetworkFacts(
+        model=loaded.name,
+        num_classes=loaded.num_classes,
+        class_names=None if loaded.class_names is None else list(loaded.class_names),
+        normalize=None if loaded.normalize is None else [list(numbers) for numbers in loaded.normalize],
+        weights_sha256=weights_sha256(loaded.module),
+        dataset=loaded.dataset,
+        config=loaded.config,
+        made_by=made_by(),
+    )
+    safetensors_files.write(Path(path), loaded.module.state_dict(), facts)
+
+
 def weights_sha256(network: nn.Module) -> str:
     """Hash of names and values alone: two files of one network differ in paths and times."""
+    return state_sha256(network.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash of names and values, in their order."""
     digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
 def _normalised(
-    path: str | Path, found: Weights, given: str | tuple[Sequence[float], Sequence[float]] | None
+    found: Weights, given: str | tuple[Sequence[float], Sequence[float]] | None, constants: tuple[RGB, RGB] | None
 ) -> tuple[State, tuple[RGB, RGB] | None, tuple[str, ...]]:
-    """The tensors with normalisation where the network has it or is given it, its numbers, and a note on them."""
+    """The tensors with normalisation where the network has it or is given it, its numbers, and a note on them.
+
+    constants: by which networks of this architecture always normalise. Raises ValueError for what cannot be.
+    """
     state = found.state
-    if given is None and not found.normalize:
-        return state, None, ()
-    buffers = [state.get(f"normalize.{part}") for part in ("mean", "std")]
-    try:
-        if given is None:
-            told = normalisation(tuple(buffer.flatten().tolist() for buffer in buffers if buffer is not None))
-        elif found.normalize:
+    if found.normalize:
+        if given is not None:
             raise ValueError("normalize: the network does so itself; drop it")
-        elif found.config is not None:
-            raise ValueError("normalize: the checkpoint records that it was trained without; drop it")
-        else:
-            told = normalisation(given)
-            values = (torch.tensor(numbers).reshape(3, 1, 1) for numbers in told)
-            state = state | dict(zip(("normalize.mean", "normalize.std"), values, strict=True))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        buffers = [state.get(f"normalize.{part}") for part in ("mean", "std")]
+        told = normalisation(tuple(buffer.flatten().tolist() for buffer in buffers if buffer is not None))
+    elif given is not None and found.config is not None:
+        raise ValueError("normalize: the checkpoint records that it was trained without; drop it")
+    elif (wanted := constants if given is None else normalisation(given)) is None:
+        if any(part.isdecimal() and int(part) > 0 for part in found.prefix.split(".")):
+            raise ValueError(
+                f"normalize: the network is {found.prefix!r} of a sequence, and what stands before it has no "
+                "tensors: tell by what it normalises"
+            )
+        return state, None, _hint(found)
+    else:
+        told = wanted
+        values = (torch.tensor(numbers).reshape(3, 1, 1) for numbers in told)
+        state = state | dict(zip(("normalize.mean", "normalize.std"), values, strict=True))
     mean, std = ([round(value, 4) for value in numbers] for numbers in told)
     return state, told, (f"normalises its images by mean {mean} and std {std}",)
 
 
-def _check_values(path: str | Path, state: State) -> None:
+def _hint(found: Weights) -> tuple[str, ...]:
+    """Note on networks from elsewhere whose published code normalises by numbers that are in no file."""
+    if found.config is not None or not str(found.model).endswith("-silu"):
+        return ()
+    return ("the file holds no normalisation, and the published code of such networks has it inside (normalize)",)
+
+
+def _check_values(state: State) -> None:
     """Refuse numbers with which no network computes. The shapes are known to be right."""
     for key, tensor in state.items():
-        if tensor.dtype not in _FLOATS and not _is_counter(key):
+        if tensor.dtype not in _FLOATS and not state_dicts.is_counter(key):
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-            raise ValueError(f"{path}: {key!r} is of {tensor.dtype}, and weights are of {known}")
+            raise ValueError(f"{key!r} is of {tensor.dtype}, and weights are of {known}")
     if bad := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{path}: {len(bad)} tensors hold values that are not finite, the first {bad[0]!r}")
+        raise ValueError(f"{len(bad)} tensors hold values that are not finite, the first {bad[0]!r}")
     for key, tensor in state.items():
         if key.endswith(".running_var") and (tensor < 0).any():
-            raise ValueError(f"{path}: {key!r} holds negative variances")
+            raise ValueError(f"{key!r} holds negative variances")
 
 
 def _constant(state: State) -> tuple[str, ...]:
@@ -354,28 +566,13 @@ def _constant(state: State) -> tuple[str, ...]:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture whose tensors have exactly these names, normalisation aside; None if there is none."""
-
-    def names(tensors: Mapping[str, Tensor]) -> set[str]:
-        return {key for key in tensors if not _is_counter(key) and not key.startswith("normalize.")}
-
-    def fits(name: str) -> bool:
-        try:
-            return names(build_to_fill(name, 2).state_dict()) == names(state)
-        except ValueError:  # of a registered one that does not take two classes
-            return False
-
-    return next((name for name in TABLE if fits(name)), None)
-
-
-def _is_counter(key: str) -> bool:
-    # BatchNorm's count of batches, which no default network reads; old checkpoints lack it.
-    return key.endswith(".num_batches_tracked")
+    """The architecture of these tensors; None if they are of none. Raises ValueError where several fit."""
+    return matching.choose({"": dict(state)}, None)[0].name
 
 
 def _differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Reasons against loading the state, in words; empty if there are none."""
-    missing = [key for key in expected if key not in state and not _is_counter(key)]
+    missing = [key for key in expected if key not in state and not state_dicts.is_counter(key)]
     extra = [key for key in state if key not in expected]
     shapes = [
         f"{key!r} of shape {tuple(state[key].shape)} and not {tuple(expected[key].shape)}"

@@ -35,11 +35,8 @@ def finder(
                 f"dataset {name!r}: its loader gives {type(found).__name__}, and no pair (train, test)"
             )
         train, test = splits(f"dataset {name!r}", found[0], found[1], class_names)
-        return (
-            request.of("train", train),
-            request.of("test", test),
-            source if data is None else f"{source}, {data}",
-        )
+        place = source if data is None else f"{source}, {data}"
+        return FoundSplits(request.of("train", train), request.of("test", test), place)
 
     return find
 

@@ -24,7 +24,7 @@ from engine.attacks.kinds import AttackFunction
 from engine.attacks.pgd import NORMS
 from engine.config import LossConfig, RunConfig, checked, merge, semantics
 from engine.methods import Cells, Row, Rule, Weight
-from engine.models import Architecture
+from engine.models.architecture import Architecture
 from engine.models.normalize import CONSTANTS, RGB, normalisation
 from engine.pipelines.datasets import DATASETS, Entry
 from engine.plugins import loggers, own_data
@@ -103,7 +103,7 @@ def model(
     global generator, which the run seeds. input_sizes: heights and widths that it is meant for.
     Raises ValueError, one line, for whatever is no such thing, and for a name that is taken.
     """
-    origin = claim("model", name, models.TABLE)
+    origin = claim("model", name, models.TABLE if models.find_family(str(name)) is None else (name,))
     _check_callable(f"model {name!r}: builder", builder, 1)
     sizes = tuple(input_sizes)
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,16 +20,19 @@ from engine.attacks.kinds import Task
 from engine.common.console import Reporter
 from engine.common.files import expand_user
 from engine.common.lookup import is_on
-from engine.config import RunConfig
+from engine.config import LABELLED_BY_TEACHER, LIBRARIES, RunConfig
+from engine.evaluation import pseudo_labels
 from engine.evaluation.measure import batch_of, few_images
 from engine.methods import Method
+from engine.models import pretrained
 from engine.models.sync_batch_norm import synchronise
-from engine.models.weights import LoadedModel, load_model
-from engine.pipelines import datasets, selection
+from engine.models.weights import Weights, fill, load_model, read_weights
+from engine.pipelines import datasets, extra, selection
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import AnyDataset, AnySplit
+from engine.pipelines.mixing import Mixing, MixingPipeline, PairSampling
 from engine.pipelines.reading.beton import is_beton
-from engine.pipelines.sampling import Sampling, Shard
+from engine.pipelines.sampling import Extra, Sampling, Shard
 from engine.pipelines.splits import Request, balanced
 from engine.runs import provenance
 from engine.runs.session import Session
@@ -49,7 +52,7 @@ class RunData:
 
     held_out: the images that epochs are compared on, from the split `selected_on`: "validation" or "test".
     pipeline: batches of the training images in the order of `sampling`. probe_images: training images that are
-    measured after each epoch, BCHW in [0, 1], and their labels.
+    measured after each epoch, BCHW in [0, 1], and their labels. labeller: the teacher that labelled extra images.
     """
 
     dataset: AnyDataset
@@ -59,11 +62,25 @@ class RunData:
     pipeline_kind: str
     sampling: Sampling
     probe_images: tuple[Tensor, Tensor]
+    labeller: Teacher | None = None
 
     @property
     def image_CHW(self) -> torch.Size:
         """Shape of an image."""
         return self.probe_images[0].shape[1:]
+
+
+@dataclass(frozen=True, eq=False)
+class InitialWeights:
+    """First weights of a student, on the CPU, and notes on them for the user.
+
+    name: the library's of pretrained ones. sha256: of the file, or of the library's tensors.
+    """
+
+    state: Mapping[str, Tensor]
+    name: str | None
+    sha256: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +114,14 @@ def assemble(
     None: it is loaded. Raises ValueError for what does not fit together.
     """
     config, precision, world = session.config, session.precision, session.world
-    data = _assemble_data(session, saved, resources, dataset)
-    initial = None if saved or config.init is None else initial_weights(config, data.dataset)
+    data = _assemble_data(session, saved, resources, dataset, train_teacher)
+    initial = None
+    if config.init is not None and saved is None:
+        initial = initial_weights(config, data.dataset, precision.dtype, world)
     init_sha256 = (saved or {}).get("init_sha256") if initial is None else initial.sha256
     if saved and saved["data_sha256"] != data.dataset.sha256:
         raise ValueError(f"--resume: {data.dataset.source} changed since {session.run.last} was written")
-    if models.is_registered(config.model):  # told before teachers are trained
+    if models.get(config.model).version:  # not of this package; told before teachers are trained
         _check_logits(config.model, build_student(config, data.dataset, precision), data.dataset, data.image_CHW)
     teachers = _obtain_teachers(session, data, saved, train_teacher)
     if world.is_main:
@@ -113,12 +132,14 @@ def assemble(
             step=saved["progress"]["step"] if saved else 0,
             pipeline=data.pipeline_kind,
             init_sha256=init_sha256,
+            init_weights=initial.name if initial else None,
         )
     student = _student(session, data.dataset, initial)
     speedometer = Speedometer(student, data.image_CHW, precision)
     telemetry = build_telemetry(config, data.image_CHW, precision, world)
     networks = {section: teacher.model for section, teacher in teachers.items()}
     learner = build_learner(config, student, networks, precision, world=world, counts=telemetry.attack_counts)
+    _tell_of_twins(session, learner)
     for network in networks.values():
         network.to("cpu")  # its twin runs; the original is asked once an epoch, in full precision
     return Parts(
@@ -133,28 +154,80 @@ def assemble(
 
 
 def _assemble_data(
-    session: Session, saved: Mapping[str, Any] | None, resources: ExitStack, given: AnyDataset | None
+    session: Session,
+    saved: Mapping[str, Any] | None,
+    resources: ExitStack,
+    given: AnyDataset | None,
+    train_teacher: TrainRun,
 ) -> RunData:
     config, precision, world, console = session.config, session.precision, session.world, session.console
     # "auto" is settled once for the whole run: decoders differ by a grey level here and there.
     wanted = saved.get("pipeline", config.pipeline) if saved else config.pipeline
-    dataset = given or _load_or_explain(session, wanted, is_new=saved is None)
+    dataset, labeller = given or _load_or_explain(session, wanted, is_new=saved is None), None
+    if given is None and config.extra_data is not None:
+        dataset, labeller = _with_extra(session, saved, dataset, train_teacher)
     world.check_same("the data set", dataset.sha256)
     _check_attacks(config, dataset)
-    training, held_out, selected_on = hold_out(dataset, config.validation)
+    originals, held_out, selected_on = hold_out(dataset, config.validation)
+    training = originals if dataset.extra is None else extra.join(originals, dataset.extra)
     if given is None and (warning := few_images(len(held_out))):
         console.message(f"Warning: the best epoch is chosen on {selected_on} images, {warning}")
     kind = _select_pipeline(session, wanted, training)
-    sampling = build_sampling(config, len(training), shard=world.shard)
+    beside = Extra(len(dataset.extra), config.extra_fraction) if dataset.extra is not None else None
+    sampling = build_sampling(config, len(originals), shard=world.shard, extra=beside)
     pipeline = build_pipeline(
         config, training, precision, kind=kind, sampling=sampling, flips=dataset.flip, say=console.message
     )
     resources.callback(pipeline.close)
-    probe_images = _probe_images(config, training, precision)
-    data = RunData(dataset, held_out, selected_on, pipeline, kind, sampling, probe_images)
+    probe_images = _probe_images(config, originals, precision)
+    data = RunData(dataset, held_out, selected_on, pipeline, kind, sampling, probe_images, labeller)
     if fewest_images(config, sampling, world.size) == 1:
         check_one_image(config, dataset, data.image_CHW)
     return data
+
+
+def _with_extra(
+    session: Session, saved: Mapping[str, Any] | None, dataset: AnyDataset, train_teacher: TrainRun
+) -> tuple[AnyDataset, Teacher | None]:
+    """The data set with its extra images, labelled; and the teacher, if it labelled them."""
+    precision, console, by = session.precision, session.console, session.config.extra_labels
+    images = _read_extra(session, dataset)
+    if by is None:
+        return replace(dataset, extra=images), None
+    teacher, version = None, None
+    if by == LABELLED_BY_TEACHER:
+        known = saved["teachers_sha256"] if saved else {}
+        teacher = _checked_teacher(session, "teacher", dataset, train_teacher, known)
+        network, name, source = teacher.model, teacher.name, "the teacher"
+    else:
+        try:
+            loaded = load_model(by, class_names=dataset.class_names)
+        except ValueError as error:
+            raise ValueError(f"extra_labels: {error}") from None
+        network, name, source = precision.place(loaded.module).eval(), loaded.name, by
+    if teacher is None or "teacher" not in session.objects.teachers:  # the code of an object is not known
+        version = f"{name} {models.get(name).version}"
+    found = pseudo_labels.label(
+        network, images, version=version, device=precision.device, world=session.world, stop=session.stop
+    )
+    console.message(f"Extra labels by {source}, {name}: {found.describe(dataset.class_names)}")
+    return replace(dataset, extra=replace(images, labels=found.labels)), teacher
+
+
+def _read_extra(session: Session, dataset: AnyDataset) -> AnySplit:
+    """The extra images, of which the console is told; without labels where they are to be given others."""
+    config, console = session.config, session.console
+    place, keeps_labels = str(config.extra_data), config.extra_labels is None
+    request = Request(progress=console.part_progress("reading extra"), on_bad_image=config.on_bad_image)
+    try:
+        images = extra.find(place, dataset, request, with_labels=keeps_labels)
+    finally:
+        console.end()
+    if keeps_labels and not extra.are_labelled(images):
+        raise ValueError(f"extra_data: {place} has no labels; --extra-labels teacher, or a checkpoint, gives them")
+    console.message(f"Extra data: {len(images):,} images from {place}")
+    console.skipped("extra", images.skipped)
+    return images
 
 
 def _check_attacks(config: RunConfig, dataset: AnyDataset) -> None:
@@ -166,17 +239,30 @@ def _check_attacks(config: RunConfig, dataset: AnyDataset) -> None:
         attack.crafts_on(task)  # reads the checkpoint from which images are transferred
 
 
-def _student(session: Session, dataset: AnyDataset, initial: LoadedModel | None) -> nn.Module:
+def _student(session: Session, dataset: AnyDataset, initial: InitialWeights | None) -> nn.Module:
     """The student with its initial weights, of which the console is told, ready for several processes."""
     config, precision = session.config, session.precision
     student = build_student(config, dataset, precision)
     if initial is not None:
-        for note in (f"Initial weights: {initial.name} of {config.init}", *initial.notes):
+        for note in initial.notes:
             session.console.message(note)
-        student.load_state_dict(initial.module.state_dict())
+        student.load_state_dict(initial.state)
     if is_on("sync_bn", config.sync_bn) and session.world.size > 1:
         student = synchronise(student, precision.device)
     return student
+
+
+def _tell_of_twins(session: Session, learner: Learner) -> None:
+    """Tell the console of networks in whose frozen copies BatchNorm stays, as no tracer sees their operations."""
+    twins = dict(learner.networks.teachers)
+    if learner.networks.adversary is not None:
+        twins["student under attack"] = learner.networks.adversary.twin
+    for role, twin in twins.items():
+        if twin.is_opaque:
+            session.console.message(
+                f"The {role} runs with its BatchNorm as it is, not folded into convolutions: no tracer sees "
+                "through its forward"
+            )
 
 
 def _check_logits(name: str, network: nn.Module, dataset: AnyDataset, image_CHW: torch.Size) -> None:
@@ -200,8 +286,12 @@ def _load_or_explain(session: Session, pipeline: str, *, is_new: bool) -> AnyDat
 
 def _select_pipeline(session: Session, wanted: str, training: AnySplit) -> str:
     """The kind of pipeline that the main process selects, for all of them; the console is told why."""
-    device = session.precision.device
-    kind, reason = session.world.broadcast_from_main(lambda: tuple(selection.select(wanted, training, device)))
+    device, augmentation = session.precision.device, session.config.augmentation
+
+    def select() -> tuple[str, ...]:
+        return tuple(selection.select(wanted, training, device, augmentation))
+
+    kind, reason = session.world.broadcast_from_main(select)
     session.console.message(f"Pipeline: {kind} ({reason})")
     return kind
 
@@ -221,15 +311,30 @@ def _obtain_teachers(
     sections = teacher_sections(session.config)
     # Those from files first: a file that cannot serve is told of before hours of training the other.
     for section in sorted(sections, key=lambda name: getattr(session.config, name).checkpoint is None):
-        teacher = obtain(session, section, data.dataset, train_teacher, known.get(section))
+        teacher = data.labeller if section == "teacher" else None
+        teacher = teacher or _checked_teacher(session, section, data.dataset, train_teacher, known)
         if section in session.objects.teachers:
             _check_logits(teacher.name, teacher.model, data.dataset, data.image_CHW)
-        if known.get(section, teacher.sha256) != teacher.sha256:
-            raise ValueError(f"--resume: {section} is another than before, from {teacher.source}")
         found[section] = teacher
         for line in card(session, section, teacher, data.held_out):
             session.console.message(line)
     return found
+
+
+def _checked_teacher(
+    session: Session, section: str, dataset: AnyDataset, train_teacher: TrainRun, known: Mapping[str, str]
+) -> Teacher:
+    """The teacher of that section. known: the hashes of those that a resumed run has had."""
+    teacher = obtain(session, section, dataset, train_teacher, known.get(section))
+    if known.get(section, teacher.sha256) != teacher.sha256:
+        raise ValueError(f"--resume: {section} is another than before, from {teacher.source}")
+    return teacher
+
+
+def check_extra_labels(config: RunConfig) -> None:
+    """Raise ValueError where a teacher is to label extra images, and the method has none."""
+    if config.extra_labels == LABELLED_BY_TEACHER and "teacher" not in teacher_sections(config):
+        raise ValueError(f"extra_labels: 'teacher', and {config.method} has none; name a checkpoint")
 
 
 def method_of(config: RunConfig) -> Method:
@@ -266,6 +371,7 @@ def load_data(config: RunConfig, console: Reporter, pipeline: str = "auto") -> A
         f"Data: {config.dataset}, {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test "
         f"images in {len(dataset.class_names)} classes, from {dataset.source}"
     )
+    console.notes(dataset.notes)
     console.skipped("training", dataset.train.skipped)
     console.skipped("test", dataset.test.skipped)
     return dataset
@@ -273,7 +379,8 @@ def load_data(config: RunConfig, console: Reporter, pipeline: str = "auto") -> A
 
 def _reads_files(pipeline: str, data: str | None) -> bool:
     """True if a pipeline that the user chose loads images from where they lie, and not from memory."""
-    return pipeline == "dali" or (pipeline == "ffcv" and data is not None and is_beton(expand_user("data", data)))
+    in_beton = data is not None and is_beton(expand_user("data", data))
+    return pipeline in ("dali", "image") or (pipeline == "ffcv" and in_beton)
 
 
 def hold_out(dataset: AnyDataset, fraction: float) -> tuple[AnySplit, AnySplit, str]:
@@ -288,10 +395,15 @@ def hold_out(dataset: AnyDataset, fraction: float) -> tuple[AnySplit, AnySplit, 
 
 
 def build_sampling(
-    config: RunConfig, num_samples: int, *, shard: Shard | None = None, last: str = "keep"
+    config: RunConfig,
+    num_samples: int,
+    *,
+    shard: Shard | None = None,
+    last: str = "keep",
+    extra: Extra | None = None,
 ) -> Sampling:
-    """Order of so many samples in the batches of a configuration. shard, last: see `Sampling`."""
-    return Sampling(num_samples, config.batch_size, config.seed, config.order, last, shard or Shard())
+    """Order of so many samples in the batches of a configuration. shard, last, extra: see `Sampling`."""
+    return Sampling(num_samples, config.batch_size, config.seed, config.order, last, shard or Shard(), extra)
 
 
 def build_pipeline(
@@ -317,22 +429,32 @@ def build_pipeline(
         dtype=precision.dtype,
         workers=config.workers,
         batches_ahead=config.batches_ahead,
+        augmentation=config.augmentation,
+        colour_jitter=config.colour_jitter,
     )
-    kind = kind or selection.select(config.pipeline, training, precision.device).kind
-    return selection.build(kind, training, sampling or build_sampling(config, len(training)), options, say)
+    kind = kind or selection.select(config.pipeline, training, precision.device, config.augmentation).kind
+    sampling = sampling or build_sampling(config, len(training))
+    mixing = Mixing(config.mixup, config.cutmix)
+    if not mixing:
+        return selection.build(kind, training, sampling, options, say)
+    pairs = selection.build(kind, training, PairSampling(**vars(sampling)), options, say)
+    return MixingPipeline(pairs, sampling, mixing, num_classes=len(training.class_names), shape=training.shape)
 
 
 def build_student(config: RunConfig, data: AnyDataset | AnySplit, precision: Precision) -> nn.Module:
     """A fresh network for the data's classes, placed on the device; its weights depend on `config.seed` alone."""
+    return precision.place(_drawn(config, data))
+
+
+def _drawn(config: RunConfig, data: AnyDataset | AnySplit) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        student = models.build(
+        return models.build(
             config.model,
             len(data.class_names),
             normalize=config.normalize,
             dataset=config.dataset,
         )
-    return precision.place(student)
 
 
 def build_telemetry(
@@ -358,17 +480,38 @@ def build_learner(
     return Learner(student, teachers, method_of(config), config, precision, world, counts)
 
 
-def initial_weights(config: RunConfig, dataset: AnyDataset) -> LoadedModel:
-    """The network in `config.init`. Raises ValueError where it is not the one that is to be trained."""
-    path = str(config.init)
+def initial_weights(config: RunConfig, dataset: AnyDataset, dtype: torch.dtype, world: World) -> InitialWeights:
+    """The weights that `config.init` names, in the student's network; for other classes its head is as drawn.
+
+    A library downloads them in the main process first. Raises ValueError where they are not of the network.
+    """
+    given, classes = str(config.init), dataset.class_names
+    if given in LIBRARIES:
+        mine: list[Weights] = []  # of the main process alone: it fetched them
+
+        def fetch() -> str:
+            mine.append(pretrained.load(given, config.model, classes))
+            return mine[0].sha256
+
+        world.broadcast_from_main(fetch)
+        found = mine[0] if mine else pretrained.load(given, config.model, classes)
+        name, source = found.taken, f"{found.taken} of {given}"
+    else:
+        try:
+            found = read_weights(given, model=config.model)
+        except ValueError as error:
+            raise ValueError(f"init: {error}") from None
+        name, source = None, given
+    network = _drawn(config, dataset).to(dtype)
     try:
-        found = load_model(path, model=config.model, class_names=dataset.class_names)
-        if (found.normalize is not None) != config.normalize:
+        if models.get(config.model).normalization is None and found.normalize != config.normalize:
             does = "normalises its images" if found.normalize else "does not normalise its images"
-            raise ValueError(f"{path}: the network {does}, and normalize is {str(config.normalize).lower()}")
+            raise ValueError(f"the network {does}, and normalize is {str(config.normalize).lower()}")
+        notes = fill(network, replace(found, model=config.model), classes, new_head=True)
     except ValueError as error:
-        raise ValueError(f"init: {error}") from None
-    return found
+        raise ValueError(f"init: {given}: {error}") from None
+    line = f"Initial weights: {config.model} of {source}"
+    return InitialWeights(network.state_dict(), name, found.sha256, (line, *notes))
 
 
 def fewest_images(config: RunConfig, sampling: Sampling, processes: int) -> int:

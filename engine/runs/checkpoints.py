@@ -19,6 +19,7 @@ from engine.common.tensor_files import read_tensors, short_repr, tensor_fault, w
 from engine.config import RunConfig
 from engine.models.weights import FORMAT, Part, Record, check_own, made_by
 from engine.pipelines.selection import PIPELINE_KINDS
+from engine.training import optimizer
 from engine.training.learner import Learner
 from engine.training.telemetry import SIX_TERMS, Totals, totals_of
 
@@ -104,7 +105,7 @@ class OptimizerState(Part):
     """State of the optimizer."""
 
     state: dict[int, dict[str, Tensor | None]]
-    param_groups: Annotated[list[ParamGroup], Field(min_length=1, max_length=1)]
+    param_groups: Annotated[list[ParamGroup], Field(min_length=1)]
 
 
 class LastCheckpoint(BestCheckpoint):
@@ -219,7 +220,7 @@ def check_fit(path: Path, saved: Mapping[str, Any], learner: Learner, steps_per_
         if (progress.epoch > 0) != bool(progress.best) or bool(progress.best) != bool(progress.last):
             raise ValueError(f"the key 'progress' holds {progress.epoch} epochs, and no rows that fit them")
         _same("student", saved["student"], learner.student.state_dict())
-        _momentum_fits(saved["optimizer"]["state"], list(learner.student.parameters()))
+        _optimizer_fits(saved["optimizer"], learner)
         if learner.average is not None:
             _same("averaged", saved.get("averaged") or {}, learner.average.state_dict())
         _telemetry_fits(saved, learner)
@@ -281,12 +282,22 @@ def _like(where: str, value: Tensor, expected: Tensor) -> None:
         raise ValueError(f"the key {short_repr(where)} holds values that are not finite")
 
 
-def _momentum_fits(state: Mapping[int, Mapping[str, Tensor | None]], parameters: list[nn.Parameter]) -> None:
-    for index, found in state.items():
+def _optimizer_fits(saved: Mapping[str, Any], learner: Learner) -> None:
+    groups = len(learner.optimizer.param_groups)
+    if len(saved["param_groups"]) != groups:
+        raise ValueError(f"the key 'optimizer.param_groups' holds {len(saved['param_groups'])}, and not {groups}")
+    parameters = optimizer.parameters(learner.optimizer)
+    for index, found in saved["state"].items():
         where = f"optimizer.state.{index}"
-        if not 0 <= index < len(parameters) or list(found) != ["momentum_buffer"]:
+        expected = (
+            optimizer.expected_state(parameters[index], learner.step.config)
+            if 0 <= index < len(parameters)
+            else {}
+        )
+        if not expected or set(found) != set(expected):
             raise ValueError(
                 f"the key {where!r} holds {short_repr(list(found))}, and there are {len(parameters)} parameters"
             )
-        if (value := found["momentum_buffer"]) is not None:
-            _like(f"{where}.momentum_buffer", value, parameters[index])
+        for name, like in expected.items():
+            if (value := found[name]) is not None:
+                _like(f"{where}.{name}", value, like)

@@ -32,7 +32,7 @@ from engine.evaluation.candidates import (
 from engine.evaluation.measure import evaluate, few_images, further, is_chance
 from engine.models import check
 from engine.models.normalize import normalisation
-from engine.models.weights import LoadedModel, load_model, weights_sha256
+from engine.models.weights import LoadedModel, load_model, read_weights, weights_sha256
 from engine.pipelines import datasets
 from engine.pipelines.datasets import AnyDataset, AnySplit
 from engine.pipelines.splits import SPLIT_NAMES, Request, balanced
@@ -59,8 +59,9 @@ class TeachersConfig:
 
     dataset, epsilon, threat_model: None: as in the candidates' training, where they agree. split: "test" or
     "train". limit: images, balanced over classes. student: a checkpoint; None: one of `model` is trained by AT for
-    so many epochs on so many training images. normalize: of candidates from elsewhere that do not normalise their
-    images themselves, as in `load_model`. beta: exponent of alpha. sort_by: a name of `MEASURES`.
+    so many epochs on so many training images. weights: of each candidate's file, normalize: of candidates from
+    elsewhere that do not normalise their images themselves, both as in `load_model`. beta: exponent of alpha.
+    sort_by: a name of `MEASURES`.
     """
 
     dataset: str | None = None
@@ -72,6 +73,7 @@ class TeachersConfig:
     model: str = "resnet8"
     student_epochs: int = 10
     student_images: int = 2000
+    weights: str | None = None
     normalize: str | tuple[Sequence[float], Sequence[float]] | None = None
     epsilon: str | None = None
     threat_model: str | None = None
@@ -153,10 +155,9 @@ def run(
 
 def _load(path: Path, config: TeachersConfig) -> LoadedModel:
     """A candidate; `normalize` holds for one from elsewhere that does not normalise its images itself."""
-    network = load_model(path)
-    if config.normalize is None or network.config is not None or network.normalize is not None:
-        return network
-    return load_model(path, normalize=config.normalize)
+    found = read_weights(path, config.weights)
+    normalises = found.config is not None or found.normalize
+    return load_model(path, weights=config.weights, normalize=None if normalises else config.normalize)
 
 
 def _read(complete: RunConfig, config: TeachersConfig, reporter: Reporter) -> AnyDataset:
@@ -175,6 +176,7 @@ def _read(complete: RunConfig, config: TeachersConfig, reporter: Reporter) -> An
         dataset = datasets.find(complete.dataset, complete.data, request)
     finally:
         reporter.end()
+    reporter.notes(dataset.notes)
     reporter.skipped("training", dataset.train.skipped)
     reporter.skipped("test", dataset.test.skipped)
     return dataset

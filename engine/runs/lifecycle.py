@@ -34,7 +34,7 @@ from engine.plugins import imports, loggers
 from engine.plugins.loggers import Loggers, RowFunction
 from engine.plugins.objects import Model, Objects
 from engine.runs import checkpoints, provenance, resuming
-from engine.runs.assemble import assemble, method_of
+from engine.runs.assemble import assemble, check_extra_labels, method_of
 from engine.runs.checkpoints import Progress
 from engine.runs.metrics_writer import MetricsWriter
 from engine.runs.run_directory import PreparedRun, RunDir
@@ -186,6 +186,7 @@ def _check(config: RunConfig) -> None:
     """Refuse what would fail only after data were loaded, before a run directory is made."""
     _check_names(config)
     plan.check_whole_batches(method_of(config), config)
+    check_extra_labels(config)
     for section in ("teacher", "teacher_st"):
         name, known = getattr(config, section).method, semantics.TEACHER_METHODS
         if name not in known:

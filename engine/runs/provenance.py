@@ -22,9 +22,15 @@ def write(
     step: int,
     pipeline: str,
     init_sha256: str | None = None,
+    init_weights: str | None = None,
 ) -> None:
-    """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions."""
+    """Write provenance.json for this session of the run; those before a resume are kept under earlier_sessions.
+
+    And test_split.json, where the data set came without test images. init_weights: a library's name of the first
+    weights, where this session took them from it.
+    """
     config, run = session.config, session.run
+    earlier = run.sessions()
     current = environment.session(session.precision) | {
         "from_step": step,
         "pipeline": pipeline,
@@ -36,11 +42,20 @@ def write(
             for section, teacher in teachers.items()
         },
     }
+    if dataset.extra is not None:
+        current["data"] |= {
+            "extra": {"source": config.extra_data, "images": len(dataset.extra), "labels": config.extra_labels}
+        }
     if (plugins := imports.record(config)) and any(plugins.values()):
         current["plugins"] = plugins
     if init_sha256 is not None:
-        current["init"] = {"source": config.init, "sha256": init_sha256}
-    write_json(run.provenance, current | {"earlier_sessions": run.sessions()})
+        before = earlier[-1].get("init", {}) if earlier else {}
+        named = init_weights or before.get("weights")
+        of_library = {} if named is None else {"weights": named}
+        current["init"] = {"source": config.init, "sha256": init_sha256} | of_library
+    if dataset.held_out is not None:
+        dataset.held_out.write(run.test_split)
+    write_json(run.provenance, current | {"earlier_sessions": earlier})
 
 
 def amp_dtype(run: RunDir) -> str | None:

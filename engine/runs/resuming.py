@@ -14,7 +14,14 @@ from engine import config
 from engine.config import RunConfig, epochs_of
 from engine.training import averaging
 
-FRACTIONS = ("loss.warmup", "optim.lr_warmup", "optim.milestones", "averaging.start", "awp.start")
+FRACTIONS = (
+    "loss.warmup",
+    "attack.epsilon_warmup",
+    "optim.lr_warmup",
+    "optim.milestones",
+    "averaging.start",
+    "awp.start",
+)
 """Keys whose values below 1 are fractions of the epochs."""
 
 _MAY: dict[str, Callable[[Any, Any], bool]] = {

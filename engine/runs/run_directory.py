@@ -1,8 +1,8 @@
 """The run directory: its files, and how they are written so that nothing is lost.
 
-config.yaml, provenance.json, metrics.jsonl, tensorboard/, last.pt, best.pt, good.pt, summary.json, loss.png,
-accuracy.png, reliability.png. Every file but the two append-only logs is written beside its place and renamed over
-it.
+config.yaml, provenance.json, test_split.json, metrics.jsonl, tensorboard/, last.pt, best.pt, good.pt,
+summary.json, loss.png, accuracy.png, reliability.png. Every file but the two append-only logs is written beside
+its place and renamed over it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from engine.common.lookup import OBJECT
 from engine.common.stopping import RunFailed
 from engine.config import RunConfig, changes, differences, differing, read_file
 from engine.config import load as load_config
+from engine.pipelines.reading.held_out import TEST_SPLIT
 
 # What a folder may hold before a run writes anything: its configuration, and what its launcher printed.
 _BEFORE_IT_BEGINS = {"config.yaml", "logs", "log.txt"}
@@ -157,6 +158,7 @@ class RunDir:
         self.good = path / "good.pt"
         self.summary = path / "summary.json"
         self.snapshots = path / "snapshots"
+        self.test_split = path / TEST_SPLIT
 
     @classmethod
     def create(cls, config: RunConfig) -> PreparedRun:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +18,17 @@ from torch import nn
 from engine import models
 from engine.common.files import write_atomically
 from engine.common.stopping import Interrupted
-from engine.config import RunConfig, TeacherConfig, differing, explicit, load, merge, part, semantics
+from engine.config import (
+    LABELLED_BY_TEACHER,
+    RunConfig,
+    TeacherConfig,
+    differing,
+    explicit,
+    load,
+    merge,
+    part,
+    semantics,
+)
 from engine.evaluation.measure import evaluate, is_chance
 from engine.models.weights import LoadedModel, load_model, weights_sha256
 from engine.pipelines.datasets import AnyDataset, AnySplit, cache_dir
@@ -29,6 +39,7 @@ from engine.system.precision import Precision
 # What stands for the format of the passes under "amp": without AMP they are in float32 too.
 _AMP_IN_KEY = {"auto": True, "float32": False, "bfloat16": True, "float16": "float16"}
 
+_OF_EXTRA_DATA = ("extra_data", "extra_fraction", "extra_labels")
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -76,6 +87,8 @@ def obtain(
         )  # fmt: skip
         return _teacher(loaded, precision, f"checkpoint {wanted.checkpoint}")
     teacher_config = run_config(config, section)
+    if teacher_config.extra_data is None and dataset.extra is not None:
+        dataset = replace(dataset, extra=None)
     before = _with_earlier_defaults(teacher_config)
     if before != teacher_config and world.broadcast_from_main(lambda: _is_of(before, place, known, dataset)):
         teacher_config = before
@@ -145,6 +158,8 @@ def run_config(config: RunConfig, section: str) -> RunConfig:
     """
     wanted: TeacherConfig = getattr(config, section)
     shared = part(explicit(config.tree()), lambda key: key.teacher)
+    if config.extra_labels == LABELLED_BY_TEACHER:
+        shared = {key: value for key, value in shared.items() if key not in _OF_EXTRA_DATA}
     own = {
         "method": wanted.method,
         "model": wanted.model or config.model,
@@ -178,9 +193,8 @@ def cache_path(config: RunConfig, dataset: AnyDataset) -> Path:
     )
     recipe["amp"] = config.amp and _AMP_IN_KEY[config.amp_dtype]
     recipe["data"] = dataset.sha256
-    if models.is_registered(config.model):
-        models.check(config.model)
-        recipe["model_version"] = models.TABLE[config.model].version
+    if version := models.get(config.model).version:
+        recipe["model_version"] = version
     if config.validation > 0:  # then the test images have no part in it
         recipe["data"] = dataset.train_sha256
         del recipe["limit_test"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import models
 from engine.attacks import masking, overfitting, table
 from engine.attacks.kinds import Task, craft
 from engine.attacks.pgd import describe
@@ -25,7 +26,7 @@ from engine.runs.assemble import Parts
 from engine.runs.checkpoints import Progress
 from engine.runs.session import Session
 from engine.system.precision import on_device
-from engine.training import plan, schedule, telemetry
+from engine.training import plan, schedule, step_networks, telemetry
 from engine.training.step import StepOutput
 
 # By `overfitting_guard`: the last good epoch is kept, and one that overfits does not replace the best.
@@ -60,8 +61,9 @@ class Trainer:
 
     @property
     def attack(self) -> AttackSpec:
-        """The attack of the training, with the steps that are in force."""
-        return overfitting.in_force(self.session.config.attack, len(self.progress.rolled_back))
+        """The attack of the training, with the lengths of this epoch and the steps that are in force."""
+        attack = schedule.attack(self.session.config, self.progress.epoch)
+        return overfitting.in_force(attack, len(self.progress.rolled_back))
 
     @property
     def may_overfit(self) -> bool:
@@ -102,6 +104,10 @@ class Trainer:
         config, console, progress = self.session.config, self.session.console, self.progress
         data, learner = self.parts.data, self.parts.learner
         epoch, method = progress.epoch, self._method_of(progress.epoch)
+        if self.method.needs_x_adv:
+            self._use_attack()
+        # A network of this package draws no random numbers; another may, as for dropout.
+        may_draw = bool(models.get(config.model).version)
         learner.student.train()
         self.parts.telemetry.start_clock()
         for batch in learner.batches(data.pipeline.epoch(epoch, progress.step_in_epoch)):
@@ -112,6 +118,8 @@ class Trainer:
                 console.message(f"Micro-batches of {micro} images fit into the memory")
             progress.step_in_epoch += 1
             progress.step += 1
+            if may_draw:
+                step_networks.seed_dropout(config.seed, progress.step, self.session.world)
             learner.learn(batch, method, lr, epoch=epoch, global_batch_size=size, on_output=self._add)
             console.advance(progress.step)
             self.on_step()
@@ -180,7 +188,7 @@ class Trainer:
         row = self._row("epoch", progress.totals)
         if learner.average is not None:
             clean = parts.data.pipeline.epoch(progress.epoch)
-            learner.average.after_epoch(progress.epoch, clean, parts.data.sampling.num_samples, world)
+            learner.average.after_epoch(progress.epoch, clean, parts.data.sampling.epoch_size, world)
         try:
             accuracies = self._evaluate(parts.data.held_out, ("natural", attack))
         except Interrupted:
@@ -228,7 +236,7 @@ class Trainer:
             )
             if precision.amp_dtype is not None and self.method.needs_x_adv:
                 found |= masking.probe(
-                    student, *parts.data.probe_images, attack, precision, seed=config.seed, teacher=teacher
+                    student, *parts.data.probe_images, self.attack, precision, seed=config.seed, teacher=teacher
                 )
             if self.may_overfit:
                 found |= overfitting.probe(
@@ -259,7 +267,6 @@ class Trainer:
     def _begin_guard(self) -> None:
         """Take up the guard against overfitting where the run stands; it may have had another guard before."""
         progress = self.progress
-        self._use_attack()
         if self.session.config.overfitting_guard == "rollback" and overfitting.COMPLAINT in progress.last:
             if self._can_roll_back():
                 self._roll_back(progress.last)
@@ -317,7 +324,6 @@ class Trainer:
         for rolled_back in rows[len(good.rolled_back) :]:
             self.write_row(rolled_back)
         self.progress = good.model_copy(update={"rolled_back": rows})
-        self._use_attack()
         where = f"end of epoch {good.epoch}" if good.epoch else "beginning"
         which = f"rollback {len(rows)} of {overfitting.MOST_ROLLBACKS}"
         self.session.console.message(
@@ -397,6 +403,8 @@ class Trainer:
         }
         if self.may_overfit:
             row["attack_steps"] = self.attack.num_steps
+        if self.method.needs_x_adv and config.attack.epsilon_warmup:
+            row["attack_epsilon"] = self.attack.epsilon
         row |= telemetry.summarise(totals, method.term_names)
         passes = plan.passes(method, self.attack, config.forwards, in_warmup=method != self.method)
         of_one_process = totals["samples"] / totals["seconds"] / self.session.world.size

@@ -18,8 +18,8 @@ from engine.kernels import dispatch
 from engine.system.precision import Precision
 
 _PACKAGES = (
-    "torch", "torchvision", "triton", "numpy", "pillow", "pyautoattack", "ffcv", "numba", "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
+    "torch", "torchvision", "timm", "triton", "numpy", "pillow", "pyautoattack", "ffcv", "numba",
+    "nvidia-dali-cuda130", "nvidia-dali-cuda120",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Learner:
     ) -> None:
         world = world or World()
         self.student, self.method = student, method
-        self.optimizer = optimizer.sgd(student.parameters(), config)
+        self.optimizer = optimizer.build(student, config)
         self.scaler = precision.scaler()
         self.average = averaging.build(student, config)
         self.factors = Factors(config, world, precision.device)
@@ -92,8 +92,7 @@ class Learner:
         random starts. on_output: called with the output of each part of the batch, and its labels.
         """
         global_batch_size = len(batch.labels) if global_batch_size is None else global_batch_size
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.set_rate(self.optimizer, lr)
         parts = self.micro_batches.split(batch, global_batch_size)
         self.step(parts, method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
         if self.average is not None:
@@ -133,8 +132,8 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
-        for group in groups:  # all else is as the configuration says
-            group["lr"] = saved["param_groups"][0]["lr"]
+        for group, before in zip(groups, saved["param_groups"], strict=True):
+            group["lr"] = before["lr"]  # all else is as the configuration says
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         if state["scaler"]:  # empty where the run had no float16 before
             self.scaler.load_state_dict(state["scaler"])

@@ -13,6 +13,7 @@ from engine.methods import Method
 from engine.pipelines.base import Batch
 from engine.system.data_parallel import no_sync
 from engine.system.distributed import World
+from engine.training.optimizer import IMPLEMENTATIONS
 from engine.training.step import TrainingStep
 
 
@@ -43,9 +44,7 @@ class MicroBatches:
 
     def split(self, batch: Batch, global_batch_size: int) -> list[Batch]:
         """The parts of this process's batch, of `global_batch_size` images in all."""
-        count = count_parts(global_batch_size, self.size, self._world.size)
-        split = (tensor.tensor_split(count) for tensor in (batch.x_nat, batch.labels, batch.sample))
-        return [Batch(*tensors) for tensors in zip(*split, strict=True)]
+        return batch.split(count_parts(global_batch_size, self.size, self._world.size))
 
     def is_frequent(self, images: int) -> bool:
         """True if a part of a full batch has so many images: as many on every process, give or take one."""
@@ -75,7 +74,7 @@ def _fits(step: TrainingStep, batch: Batch, size: int, method: Method, epoch: in
     counts = None if adversary is None else adversary.counts
     kept = [*step.student.buffers(), *([] if counts is None else [counts])]
     before = [value.clone() for value in kept]
-    part = Batch(batch.x_nat[:size], batch.labels[:size], batch.sample[:size])
+    part = batch.split([size])[0]
     reserved = _reserve(step)
     on_gpu = step.precision.device.type == "cuda"
     try:
@@ -98,6 +97,7 @@ def _fits(step: TrainingStep, batch: Batch, size: int, method: Method, epoch: in
 
 
 def _reserve(step: TrainingStep) -> list[Tensor]:
-    """Memory for the rest of an update: the optimizer's momentum, and the weights before their own attack."""
-    copies = int(not step.optimizer.state) + int(step.config.awp.gamma > 0)
+    """Memory for the rest of an update: the optimizer's averages, and the weights before their own attack."""
+    averages = IMPLEMENTATIONS[step.config.optim.implementation].averages
+    copies = len(averages) * (not step.optimizer.state) + int(step.config.awp.gamma > 0)
     return [torch.empty_like(value) for value in step.student.parameters() for _ in range(copies)]

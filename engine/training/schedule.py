@@ -1,4 +1,7 @@
-"""The learning rate as a function of the step: nothing of it has to be saved for a resume. Imports no torch."""
+"""The learning rate as a function of the step, and the training's attack as one of the epoch. Imports no torch.
+
+Nothing of them has to be saved for a resume.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Callable
 
 from engine.common.lookup import look_up
-from engine.config import RunConfig, epochs_of
+from engine.config import AttackSpec, RunConfig, epochs_of
 
 LINEAR_BATCH = 128
 """Batch size at which lr_scale "linear" changes nothing: the paper's (Section 5)."""
@@ -15,6 +18,8 @@ LINEAR_BATCH = 128
 # far below its peak it starts, and how far below its start it ends.
 _RISING, _START, _END = 0.3, 25.0, 1e4
 
+
+_LENGTHS = ("epsilon", "step_size", "start_epsilon", "gaussian_std")
 
 # How the peak grows with the batch size.
 _SCALES: dict[str, Callable[[int], float]] = {
@@ -40,6 +45,16 @@ def factor(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return after_warmup(config, step, warmup, steps_per_epoch)
+
+
+def attack(config: RunConfig, epoch: int) -> AttackSpec:
+    """The training's attack in an epoch, from 0: in a warm-up of E epochs its lengths are (epoch + 1) / E."""
+    whole, warmup = config.attack, epochs_of(config.attack.epsilon_warmup, config.epochs)
+    if epoch + 1 >= warmup:
+        return whole
+    lengths = {name: getattr(whole, name) for name in _LENGTHS}
+    scaled = {name: value * (epoch + 1) / warmup for name, value in lengths.items() if value is not None}
+    return whole.model_copy(update=scaled)
 
 
 def _milestones(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ from engine.system.data_parallel import RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import awp, plan, schedule
+from engine.training import awp, optimizer, plan, schedule
 from engine.training.factors import Factors
 from engine.training.step_networks import Networks
 
@@ -54,7 +55,7 @@ class StepOutput(NamedTuple):
 
 
 OnOutput = Callable[[StepOutput, Tensor], None]
-"""Called with the output of each part of a batch, and its labels."""
+"""Called with the output of each part of a batch, and its labels, of mixed images those of the larger share."""
 
 
 class TeacherOutputs(NamedTuple):
@@ -105,7 +106,7 @@ class TrainingStep:
                     output = self.loss(part, teachers, method, self.config.forwards, epoch)
                     with self.statistics.averaged(share) if is_last else nullcontext():
                         self.backward(output.loss.loss, weight)
-            on_output(output, part.labels)
+            on_output(output, part.main_labels)
         self.update()
 
     def attack_and_teach(self, batch: Batch, method: Method, epoch: int) -> TeacherOutputs:
@@ -139,17 +140,17 @@ class TrainingStep:
         self.lanes.join()
         with record_function("loss"):
             logits = {**student, **teachers.logits}
-            loss = self._weighted(logits, batch.labels, method, epoch)
+            loss = self._weighted(logits, batch, method, epoch)
         s_nat = student.get("s_nat")
         if s_nat is not None and s_nat.requires_grad and "s_nat" not in method.reads:
             loss = loss._replace(loss=loss.loss + 0 * s_nat.sum())  # forward and backward of a term of weight zero
         return StepOutput(loss, method.term_names, logits)
 
-    def _weighted(self, logits: Mapping[str, Tensor], labels: Tensor, method: Method, epoch: int) -> DistillLoss:
+    def _weighted(self, logits: Mapping[str, Tensor], batch: Batch, method: Method, epoch: int) -> DistillLoss:
         """The terms, or the function, of a method; epoch: from 0."""
         trusted = objectives.TRUST if objectives.TRUST in logits else None
         if method.function is not None:
-            return by_function(method, logits, labels, trusted)
+            return expected(partial(by_function, method, logits, trusted), batch)
         differences = {
             name: logits[whole] - logits[part]
             for name, (whole, part) in objectives.DIFFERENCES.items()
@@ -158,17 +159,23 @@ class TrainingStep:
         logits = {**logits, **differences}
         growth = (epoch + 1) / (method.loss.growth_epochs or self.config.epochs)
         terms = method.terms(next(iter(logits.values())).shape[1], growth)
-        factors = dict.fromkeys(term.factor for term in terms if term.factor is not None)
-        lr_part = self.optimizer.param_groups[0]["lr"] / schedule.peak(self.config)
-        return distill_loss(
-            logits,
-            labels,
-            [Term(*term[1:]) for term in terms],
-            trust=trusted,
-            beta=method.loss.beta,
-            factors=self.factors(factors, logits, labels, lr_part),
-            label_smoothing=method.loss.label_smoothing,
-        )
+        names = dict.fromkeys(term.factor for term in terms if term.factor is not None)
+        lr_part = optimizer.rate(self.optimizer) / schedule.peak(self.config)
+        factors = self.factors(names, logits, batch.labels, lr_part)
+
+        def loss(labels: Tensor, sample_weights: Tensor | None) -> DistillLoss:
+            return distill_loss(
+                logits,
+                labels,
+                [Term(*term[1:]) for term in terms],
+                trust=trusted,
+                beta=method.loss.beta,
+                factors=factors,
+                sample_weights=sample_weights,
+                label_smoothing=method.loss.label_smoothing,
+            )
+
+        return expected(loss, batch)
 
     def _student_logits(
         self, images: Mapping[str, Tensor], method: Method, forwards: ForwardsConfig
@@ -221,21 +228,47 @@ class TrainingStep:
 
     def update(self) -> None:
         """One step of the optimizer along the gradients, of norm `optim.clip_norm` at most where that is set."""
-        optimizer, clip_norm = self.optimizer, self.config.optim.clip_norm
+        clip_norm = self.config.optim.clip_norm
         with record_function("optimizer"):
             if clip_norm is not None:
-                self.scaler.unscale_(optimizer)
-                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-                torch.nn.utils.clip_grad_norm_(weights, clip_norm)
-            self.scaler.step(optimizer)
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(optimizer.parameters(self.optimizer), clip_norm)
+            self.scaler.step(self.optimizer)
             self.scaler.update()
-            optimizer.zero_grad()  # now, so that no gradient is kept through the next attack
+            self.optimizer.zero_grad()  # now, so that no gradient is kept through the next attack
 
 
-def by_function(method: Method, logits: Mapping[str, Tensor], labels: Tensor, trusted: str | None) -> DistillLoss:
+def expected(loss: Callable[[Tensor, Tensor | None], DistillLoss], batch: Batch) -> DistillLoss:
+    """The loss of a batch's labels; of mixed images s loss(y) + (1 - s) loss(y'), s the share of the own image.
+
+    So the cross-entropy is that of the mixed labels, and alpha the trust in each of both.
+    loss: of labels and the weights of samples, None for 1. `terms` are means over the labels of the larger share.
+    """
+    if batch.mixture is None:
+        return loss(batch.labels, None)
+    share_B = batch.mixture.share
+    own, other = loss(batch.labels, share_B), loss(batch.mixture.labels, 1 - share_B)
+    with torch.no_grad():
+        terms_K = loss(batch.main_labels, None).terms
+    return DistillLoss(
+        own.loss + other.loss,
+        share_B * own.alpha + (1 - share_B) * other.alpha,
+        terms_K,
+        own.per_sample + other.per_sample,
+    )
+
+
+def by_function(
+    method: Method,
+    logits: Mapping[str, Tensor],
+    trusted: str | None,
+    labels: Tensor,
+    sample_weights: Tensor | None = None,
+) -> DistillLoss:
     """The mean over the batch of a loss that is a function, (B,), of logits by name and labels.
 
-    Raises ValueError where the function gives anything else, or what has no gradient.
+    sample_weights: (B,), its factors; None: 1. Raises ValueError where the function gives anything else, or what
+    has no gradient.
     """
     assert method.function is not None
     given = {name: _at_least_float(logits[name]) for name in method.function_reads}
@@ -246,6 +279,8 @@ def by_function(method: Method, logits: Mapping[str, Tensor], labels: Tensor, tr
     if torch.is_grad_enabled() and not loss_B.requires_grad:
         raise ValueError(f"method: the loss of {method.name} has no gradient to the student's logits")
     loss_B = _at_least_float(loss_B)
+    if sample_weights is not None:
+        loss_B = loss_B * sample_weights
     mean = loss_B.sum() / max(len(labels), 1)
     alpha_B = torch.ones_like(loss_B.detach())
     if trusted is not None:

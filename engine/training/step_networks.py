@@ -15,10 +15,12 @@ from engine.attacks.pgd import bn_mode
 from engine.attacks.twin import Forward, Twin
 from engine.common.lookup import is_on
 from engine.config import RunConfig
+from engine.kernels import philox
 from engine.methods import Method
 from engine.models.layers import recompute
 from engine.models.sync_batch_norm import is_synchronised
 from engine.system import layout
+from engine.system.distributed import World
 from engine.system.precision import Precision
 
 MOST_COMPILATIONS = 64
@@ -78,6 +80,16 @@ def build(
             layout.check_channels_last(network)
     forward = _in_range(make_forward(trained or student))
     return Networks(forward, adversary, twins)
+
+
+def seed_dropout(seed: int, step: int, world: World) -> None:
+    """Seed torch's global generators, from which layers such as dropout draw, for a step of this process.
+
+    So a run that goes on draws what it would have drawn.
+    """
+    sample = torch.tensor([step * world.size + world.rank])
+    high, low = philox.random_words(seed, philox.Stream.DROPOUT, 0, sample, 2)[0].tolist()
+    torch.manual_seed(high << 32 | low)
 
 
 def _in_range(network: Forward) -> Forward:

@@ -16,8 +16,8 @@ from engine.common.lookup import check_known, look_up
 from engine.pipelines.ffcv import check_installed
 from engine.pipelines.prefetching import prefetched
 from engine.pipelines.reading import beton
+from engine.pipelines.reading.decoding import Pixels
 from engine.pipelines.reading.encoded import Listing
-from engine.pipelines.reading.folder import Pixels
 from engine.pipelines.splits import SPLIT_NAMES, Progress, Split
 
 _QUALITY = 90

@@ -32,7 +32,7 @@ from engine.pipelines.ffcv.repairs import (
 )
 from engine.pipelines.reading import beton
 from engine.pipelines.reading.beton import Beton
-from engine.pipelines.reading.folder import Pixels
+from engine.pipelines.reading.decoding import Pixels
 
 Integers = npt.NDArray[np.int64]
 

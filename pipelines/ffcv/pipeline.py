@@ -56,7 +56,7 @@ class FFCVPipeline(PrefetchingPipeline):
             self._data.shape,
             any_size=self._data.any_size,
             paged=self._sampling.order == "quasi-random",
-            batch_size=self._sampling.batch_size // self._sampling.shard.world,
+            batch_size=self._sampling.images_per_rank,
             workers=self._workers,
             batches_ahead=self._batches_ahead,
             device=self._device,

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from engine.common.files import regular_file
 from engine.pipelines.reading.encoded import Listing
-from engine.pipelines.reading.folder import Tree
+from engine.pipelines.reading.tree import Tree
 from engine.pipelines.splits import SPLIT_NAMES, Request
 
 BETON_VERSION = 2
 JPEG, RAW = 0, 1  # modes of an image
+_SUFFIXES = (".beton", ".ffcv")
+_PARTS = ("train", "test", "val")
+_MOST_FIELDS, _SMALLEST_PAGE = 256, 1 << 12  # of a file that is taken for one whatever its name
 IMAGE, LABEL, SPLIT, CLASS_NAME = "image", "label", "split", "class_name"
 
 _HEADER = np.dtype(
@@ -122,23 +125,56 @@ def position(name: str) -> int:
 
 
 def is_beton(path: Path) -> bool:
-    """True if the path is that of a .beton file, or of a folder with a train.beton."""
-    return path.suffix == ".beton" or (path / "train.beton").is_file()
+    """True if the path is that of a .beton file, by its name or its content, or of a folder with such files."""
+    if path.is_dir():
+        return any(_in_folder(path, part) for part in _PARTS)
+    return path.suffix in _SUFFIXES or (path.is_file() and _begins_like_one(path))
+
+
+def _begins_like_one(path: Path) -> bool:
+    """True if a file begins with the head of a .beton file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.itemsize)
+    except OSError:  # which reading it says
+        return False
+    if len(head) < _HEADER.itemsize:
+        return False
+    version, num_fields, page_size, count, table_at = np.frombuffer(head, _HEADER)[0].tolist()
+    counts = 0 < num_fields <= _MOST_FIELDS and count > 0 and table_at > 0
+    return bool(version == BETON_VERSION and page_size.bit_count() == 1 and page_size >= _SMALLEST_PAGE and counts)
+
+
+def _in_folder(path: Path, part: str) -> Path | None:
+    """The file train.beton of a folder, or one like train_500_0.5_90.ffcv, as ImageNet's are often called.
+
+    Raises ValueError where there are several.
+    """
+    found = sorted(file for file in path.glob(f"{part}*") if file.suffix in _SUFFIXES and file.is_file())
+    exact = [file for file in found if file.stem == part]
+    if len(exact or found) > 1:
+        raise ValueError(f"data: {path} holds several files of {part}: {', '.join(file.name for file in found)}")
+    return next(iter(exact or found), None)
 
 
 def splits(path: Path, request: Request) -> tuple[Listing, Listing]:
     """Training and test images of a file with the field `split`, or of a folder with train.beton and test.beton.
 
-    In a folder val.beton serves where there is no test.beton. Raises ValueError in one line for a file that is not
-    there or not whole, and for classes that differ between the two.
+    In a folder val.beton serves where there is no test.beton. Where the request is for test images only, they need
+    no others beside them, and a file without splits is one of test images. Raises ValueError in one line for a
+    file that is not there or not whole, and for classes that differ between the two.
     """
     if path.is_dir():
-        second = next((name for name in ("test.beton", "val.beton") if (path / name).is_file()), None)
+        first, second = _in_folder(path, "train"), _in_folder(path, "test") or _in_folder(path, "val")
         if second is None:
             raise ValueError(f"data: {path} holds no test.beton and no val.beton")
-        parts = [_only(path / name) for name in ("train.beton", second)]
+        if first is None and not request.only_test:
+            raise ValueError(f"data: {path} holds no train.beton")
+        parts = [_only(file) for file in (second if request.only_test else first, second) if file]
     else:
         found = read(path).listings()
+        if "" in found and request.only_test:
+            found = dict.fromkeys(SPLIT_NAMES, found[""])
         if "" in found:
             raise ValueError(
                 f"data: {path} does not say which images are for testing (it has no field `split`); "

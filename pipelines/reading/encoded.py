@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,16 @@ from torch import Tensor
 
 from engine.common.numbers import ceil_div
 from engine.pipelines.crops import centre_crops
-from engine.pipelines.reading.folder import Files, Pixels, Tree, open_image, pixels
+from engine.pipelines.reading.decoding import Pixels, decodes_alike, open_image, pixels
+from engine.pipelines.reading.folder import Files
+from engine.pipelines.reading.held_out import HeldOut
+from engine.pipelines.reading.tree import Tree
 from engine.pipelines.splits import SPLIT_NAMES, Progress, Request, Split
 
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _IMAGES_PER_TASK = 256
+_USUAL_SIZES = (32, 64, 96, 128, 160, 224)
+_LOOKED_AT = 64  # images at most, to say which size suits them
 _HASHED = 1 << 14  # images at most, whose content goes into a hash of the data
 
 
@@ -55,14 +60,15 @@ class Listing:
     def read(self, sample: int) -> tuple[bytes, int, int]:
         """Encoded image, height and width, of a file that every decoder reads alike.
 
-        JPEG and PNG files that are whole, RGB or grey, are given as they are. What decoders read differently or do
-        not read (CMYK, palettes, other formats) is decoded here, as `folder` does it, and given as PPM.
-        Raises ValueError, naming the file, where it cannot be read, is cut off, or has more than 8 bits a channel.
+        JPEG and PNG files that are whole, RGB or grey, and stored upright are given as they are. What decoders
+        read differently or do not read (CMYK, palettes, other formats) is decoded by `decode`, and given as PPM.
+        Raises ValueError, naming the file, where it cannot be read or is cut off.
         """
         with suppress(Exception):  # `decode` below raises what is wrong with the file
             data = self.tree.read(self.names[sample])
             with open_image(data) as image:
-                if image.mode in ("RGB", "L") and data.endswith(_LAST_BYTES[image.format or ""]):
+                whole = data.endswith(_LAST_BYTES[image.format or ""])
+                if whole and decodes_alike(image, data, upright=self.is_turned):
                     return data, image.height, image.width
         image_HWC = self.decode(sample)
         height, width = image_HWC.shape[:2]
@@ -70,7 +76,12 @@ class Listing:
 
     def decode(self, sample: int) -> Pixels:
         """The image as Pillow decodes it: RGB, HWC. Raises ValueError, naming the file, where it is unreadable."""
-        return pixels(self.tree, self.names[sample])
+        return pixels(self.tree, self.names[sample], upright=self.is_turned)
+
+    @property
+    def is_turned(self) -> bool:
+        """Images are turned as their EXIF orientation says; in a .beton file they are as they are to be seen."""
+        return self.beton is None
 
 
 AnyListing = TypeVar("AnyListing", bound=Listing)
@@ -111,10 +122,7 @@ class EncodedImages(Listing):
             return image_HWC
         if crop is None:
             crop = map(int, centre_crops(torch.tensor(height), torch.tensor(width)))
-        top, left, height, width, flip = crop
-        part = Image.fromarray(image_HWC[top : top + height, left : left + width])
-        resized_HWC = np.asarray(part.resize(self.shape[::-1], Image.Resampling.BILINEAR))
-        return resized_HWC[:, ::-1] if flip else resized_HWC
+        return np.asarray(cut(Image.fromarray(image_HWC), crop, self.shape))
 
     def update(self, digest: hashlib._Hash) -> None:
         """Add names, labels, and the files of up to 16,384 images, evenly chosen, to a hash."""
@@ -129,8 +137,17 @@ class EncodedImages(Listing):
         if not self.any_size and (height, width) != self.shape:
             raise ValueError(
                 f"data: {self.where(sample)} is {width}x{height} pixels and must be "
-                f"{self.shape[1]}x{self.shape[0]} as the other images; see image_size"
+                f"{self.shape[1]}x{self.shape[0]} as the other images; give --image-size {self._usual_size()} to "
+                "cut views of that size from images of any size"
             )
+
+    def _usual_size(self) -> int:
+        """`usual_size` by some of the images."""
+        sides = []
+        for sample in range(0, len(self), ceil_div(len(self), _LOOKED_AT)):
+            with suppress(Exception), open_image(self.tree.read(self.names[sample])) as image:
+                sides.append(min(image.size))
+        return usual_size(sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +165,30 @@ class Views:
 
         _for_each(len(sample_B), fill, images_per_task=8)
         return torch.from_numpy(views_BHWC)
+
+
+class FoundSplits(NamedTuple):
+    """A data set that was found. source: its place in words. notes, held_out: as of `ImageFolder`."""
+
+    train: Split | EncodedImages
+    test: Split | EncodedImages
+    source: str
+    notes: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
+
+
+def cut(image: Image.Image, crop: Iterable[int], shape: tuple[int, int]) -> Image.Image:
+    """A crop of an image, as in `EncodedImages.view`, resized to that height and width by a triangular filter."""
+    top, left, height, width, flip = crop
+    part = image.crop((left, top, left + width, top + height))
+    resized = part.resize(shape[::-1], Image.Resampling.BILINEAR)
+    return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else resized
+
+
+def usual_size(sides: Sequence[int]) -> int:
+    """The largest usual size of views that half of the images' shorter sides reach; of none, the smallest."""
+    middle = sorted(sides)[len(sides) // 2] if sides else 0
+    return max((size for size in _USUAL_SIZES if size <= middle), default=_USUAL_SIZES[0])
 
 
 def listing(files: Files, part: str, request: Request) -> Listing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,12 +13,17 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engine.pipelines.reading.encoded import listing, read_splits
-from engine.pipelines.reading.folder import Files, archive, below_single_folder, directory, opened
+from engine.pipelines.reading.encoded import FoundSplits, listing, read_splits
+from engine.pipelines.reading.folder import (
+    Files,
+    Wanted,
+    below_single_folder,
+    by_class,
+    check_same_classes,
+    opened,
+)
+from engine.pipelines.reading.tree import Tree, archive, directory
 from engine.pipelines.splits import SPLIT_NAMES, Request, Split, split_validation
-
-ReadSplits = tuple[Split, Split, str]
-"""The train and test splits, and their source in words."""
 
 _CLASSES = {  # sorted, which is also the order of their labels
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
@@ -45,7 +51,7 @@ class Absent(Exception):
     """The place does not hold the data set; the message completes the sentence "it has ..."."""
 
 
-def digits(request: Request) -> ReadSplits:
+def digits(request: Request) -> FoundSplits:
     """scikit-learn's 8x8 digits of 17 grey levels, enlarged to 32x32; a fixed fifth of them is the test split."""
     from sklearn.datasets import load_digits
 
@@ -55,10 +61,10 @@ def digits(request: Request) -> ReadSplits:
     images_NHWC = torch.from_numpy(large_NHW)[..., None].repeat(1, 1, 1, 3)
     whole = Split(images_NHWC, torch.from_numpy(raw.target).long(), _DIGIT_NAMES)
     train, test = split_validation(whole, 0.2, seed=0)
-    return *_select(request, train, test), "embedded (scikit-learn)"
+    return FoundSplits(*_select(request, train, test), "embedded (scikit-learn)")
 
 
-def cifar(name: str, place: Path, request: Request) -> ReadSplits:
+def cifar(name: str, place: Path, request: Request) -> FoundSplits:
     """CIFAR as torchvision stores it, unpacked or packed, or as an image folder with its class names."""
     unpacked, packed = (place / stored for stored in CIFAR_NAMES[name])
     if unpacked.is_dir() or packed.is_file():
@@ -67,22 +73,24 @@ def cifar(name: str, place: Path, request: Request) -> ReadSplits:
 
         kind = _cifar_class(name)
     if unpacked.is_dir():
-        return *_cifar_splits(kind, place, unpacked, request), str(unpacked)
+        return FoundSplits(*_cifar_splits(kind, place, unpacked, request), str(unpacked))
     if packed.is_file():
         if not check_integrity(packed, kind.tgz_md5):
             raise _damaged(packed)
         with TemporaryDirectory() as folder:
             extract_archive(str(packed), folder)
-            return *_cifar_splits(kind, Path(folder), packed, request), str(packed)
+            return FoundSplits(*_cifar_splits(kind, Path(folder), packed, request), str(packed))
     missing = f"no {unpacked.name}, no {packed.name} and no image folder of its classes"
     with ExitStack() as stack:
         try:
-            train, test = stack.enter_context(opened(place, only_test=request.only_test))
+            # Its test images are those that everybody tests on, and no others.
+            found = stack.enter_context(opened(place, Wanted(only_test=request.only_test, may_split=False)))
         except ValueError as error:
             raise Absent(f"{missing} ({str(error).removeprefix('data: ')})") from None
-        if train.by_class.keys() != set(_CLASSES[name].split()):
+        if found.train.by_class.keys() != set(_CLASSES[name].split()):
             raise Absent(missing)
-        return *_read(train, test, request, (32, 32)), f"image folder {place} ({name} as image files)"
+        splits = _read(found.train, found.test, request, (32, 32))
+        return FoundSplits(*splits, f"image folder {place} ({name} as image files)", found.notes)
 
 
 def _cifar_splits(kind: Any, root: Path, shown: Path, request: Request) -> tuple[Split, Split]:
@@ -111,7 +119,7 @@ def _cifar_class(name: str) -> Any:
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
 
-def svhn(place: Path, request: Request) -> ReadSplits:
+def svhn(place: Path, request: Request) -> FoundSplits:
     """The cropped house numbers as torchvision stores them, without the extra split."""
     from torchvision.datasets import SVHN
 
@@ -123,7 +131,7 @@ def svhn(place: Path, request: Request) -> ReadSplits:
     except RuntimeError:
         raise _damaged(place / "*.mat") from None
     train, test = (_split(part.data.transpose(0, 2, 3, 1), part.labels, _DIGIT_NAMES) for part in parts)
-    return *_select(request, train, test), str(place)
+    return FoundSplits(*_select(request, train, test), str(place))
 
 
 def download_svhn(folder: Path) -> None:
@@ -134,35 +142,46 @@ def download_svhn(folder: Path) -> None:
         SVHN(folder, part, download=True)
 
 
-def tiny_imagenet(place: Path, request: Request) -> ReadSplits:
-    """Tiny-ImageNet, unpacked or zipped; its val images are the test split, as its test images have no labels."""
+def tiny_imagenet(place: Path, request: Request) -> FoundSplits:
+    """Tiny-ImageNet, unpacked or zipped; its val images are the test split, as its test images have no labels.
+
+    Both splits as published, `train/<class>/images/*` and `val/images/*` with val_annotations.txt, or by class as
+    `image_folder` reads them.
+    """
     candidates = (place / _TINY_IMAGENET, place / f"{_TINY_IMAGENET}.zip", place)
     with ExitStack() as stack:
         for path in candidates:
-            if path.is_file():
-                tree = below_single_folder(archive(path, stack))
-            else:
-                tree = directory(path, "train/*/images/*", "val/images/*", _VAL_ANNOTATIONS)
-            if _VAL_ANNOTATIONS in tree.names:
+            tree = _tiny_imagenet_tree(path, stack)
+            if tree is not None and {"train", "val"} - tree.tops <= ({"train"} if request.only_test else set()):
                 break
         else:
-            raise Absent(f"no {_TINY_IMAGENET} and no {_TINY_IMAGENET}.zip with train/ and {_VAL_ANNOTATIONS}")
-        train: dict[str, list[str]] = {}
-        for name in tree.names:
-            if name.startswith("train/") and name.endswith(".JPEG"):
-                train.setdefault(name.split("/")[1], []).append(name)
-        test: dict[str, list[str]] = {class_name: [] for class_name in train}
-        present = set(tree.names)  # also keeps a name with ".." from leading out of the folder
-        for line in tree.read(_VAL_ANNOTATIONS).decode(errors="replace").splitlines():
-            file, class_name = [*line.split("\t"), ""][:2]
-            if f"val/images/{file}" not in present or class_name not in train:
-                raise ValueError(
-                    f"data: {tree.where(_VAL_ANNOTATIONS)} names what is not there: {file} {class_name}"
-                )
-            test[class_name].append(f"val/images/{file}")
-        if not all(test.values()):
-            raise ValueError(f"data: {tree.where(_VAL_ANNOTATIONS)} names no image of some of the classes")
-        return *_read(Files(tree, train), Files(tree, test), request, (64, 64)), str(path)
+            raise Absent(f"no {_TINY_IMAGENET} and no {_TINY_IMAGENET}.zip with train/ and val/")
+        test = _tiny_imagenet_val(tree)
+        train = test if request.only_test else by_class(tree.under("train/").listed("*", "*/*"))
+        check_same_classes(train, test)
+        return FoundSplits(*_read(train, test, request, (64, 64)), str(path))
+
+
+def _tiny_imagenet_tree(path: Path, stack: ExitStack) -> Tree | None:
+    if path.is_file():
+        return below_single_folder(archive(path, stack))
+    return directory(path, "*", _VAL_ANNOTATIONS) if path.is_dir() else None
+
+
+def _tiny_imagenet_val(tree: Tree) -> Files:
+    """The val images, by the list of their classes, else by their folders, into which many move them."""
+    val = tree.under("val/").listed("*", "images/*")
+    if _VAL_ANNOTATIONS not in tree.names or not val.under("images/").names:
+        val = val.listed("*/*")
+        return by_class(replace(val, names=[name for name in val.names if name != "images/"]))
+    present = set(val.names)  # also keeps a name with ".." from leading out of the folder
+    by_name: dict[str, list[str]] = {}
+    for line in tree.read(_VAL_ANNOTATIONS).decode(errors="replace").splitlines():
+        file, class_name = [*line.split("\t"), ""][:2]
+        if f"images/{file}" not in present or not class_name:
+            raise ValueError(f"data: {tree.where(_VAL_ANNOTATIONS)} names what is not there: {file} {class_name}")
+        by_name.setdefault(class_name, []).append(f"images/{file}")
+    return Files(val, by_name)
 
 
 def check_classes(name: str, found: tuple[str, ...], where: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.lib.steps.variants import Flops
 from engine import models
 from engine.attacks.pgd import Attacked, batch_norm_mode, climb
-from engine.attacks.twin import Twin, conv_bn_pairs
+from engine.attacks.twin import Twin, conv_bn_pairs, traced
 from engine.config import AttackSpec
 from engine.system.precision import Precision
 from engine.training.speed import forward_flops
@@ -75,7 +75,9 @@ def test_in_evaluation_mode_it_is_the_network_with_batch_norm_folded(name: str) 
 def test_which_batch_norms_are_folded(name: str, folded: int, left: int) -> None:
     with torch.device("meta"):
         net = models.build(name, 10)
-    assert len(conv_bn_pairs(net)) == folded
+    nodes = traced(net)
+    assert nodes is not None
+    assert len(conv_bn_pairs(net, nodes)) == folded
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     assert norms - folded == left
 
@@ -124,7 +126,9 @@ def test_what_cannot_be_folded_is_run_as_it_is(decides: bool) -> None:
     net = Tangled(decides=decides).double()
     net(images())
     twin, x = Twin(net, "eval", F64), images()
-    assert conv_bn_pairs(net) == []
+    assert twin.is_opaque == decides
+    assert twin.module.get_submodule("norm") is not net.norm
+    assert isinstance(twin.module.get_submodule("norm"), nn.BatchNorm2d)
     assert torch.equal(twin(x), net.eval()(x))
 
 

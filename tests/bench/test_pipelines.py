@@ -111,7 +111,7 @@ def test_the_baseline_awaits_its_workers_and_gives_every_image_once() -> None:
     images = Split(torch.arange(20 * 12).view(20, 2, 2, 3).to(torch.uint8), torch.arange(20), tuple("ab"))
     from torchvision.transforms import ToTensor
 
-    epoch = loading.baseline(loading.ArrayImages(images, ToTensor()), CPU)
+    epoch = loading.baseline(loading.PillowImages(images, ToTensor()), CPU)
     batches = list(epoch(0))
     labels = torch.cat([batch.labels for batch in batches])
     views = torch.cat([batch.x_nat for batch in batches])
@@ -179,7 +179,7 @@ def test_failing_tests_stop_the_command(tmp_path: Path, monkeypatch: pytest.Monk
     ((paths, names),) = asked
     assert [path.name for path in paths] == ["test_contract.py", "test_tensor.py"]
     assert all(path.exists() for path in paths)
-    assert tuple(names) == ("tensor", "ffcv", "dali")
+    assert tuple(names) == ("tensor", "ffcv", "dali", "image")
 
 
 def test_a_small_run_writes_rows_and_a_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,9 +178,9 @@ def without(key: str) -> dict[str, Any]:
 
 CHECKPOINTS: dict[str, tuple[Callable[[], bytes], list[str]]] = {
     "text": (lambda: b"not a checkpoint", ["no checkpoint"]),
-    "empty file": (lambda: b"", ["no checkpoint"]),
+    "empty file": (lambda: b"", ["is empty"]),
     "half a file": (lambda: saved(resnet8())[:9000], ["no checkpoint"]),
-    "a list": (lambda: saved([1, 2]), ["list"]),
+    "a list": (lambda: saved([1, 2]), ["no weights"]),
     "an empty dict": (lambda: saved({}), ["empty"]),
     "a pickle that runs code": (lambda: saved({"net": Evil()}), ["run code"]),
     "a plain pickle that runs code": (lambda: pickle.dumps(Evil()), []),
@@ -249,9 +249,9 @@ def image(size: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def deep_image() -> bytes:
+def float_image() -> bytes:
     buffer = io.BytesIO()
-    Image.new("I;16", (8, 8), 1000).save(buffer, "PNG")
+    Image.new("F", (8, 8), 0.5).save(buffer, "TIFF")
     return buffer.getvalue()
 
 
@@ -270,16 +270,17 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 DATA: dict[str, tuple[dict[str, bytes], list[str]]] = {
     "nothing": ({}, []),
-    "no test": ({name: content for name, content in TWO_CLASSES.items() if name.startswith("train")}, ["test"]),
+    "no test and a single image": ({f"train/{name}/0.png": image() for name in "ab"}, ["no test images", "'a'"]),
     "no train": ({name: content for name, content in TWO_CLASSES.items() if name.startswith("test")}, ["train"]),
     "an unreadable image": (TWO_CLASSES | {"train/a/9.png": b"no image"}, ["train/a/9.png"]),
-    "an image of 16 bits": (TWO_CLASSES | {"train/a/9.png": deep_image()}, ["train/a/9.png", "8 bits"]),
+    "an image of floats": (TWO_CLASSES | {"train/a/9.png": float_image()}, ["train/a/9.png", "8 or 16 bits"]),
     "half an image": (TWO_CLASSES | {"test/b/9.png": image()[:40]}, ["test/b/9.png"]),
     "an image of another size": (TWO_CLASSES | {"train/b/9.png": image(16)}, ["train/b/9.png", "16"]),
     "an empty class": (TWO_CLASSES | {"train/c/": b"", "test/c/1.png": image()}, ["c"]),
     "a class only in test": (TWO_CLASSES | {"test/c/1.png": image()}, ["c"]),
     "a single class": ({n: c for n, c in TWO_CLASSES.items() if "/a/" in n}, ["a"]),
-    "a text file in a class": (TWO_CLASSES | {"train/a/readme.txt": b"hello"}, ["readme.txt"]),
+    "text called an image": (TWO_CLASSES | {"train/a/9.jpg": b"hello"}, ["9.jpg"]),
+    "text alone in a class": (TWO_CLASSES | {"train/c/readme.txt": b"hello", "test/c/1.png": image()}, ["c"]),
 }
 
 

@@ -40,7 +40,7 @@ def in_bash(*words: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (["train", "--attack-bn", ""], ["train", "eval", "batch"]),
         (["train", "--lanes", "o"], ["on", "off"]),
         (["train", "--micro-batch", ""], ["auto"]),
-        (["train", "--optimizer", "a"], ["apex"]),
+        (["train", "--optimizer", "a"], ["apex", "adamw"]),
         (["train", "--device", "c"], ["cpu", "cuda"]),
         (["train", "--set", "attack.k"], ["attack.kappa="]),
         (["train", "--set", "attack.bn="], [f"attack.bn={name}" for name in ("", "train", "eval", "batch")]),

@@ -21,13 +21,15 @@ from engine.attacks import pgd as attack
 from engine.attacks.twin import Twin
 from engine.common import lookup
 from engine.config import RunConfig, semantics
+from engine.config.optimizers import OPTIMIZERS
 from engine.kernels import Term, contract, dispatch, distill_loss, native, pgd_update, random_start, reference
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 from engine.kernels.pgd_update import IS_L2
 from engine.kernels.random_start import STARTS
-from engine.pipelines import sampling, selection, splits
+from engine.pipelines import crops, sampling, selection, splits
 from engine.pipelines.base import Batch
 from engine.pipelines.ffcv import beton_writer
+from engine.pipelines.images import augmentation
 from engine.runs.trainer import Trainer
 from engine.system import precision
 from engine.system.distributed import World
@@ -69,11 +71,12 @@ TABLES: dict[str, tuple[Iterable[Any], ...]] = {
     "forwards.idle": (plan.IDLE,),
     "forwards.first": (plan._ORDERS,),
     "optim.schedule": (schedule.SCHEDULES,),
-    "optim.implementation": (optimizer.IMPLEMENTATIONS,),
+    "optim.implementation": (optimizer.IMPLEMENTATIONS, OPTIMIZERS),
     "averaging.kind": (averaging.AVERAGING_KINDS,),
     "lr_scale": (schedule._SCALES,),
     "on_bad_image": (splits.SKIPS,),
     "pipeline": ({*selection.PIPELINE_KINDS, "auto"},),
+    "augmentation": ({*augmentation.AUGMENTATIONS, crops.RANDOM_RESIZED_CROP},),
     "order": (set(sampling.ORDERS) - {"sequential"},),
 }
 
@@ -151,9 +154,9 @@ def start(kind: str = "uniform", threat_model: str = "Linf") -> Tensor:
     )
 
 
-def build_pipeline(kind: str) -> object:
+def build_pipeline(kind: str, *augmentation: str) -> object:
     split = splits.Split(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), LABELS, ("a", "b"))
-    options = selection.LoaderOptions(augment=False, flip=False, device=CPU.device, dtype=CPU.dtype)
+    options = selection.LoaderOptions(True, False, CPU.device, CPU.dtype, augmentation=augmentation)
     return selection.build(kind, split, sampling.Sampling(2, 2), options, print)
 
 
@@ -219,7 +222,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "optim.schedule": lambda: schedule.factor(unknown(optim__schedule=UNKNOWN), 100, 1),
     "optim.schedule in its warm-up": lambda: schedule.factor(unknown(optim__schedule=UNKNOWN), 0, 1),
     "lr_scale": lambda: schedule.learning_rate(unknown(lr_scale=UNKNOWN), 0, 1),
-    "optim.implementation": lambda: optimizer.sgd(net().parameters(), unknown(optim__implementation=UNKNOWN)),
+    "optim.implementation": lambda: optimizer.build(net(), unknown(optim__implementation=UNKNOWN)),
     "averaging.kind": lambda: averaging.build(net(), unknown(averaging__kind=UNKNOWN)),
     "averaging.kind of a learner": lambda: learner(unknown(averaging__kind=UNKNOWN)),
     "micro_batch": lambda: learner(unknown(micro_batch=UNKNOWN)),
@@ -234,6 +237,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "last": lambda: sampling.Sampling(4, 2, last=UNKNOWN),
     "pipeline": lambda: choose_pipeline(UNKNOWN),
     "kind of a pipeline": lambda: build_pipeline(UNKNOWN),
+    "augmentation": lambda: build_pipeline("image", UNKNOWN),
     "on_bad_image": lambda: request(on_bad_image=UNKNOWN),
     "resident": lambda: request(resident=UNKNOWN),
     "part": lambda: request().of(UNKNOWN, splits.Split(IMAGES, LABELS, ("a", "b"))),

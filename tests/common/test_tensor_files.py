@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import os
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -315,3 +318,51 @@ def test_any_value_is_shown_in_a_short_line() -> None:
     for value in (10**5000, "x" * 10**6, nested(10**5), {"a\nb": 1}, torch.ones(1000)):
         assert len(short_repr(value)) <= 80
         assert "\n" not in short_repr(value)
+
+
+# Plain values beside tensors
+
+
+class _Reduced:
+    """Pickled as a call of a function with arguments."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+def test_numbers_of_numpy_and_options_are_read_as_plain_values(tmp_path: Path) -> None:
+    numbers = [kind(3) for kind in (np.float64, np.float32, np.float16, np.int64, np.int8, np.uint16, np.bool_)]
+    value = {"args": argparse.Namespace(lr=0.1), "numbers": numbers, "swapped": np.dtype(">f8").type(0.25)}
+    torch.save(value, tmp_path / "a.pt")
+    read = read_tensors(tmp_path / "a.pt").value
+    assert read == {"args": argparse.Namespace(lr=0.1), "numbers": [3, 3, 3, 3, 3, 3, True], "swapped": 0.25}
+    assert [type(number) for number in read["numbers"]] == [float, float, float, int, int, int, bool]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([1.0]),
+        np.void(b"12345678"),
+        _Reduced(np.dtype, "O"),
+        _Reduced(np.dtype, "f8,O"),
+    ],
+)  # fmt: skip
+def test_no_other_object_of_numpy_is_made(value: object, tmp_path: Path) -> None:
+    torch.save({"a": value}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"^[^\n]*a.pt: (holds the Python object|is no checkpoint)[^\n]*$"):
+        read_tensors(tmp_path / "a.pt")
+
+
+def test_the_header_of_safetensors_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    length = (1 << 24) + 8
+    path.write_bytes(length.to_bytes(8, "little") + b'{"' + b" " * length)
+    with pytest.raises(ValueError, match="its header has 16,777,224 bytes, and 16,777,216 are the most"):
+        read_tensors(path)
+    path.write_bytes(safetensors.torch.save({"a": torch.ones(3)})[:-1])
+    with pytest.raises(ValueError, match="a.safetensors: is a damaged safetensors file: "):
+        read_tensors(path)

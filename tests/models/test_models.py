@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from engine import models
 from engine.models import normalize
-from engine.models.networks.resnet import ResNet
-from engine.models.networks.resnet50 import BottleneckResNet
+from engine.models.architecture import Architecture
+from engine.models.networks.imagenet_resnet import ImageNetResNet
+from engine.models.networks.preactresnet import PreActBottleneck, PreActResNet
+from engine.models.networks.resnet import BasicBlock, Bottleneck, ResNet
 from engine.models.networks.wideresnet import WideResNet
 from engine.models.normalize import CONSTANTS, Normalize, constants
 from engine.models.weights import architecture_of
@@ -21,13 +24,17 @@ State = dict[str, Tensor]
 # What the numeric tests run: the table's architectures, but smaller ones of their kind in place of the big ones.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet8": lambda: models.build("resnet8", 10),
-    "resnet20": lambda: ResNet((16, 32, 64), 3, 10),
+    "resnet20": lambda: ResNet((16, 32, 64), (3, 3, 3), 10),
     "resnet18": lambda: models.build("resnet18", 10),
     "preactresnet18": lambda: models.build("preactresnet18", 10),
     "preactresnet18-nobn": lambda: models.build("preactresnet18-nobn", 10),
     "wrn16-2": lambda: WideResNet(16, 2, 10),
+    "wrn16-2-silu": lambda: models.build("wrn16-2-silu", 10),
+    "resnet11-cifar": lambda: ResNet((16, 32, 64), (1, 1, 1), 10, Bottleneck),
+    "preactresnet14": lambda: PreActResNet((8, 16, 24, 32), (1, 1, 1, 1), 10, PreActBottleneck),
     "mobilenetv2": lambda: models.build("mobilenetv2", 10),
-    "resnet17": lambda: BottleneckResNet((2, 1, 1, 1), 10),
+    "resnet17": lambda: ImageNetResNet((2, 1, 1, 1), 10, Bottleneck),
+    "resnet12-imagenet": lambda: ImageNetResNet((2, 1, 1, 1), 10, BasicBlock),
 }
 
 
@@ -92,6 +99,47 @@ def resnet(s: State, x: Tensor, train: bool, stages: int, blocks: int) -> Tensor
     return head(s, "linear", x)
 
 
+def bottlenecks(s: State, x: Tensor, train: bool) -> Tensor:
+    """ResNet of one bottleneck a stage, each with a projection."""
+    x = norm(s, "bn1", conv(s, "conv1", x), train).relu()
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        at = f"layer{stage}.0"
+        out = norm(s, f"{at}.bn1", conv(s, f"{at}.conv1", x), train).relu()
+        out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv2", out, stride), train).relu()
+        out = norm(s, f"{at}.bn3", conv(s, f"{at}.conv3", out), train)
+        x = (out + norm(s, f"{at}.shortcut.1", conv(s, f"{at}.shortcut.0", x, stride), train)).relu()
+    return head(s, "linear", x)
+
+
+def preact_bottlenecks(s: State, x: Tensor, train: bool) -> Tensor:
+    """Pre-activation ResNet of one bottleneck a stage, each with a projection."""
+    x = conv(s, "conv1", x)
+    for stage, stride in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        at = f"layer{stage}.0"
+        h = norm(s, f"{at}.bn1", x, train).relu()
+        out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv1", h), train).relu()
+        out = norm(s, f"{at}.bn3", conv(s, f"{at}.conv2", out, stride), train).relu()
+        x = conv(s, f"{at}.conv3", out) + conv(s, f"{at}.shortcut.0", h, stride)
+    return head(s, "linear", norm(s, "bn", x, train).relu())
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def wrn16_silu(s: State, x: Tensor, train: bool) -> Tensor:
+    """As TensorFlow pads: at stride 2 one row below and one column to the right."""
+    x = F.conv2d(x, s["init_conv.weight"], padding=1)
+    for group, block in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)):
+        at, stride = f"layer.{group}.block.{block}", 2 if group > 0 and block == 0 else 1
+        h = silu(norm(s, f"{at}.batchnorm_0", x, train))
+        padded = F.pad(h, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
+        out = F.conv2d(padded, s[f"{at}.conv_0.weight"], stride=stride)
+        out = F.conv2d(silu(norm(s, f"{at}.batchnorm_1", out, train)), s[f"{at}.conv_1.weight"], padding=1)
+        x = out + (F.conv2d(h, s[f"{at}.shortcut.weight"], stride=stride) if block == 0 else x)
+    return head(s, "logits", silu(norm(s, "batchnorm", x, train)))
+
+
 def preact_block(s: State, at: str, x: Tensor, train: bool, stride: int, projection: str | None) -> Tensor:
     h = norm(s, f"{at}.bn1", x, train).relu()
     out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv1", h, stride), train).relu()
@@ -148,6 +196,19 @@ def resnet17(s: State, x: Tensor, train: bool) -> Tensor:
     return head(s, "fc", x)
 
 
+def resnet12(s: State, x: Tensor, train: bool) -> Tensor:
+    x = norm(s, "bn1", conv(s, "conv1", x, 2), train).relu()
+    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2)
+    for at in ("layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"):
+        stride = 1 if at < "layer2" else 2
+        out = norm(s, f"{at}.bn1", conv(s, f"{at}.conv1", x, stride), train).relu()
+        out = norm(s, f"{at}.bn2", conv(s, f"{at}.conv2", out), train)
+        if stride == 2:
+            x = norm(s, f"{at}.downsample.1", conv(s, f"{at}.downsample.0", x, stride), train)
+        x = (out + x).relu()
+    return head(s, "fc", x)
+
+
 REFERENCES: dict[str, Callable[[State, Tensor, bool], Tensor]] = {
     "resnet8": lambda s, x, train: resnet(s, x, train, stages=3, blocks=1),
     "resnet20": lambda s, x, train: resnet(s, x, train, stages=3, blocks=3),
@@ -157,6 +218,10 @@ REFERENCES: dict[str, Callable[[State, Tensor, bool], Tensor]] = {
     "wrn16-2": wrn16,
     "mobilenetv2": mobilenetv2,
     "resnet17": resnet17,
+    "resnet11-cifar": bottlenecks,
+    "resnet12-imagenet": resnet12,
+    "preactresnet14": preact_bottlenecks,
+    "wrn16-2-silu": wrn16_silu,
 }
 
 
@@ -170,7 +235,7 @@ def test_forward_equals_a_functional_transcription(name: str, train: bool) -> No
     }  # before train mode moves the statistics
     expected = REFERENCES[name](state, x, train)
     assert expected.std() > 1e-3
-    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +255,24 @@ def test_forward_equals_a_functional_transcription(name: str, train: bool) -> No
         ("mobilenetv2", 100, 2_412_212),
         ("resnet50", 1000, 25_557_032),
         ("resnet50", 10, 23_528_522),
+        ("resnet18-imagenet", 1000, 11_689_512),
+        ("resnet34-imagenet", 1000, 21_797_672),
+        ("resnet101-imagenet", 1000, 44_549_160),
+        ("resnet34-cifar", 10, 21_282_122),
+        ("resnet50-cifar", 10, 23_520_842),
+        ("resnet101-cifar", 10, 42_512_970),
+        ("preactresnet34", 10, 21_280_330),
+        ("preactresnet50", 10, 23_513_162),
+        ("wrn28-10", 10, 36_479_194),
+        ("wrn28-10", 100, 36_536_884),
+        ("wrn16-2", 10, 691_674),
+        ("wrn34-20", 10, 184_531_674),
+        ("wrn70-16", 10, 266_796_506),
+        ("wrn28-10-silu", 10, 36_479_194),
+        ("wrn70-16-silu", 10, 266_796_506),
+        ("wrn94-16-silu", 10, 365_915_610),
+        ("timm:vit_tiny_patch16_224", 1000, 5_717_416),
+        ("torchvision:vit_b_16", 1000, 86_567_656),
     ],
 )
 def test_published_numbers_of_parameters(name: str, num_classes: int, parameters: int) -> None:
@@ -236,18 +319,25 @@ def test_preactresnet18_without_its_last_norm_has_the_102_tensors_of_the_usual_c
     assert architecture_of(whole) == "preactresnet18"
 
 
-def test_resnet50_is_torchvision_s() -> None:
-    from torchvision.models import resnet50
-
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("resnet18-imagenet", "resnet18"),
+        ("resnet34-imagenet", "resnet34"),
+        ("resnet50", "resnet50"),
+        ("resnet101-imagenet", "resnet101"),
+    ],
+)
+def test_resnets_for_imagenet_are_torchvision_s(name: str, published: str) -> None:
     torch.manual_seed(0)
-    theirs = shaken(resnet50(num_classes=10)).eval()
-    ours = models.build("resnet50", 10).eval()
+    theirs = shaken(torchvision.models.get_model(published, num_classes=10)).double().eval()
+    ours = models.build(name, 10).double().eval()
     ours.load_state_dict(theirs.state_dict())
-    x = images(64, batch=2).float()
+    x = images(64, batch=2)
     with torch.no_grad():
         expected = theirs(x)
         assert expected.std() > 0.1
-        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -339,7 +429,7 @@ def test_initialisation_is_that_of_the_docstrings() -> None:
             fan_out = weight.shape[0] * weight.shape[2] * weight.shape[3]
             assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03), key
     assert not wide.get_parameter("fc.bias").any()
-    weight = BottleneckResNet((1, 1, 1, 1), 10).get_parameter("layer2.0.conv2.weight")
+    weight = ImageNetResNet((1, 1, 1, 1), 10, Bottleneck).get_parameter("layer2.0.conv2.weight")
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.03)
     for name in ("resnet18", "preactresnet18", "mobilenetv2"):
         weight = models.build(name, 10).get_parameter("conv1.weight")
@@ -364,6 +454,38 @@ def test_build_refuses_what_it_cannot_build() -> None:
         models.build("resnet8", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrn30-10", "model: 'wrn30-10': a Wide ResNet has 6 n + 4 layers, such as 28 or 34, got 30"),
+        ("wrn5-2-silu", "model: 'wrn5-2-silu': a Wide ResNet has 6 n + 4 layers, such as 10, got 5"),
+        ("wrnD-W", "model: 'wrnD-W' is a form, and no name"),
+    ],
+)
+def test_names_of_a_form_that_name_nothing(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        models.check(name)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["wrn28_10", "wrn28-0", "wrn028-10", "wrn28-10-relu", "WRN28-10", "wrn2800-10"])
+def test_what_is_near_a_form_is_unknown(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^model: [^\n]* is not known; [^\n]*wrnD-W, wrnD-W-silu"):
+        models.check(name)
+    assert models.is_registered(name)
+    assert not models.is_registered("wrn28-10")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+@pytest.mark.parametrize("name", ["wrn10-3", "wrn22-4-silu", "wrn34-10"])
+def test_tensors_tell_the_wide_resnet_that_they_are_of(name: str, prefix: str) -> None:
+    with torch.device("meta"):
+        state = models.build(name, 3).state_dict()
+    found = models.candidates({prefix + key: value.shape for key, value in state.items()})
+    assert [known for known in found if known.startswith("wrn")] == sorted({"wrn34-10", name}, key=found.index)
+    assert set(models.TABLE) <= set(found)
+
+
 class Plain(nn.Module):
     """A network as people add one: without normalisation, or with one that comes too late or not at all."""
 
@@ -384,7 +506,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("place", ["nowhere", "unused", "later", "first"])
 def test_a_network_that_is_added_normalises_or_is_refused(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.TABLE, "plain", models.Architecture("", lambda classes: Plain(classes, place)))
+    monkeypatch.setitem(models.TABLE, "plain", Architecture("", lambda classes: Plain(classes, place)))
     assert models.build("plain", 4)(torch.rand(2, 3, 8, 8)).shape == (2, 4)
     if place != "first":
         with pytest.raises(ValueError, match=r"^normalize: plain does not normalise, as its forward [^\n]*$"):

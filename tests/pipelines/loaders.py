@@ -20,6 +20,7 @@ from engine.pipelines.dali import DALIPipeline
 from engine.pipelines.dali import check_installed as check_dali
 from engine.pipelines.ffcv import beton_writer
 from engine.pipelines.ffcv.beton_writer import BetonFormat
+from engine.pipelines.images import ImagePipeline
 from engine.pipelines.reading import beton
 from engine.pipelines.reading.encoded import EncodedImages, Listing, encoded_splits
 from engine.pipelines.sampling import Sampling
@@ -75,6 +76,10 @@ def small_files(kind: str) -> EncodedImages:
 
 LOADERS = (
     Loader("tensor", TensorPipeline, lambda folder: ARRAYS),
+    Loader("image-arrays", ImagePipeline, lambda folder: ARRAYS),
+    Loader("image-png", ImagePipeline, lambda folder: small_files("PNG")),
+    Loader("image-crops", ImagePipeline, lambda folder: in_memory(*FILES)),
+    Loader("image-beton", ImagePipeline, lambda folder: in_beton(folder / "i.beton", ARRAYS)),
     Loader("dali-arrays", DALIPipeline, lambda folder: ARRAYS),
     Loader("dali-png", DALIPipeline, lambda folder: small_files("PNG")),
     Loader("dali-crops", DALIPipeline, lambda folder: in_memory(*FILES)),

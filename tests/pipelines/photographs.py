@@ -14,8 +14,8 @@ from torch import Tensor
 
 from engine.pipelines.crops import Crops
 from engine.pipelines.reading.encoded import EncodedImages, Listing, listing
-from engine.pipelines.reading.folder import Tree
 from engine.pipelines.reading.folder import image_folder as image_folder_of
+from engine.pipelines.reading.tree import Tree
 from engine.pipelines.splits import Request
 
 CLASSES = tuple("abcde")
@@ -59,8 +59,8 @@ def cut_and_resized(files: list[bytes], crops: Crops, size: int) -> Tensor:
 
 def listings(root: Path, request: Request) -> tuple[Listing, Listing]:
     """The images wanted of an image folder."""
-    train, test = image_folder_of(root)
-    return listing(train, "train", request), listing(test, "test", request)
+    found = image_folder_of(root)
+    return listing(found.train, "train", request), listing(found.test, "test", request)
 
 
 def image_folder(files: list[bytes]) -> dict[str, bytes]:

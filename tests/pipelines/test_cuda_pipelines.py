@@ -9,6 +9,7 @@ from engine.pipelines import ffcv
 from engine.pipelines.base import Pipeline
 from engine.pipelines.datasets import find
 from engine.pipelines.ffcv import FFCVPipeline, beton_writer
+from engine.pipelines.images import ImagePipeline
 from engine.pipelines.reading.encoded import EncodedImages
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
@@ -61,6 +62,13 @@ def calls_of_an_epoch(pipeline: Pipeline) -> list[Call]:
 
 def calls_of_ffcv(path: str) -> list[Call]:
     return calls_of_an_epoch(make_ffcv(path))
+
+
+def calls_of_image() -> list[Call]:
+    pipeline = ImagePipeline(
+        images(), Sampling(COUNT, BATCH, 3), augment=True, flip=True, device="cuda", batches_ahead=AHEAD
+    )
+    return calls_of_an_epoch(pipeline)
 
 
 def calls_of_tensor() -> list[Call]:
@@ -122,3 +130,12 @@ def test_resident_images_are_one_launch_a_batch(fake_cuda: FakeCuda) -> None:
     calls = fake_cuda.run(calls_of_tensor)
     assert [call["name"] for call in of("kernel", calls)] == ["_crop_flip"] * (COUNT // BATCH)
     assert [call["bytes"] for call in of("copy", calls)] == [str(8 * COUNT)]  # the order
+
+
+def test_images_of_threads_are_copied_from_pinned_memory_and_nothing_waits(fake_cuda: FakeCuda) -> None:
+    calls = fake_cuda.run(calls_of_image)
+    copies = [calls[number] for number in copies_of_images(calls)]
+    assert len(copies) == COUNT // BATCH
+    assert {(copy["kind"], copy["host"]) for copy in copies} == {("H2D", "pinned")}
+    assert [call["name"] for call in of("kernel", calls) if call["name"] == "_crop_flip"] == ["_crop_flip"] * 12
+    assert list(of("synchronize", calls)) == [{"call": "synchronize", "stream": "0"}]  # for the order

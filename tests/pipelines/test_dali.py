@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engine.pipelines.crops import centre_crops, random_crops
 from engine.pipelines.dali import ArraySource, DALIPipeline, FileSource, Source, define
@@ -101,7 +101,7 @@ def test_images_are_read_as_pillow_reads_them() -> None:
     """Evaluation shows the central 28x28 of 32x32 pixels, here without resizing them."""
     image = Image.fromarray(smooth(1, 32, 32))
     turned = Image.Exif()
-    turned[0x0112] = 6  # a camera's orientation, by which neither Pillow nor the other pipelines turn the pixels
+    turned[0x0112] = 6  # a camera's orientation
     exactly = {
         "grey jpeg": encode(image.convert("L")),
         "rgb jpeg": encode(image, subsampling=0),
@@ -120,7 +120,7 @@ def test_images_are_read_as_pillow_reads_them() -> None:
     (batch,) = pipeline(in_memory(*files, size=28), len(files), order="sequential", augment=False).epoch(0)
     for name, data, x in zip(exactly, files, batch.x_nat, strict=True):
         with Image.open(io.BytesIO(data)) as opened_image:
-            expected = np.asarray(opened_image.convert("RGB"))[2:30, 2:30]
+            expected = np.asarray(ImageOps.exif_transpose(opened_image).convert("RGB"))[2:30, 2:30]
         np.testing.assert_array_equal((x.permute(1, 2, 0) * 255).numpy(), expected, name)
 
 

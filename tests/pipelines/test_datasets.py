@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -25,6 +26,7 @@ from PIL import Image
 
 from engine.pipelines import datasets
 from engine.pipelines.reading import published
+from engine.pipelines.splits import Request
 
 Pixels = npt.NDArray[np.uint8]
 REAL = os.environ.get("ENGINE_DATA")
@@ -469,9 +471,7 @@ def test_tiny_imagenet_is_read_as_published(kind: str, places: dict[str, Path], 
         assert np.array_equal(split.images.numpy(), np.stack([written[part, "n01"], written[part, "n02"]]))
 
 
-@pytest.mark.parametrize(
-    "line", ["../../../evil.JPEG\tn01\t0", "val_9.JPEG\tn01\t0", "val_0.JPEG\tn03\t0", "val_0.JPEG"]
-)
+@pytest.mark.parametrize("line", ["../../../evil.JPEG\tn01\t0", "val_9.JPEG\tn01\t0", "val_0.JPEG"])
 def test_tiny_imagenet_with_a_wrong_line_is_refused(line: str, places: dict[str, Path]) -> None:
     tiny_imagenet(places["data"])
     Image.fromarray(random_images(0, 1, 64)[0]).save(places["data"] / "evil.JPEG")
@@ -480,11 +480,49 @@ def test_tiny_imagenet_with_a_wrong_line_is_refused(line: str, places: dict[str,
     assert error_of("tiny-imagenet").startswith(f"data: {annotations} names what is not there: {line.split()[0]}")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("around", ["tiny-imagenet-200/", ""])
+@pytest.mark.parametrize("val", ["val/{}/images/", "val/{}/", "val/{}/ and the list"])
+@pytest.mark.parametrize("train", ["train/{}/images/", "train/{}/"])
+def test_tiny_imagenet_is_read_in_each_layout_that_people_have(
+    train: str, val: str, around: str, packed: bool, tmp_path: Path
+) -> None:
+    pictures = {
+        f"{part}{name}": random_images(i, 1, 64)[0]
+        for i, (part, name) in enumerate([("t", "n01"), ("t", "n02"), ("v", "n01"), ("v", "n02")])
+    }
+    root = tmp_path / "here" / around
+    for layout, part in ((train, "t"), (val.removesuffix(" and the list"), "v")):
+        for name in ("n01", "n02"):
+            folder = root / layout.format(name)
+            folder.mkdir(parents=True)
+            Image.fromarray(pictures[part + name]).save(folder / "0.JPEG", "PNG")  # exact
+    if val.endswith("list"):
+        (root / "val" / "images").mkdir()  # out of which its images were moved
+        (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\nval_1.JPEG\tn01\t0\n")
+    path = zipped(tmp_path / "here", tmp_path / "tiny.zip") if packed else tmp_path / "here"
+    dataset = datasets.load("tiny-imagenet", str(path))
+    assert dataset.class_names == ("n01", "n02")
+    for split, part in ((dataset.train, "t"), (dataset.test, "v")):
+        assert split.labels.tolist() == [0, 1]
+        assert np.array_equal(split.images.numpy(), np.stack([pictures[part + "n01"], pictures[part + "n02"]]))
+
+
+def test_tiny_imagenet_s_val_alone_serves_an_evaluation(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path)
+    shutil.rmtree(tmp_path / "tiny-imagenet-200" / "train")
+    found = datasets.find("tiny-imagenet", str(tmp_path), Request(only_test=True))
+    assert (len(found.train), len(found.test), found.class_names) == (0, 2, ("n01", "n02"))
+
+
 def test_tiny_imagenet_without_images_of_a_class_is_refused(places: dict[str, Path]) -> None:
     tiny_imagenet(places["data"])
     annotations = places["data"] / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    annotations.write_text("val_0.JPEG\tn02\t0\n")
-    assert error_of("tiny-imagenet") == f"data: {annotations} names no image of some of the classes"
+    root = annotations.parents[1]
+    annotations.write_text("val_0.JPEG\tn02\t0\nval_1.JPEG\tn03\t0\n")
+    assert error_of("tiny-imagenet") == (
+        f"data: train and test must have the same classes; only in {root}/train: n01; only in {root}/val: n03"
+    )
 
 
 def test_tiny_imagenet_is_fetched_into_the_cache(

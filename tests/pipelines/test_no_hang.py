@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from engine.pipelines import datasets, splits
-from engine.pipelines.reading import folder
+from engine.pipelines.reading import decoding, tree
 from engine.pipelines.splits import Request
 
 
@@ -82,7 +82,7 @@ def test_a_folder_as_image_is_refused(place: Path) -> None:
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_MOST_BYTES_OF_IMAGE", 10_000)
+    monkeypatch.setattr(tree, "_MOST_BYTES_OF_IMAGE", 10_000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for part in ("train", "test"):
             for name in "ab":
@@ -107,11 +107,11 @@ def test_a_class_folder_without_permission(place: Path, monkeypatch: pytest.Monk
 def test_an_evaluation_reads_no_training_images(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = datasets.load("folder", str(place))
     read: list[str] = []
-    pixels = folder.pixels
+    pixels = decoding.pixels
 
-    def noted(tree: folder.Tree, name: str) -> folder.Pixels:
-        read.append(tree.where(name))
-        return pixels(tree, name)
+    def noted(place: tree.Tree, name: str, **options: Any) -> decoding.Pixels:
+        read.append(place.where(name))
+        return pixels(place, name, **options)
 
     monkeypatch.setattr("engine.pipelines.reading.encoded.pixels", noted)
     found = datasets.find("folder", str(place), Request(only_test=True))

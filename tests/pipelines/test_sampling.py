@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pipelines.sampling import Sampling, Shard
+from engine.pipelines.sampling import Extra, Sampling, Shard
 
 ORDERS = ("random", "quasi-random", "sequential")
 
@@ -70,3 +72,56 @@ def test_what_does_not_fit_is_refused(keys: dict[str, object], named: str) -> No
     arguments: dict[str, object] = {"num_samples": 10, "batch_size": 4} | keys
     with pytest.raises(ValueError, match=named):
         Sampling(**arguments)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- extra images
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(1, 60),
+    extra=st.integers(1, 90),
+    percent=st.integers(1, 95),
+    batch_size=st.integers(1, 40),
+    order=st.sampled_from(sorted(ORDERS)),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_an_epoch_has_every_sample_once_and_its_share_of_extra_ones(
+    samples: int, extra: int, percent: int, batch_size: int, order: str, seed: int
+) -> None:
+    """Over the epochs every extra image comes as often as any other, give or take one."""
+    sampling = Sampling(samples, batch_size, seed, order, extra=Extra(extra, percent / 100))
+    count = (2 * samples * percent + (100 - percent)) // (2 * (100 - percent))  # rounded, halves up
+    assert sampling.epoch_size == samples + count
+    assert sampling.num_images == samples + extra
+    seen = torch.zeros(samples + extra, dtype=torch.int64)
+    for epoch in range(4):
+        batches = sampling.batches(epoch)
+        assert len(batches) == sampling.steps_per_epoch
+        assert [len(batch) for batch in batches] == [sampling.size_of(step) for step in range(len(batches))]
+        for batch in batches:
+            in_batch = int((batch >= samples).sum())
+            assert abs(in_batch - len(batch) * percent / 100) < 1 + 1e-9
+        seen += torch.cat(batches).bincount(minlength=samples + extra)
+        assert (seen[:samples] == epoch + 1).all()
+        assert int(seen[samples:].sum()) == (epoch + 1) * count
+        assert int(seen[samples:].max() - seen[samples:].min()) <= 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_has_its_share_of_extra_images(world: int) -> None:
+    whole = Sampling(50, 6 * world, extra=Extra(1000, 0.5))
+    ranks = [replace(whole, shard=Shard(rank, world)).batches(2, 1) for rank in range(world)]
+    for step, expected in enumerate(whole.batches(2)[1:]):
+        assert torch.equal(torch.cat([rank[step] for rank in ranks]), expected)
+        for rank in ranks:
+            assert abs(int((rank[step] >= 50).sum()) - len(rank[step]) / 2) <= 1
+
+
+@pytest.mark.parametrize(
+    ("images", "fraction", "named"),
+    [(0, 0.5, "data"), (5, 0.0, "fraction"), (5, 1.0, "fraction"), (5, 1e-9, "fraction")],
+)
+def test_no_extra_images_and_no_fraction_are_refused(images: int, fraction: float, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^extra_{named}"):
+        Extra(images, fraction)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from engine.common import host_memory
+from engine.config import ColourJitterConfig
 from engine.pipelines import dali, datasets, ffcv, selection
 from engine.pipelines.datasets import AnySplit
 from engine.pipelines.ffcv import beton_writer
+from engine.pipelines.images import ImagePipeline
 from engine.pipelines.reading import beton
 from engine.pipelines.reading.encoded import encoded_splits
 from engine.pipelines.sampling import Sampling
@@ -47,6 +49,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 
 
 BOTH, NONE = ("ffcv", "dali"), ()
+CROPS, TRIVIAL = ("random-resized-crop",), ("random-resized-crop", "trivial-augment")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,17 @@ BOTH, NONE = ("ffcv", "dali"), ()
         (("dali",), BETON, CPU, 0, "dali", "ffcv needs to be installed"),
         (BOTH, FOLDER, CPU, 0, "dali", "ffcv reads .beton files and X is none; `engine data write` makes one"),
         (BOTH, TOO_LARGE, CPU, 0, "dali", "would take more than half of what is free"),
+        (NONE, FOLDER, CPU, 0, "image", "ffcv reads .beton files and X is none"),
+        (NONE, FOLDER, CPU, 0, "image", "; dali needs to be installed, and would be faster"),
+        (
+            NONE,
+            BETON,
+            CPU,
+            0,
+            "image",
+            "ffcv needs to be installed; dali needs to be installed, and would be faster",
+        ),
+        (NONE, ARRAYS, CUDA, 0, "image", "exceed a quarter of what is free; ffcv needs"),
     ],
     indirect=["installed"],
 )
@@ -78,12 +92,27 @@ def test_auto_takes_the_first_that_can_serve_and_says_why(
     assert reason in chosen.reason
 
 
-@pytest.mark.parametrize("installed", [NONE], indirect=True)
-def test_where_none_can_serve_all_reasons_are_given(installed: None) -> None:
-    with pytest.raises(
-        ValueError, match=r"^pipeline: none can serve: tensor holds .*; ffcv reads .*; dali needs .*$"
-    ):
-        selection.select("auto", FOLDER, CPU)
+@pytest.mark.parametrize("installed", [BOTH, NONE], indirect=True)
+@pytest.mark.parametrize("data", [ARRAYS, BETON, FOLDER, TOO_LARGE])
+def test_augmentation_that_others_do_not_is_for_image(installed: None, data: AnySplit) -> None:
+    lacking = "trivial-augment" if data.any_size else "random-resized-crop and no trivial-augment"
+    others = "; ".join(f"{kind} does no {lacking}, which image does" for kind in ("tensor", "ffcv", "dali"))
+    assert selection.select("auto", data, CPU, TRIVIAL) == ("image", others)
+    assert selection.select("image", data, CPU, TRIVIAL) == ("image", "as asked for")
+    options = selection.LoaderOptions(True, True, CPU, torch.float32, augmentation=TRIVIAL)
+    for kind in ("tensor", "ffcv", "dali"):
+        words = rf"^pipeline: {kind} does no {lacking}, which image does$"
+        with pytest.raises(ValueError, match=words):
+            selection.select(kind, data, CPU, TRIVIAL)
+        with pytest.raises(ValueError, match=words):
+            selection.build(kind, data, Sampling(len(data), 8), options, print)
+
+
+@pytest.mark.parametrize("installed", [BOTH], indirect=True)
+def test_random_crops_of_images_of_any_size_are_made_by_every_pipeline(installed: None) -> None:
+    assert selection.select("auto", BETON, CPU, CROPS).kind == "ffcv"
+    assert selection.select("auto", FOLDER, CPU, CROPS).kind == "dali"
+    assert selection.select("auto", ARRAYS, CPU, CROPS).kind == "image"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +136,8 @@ def test_what_was_asked_for_and_cannot_serve_is_refused(
 def test_what_was_asked_for_is_taken(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 62))
     assert selection.select("tensor", ARRAYS, CUDA).kind == "tensor"
-    for kind, data in (("tensor", ARRAYS), ("ffcv", BETON), ("ffcv", ARRAYS), ("dali", ARRAYS), ("dali", BETON)):
+    kinds = ("tensor", "ffcv", "ffcv", "dali", "dali", "image", "image", "image")
+    for kind, data in zip(kinds, (ARRAYS, BETON, ARRAYS, ARRAYS, BETON, ARRAYS, BETON, FOLDER), strict=True):
         assert selection.select(kind, data, CPU) == (kind, "as asked for")
 
 
@@ -131,9 +161,20 @@ def test_images_of_one_size_come_into_memory_where_they_fit(
     assert isinstance(found.train, Split) == isinstance(found.test, Split) == in_memory_then
 
 
-def build(kind: str, data: AnySplit, said: list[str]) -> Any:
-    options = selection.LoaderOptions(augment=True, flip=True, device=CPU, dtype=torch.float32, workers=1)
+def build(kind: str, data: AnySplit, said: list[str], **keys: Any) -> Any:
+    options = selection.LoaderOptions(augment=True, flip=True, device=CPU, dtype=torch.float32, workers=1, **keys)
     return selection.build(kind, data, Sampling(len(data), 8, 3), options, said.append)
+
+
+def test_the_augmentation_that_was_chosen_is_built() -> None:
+    jitter = ColourJitterConfig(brightness=0.9, hue=0)
+    built = build("image", ARRAYS, [], augmentation=("colour-jitter",), colour_jitter=jitter)
+    sampling = Sampling(len(ARRAYS), 8, 3)
+    given: Any = {"augment": True, "flip": True, "device": CPU, "augmentation": ("colour-jitter",)}
+    assert all(map(equal, built.epoch(1), ImagePipeline(ARRAYS, sampling, **given, colour_jitter=jitter).epoch(1)))
+    assert not any(map(equal, built.epoch(1), ImagePipeline(ARRAYS, sampling, **given).epoch(1)))
+    assert not any(map(equal, built.epoch(1), build("tensor", ARRAYS, []).epoch(1)))
+    assert all(map(equal, build("image", ARRAYS, []).epoch(1), build("tensor", ARRAYS, []).epoch(1)))
 
 
 def test_images_in_memory_are_written_for_ffcv_once(monkeypatch: pytest.MonkeyPatch) -> None:

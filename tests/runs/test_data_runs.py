@@ -25,20 +25,22 @@ from engine.pipelines.dali import check_installed as check_dali
 from engine.pipelines.ffcv.beton_writer import BetonFormat
 from engine.pipelines.reading.encoded import EncodedImages
 from engine.pipelines.splits import Request
-from engine.runs import assemble, lifecycle
+from engine.runs import assemble, lifecycle, teachers
 from engine.system import precision
 from tests.commands.test_bad_input import assert_user_error
 from tests.conftest import CLASSES
 from tests.pipelines.photographs import encode, smooth
-from tests.runs.test_resume import StopAt, assert_same_run
+from tests.runs.test_resume import StopAt, assert_same_run, rows_of
 
 Keys = dict[str, Any]
 
 
 def require(pipeline: str) -> None:
     """Skip, visibly, where the library of a pipeline is not installed."""
+    checks = {"ffcv": ffcv.check_installed, "dali": check_dali}
     try:
-        {"tensor": lambda: None, "ffcv": ffcv.check_installed, "dali": check_dali}[pipeline]()
+        if pipeline in checks:
+            checks[pipeline]()
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -83,7 +85,7 @@ def photograph_keys(place: Path, pipeline: str, **keys: Any) -> Keys:
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("pipeline", ["ffcv", "dali"])
+@pytest.mark.parametrize("pipeline", ["ffcv", "dali", "image"])
 def test_a_run_has_the_same_bits_whichever_pipeline_loads_its_images(
     pipeline: str, tiny: Any, tmp_path: Path
 ) -> None:
@@ -98,7 +100,7 @@ def test_a_run_has_the_same_bits_whichever_pipeline_loads_its_images(
         assert json.loads((run.path / "provenance.json").read_text())["pipeline"] == kind
 
 
-@pytest.mark.parametrize("pipeline", ["ffcv", "dali"])
+@pytest.mark.parametrize("pipeline", ["ffcv", "dali", "image"])
 def test_views_of_photographs_are_trained_on_and_resumed_to_the_bit(
     pipeline: str, photographs: Path, tiny: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -111,6 +113,27 @@ def test_views_of_photographs_are_trained_on_and_resumed_to_the_bit(
     assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
     assert whole.summary["test_of_last"]["natural"]["n"] == 9
     assert whole.summary["skipped_images"] == {"train": 0, "test": 0}
+
+
+def test_augmented_images_are_trained_on_and_resumed_to_the_bit(
+    photographs: Path, tiny: Any, tmp_path: Path
+) -> None:
+    keys = photograph_keys(photographs, "auto", method="at", augmentation="trivial-augment,colour-jitter")
+    whole = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "whole")))
+    assert json.loads((whole.path / "provenance.json").read_text())["pipeline"] == "image"
+    with pytest.raises(Interrupted):
+        lifecycle.train(tiny.config(**keys, out=str(tmp_path / "parts")), StopAt(8))
+    assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
+    plain = lifecycle.train(tiny.config(**keys | {"augmentation": []}, out=str(tmp_path / "plain")))
+    losses = [[row["loss"] for row in rows_of(run.path)] for run in (whole, plain)]
+    assert losses[0] != losses[1]
+
+
+def test_teachers_are_trained_on_images_augmented_alike() -> None:
+    given = {"method": "ard", "augmentation": "trivial-augment", "colour_jitter": {"hue": 0.2}}
+    student = config.load(given)
+    teacher = teachers.run_config(student, "teacher")
+    assert (teacher.augmentation, teacher.colour_jitter) == (student.augmentation, student.colour_jitter)
 
 
 def test_what_auto_chose_holds_for_the_whole_run(

@@ -13,6 +13,7 @@ import torch
 from engine.attacks import overfitting
 from engine.common.stopping import Interrupted, RunFailed
 from engine.common.tensor_files import write_tensors
+from engine.config import AttackSpec
 from engine.runs import html_report, lifecycle, plots
 from engine.runs.run_directory import RunDir
 from engine.system.distributed import World
@@ -157,7 +158,7 @@ def test_a_run_that_is_killed_in_a_rollback_is_the_same(
     whole = lifecycle.train(keys_of(tiny, tmp_path / "whole", **keys))
     with monkeypatch.context() as patch:
         if place == "before a rollback is saved":
-            patch.setattr(trainer.Trainer, "_use_attack", _killed_at_the(2))
+            patch.setattr(trainer, "describe", _killed)  # of what it tells after it went back
         else:
             files: list[str] = []
 
@@ -173,16 +174,8 @@ def test_a_run_that_is_killed_in_a_rollback_is_the_same(
     assert_same_run(whole.path, lifecycle.resume(tmp_path / "parts").path)
 
 
-def _killed_at_the(number: int) -> Any:
-    calls = 0
-
-    def use_attack(trainer: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            raise Killed
-
-    return use_attack
+def _killed(attack: AttackSpec) -> str:
+    raise Killed
 
 
 def test_no_more_rollbacks_than_are_allowed(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

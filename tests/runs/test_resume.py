@@ -88,8 +88,18 @@ def assert_same_run(left: Path, right: Path) -> None:
         {"averaging": {"kind": "ema"}, "optim": {"schedule": "cosine", "lr_warmup": 1, "clip_norm": 1.0}},
         {"averaging": {"kind": "swa", "start": 0}, "optim": {"schedule": "one-cycle"}, "micro_batch": 3},
         {"averaging": {"kind": "ema", "start": 1}, "awp": {"gamma": 0.005}, "micro_batch": "auto"},
+        {
+            "optim": {
+                "implementation": "adamw",
+                "layer_decay": 0.7,
+                "clip_norm": 1.0,
+                "schedule": "cosine",
+                "lr_warmup": 1,
+            },
+            "attack": {"epsilon_warmup": 2, "num_steps": 2},
+        },
     ],
-    ids=["ema", "swa", "weights attacked"],
+    ids=["ema", "swa", "weights attacked", "adamw"],
 )
 @pytest.mark.parametrize("step", [4, 6, 9])
 def test_what_people_add_resumes_too(step: int, keys: dict[str, Any], tiny: Any, tmp_path: Path) -> None:

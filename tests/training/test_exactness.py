@@ -92,7 +92,7 @@ class Case:
 
     def networks(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, nn.Module]:
         torch.manual_seed(0)
-        student, at, st = (ResNet(self.widths, 1, CLASSES).to(dtype) for _ in range(3))
+        student, at, st = (ResNet(self.widths, [1] * len(self.widths), CLASSES).to(dtype) for _ in range(3))
         for teacher in (at, st):
             teacher(torch.rand(64, 3, SIZE, SIZE, dtype=dtype))  # statistics that folding cannot take for 0 and 1
             teacher.eval().requires_grad_(False)

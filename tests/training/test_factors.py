@@ -178,7 +178,7 @@ def test_under_amp_a_function_is_the_row_that_it_writes_out() -> None:
 
 def loss_of(function: Function) -> DistillLoss:
     logits = {"s_adv": torch.randn(3, 4, requires_grad=True), "t_at_nat": torch.randn(3, 4)}
-    return by_function(by(function, *logits), logits, LABELS, None)
+    return by_function(by(function, *logits), logits, None, LABELS)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_with_statistics_of_the_batch_each_part_is_normalised_by_itself() -> Non
     alone = []
     statistics = {name: value for name, value in start.items() if "running" in name}
     for first in (0, 3):
-        part = Batch(*(tensor[first : first + 3] for tensor in (given.x_nat, given.labels, given.sample)))
+        part = given.split(2)[first // 3]
         other = learner("at")
         other.student.load_state_dict(start | statistics)
         learn(other, part)

@@ -19,9 +19,10 @@ from engine.training import optimizer
 def test_fused_sgd_is_the_loop_written_out(dtype: torch.dtype, nesterov: bool) -> None:
     torch.manual_seed(0)
     run = config.load({"lr": 0.1, "optim": {"momentum": 0.8, "weight_decay": 0.01, "nesterov": nesterov}})
-    weight = nn.Parameter(torch.randn(50, dtype=dtype))
+    network = nn.ParameterList([torch.randn(50, dtype=dtype)])
+    weight = network[0]
     expected, momentum = weight.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
-    sgd = optimizer.sgd([weight], run)
+    sgd = optimizer.build(network, run)
     for _ in range(4):
         gradient = torch.randn(50, dtype=dtype)
         weight.grad = gradient.clone()

@@ -10,6 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from engine import config
+from engine.config import AttackSpec
 from engine.training import schedule
 
 EPOCHS, STEPS = 10, 7
@@ -82,3 +83,41 @@ def test_a_linear_scale_multiplies_by_batches_of_128(kind: str) -> None:
 def test_a_schedule_that_rises_has_a_warm_up_of_its_own(kind: str) -> None:
     with pytest.raises(ValueError, match=rf"optim\.lr_warmup: the {kind} schedule"):
         rates(optim={"schedule": kind, "lr_warmup": 1})
+
+
+# ---------------------------------------------------------------- epsilon
+
+
+def attacks(epochs: int = 5, **attack: Any) -> list[AttackSpec]:
+    complete = config.load({"method": "at", "epochs": epochs, "attack": attack})
+    return [schedule.attack(complete, epoch) for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize("warmup", [0.6, 3])
+def test_epsilon_grows_by_the_epoch(warmup: float) -> None:
+    """A third of 8/255, two thirds, and then all of it."""
+    found = attacks(epsilon_warmup=warmup, random_start="uniform", start_epsilon=16 / 255)
+    parts = [1 / 3, 2 / 3, 1, 1, 1]
+    assert [spec.epsilon for spec in found] == pytest.approx([part * 8 / 255 for part in parts])
+    assert [spec.step_size for spec in found] == pytest.approx([part * 2 / 255 for part in parts])
+    assert [spec.start_epsilon for spec in found] == pytest.approx([part * 16 / 255 for part in parts])
+    assert [spec.gaussian_std for spec in found] == pytest.approx([part * 0.001 for part in parts])
+    whole = config.load({"method": "at", "attack": {"epsilon_warmup": warmup, "start_epsilon": 16 / 255}}).attack
+    assert found[2:] == [whole] * 3
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 0.05])
+def test_without_a_warm_up_epsilon_is_the_same_in_every_epoch(warmup: float) -> None:
+    assert [spec.epsilon for spec in attacks(epsilon_warmup=warmup)] == [8 / 255] * 5
+
+
+def test_a_start_from_the_whole_ball_grows_with_it() -> None:
+    assert [spec.start_epsilon for spec in attacks(epsilon_warmup=2)] == [None] * 5
+
+
+def test_a_warm_up_as_long_as_the_run_ends_with_it() -> None:
+    assert [spec.epsilon for spec in attacks(epsilon_warmup=5)] == pytest.approx(
+        [e * 8 / 255 / 5 for e in range(1, 6)]
+    )
+    lr = rates(optim={"schedule": "cosine", "lr_warmup": EPOCHS})
+    assert lr == pytest.approx([0.2 * (step + 1) / (EPOCHS * STEPS) for step in range(EPOCHS * STEPS)])

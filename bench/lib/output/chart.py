@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
-PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple"}
+PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple", "image": "tab:orange"}
 STEP_COLOURS = {"textbook": "tab:gray", "expert": "tab:orange"}
 TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
 

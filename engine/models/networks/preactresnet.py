@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 
-class _Block(nn.Module):
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == channels:
+        return None
+    return nn.Sequential(conv(in_channels, channels, 1, stride))
+
+
+class PreActBlock(nn.Module):
     """x + conv(relu(bn(conv(h)))) with h = relu(bn(x)); a projection of h replaces x where the shape changes."""
+
+    expansion = 1
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -16,14 +27,36 @@ class _Block(nn.Module):
         self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn2 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.shortcut: nn.Module | None = None
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride))
+        self.shortcut = _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         h = relu(self.bn1(x))
         skip: Tensor = x if self.shortcut is None else self.shortcut(h)
         out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
+        return out + skip
+
+
+class PreActBottleneck(nn.Module):
+    """x + 1x1(relu(bn(3x3(relu(bn(1x1(h))))))) with h = relu(bn(x)); a projection of h as in `PreActBlock`."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        hidden = channels // self.expansion
+        self.bn1 = BatchNorm2d(in_channels)
+        self.conv1 = conv(in_channels, hidden, 1)
+        self.bn2 = BatchNorm2d(hidden)
+        self.conv2 = conv(hidden, hidden, 3, stride)
+        self.bn3 = BatchNorm2d(hidden)
+        self.conv3 = conv(hidden, channels, 1)
+        self.shortcut = _projection(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = relu(self.bn1(x))
+        skip: Tensor = x if self.shortcut is None else self.shortcut(h)
+        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
+        out = self.conv3(relu(self.bn3(out)))
         return out + skip
 
 
@@ -36,17 +69,24 @@ class PreActResNet(nn.Module):
     """
 
     def __init__(
-        self, widths: tuple[int, int, int, int], num_blocks: int, num_classes: int, *, last_norm: bool = True
+        self,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        num_classes: int,
+        block: type[PreActBlock | PreActBottleneck] = PreActBlock,
+        *,
+        last_norm: bool = True,
     ) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(widths[0], 3)
-        self.layer1 = stage(_Block, widths[0], widths[0], num_blocks, stride=1)
-        self.layer2 = stage(_Block, widths[0], widths[1], num_blocks, stride=2)
-        self.layer3 = stage(_Block, widths[1], widths[2], num_blocks, stride=2)
-        self.layer4 = stage(_Block, widths[2], widths[3], num_blocks, stride=2)
-        self.bn = BatchNorm2d(widths[3]) if last_norm else None
-        self.linear = Classifier(widths[3], num_classes)
+        channels = [widths[0], *(block.expansion * width for width in widths)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            stage(block, *sides, count, stride)
+            for sides, count, stride in zip(pairwise(channels), num_blocks, (1, 2, 2, 2), strict=True)
+        )
+        self.bn = BatchNorm2d(channels[-1]) if last_norm else None
+        self.linear = Classifier(channels[-1], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

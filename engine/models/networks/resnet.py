@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -9,23 +10,62 @@ from torch import Tensor, nn
 from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
 
 
-class _Block(nn.Module):
-    """relu(x + bn(conv(relu(bn(conv(x)))))), with a projection of x where its shape changes."""
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    """A 1x1 convolution and BatchNorm where the shape changes; x as it is elsewhere."""
+    if stride == 1 and in_channels == channels:
+        return nn.Sequential()
+    return nn.Sequential(conv(in_channels, channels, 1, stride), BatchNorm2d(channels))
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+
+class BasicBlock(nn.Module):
+    """relu(x + bn(conv(relu(bn(conv(x)))))), with a projection of x where its shape changes.
+
+    projection: its name in published weights.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, projection: str = "shortcut") -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn1 = BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
         self.bn2 = BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride), BatchNorm2d(channels))
+        self.projection = projection
+        self.add_module(projection, _projection(in_channels, channels, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return relu(out + self.shortcut(x))
+        return relu(out + self.get_submodule(self.projection)(x))
+
+
+class Bottleneck(nn.Module):
+    """relu(x + bn(1x1(relu(bn(3x3(relu(bn(1x1(x)))))))), with a projection of x where its shape changes.
+
+    The 3x3 convolution has the stride, as in published weights ("v1.5"), not the first 1x1 as in the paper.
+    projection: its name in published weights.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, projection: str = "shortcut") -> None:
+        super().__init__()
+        hidden = channels // self.expansion
+        self.conv1 = conv(in_channels, hidden, 1)
+        self.bn1 = BatchNorm2d(hidden)
+        self.conv2 = conv(hidden, hidden, 3, stride)
+        self.bn2 = BatchNorm2d(hidden)
+        self.conv3 = conv(hidden, channels, 1)
+        self.bn3 = BatchNorm2d(channels)
+        self.projection = projection
+        self.add_module(projection, _projection(in_channels, channels, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = relu(self.bn1(self.conv1(x)))
+        out = relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return relu(out + self.get_submodule(self.projection)(x))
 
 
 class ResNet(nn.Module):
@@ -36,16 +76,22 @@ class ResNet(nn.Module):
     Initialised as PyTorch does by default, as most published CIFAR ResNets are.
     """
 
-    def __init__(self, widths: tuple[int, ...], num_blocks: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_blocks: Sequence[int],
+        num_classes: int,
+        block: type[BasicBlock | Bottleneck] = BasicBlock,
+    ) -> None:
         super().__init__()
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(widths[0], 3)
         self.bn1 = BatchNorm2d(widths[0])
-        self.layer1 = stage(_Block, widths[0], widths[0], num_blocks, stride=1)
+        channels = [widths[0], *(block.expansion * width for width in widths)]
         self.num_stages = len(widths)
-        for index, (in_channels, channels) in enumerate(pairwise(widths), start=2):
-            self.add_module(f"layer{index}", stage(_Block, in_channels, channels, num_blocks, stride=2))
-        self.linear = Classifier(widths[-1], num_classes)
+        for index, (sides, count) in enumerate(zip(pairwise(channels), num_blocks, strict=True), start=1):
+            self.add_module(f"layer{index}", stage(block, *sides, count, stride=1 if index == 1 else 2))
+        self.linear = Classifier(channels[-1], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

@@ -27,9 +27,18 @@ class _Block(nn.Module):
         return out + skip
 
 
-def _group(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+def num_blocks(depth: int) -> int:
+    """Blocks n of each of the three groups. Raises ValueError unless depth = 6 n + 4."""
+    blocks, remainder = divmod(depth - 4, 6)
+    if blocks < 1 or remainder:
+        near = [6 * n + 4 for n in (blocks, blocks + 1) if n > 0]
+        raise ValueError(f"a Wide ResNet has 6 n + 4 layers, such as {' or '.join(map(str, near))}, got {depth}")
+    return blocks
+
+
+def _group(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     # Published checkpoints put the blocks of a group under the name `layer`.
-    return nn.Sequential(OrderedDict(layer=stage(_Block, in_channels, channels, num_blocks, stride)))
+    return nn.Sequential(OrderedDict(layer=stage(_Block, in_channels, channels, blocks, stride)))
 
 
 class WideResNet(nn.Module):
@@ -40,13 +49,12 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:
         super().__init__()
-        num_blocks, remainder = divmod(depth - 4, 6)
-        assert remainder == 0, "a Wide ResNet has 6 n + 4 layers"
+        blocks = num_blocks(depth)
         self.normalize: nn.Module = nn.Identity()
         self.conv1 = image_conv(16, 3)
-        self.block1 = _group(16, 16 * width, num_blocks, stride=1)
-        self.block2 = _group(16 * width, 32 * width, num_blocks, stride=2)
-        self.block3 = _group(32 * width, 64 * width, num_blocks, stride=2)
+        self.block1 = _group(16, 16 * width, blocks, stride=1)
+        self.block2 = _group(16 * width, 32 * width, blocks, stride=2)
+        self.block3 = _group(32 * width, 64 * width, blocks, stride=2)
         self.bn1 = BatchNorm2d(64 * width)
         self.fc = Classifier(64 * width, num_classes)
         for module in self.modules():

@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pipelines import ffcv
+from engine.pipelines import datasets, ffcv
 from engine.pipelines.ffcv import beton_writer
 from engine.pipelines.reading import beton
 from engine.pipelines.reading.encoded import encoded_splits
@@ -160,6 +161,33 @@ def test_two_files_of_ffcv_s_are_a_data_set(foreign: Any, folder: Path, tmp_path
     assert test.images[torch.arange(12)].shape == (12, 4, 4, 3)
     (tmp_path / "test.beton").symlink_to(folder / "jpg.beton")
     assert beton.splits(tmp_path, request)[1].tree.where() == str(tmp_path / "test.beton")
+
+
+def test_files_are_known_by_their_content(foreign: Any, folder: Path, tmp_path: Path) -> None:
+    for name in ("data.ffcv", "data", "data.zip"):
+        (tmp_path / name).symlink_to(folder / "raw.beton")
+        assert beton.is_beton(tmp_path / name)
+    (tmp_path / "text").write_text("words " * 10)
+    with zipfile.ZipFile(tmp_path / "true.zip", "w") as archive:
+        archive.writestr("train/a/1.png", b"")
+    assert not any(map(beton.is_beton, (tmp_path / "text", tmp_path / "true.zip", tmp_path / "gone", tmp_path)))
+    found = datasets.find("folder", str(tmp_path / "data"), Request(image_size=4, only_test=True))
+    assert (len(found.train), len(found.test)) == (0, 12)
+    with pytest.raises(ValueError, match="does not say which images are for testing"):
+        datasets.find("folder", str(tmp_path / "data"), Request(image_size=4))
+
+
+def test_files_of_ffcv_s_imagenet_are_a_data_set(foreign: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "val_400_0.10_90.ffcv").symlink_to(folder / "raw.beton")
+    found = datasets.find("folder", str(tmp_path), Request(image_size=4, only_test=True))
+    assert (len(found.train), len(found.test)) == (0, 12)
+    with pytest.raises(ValueError, match=r"holds no train\.beton"):
+        datasets.find("folder", str(tmp_path), Request(image_size=4))
+    (tmp_path / "train_400_0.10_90.ffcv").symlink_to(folder / "all.beton")
+    assert len(datasets.find("folder", str(tmp_path), Request(image_size=4)).train) == 12
+    (tmp_path / "train_500_0.50_90.ffcv").symlink_to(folder / "all.beton")
+    with pytest.raises(ValueError, match="holds several files of train: "):
+        datasets.find("folder", str(tmp_path), Request(image_size=4))
 
 
 def test_a_file_of_ours_is_read_back_and_by_ffcv(tmp_path: Path) -> None:

@@ -72,12 +72,6 @@ def test_an_unreadable_file_is_named(data: bytes) -> None:
         in_memory(FILES[0], data).read(1)
 
 
-def test_more_than_8_bits_a_channel_are_refused() -> None:
-    sixteen_bits = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
-    with pytest.raises(ValueError, match=r"^data: X/0 is not a readable image \(more than 8 bits a channel"):
-        in_memory(encode(sixteen_bits, "PNG")).read(0)
-
-
 def test_labels_are_numbers_of_sorted_classes(tmp_path: Path) -> None:
     images, held_out = encoded(write(tmp_path, image_folder(FILES)))
     assert images.class_names == held_out.class_names == CLASSES

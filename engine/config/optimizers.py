@@ -1,0 +1,27 @@
+"""The optimizers by name: the keys that each alone reads, and its usual numbers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Optimizer(NamedTuple):
+    """Facts of a value of `optim.implementation`.
+
+    keys: of the section `optim`, those that not every optimizer has. decays_all: weight decay is usual for norms
+    and biases too. defaults: nested keys of a configuration, for what the user does not give.
+    """
+
+    keys: tuple[str, ...]
+    decays_all: bool
+    defaults: Mapping[str, Any]
+
+
+_SGD = Optimizer(("momentum", "nesterov"), decays_all=True, defaults={})
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "torch": _SGD,
+    "apex": _SGD,
+    "adamw": Optimizer(("betas", "eps"), decays_all=False, defaults={"lr": 1e-3, "optim": {"weight_decay": 0.05}}),
+}
