@@ -255,6 +255,15 @@ VALUES = (True, False, "on", "off", 1, 2, 0.5, 0.25, "resnet8", "digits", ["fgsm
           {"ce_nat": 2.0})  # fmt: skip
 
 
+NEEDS: dict[str, dict[str, Any]] = {
+    "optim.betas": {"optim": {"implementation": "adamw"}},
+    "optim.eps": {"optim": {"implementation": "adamw"}},
+    "extra_fraction": {"extra_data": "/given.npz"},
+    "extra_labels": {"extra_data": "/given.npz"},
+}
+"""What a key counts with alone."""
+
+
 def another(begun: config.RunConfig, name: str) -> config.RunConfig:
     """The configuration with some other value that the key may have; of "epochs" a smaller one."""
     *groups, last = name.split(".")
@@ -273,11 +282,12 @@ def another(begun: config.RunConfig, name: str) -> config.RunConfig:
 @pytest.mark.parametrize("name", [name for name in config.KEYS if name != "out"])
 def test_every_key_may_change_or_may_not(name: str) -> None:
     given = {section: {"checkpoint": "/given.pt"} for section in ("teacher", "teacher_st")}
-    begun = config.load({"method": "iad2", "epochs": 4, **given})
+    begun = config.load({"method": "iad2", "epochs": 4, **given}, NEEDS.get(name, {}))
     wanted = another(begun, name)
     old, new = (config.flat(each.tree())[name] for each in (begun, wanted))
     free = {
-        "data", "teacher.checkpoint", "teacher_st.checkpoint", "workers", "batches_ahead", "lanes", "graphs",
+        "data", "extra_data", "extra_labels", "teacher.checkpoint", "teacher_st.checkpoint",
+        "workers", "batches_ahead", "lanes", "graphs",
         "checkpoint_activations", "masking_guard", "overfitting_guard", "device", "checkpoint_every",
         "snapshot_every", "log_every", "imports", "loggers",
         "amp_dtype",  # which a run that began with "auto" decided

@@ -224,6 +224,34 @@ class ScalingRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class ImagenetRow(MeasuredRow):
+    """One line of imagenet.csv; README.md describes the columns."""
+
+    model: str
+    image_size: int
+    batch_size: int
+    processes: int
+    attack_steps: int
+    stage: str
+    images: int
+    seconds: float
+    images_per_s: float
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class ResumedRow(MeasuredRow):
+    """One line of imagenet-resumed.csv; README.md describes the columns."""
+
+    model: str
+    processes: int
+    steps: int
+    killed_after: int
+    same_bits: bool
+    run_s: float
+
+
+@dataclass(frozen=True)
 class PredictedScalingRow:
     """One line of scaling-predicted.csv, of which nothing was measured; README.md describes the columns."""
 
