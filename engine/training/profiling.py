@@ -33,6 +33,7 @@ PHASES = {
 
 DETAILS = {
     "crop_flip": "in `data`: images cropped, flipped and scaled on the device",
+    "mix": "in `data`: mixup and CutMix, where they are used",
     "random_start": "in `attack`: the perturbation that it starts from",
     "network": "in any phase: one pass of one network",
 }

@@ -107,7 +107,16 @@ def test_every_range_has_a_row_and_every_row_a_range() -> None:
 
 
 def test_a_step_runs_every_range_of_the_table() -> None:
-    run = load({"method": "iad2", "model": "resnet8", "device": "cpu", "batch_size": 4, "awp": {"gamma": 0.01}})
+    run = load(
+        {
+            "method": "iad2",
+            "model": "resnet8",
+            "device": "cpu",
+            "batch_size": 4,
+            "mixup": 1,
+            "awp": {"gamma": 0.01},
+        }
+    )
     cpu = precision.choose(run)
     images = Split(torch.zeros(8, 8, 8, 3, dtype=torch.uint8), torch.arange(8) % 4, tuple("abcd"))
     student, at, st = (assemble.build_student(run, images, cpu) for _ in range(3))
