@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from engine.kernels.philox import Stream, random_words
 from engine.pipelines.base import Batch, Mixture, Pipeline
-from engine.pipelines.sampling import Sampling
+from engine.pipelines.sampling import SampledPipeline, Sampling
 
 # The words of a sample, of `Stream.MIX`.
 _PARTNER, _KIND, _SHARE, _ROW, _COLUMN = range(5)
@@ -50,10 +50,10 @@ class PairSampling(Sampling):
         def partners(sample_B: Tensor) -> Tensor:
             return order_N[_scaled(_words(self.seed, epoch, sample_B)[:, _PARTNER], len(order_N))]
 
-        return [torch.cat((own_B, partners(own_B))) for own_B in super().batches(epoch, start_step)]
+        return [torch.cat((own_B, partners(own_B))) for own_B in self.divided(order_N, start_step)]
 
 
-class MixingPipeline:
+class MixingPipeline(SampledPipeline):
     """Batches of mixed images, each of a sample of the batch and its partner.
 
     mixup: s x + (1 - s) x', with s ~ Beta(a, a). CutMix: x, but x' in a box of (1 - s) H W around a point drawn
@@ -66,18 +66,9 @@ class MixingPipeline:
     def __init__(
         self, pairs: Pipeline, sampling: Sampling, mixing: Mixing, *, num_classes: int, shape: tuple[int, int]
     ) -> None:
-        self._pairs, self._sampling, self._mixing = pairs, sampling, mixing
+        super().__init__(sampling)
+        self._pairs, self._mixing = pairs, mixing
         self._num_classes, self._shape = num_classes, shape
-
-    @property
-    def num_samples(self) -> int:
-        """Images of one epoch, of all ranks together."""
-        return self._sampling.epoch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
-        return self._sampling.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from start_step on, of this rank; one without samples is empty."""

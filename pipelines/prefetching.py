@@ -19,7 +19,7 @@ from engine.kernels import crop_flip
 from engine.pipelines.base import Batch
 from engine.pipelines.crops import Crops, centre_crops, random_crops
 from engine.pipelines.reading.encoded import EncodedImages
-from engine.pipelines.sampling import Sampling, to_device
+from engine.pipelines.sampling import SampledPipeline, Sampling, to_device
 from engine.pipelines.splits import Split
 
 Item = TypeVar("Item")
@@ -37,7 +37,7 @@ def prefetched(pool: Executor, make: Callable[[Item], Made], items: Iterable[Ite
         yield waiting.popleft().result()
 
 
-class PrefetchingPipeline(ABC):
+class PrefetchingPipeline(SampledPipeline, ABC):
     """Batches of a `Split` or of `EncodedImages` by a loader that prefetches.
 
     The order is `Sampling`'s. Images of one size are cropped and flipped as by `TensorPipeline`, to the bit. Of
@@ -64,11 +64,11 @@ class PrefetchingPipeline(ABC):
         batches_ahead: int = 2,
     ) -> None:
         assert len(data) == sampling.num_images, (len(data), sampling.num_images)
+        super().__init__(sampling)
         for name, value in (("workers", workers), ("batches_ahead", batches_ahead)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self._data = data
-        self._sampling = sampling
         self._labels_N = data.labels.to(device)
         self._device = self._labels_N.device
         self._augment = augment
@@ -79,16 +79,6 @@ class PrefetchingPipeline(ABC):
         self._workers = workers or max(1, len(os.sched_getaffinity(0)) // sharing)
         self._batches_ahead = batches_ahead
         self._running: WeakSet[Generator[Batch]] = WeakSet()
-
-    @property
-    def num_samples(self) -> int:
-        """Images of one epoch, of all ranks together."""
-        return self._sampling.epoch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
-        return self._sampling.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from start_step on, of this rank; one without samples is empty."""

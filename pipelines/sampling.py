@@ -187,17 +187,32 @@ class Sampling:
 
     def batches(self, epoch: int, start_step: int = 0) -> list[Tensor]:
         """The samples of this rank in each step from start_step on."""
-        return [self._of_this_rank(global_B) for global_B in self._global_batches(epoch)[start_step:]]
+        return self.divided(self.samples(epoch), start_step)
 
-    def _global_batches(self, epoch: int) -> list[Tensor]:
-        order_T = self.samples(epoch)
+    def divided(self, order_T: Tensor, start_step: int = 0) -> list[Tensor]:
+        """`batches` of an epoch in that order."""
         if look_up("last", self.last, LAST_BATCHES).is_filled:
             missing = self.steps_per_epoch * self.batch_size - len(order_T)
             order_T = torch.cat((order_T, order_T.repeat(ceil_div(missing, len(order_T)))[:missing]))
-        return list(order_T.split(self.batch_size)[: self.steps_per_epoch])
+        steps = order_T.split(self.batch_size)[start_step : self.steps_per_epoch]
+        return [global_B.tensor_split(self.shard.world)[self.shard.rank] for global_B in steps]
 
-    def _of_this_rank(self, global_B: Tensor) -> Tensor:
-        return global_B.tensor_split(self.shard.world)[self.shard.rank]
+
+class SampledPipeline:
+    """Sizes of a pipeline, which are those of its sampling."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    @property
+    def num_samples(self) -> int:
+        """Images of one epoch, of all ranks together."""
+        return self._sampling.epoch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return self._sampling.steps_per_epoch
 
 
 def to_device(batches: list[Tensor], device: torch.device | str) -> list[Tensor]:

@@ -9,11 +9,11 @@ from torch.profiler import record_function
 
 from engine.kernels import crop_flip
 from engine.pipelines.base import Batch
-from engine.pipelines.sampling import Sampling, to_device
+from engine.pipelines.sampling import SampledPipeline, Sampling, to_device
 from engine.pipelines.splits import Split
 
 
-class TensorPipeline:
+class TensorPipeline(SampledPipeline):
     """Batches of a split, cropped and flipped on the device.
 
     augment: random crop, and random flip where `flip` allows it. dtype: of the images in the batches.
@@ -30,22 +30,12 @@ class TensorPipeline:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         assert len(data) == sampling.num_images, (len(data), sampling.num_images)
+        super().__init__(sampling)
         self._images_NHWC = data.images.to(device)
         self._labels_N = data.labels.to(device)
-        self._sampling = sampling
         self._augment = augment
         self._flip = flip
         self._dtype = dtype
-
-    @property
-    def num_samples(self) -> int:
-        """Images of one epoch, of all ranks together."""
-        return self._sampling.epoch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
-        return self._sampling.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from start_step on, of this rank; one without samples is empty."""

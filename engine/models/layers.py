@@ -22,6 +22,13 @@ def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, gro
     return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
+def init_convolutions(network: nn.Module) -> None:
+    """Draw the weights of all convolutions He-normal by fan-out: std sqrt(2 / (k^2 C_out))."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def relu(x: Tensor) -> Tensor:
     """max(x, 0) in the memory of x: for what nothing else reads, as the output of a BatchNorm or of a sum."""
     return F.relu(x, inplace=True)

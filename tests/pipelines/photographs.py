@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+SHAPES = [(40 + 13 * number % 300, 40 + 29 * number % 350) for number in range(12)]
+"""Heights and widths of photographs of various sizes."""
 WHOLE = encode(smooth(0, 30, 40))
 UNREADABLE = {
     "cut off": WHOLE[: len(WHOLE) // 2],

@@ -24,6 +24,7 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
 from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, threads, threads_end
 from tests.pipelines.photographs import (
+    SHAPES,
     UNREADABLE,
     cut_and_resized,
     encode,
@@ -71,9 +72,8 @@ TOLERANCE = 3.5 / 255  # Pillow rounds between its two passes, and JPEG decoders
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [12, 40, 224])
 def test_random_crops_look_as_pillow_cuts_and_resizes_them(size: int, kind: str) -> None:
-    shapes = [(40 + 13 * number % 300, 40 + 29 * number % 350) for number in range(12)]
-    files = [encode(smooth(number, *shape), kind) for number, shape in enumerate(shapes)]
-    sample_B, heights_B, widths_B = torch.arange(12), *torch.tensor(shapes).T
+    files = [encode(smooth(number, *shape), kind) for number, shape in enumerate(SHAPES)]
+    sample_B, heights_B, widths_B = torch.arange(12), *torch.tensor(SHAPES).T
     crops = random_crops(3, 6, sample_B, heights_B, widths_B)
     assert set(crops.flip.tolist()) == {0, 1}
     (batch,) = pipeline(in_memory(*files, size=size), 12, order="sequential").epoch(6)

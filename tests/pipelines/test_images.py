@@ -19,6 +19,7 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request, Split
 from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, python_threads
 from tests.pipelines.photographs import (
+    SHAPES,
     UNREADABLE,
     cut_and_resized,
     encode,
@@ -49,9 +50,8 @@ def pipeline(
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("size", [12, 40, 224])
 def test_random_crops_are_cut_and_resized_by_pillow_to_the_bit(size: int, kind: str) -> None:
-    shapes = [(40 + 13 * number % 300, 40 + 29 * number % 350) for number in range(12)]
-    files = [encode(smooth(number, *shape), kind) for number, shape in enumerate(shapes)]
-    crops = random_crops(3, 6, torch.arange(12), *torch.tensor(shapes).T)
+    files = [encode(smooth(number, *shape), kind) for number, shape in enumerate(SHAPES)]
+    crops = random_crops(3, 6, torch.arange(12), *torch.tensor(SHAPES).T)
     assert set(crops.flip.tolist()) == {0, 1}
     (batch,) = pipeline(in_memory(*files, size=size), 12, order="sequential").epoch(6)
     assert torch.equal(batch.x_nat, cut_and_resized(files, crops, size))

@@ -7,7 +7,7 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, image_conv, init_convolutions, relu, stage
 from engine.models.networks.resnet import BasicBlock, Bottleneck
 
 
@@ -33,9 +33,7 @@ class ImageNetResNet(nn.Module):
         self.layer3 = stage(make, two, three, num_blocks[2], stride=2)
         self.layer4 = stage(make, three, four, num_blocks[3], stride=2)
         self.fc = Classifier(four, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, stage
 from engine.models.networks.wideresnet import num_blocks
 
 MOMENTUM = 0.01
@@ -67,9 +67,7 @@ class SiLUWideResNet(nn.Module):
         )
         self.batchnorm = _norm(64 * width)
         self.logits = Classifier(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         nn.init.zeros_(self.logits.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

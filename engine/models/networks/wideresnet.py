@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, relu, stage
 
 
 class _Block(nn.Module):
@@ -57,9 +57,7 @@ class WideResNet(nn.Module):
         self.block3 = _group(32 * width, 64 * width, blocks, stride=2)
         self.bn1 = BatchNorm2d(64 * width)
         self.fc = Classifier(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from engine.pipelines.reading.encoded import EncodedImages, encoded_splits
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Request
 from tests.pipelines.loaders import ARRAYS, COUNT, FILES, SIZES, equal, in_beton, python_threads
-from tests.pipelines.photographs import cut_and_resized, encode, in_memory, listings, smooth
+from tests.pipelines.photographs import SHAPES, cut_and_resized, encode, in_memory, listings, smooth
 from tests.pipelines.reading.test_beton import build
 
 # Levels of 255, at most and in the mean, a little above what was measured. FFCV resizes by areas as OpenCV does.
@@ -80,16 +80,15 @@ def pipeline(images: EncodedImages, batch_size: int = 8, order: str = "random", 
 # ---------------------------------------------------------------- the pixels
 
 
-PHOTOGRAPHS = [(40 + 13 * number % 300, 40 + 29 * number % 350) for number in range(12)]
 TINY = [(1, 1), (1, 90), (90, 1), (3, 2), (2, 700)]
 
 
 @pytest.mark.parametrize("mode", ["jpeg", "raw"])
 @pytest.mark.parametrize("size", [12, 40, 224])
 def test_random_crops_look_as_others_cut_and_resize_them(size: int, mode: str, tmp_path: Path) -> None:
-    files = [encode(smooth(number, *shape)) for number, shape in enumerate(PHOTOGRAPHS)]
+    files = [encode(smooth(number, *shape)) for number, shape in enumerate(SHAPES)]
     images = photographs(tmp_path, files, size, mode)
-    crops = random_crops(3, 6, torch.arange(12), *torch.tensor(PHOTOGRAPHS).T)
+    crops = random_crops(3, 6, torch.arange(12), *torch.tensor(SHAPES).T)
     assert set(crops.flip.tolist()) == {0, 1}
     for flip in (True, False):
         (batch,) = pipeline(images, 12, "sequential", flip=flip).epoch(6)

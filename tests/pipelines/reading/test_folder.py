@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 
 from engine.pipelines import datasets
 from engine.pipelines.datasets import Dataset, Split
+from tests.pipelines.photographs import write_zip
 
 Content = dict[str, bytes]
 Pixels = npt.NDArray[np.uint8]
@@ -49,14 +49,6 @@ PIXELS = {name: pixels(i) for i, name in enumerate(NAMES)}
 
 def content() -> Content:
     return {name: encoded(array) for name, array in PIXELS.items()}
-
-
-def write_zip(path: Path, files: Content) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
 
 
 def write_folder(path: Path, files: Content) -> Path:

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import tarfile
-import zipfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,7 +20,7 @@ from engine.pipelines.reading import decoding
 from engine.pipelines.reading.folder import Wanted, image_folder
 from engine.pipelines.reading.held_out import HeldOut
 from engine.pipelines.splits import Request
-from tests.pipelines.photographs import encode, write
+from tests.pipelines.photographs import encode, write, write_zip
 
 Content = dict[str, bytes]
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -40,16 +39,8 @@ def classes(prefix: str, count: int, below: str = "", names: str = "ab") -> Cont
     }
 
 
-def zipped(path: Path, files: Content) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
 def placed(tmp_path: Path, files: Content, packed: bool) -> Path:
-    return zipped(tmp_path / "mine.zip", files) if packed else write(tmp_path / "mine", files)
+    return write_zip(tmp_path / "mine.zip", files) if packed else write(tmp_path / "mine", files)
 
 
 def find(path: Path, **wanted: object) -> AnyDataset:
@@ -97,7 +88,7 @@ def test_without_test_images_a_fifth_of_each_class_is_held_out(prefix: str, pack
 def test_the_side_of_a_file_depends_on_its_class_alone(tmp_path: Path) -> None:
     """Not on other classes, the form of the folder, or how a system spells its accents."""
     few = find(write(tmp_path / "few", classes("", 13, names="ab"))).held_out
-    more = find(zipped(tmp_path / "more.zip", classes("train/", 13, "images/", names="0abz"))).held_out
+    more = find(write_zip(tmp_path / "more.zip", classes("train/", 13, "images/", names="0abz"))).held_out
     assert few is not None
     assert more is not None
     assert set(few.names) == {name for name in more.names if name[0] in "ab"}
@@ -105,7 +96,7 @@ def test_the_side_of_a_file_depends_on_its_class_alone(tmp_path: Path) -> None:
         {f"{name}/{e}{number}.png": picture(number) for name in "ab" for number in range(9)}
         for e in ("\u00e9", "e\u0301")
     ]
-    composed, apart = (find(zipped(tmp_path / f"{form}.zip", spelled[form])).held_out for form in range(2))
+    composed, apart = (find(write_zip(tmp_path / f"{form}.zip", spelled[form])).held_out for form in range(2))
     assert composed == apart
 
 
@@ -156,7 +147,8 @@ def test_test_images_alone_serve_an_evaluation(layout: str, tmp_path: Path) -> N
     if layout.endswith("/") and "zip" not in layout:
         path = write(tmp_path, classes(layout, 3))
     else:
-        path = zipped(tmp_path / "val.zip", classes("val/" if "with" in layout or "itself" in layout else "", 3))
+        prefix = "val/" if "with" in layout or "itself" in layout else ""
+        path = write_zip(tmp_path / "val.zip", classes(prefix, 3))
         path = path if "itself" in layout else tmp_path
     found = find(path, only_test=True)
     assert (len(found.train), len(found.test), found.class_names, found.notes) == (0, 6, ("a", "b"), ())
@@ -275,16 +267,15 @@ def test_many_classes_are_listed_folder_by_folder(tmp_path: Path, monkeypatch: p
 
 def test_names_with_backslashes_are_read_as_folders(tmp_path: Path) -> None:
     files = classes("train/", 3) | classes("test/", 2)
-    path = zipped(tmp_path / "x.zip", {f"mine/{name}".replace("/", "\\"): data for name, data in files.items()})
+    path = write_zip(tmp_path / "x.zip", {f"mine/{name}".replace("/", "\\"): data for name, data in files.items()})
     found = find(path)
     assert (greys(found.train), greys(found.test)) == ({0, 1, 2, 100, 101, 102}, {0, 1, 100, 101})
 
 
 def test_archives_of_other_kinds_get_a_hint(tmp_path: Path) -> None:
-    inner = zipped(tmp_path / "inner" / "train.zip", classes("", 3))
-    refused(
-        zipped(tmp_path / "outer.zip", {"train.zip": inner.read_bytes()}), "outer.zip holds no", "unpack train.zip"
-    )
+    inner = write_zip(tmp_path / "inner" / "train.zip", classes("", 3))
+    outer = write_zip(tmp_path / "outer.zip", {"train.zip": inner.read_bytes()})
+    refused(outer, "outer.zip holds no", "unpack train.zip")
     write(tmp_path / "src", classes("", 2))
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(tmp_path / "src", "src")
@@ -300,16 +291,16 @@ def test_archives_of_other_kinds_get_a_hint(tmp_path: Path) -> None:
 
 def test_classes_that_differ_in_case_are_named(tmp_path: Path) -> None:
     refused(
-        zipped(tmp_path / "x.zip", classes("train/", 2, names="Ab") | classes("test/", 2, names="ab")),
+        write_zip(tmp_path / "x.zip", classes("train/", 2, names="Ab") | classes("test/", 2, names="ab")),
         "only in",
         "train: A",
         "test: a",
         "they differ in upper and lower case alone",
     )
-    both = zipped(tmp_path / "y.zip", classes("train/", 2, names="aAb") | classes("test/", 2, names="aAb"))
+    both = write_zip(tmp_path / "y.zip", classes("train/", 2, names="aAb") | classes("test/", 2, names="aAb"))
     assert find(both).notes == ("classes whose names differ in upper and lower case alone: A, a",)
     twice = classes("train/", 3) | classes("Train/", 3)
-    refused(zipped(tmp_path / "z.zip", twice), "holds both Train/ and train/")
+    refused(write_zip(tmp_path / "z.zip", twice), "holds both Train/ and train/")
 
 
 def test_a_split_of_no_classes_is_no_class(tmp_path: Path) -> None:
@@ -333,7 +324,7 @@ def test_a_limit_reads_those_images_alone(
         (tmp_path / "both").mkdir()
         for part in ("train", "test"):
             own = {file: data for file, data in files.items() if file.startswith(part)}
-            zipped(tmp_path / "both" / f"{part}.zip", own)
+            write_zip(tmp_path / "both" / f"{part}.zip", own)
         path = tmp_path / "both"
     decode = Mock(wraps=decoding.pixels)
     monkeypatch.setattr("engine.pipelines.reading.encoded.pixels", decode)
