@@ -24,6 +24,7 @@ from engine import config, models
 
 MODELS = ("resnet50", "timm:vit_tiny_patch16_224", "timm:convnext_atto")
 QUICK = {"images": 24, "batch_size": 8, "image_size": 64, "steps": 2}
+_TRAIN_PER_TEST = 16
 _LR = 0.01  # of networks that begin at random: nothing is to be learnt here, and nothing to overflow
 
 
@@ -53,7 +54,8 @@ def main(
 ) -> None:
     """Train AT with two steps of the attack on made JPEG files of 224 pixels, one epoch of each network.
 
-    Each stage is timed alone; then a run of as many processes is killed in the middle and resumed, and compared.
+    First each stage is timed alone; then a run of as many processes is killed within its epoch and resumed, and
+    compared with one that is not.
     """
     if quick:
         images, batch_size, image_size, steps = QUICK.values()
@@ -64,14 +66,15 @@ def main(
         if batch_size % processes:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the {processes} processes")
     with command.results(device, out) as results, tempfile.TemporaryDirectory() as scratch:
-        data = photographs.make(Path(scratch) / "photographs", images)
+        test_images = max(images // _TRAIN_PER_TEST, 2 * len(photographs.CLASSES))
+        data = photographs.make(Path(scratch) / "photographs", images, test_images=test_images)
+        every = [keys_of(name, data, image_size, batch_size, device) for name in chosen]
         rows: list[ImagenetRow] = []
-        resumed: list[ResumedRow] = []
-        for number, name in enumerate(chosen):
-            keys = keys_of(name, data, image_size, batch_size, device)
-            found = stages.timed(processes, keys, steps)
-            rows += stage_rows(results.facts, keys, processes, found)
+        for keys in every:
+            rows += stage_rows(results.facts, keys, processes, stages.timed(processes, keys, steps))
             results.write("imagenet.csv", rows)
+        resumed: list[ResumedRow] = []
+        for number, keys in enumerate(every):
             place = Path(scratch) / str(number)
             place.mkdir()
             resumed.append(resumed_row(results.facts, keys, processes, killed_run.outcome(keys, processes, place)))
@@ -84,7 +87,7 @@ def main(
 
 
 def keys_of(name: str, data: Path, image_size: int, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """Configuration of one epoch of adversarial training, which is measured on the few test images."""
+    """Configuration of one epoch of adversarial training, which is measured on the test images."""
     return {
         "method": "at", "model": name, "dataset": "folder", "data": str(data), "image_size": image_size,
         "batch_size": batch_size, "epochs": 1, "validation": 0, "lr": _LR, "device": device.type,

@@ -23,6 +23,7 @@ from engine.pipelines.splits import Request, Split
 from engine.pipelines.tensor import TensorPipeline
 
 _GPU_SHARE = 4  # images may take a quarter of a GPU's free memory: the networks need the rest
+_IMAGE_DOES = ", which image does"
 Say = Callable[[str], None]
 
 
@@ -66,7 +67,7 @@ def select(kind: str, data: AnySplit, device: torch.device, augmentation: tuple[
             fault = fault or _memory_fault(data, device)
         if not fault:
             break
-        faults.append(fault)
+        faults.append(fault.removesuffix(_IMAGE_DOES))
     if each == "image" and faults[-1] == _dali_fault(data):
         faults[-1] += ", and would be faster"
     return Selection(each, "; ".join(faults) or "the images fit into the device's memory")
@@ -91,7 +92,7 @@ def _augmentation_fault(kind: str, data: AnySplit, augmentation: tuple[str, ...]
     # Of images of any size every pipeline makes random crops.
     wanted = [name for name in augmentation if not (data.any_size and name == RANDOM_RESIZED_CROP)]
     if wanted and not look_up("pipeline", kind, _KINDS).augments:
-        return f"{kind} does no {' and no '.join(wanted)}, which image does"
+        return f"{kind} does no {' and no '.join(wanted)}{_IMAGE_DOES}"
     return ""
 
 

@@ -73,6 +73,10 @@ class Split:
         """H and W of a view."""
         return self.images.shape[1], self.images.shape[2]
 
+    def where(self, sample: int) -> str:
+        """Name of a sample in a message."""
+        return f"image {sample}"
+
     def take(self, index: Tensor) -> Split:
         """The images of those indices, in that order."""
         return replace(self, images=self.images[index], labels=self.labels[index])

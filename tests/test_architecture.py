@@ -72,7 +72,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "attacks",
         "attacks on images",
-        (("pgd",), ("autoattack", "masking", "overfitting", "twin"), ("adversary", "kinds"), ("table",)),
+        (("parts", "pgd"), ("autoattack", "masking", "overfitting", "twin"), ("adversary", "kinds"), ("table",)),
     ),
     (
         "training",

@@ -505,6 +505,16 @@ def test_what_is_of_a_checkpoint_needs_one(section: str, key: str, value: str) -
     assert getattr(getattr(load({section: {key: value, "checkpoint": "a.pt"}}), section), key) == value
 
 
+def test_a_run_directory_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "some.pt"
+    for place, path in ((tmp_path, tmp_path / "best.pt"), (file, file)):
+        teacher = {"checkpoint": str(place)}
+        keys = {"init": str(place), "extra_labels": str(place), "teacher": teacher, "teacher_st": teacher}
+        found = config.with_absolute_paths(config.load({"extra_data": "x.npz", **keys}))
+        teachers = (found.teacher.checkpoint, found.teacher_st.checkpoint)
+        assert {found.init, found.extra_labels, *teachers} == {str(path)}
+
+
 def test_the_tables_of_keys_are_those_of_the_configuration() -> None:
     page = key_tables.PAGE.read_text(encoding="utf-8")
     assert key_tables.written(page) == page, "run python -m tests.key_tables"

@@ -15,13 +15,13 @@ STRENGTHS = ((3, 40.0), (12, 20.0), (48, 10.0), (SIZE, 8.0))  # of noise of so m
 NOTHING = np.zeros((), np.float32)
 
 
-def make(folder: Path, count: int, seed: int = 0) -> Path:
-    """`train/<class>/*.jpg`, so many of them, and two for each class in `test`: the same files for the same seed.
+def make(folder: Path, count: int, seed: int = 0, *, test_images: int = 2 * len(CLASSES)) -> Path:
+    """`train/<class>/*.jpg`, so many of them, and some in `test`: the same files for the same seed.
 
     Large shapes and grain, in such parts that a file is as long as a photograph's of that size.
     """
     generator = np.random.default_rng(seed)
-    for part, images in (("train", count), ("test", 2 * len(CLASSES))):
+    for part, images in (("train", count), ("test", test_images)):
         for number in range(images):
             path = folder / part / CLASSES[number % len(CLASSES)] / f"{number:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

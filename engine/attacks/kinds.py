@@ -314,7 +314,7 @@ class ByFunction(EvaluationAttack):
         return perturb
 
 
-def craft(attack: EvaluationAttack, task: Task, x_nat: Tensor, labels_B: Tensor) -> Tensor:
+def craft(attack: EvaluationAttack, task: Task, x_nat: Tensor, labels_B: Tensor, sample_B: Tensor) -> Tensor:
     """x_adv of one batch; the network and torch's random state are left as they were."""
     device = x_nat.device
     with (
@@ -322,7 +322,7 @@ def craft(attack: EvaluationAttack, task: Task, x_nat: Tensor, labels_B: Tensor)
         frozen(task.model),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
-        out = attack.make(task)(x_nat, labels_B, torch.arange(len(x_nat), device=device))
+        out = attack.make(task)(x_nat, labels_B, sample_B)
     return out.x_adv.to(x_nat.dtype) if isinstance(out, Outcome) else out
 
 

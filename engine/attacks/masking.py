@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.attacks.parts import parts
 from engine.attacks.pgd import batch_norm_mode, frozen, pgd, started
 from engine.config import AttackSpec
 from engine.system.precision import Precision, full_precision
@@ -41,20 +42,25 @@ def probe(
     both measured in full precision. Positive: AMP makes the attack weaker. teacher: see `pgd`.
     """
     spec = spec.model_copy(update={"bn": "eval"})
-    start = started(x_nat, spec, seed=seed)
-
-    def crafted(autocast: Autocast, loss_scale: float) -> tuple[Tensor, Tensor]:
-        signs = _gradient(student, start, labels, autocast, loss_scale).sign()
-        x_adv = pgd(
-            student, x_nat, labels, spec, seed=seed, autocast=autocast, loss_scale=loss_scale, teacher=teacher
-        )
-        with torch.no_grad():
-            return signs, (student(x_adv).argmax(dim=1) == labels).double().mean()
-
+    modes: tuple[tuple[Autocast, float], ...] = (
+        (nullcontext, 1.0),
+        (precision.autocast, precision.attack_loss_scale),
+    )
+    agreeing, right, amp_right = torch.zeros(3, dtype=torch.float64, device=x_nat.device)
     with batch_norm_mode(student, spec.bn), frozen(student), full_precision():
-        signs, accuracy = crafted(nullcontext, 1.0)
-        amp_signs, amp_accuracy = crafted(precision.autocast, precision.attack_loss_scale)
-    agreement, gap = torch.stack([(signs == amp_signs).double().mean(), amp_accuracy - accuracy]).tolist()
+        for x_B, labels_B, sample_B in parts(x_nat, labels):
+            start = started(x_B, spec, seed=seed, sample=sample_B)
+            signs = [_gradient(student, start, labels_B, *mode).sign() for mode in modes]
+            agreeing += torch.eq(*signs).sum()
+            for total, (autocast, loss_scale) in zip((right, amp_right), modes, strict=True):
+                x_adv = pgd(
+                    student, x_B, labels_B, spec, seed=seed, sample=sample_B, autocast=autocast,
+                    loss_scale=loss_scale, teacher=teacher,
+                )  # fmt: skip
+                with torch.no_grad():
+                    total += (student(x_adv).argmax(dim=1) == labels_B).sum()
+    difference = amp_right / len(labels) - right / len(labels)
+    agreement, gap = torch.stack((agreeing / x_nat.numel(), difference)).tolist()
     return {"probe_amp_sign_agreement": agreement, "probe_amp_accuracy_gap": gap}
 
 

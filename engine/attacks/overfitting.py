@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.attacks.parts import parts
 from engine.attacks.pgd import batch_norm_mode, pgd, preset
 from engine.config import AttackSpec
 from engine.system.precision import full_precision
@@ -61,15 +62,17 @@ def probe(
     probe_fgsm_accuracy: accuracy under the attack of the training. probe_fgsm_pgd_gap: the same less the accuracy
     under PGD-10. teacher: for an attack's loss that needs one.
     """
-    right = []
+    specs = (
+        attack.model_copy(update={"bn": "eval"}),
+        preset("pgd10", attack.epsilon, attack.threat_model),
+    )
+    right = torch.zeros(len(specs), dtype=torch.float64, device=x_nat.device)
     with batch_norm_mode(student, "eval"), full_precision():
-        for spec in (
-            attack.model_copy(update={"bn": "eval"}),
-            preset("pgd10", attack.epsilon, attack.threat_model),
-        ):
-            x_adv = pgd(student, x_nat, labels, spec, seed=seed, teacher=teacher)
-            right.append((student(x_adv).argmax(dim=1) == labels).double().mean())
-    fgsm, of_pgd = torch.stack(right).tolist()
+        for x_B, labels_B, sample_B in parts(x_nat, labels):
+            for number, spec in enumerate(specs):
+                x_adv = pgd(student, x_B, labels_B, spec, seed=seed, sample=sample_B, teacher=teacher)
+                right[number] += (student(x_adv).argmax(dim=1) == labels_B).sum()
+    fgsm, of_pgd = (right / len(labels)).tolist()
     return {"probe_fgsm_accuracy": fgsm, "probe_fgsm_pgd_gap": fgsm - of_pgd}
 
 

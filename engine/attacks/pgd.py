@@ -14,12 +14,13 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from engine.common.lookup import look_up, nearest
 from engine.config import AttackSpec, validated
 from engine.kernels import pgd_update, random_start
-from engine.models.layers import running_statistics_stay
+from engine.models.layers import release_cached, running_statistics_stay
 from engine.objectives import ATTACK_LOSSES
 
 Logits = Callable[[Tensor], Tensor]
@@ -370,10 +371,14 @@ def bn_mode(name: str) -> BatchNormMode:
 
 @contextmanager
 def batch_norm_mode(model: nn.Module, name: str) -> Iterator[None]:
-    """The model runs in that mode of `BN_MODES` inside; every module's own comes back afterwards."""
+    """BatchNorm runs in that mode of `BN_MODES` inside, and all else in evaluation mode; each own comes back."""
     mode = bn_mode(name)
     modes = [(module, module.training) for module in model.modules()]
-    model.train(mode.by_batch)
+    release_cached(model)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = mode.by_batch
     try:
         with nullcontext() if mode.tracked else running_statistics_stay(model):
             yield

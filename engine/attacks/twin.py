@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from engine.attacks.pgd import BatchNormMode, bn_mode
-from engine.models.layers import ImageConv2d, Resize, Stage, is_plain
+from engine.models.layers import ImageConv2d, Resize, Stage, is_plain, release_cached
 from engine.models.sync_batch_norm import SyncBatchNorm
 from engine.system.precision import Precision
 
@@ -80,6 +80,7 @@ class Twin:
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the original's weights, and where BatchNorm is folded its statistics."""
+        release_cached(self.module)
         if self._converted:
             own, originals = zip(*self._converted, strict=True)
             torch._foreach_copy_(own, originals)

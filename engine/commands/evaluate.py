@@ -54,9 +54,7 @@ from engine.common.files import checkpoint_of
 @click.option(
     "--batch-size",
     type=COUNT,
-    default=250,
-    show_default=True,
-    help="Images per forward.",
+    help="Images per forward. [250; of large images as many as have the pixels of 32 of 224x224]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the attacks.")
 @click.option(

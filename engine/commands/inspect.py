@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import zipfile
@@ -17,11 +18,14 @@ from engine.commands.completion import FILE, named
 from engine.commands.options import import_option, normalisation_options, weights_option
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from engine.models.weights import LoadedModel
     from engine.pipelines.reading.folder import Files, ImageFolder
 
 _MOST_ROWS = 20
 _SAMPLED = 100
+_OF_BEST = ("epoch", "natural_accuracy", "robust_accuracy", "measured_on")
 _LARGE = 128  # pixels a side, from which on a network is one for ImageNet
 
 
@@ -160,25 +164,24 @@ def _checkpoint(path: Path, told: Told) -> Found:
     if content.metadata:
         facts["metadata"] = ", ".join(sorted(content.metadata))
     rows: list[tuple[Any, ...]] = []
-    notes = [content.note] if content.note else []
     following: tuple[str, ...] = ()
     if isinstance(content.value, Mapping | list | tuple):
         places = state_dicts.find(content.value)
         networks = matching.networks(places, told.model)
         rows = [_row(network) for network in networks]
-        known = {network.place for network in networks}
-        rows += [
-            (place, "", "no known architecture", None, len(state), sum(t.numel() for t in state.values()), "")
-            for place, state in places.items()
-            if place not in known
-        ][: _MOST_ROWS if not networks else 0]
+        if not networks:
+            rows = [
+                (place, "", "no known architecture", None, *_counts(state))
+                for place, state in itertools.islice(places.items(), _MOST_ROWS)
+            ]
     try:
         loaded = told.load(path)
         facts |= _facts(loaded)
-        notes += [note for note in loaded.notes if note not in notes]
+        notes = list(loaded.notes)
         data = () if loaded.dataset else ("--dataset", "DATASET")
         following = (shlex.join(("engine", "eval", str(path), *told.options, *data)),)
     except ValueError as error:
+        notes = [content.note] if content.note else []
         notes.append(f"it cannot be used as it is: {str(error).removeprefix(f'{path}: ')}")
     columns = ("state dict", "prefix", "model", "classes", "tensors", "parameters", "numbers")
     return Found(f"checkpoint ({content.kind})", facts, columns, rows, tuple(notes), following)
@@ -186,7 +189,11 @@ def _checkpoint(path: Path, told: Told) -> Found:
 
 def _row(network: Any) -> tuple[Any, ...]:
     """Row of a table for a network in a file."""
-    state = network.tensors()
+    return (network.place, network.match.prefix, network.name, network.num_classes, *_counts(network.tensors()))
+
+
+def _counts(state: Mapping[str, Tensor]) -> tuple[int, int, str]:
+    """Tensors and parameters of a network, and the types of its floats."""
     dtypes = Counter(
         str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()
     )
@@ -195,15 +202,7 @@ def _row(network: Any) -> tuple[Any, ...]:
         for key, tensor in state.items()
         if not key.rpartition(".")[2].startswith(("running", "num_"))
     )
-    return (
-        network.place,
-        network.match.prefix,
-        network.name,
-        network.num_classes,
-        len(state),
-        size,
-        ", ".join(dtypes),
-    )
+    return len(state), size, ", ".join(dtypes)
 
 
 def _facts(loaded: LoadedModel) -> dict[str, Any]:
@@ -253,7 +252,7 @@ def _run(path: Path, told: Told) -> Found:
         facts |= {f"best.pt: {name}": value for name, value in best.facts.items()}
         notes, rows, columns = list(best.notes), list(best.rows), best.columns
     if summary is not None:
-        facts |= {f"best: {name}": value for name, value in summary["best"].items() if not isinstance(value, dict)}
+        facts |= {f"best: {name}": summary["best"].get(name) for name in _OF_BEST}
     quoted = shlex.quote(str(path))
     following = (
         (f"engine eval {quoted}", f"engine report {quoted}") if summary else (f"engine train --resume {quoted}",)
@@ -287,9 +286,7 @@ def _folder(path: Path) -> Found:
     facts |= {f"{name} images": len(files) for name, files in splits.items()}
     sampled, sizes = _sampled(found.train)
     facts |= sampled
-    facts["left out"] = sum(
-        len(files.strays) for files in {id(files): files for files in splits.values()}.values()
-    )
+    facts["left out"] = sum(len(files.strays) for files in splits.values())
     rows = [
         (name, label, *(len(files.by_class[name]) for files in splits.values()))
         for label, name in enumerate(found.test.class_names)
@@ -311,7 +308,8 @@ def _image_folder(path: Path) -> ImageFolder:
         try:
             return image_folder(path, Wanted(only_test=True))
         except ValueError:
-            raise error from None
+            reason = str(error).removeprefix("data: ").removeprefix(f"{path} ")
+            raise ValueError(f"{path}: cannot be taken as a folder of images: {reason}") from None
 
 
 def _sampled(files: Files) -> tuple[dict[str, Any], Counter[tuple[int, int]]]:
@@ -399,6 +397,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return printable(summary(value))
     return "" if value is None else printable(value)

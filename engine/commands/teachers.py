@@ -64,7 +64,11 @@ TABLES = (
     metavar="COLUMN",
     help=f"Order of the candidates: {', '.join(name for _, names in TABLES for name in names)}.",
 )
-@click.option("--batch-size", type=COUNT, default=250, show_default=True, help="Images per forward.")
+@click.option(
+    "--batch-size",
+    type=COUNT,
+    help="Images per forward. [250; of large images as many as have the pixels of 32 of 224x224]",
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the student and of the attacks.")
 @click.option("--image-size", type=COUNT, help="Cut views of that size from images of any size.")
 @click.option(

@@ -49,10 +49,11 @@ _KINDS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"%PDF", "a PDF"),
     (0, b"version https://git-lfs", "a pointer of Git LFS, and not the file itself: git lfs pull"),
-    (0, b"<!DOCTYPE html", "a web page: the download gave that instead of the file"),
-    (0, b"<!doctype html", "a web page: the download gave that instead of the file"),
-    (0, b"<html", "a web page: the download gave that instead of the file"),
+    (0, b"Rar!", "a RAR archive: unpack it"),
+    (0, b"PK\x05\x06", "an empty ZIP archive"),
 )
+_PICKLE, _TORCH_IN_PICKLE = re.compile(rb"\x80[\x03-\x05]"), b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+"""Beginnings of the pickles of Python 3, and the number that torch's older format has in its first one."""
 _NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 _ONNX = re.compile(rb"\x08[\x01-\x14](\x12.{1,40}|[\x1a\x22\x2a\x32\x3a])", re.DOTALL)
 """Its version, the producer's name or what else may come next."""
@@ -160,7 +161,21 @@ def kind_of(data: bytes) -> str:
             return words
     if data.startswith(_ZIP):
         return _kind_of_archive(data)
-    return "an ONNX model" if _ONNX.match(data) else ""
+    if _PICKLE.match(data) and _TORCH_IN_PICKLE not in data[:64]:
+        return "a plain pickle, whose code would run: write the network's state_dict() by torch.save"
+    return "an ONNX model" if _ONNX.match(data) else _kind_of_text(data)
+
+
+def _kind_of_text(data: bytes) -> str:
+    """Words for a text; "" for what is none."""
+    start = data[:1000].lstrip()
+    if start[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page: the download gave that instead of the file"
+    if not start.isascii() or not start.translate(None, b"\t\n\r\f").decode("ascii").isprintable():
+        return ""
+    if start.startswith(b"{") and b'"weight_map"' in data:
+        return "the index of a checkpoint in several files: write their tensors into one"
+    return "a text"
 
 
 def _kind_of_archive(data: bytes) -> str:
@@ -201,6 +216,7 @@ def _read_safetensors(path: str | Path, data: bytes) -> Content:
         raise ValueError(f"{path}: is a damaged safetensors file: {printable(error):.200}") from None
     note = "a safetensors file, which has no checksums: damage to it cannot be seen"
     metadata = header.get("__metadata__", {})
+    tensors = {key: tensors[key] for key in header if key in tensors}  # the package gives them in any order
     return Content(tensors, False, hashlib.sha256(data).hexdigest(), note, "safetensors", metadata)
 
 

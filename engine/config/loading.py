@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from engine.common import yaml_text
-from engine.common.files import expand_user, regular_file
+from engine.common.files import checkpoint_of, expand_user, regular_file
 from engine.common.lookup import look_up, nearest
 from engine.config import semantics
 from engine.config.keys import Key
@@ -142,17 +142,21 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(argument: str, path: str | None) -> str | None:
         return None if path is None else str(expand_user(argument, path).absolute())
 
+    def checkpoint(argument: str, path: str | None) -> str | None:
+        place = absolute(argument, path)
+        return None if place is None else str(checkpoint_of(place))
+
     teachers = {
-        section: teacher.model_copy(update={"checkpoint": absolute(f"{section}.checkpoint", teacher.checkpoint)})
+        section: teacher.model_copy(update={"checkpoint": checkpoint(f"{section}.checkpoint", teacher.checkpoint)})
         for section, teacher in (("teacher", config.teacher), ("teacher_st", config.teacher_st))
     }
-    init = config.init if config.init in LIBRARIES else absolute("init", config.init)
+    init = config.init if config.init in LIBRARIES else checkpoint("init", config.init)
     by = config.extra_labels
     paths = {
         "data": absolute("data", config.data),
         "init": init,
         "extra_data": absolute("extra_data", config.extra_data),
-        "extra_labels": by if by == LABELLED_BY_TEACHER else absolute("extra_labels", by),
+        "extra_labels": by if by == LABELLED_BY_TEACHER else checkpoint("extra_labels", by),
     }
     return config.model_copy(update=paths | teachers)
 

@@ -291,7 +291,7 @@ class TeacherConfig(Section):
     checkpoint: Annotated[
         PathText | None,
         Key(
-            "checkpoint of the {teacher} teacher, of this project or another's",
+            "checkpoint of the {teacher} teacher, of this project or another's; or a run directory for its best",
             null="from the [teacher cache](run-directory.md#teachers), else trained",
             flag="--{section}",
             group="method",
@@ -342,7 +342,14 @@ class EvalConfig(Section):
         tuple[str, ...],
         Key("attacks on the test images at the end, of the last and the best student; `[]`: none"),
     ] = ("natural", "fgsm", "pgd20")
-    batch_size: Annotated[Count, Key("images per forward", teacher=True)] = 250
+    batch_size: Annotated[
+        Count | None,
+        Key(
+            "images per forward",
+            null="250; of large images as many as have the pixels of 32 of 224x224",
+            teacher=True,
+        ),
+    ] = None
     probe_size: Annotated[
         Count,
         Key(
@@ -393,8 +400,9 @@ class RunConfig(Section):
     init: Annotated[
         PathText | None,
         own(
-            "checkpoint of any origin with the student's first weights, of `model` and `normalize`; or `timm` or "
-            "`torchvision`: pretrained weights of that library. For other classes the head is a new one",
+            "checkpoint of any origin with the student's first weights, of `model` and `normalize`, or a run "
+            "directory for its best; or `timm` or `torchvision`: pretrained weights of that library. For other "
+            "classes the head is a new one",
             null="drawn from `seed`",
             flag="--init",
             group="method",
@@ -447,7 +455,7 @@ class RunConfig(Section):
         PathText | None,
         Key(
             "who labels the extra images: `teacher`, the run's robust one, which is then trained without them, or "
-            "a checkpoint of any origin",
+            "a checkpoint of any origin, or a run directory for its best",
             null="their file or folder",
             flag="--extra-labels",
             group="data",

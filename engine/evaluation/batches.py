@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from engine.attacks.autoattack import Outcome, complaints
 from engine.attacks.kinds import Perturb
 from engine.attacks.masking import MOST_ZEROS
+from engine.attacks.parts import most_images
 from engine.attacks.pgd import NORMS
 from engine.common.stopping import RunFailed, Stop
+from engine.evaluation.arguments import check_whole
 from engine.evaluation.partial_results import Measured, PartialResults
 from engine.evaluation.results import Result, gradient_warnings
 from engine.pipelines.splits import Indexable
@@ -28,6 +30,18 @@ from engine.system.distributed import World
 
 _SLACK = 1e-6
 """Distance from the ball or from [0, 1] that rounding alone may cause."""
+_MOST_IMAGES = 250
+
+
+def size_of_batch(chosen: int | None, height: int, width: int) -> int:
+    """Images per forward: as chosen, else 250, of large images as many as have the pixels of 32 of 224 x 224.
+
+    Raises ValueError where less than 1 is chosen.
+    """
+    if chosen is not None:
+        check_whole("batch_size", chosen, least=1)
+        return chosen
+    return min(_MOST_IMAGES, most_images(height, width))
 
 
 def batch_of(

@@ -17,6 +17,7 @@ from engine.common.files import code_hash
 from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import reports, robustbench
+from engine.evaluation.batches import size_of_batch
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, further, is_chance
@@ -55,7 +56,7 @@ class EvaluationConfig:
     normalize: str | tuple[Sequence[float], Sequence[float]] | None = None
     epsilon: str | None = None
     threat_model: str | None = None
-    batch_size: int = 250
+    batch_size: int | None = None
     seed: int = 0
     device: str = "auto"
     image_size: int | None = None
@@ -200,6 +201,11 @@ class _Subject:
     config: EvaluationConfig
     identity: Mapping[str, Any]
 
+    @property
+    def batch_size(self) -> int:
+        """Images per forward."""
+        return size_of_batch(self.config.batch_size, *self.images.shape)
+
     def limit(self, name: str) -> int | None:
         """Images at most under this attack."""
         return self.config.limit_aa if name == _SLOW else None
@@ -210,7 +216,7 @@ class _Subject:
 
     def parameters(self, attack: EvaluationAttack) -> dict[str, Any]:
         """Everything that decides an attack's result: equal parameters, equal results."""
-        own = attack.parameters(self.task, self.config.batch_size)
+        own = attack.parameters(self.task, self.batch_size)
         return {"attack": attack.name, "n": self.count(attack.name)} | own | dict(self.identity)
 
     def partial_identities(self, parameters: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
@@ -218,7 +224,7 @@ class _Subject:
 
         What a function computes is not always known: its batches are found by no other evaluation then.
         """
-        also = {"batch_size": self.config.batch_size, "device": next(self.task.model.parameters()).device.type}
+        also = {"batch_size": self.batch_size, "device": next(self.task.model.parameters()).device.type}
         also |= {"code": code_hash(), "versions": record["versions"], "kernels": record["kernels"]}
         found = {}
         for name, of_attack in parameters.items():
@@ -291,7 +297,7 @@ class _Evaluation:
                 [attack],
                 epsilon=task.ball[0],
                 threat_model=task.ball[1],
-                batch_size=subject.config.batch_size,
+                batch_size=subject.batch_size,
                 limit=subject.limit(attack.name),
                 seed=subject.config.seed,
                 on_batch=lambda name, done, total: self.reporter.advance(done),

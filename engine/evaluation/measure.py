@@ -24,7 +24,7 @@ from engine.evaluation.arguments import (
     check_whole,
     count_classes,
 )
-from engine.evaluation.batches import Attack, BatchRunner, batch_of
+from engine.evaluation.batches import Attack, BatchRunner, batch_of, size_of_batch
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance
 from engine.pipelines.splits import limited
@@ -57,7 +57,7 @@ def evaluate(
     *,
     epsilon: float = 8 / 255,
     threat_model: str = "Linf",
-    batch_size: int = 250,
+    batch_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -72,6 +72,7 @@ def evaluate(
     attacks: names of `engine.attacks.table`; functions f(model, x, y) -> x_adv, by their own names or in pairs
     (name, f); or a mapping of names to functions. See `table.add` for what else f may ask for.
     epsilon, threat_model: the ball of every attack. device: the model's, unless given.
+    batch_size: images per forward; None: see `size_of_batch`.
     limit: that many samples, of every class as equally many as there are, whatever the order of the data; the
     choice depends on the labels alone. None: all.
     on_batch: called with (attack, samples done, samples in all) after each batch; what it raises ends everything.
@@ -93,7 +94,6 @@ def evaluate(
     images_N, labels_N = check_data(data)
     presets(epsilon, threat_model)  # refuses a bad ball
     chosen = table.resolve(attacks)
-    check_whole("batch_size", batch_size, least=1)
     check_whole("seed", seed, least=0)
     sample_N = limited(labels_N, limit, 0, "limit")
     where, dtype = check_place(model, device)
@@ -104,12 +104,16 @@ def evaluate(
 
     with undisturbed(model, where):
         runner = BatchRunner(model, batch, ball, on_batch, stop or Stop(), world, partial)
-        num_classes = count_classes(model, batch(sample_N[:1])[0], labels_N)
-        class_names = tuple(getattr(data, "class_names", ())) or None
-        task = Task(model, num_classes, ball, seed, class_names, world.heartbeat)
+        first = batch(sample_N[:1])[0]
+        size, num_classes = size_of_batch(batch_size, *first.shape[2:]), count_classes(model, first, labels_N)
+        task = Task(model, num_classes, ball, seed, _class_names(data), world.heartbeat)
         # All attacks are made, and refused, before the first batch.
-        wanted = [_made(attack, task, f"{len(sample_N)} images, batch {batch_size}") for attack in chosen]
-        return {attack.name: runner.result(attack, sample_N, batch_size) for attack in wanted}
+        wanted = [_made(attack, task, f"{len(sample_N)} images, batch {size}") for attack in chosen]
+        return {attack.name: runner.result(attack, sample_N, size) for attack in wanted}
+
+
+def _class_names(data: Data) -> tuple[str, ...] | None:
+    return tuple(getattr(data, "class_names", ())) or None
 
 
 def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:

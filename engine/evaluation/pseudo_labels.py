@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.common.files import cache_dir
 from engine.common.stopping import Stop
 from engine.common.tensor_files import read_tensors, write_tensors
-from engine.evaluation.batches import batch_of
+from engine.evaluation.batches import batch_of, size_of_batch
 from engine.evaluation.measure import undisturbed
 from engine.models.weights import weights_sha256
 from engine.pipelines.datasets import AnySplit
@@ -26,7 +26,6 @@ from engine.pipelines.splits import Split
 from engine.system.distributed import World
 
 _FORMAT = 1  # of the labels: with another batch size or precision they are others
-_BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ def label(
     world.barrier(stop)
     labels_N, confidence_N = world.gather(mine).sum(0)
     if len(bad := (~confidence_N.isfinite()).nonzero()[:, 0]):
-        where = f"image {int(bad[0])}" if isinstance(images, Split) else images.where(int(bad[0]))
+        where = images.where(int(bad[0]))
         raise ValueError(
             f"extra_labels: the network's logits of {where}, and of {len(bad) - 1} more, are not finite"
         )
@@ -85,9 +84,10 @@ def label(
 def _share(network: nn.Module, images: AnySplit, device: torch.device, world: World, stop: Stop) -> Tensor:
     """Labels and confidences of this process's batches, 0 elsewhere; float64 (2, N)."""
     dtype, classes = next(network.parameters()).dtype, len(images.class_names)
+    batch_size = size_of_batch(None, *images.shape)
     found = torch.zeros(2, len(images), dtype=torch.float64)
     with undisturbed(network, device):
-        for sample_B in torch.arange(len(images)).split(_BATCH)[world.rank :: world.size]:
+        for sample_B in torch.arange(len(images)).split(batch_size)[world.rank :: world.size]:
             x_B, _ = batch_of(images.images, images.labels, sample_B, device, dtype)
             logits_BC = network(x_B)
             if logits_BC.shape != (len(sample_B), classes):

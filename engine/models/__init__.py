@@ -196,7 +196,7 @@ def build(name: str, num_classes: int, *, normalize: bool = False, dataset: str 
     if num_classes < 2:
         raise ValueError(f"num_classes: a classifier has at least 2 classes, got {num_classes}")
     if normalize and entry.normalization is not None:
-        raise ValueError(f"normalize: {name} normalises its images already; drop it")
+        raise ValueError(f"normalize: {name} normalises its images already; set it to false")
     model = entry.builder(num_classes)
     if normalize:
         if not _begins_with_normalize(model, min(entry.input_sizes)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.models.normalize import RGB
 
@@ -19,6 +19,7 @@ class Architecture:
     builder: from the number of classes to the network. input_sizes: the heights and widths it is meant for.
     version: of a network whose code is not in this package, differs where that may; "" of those in this package.
     normalization: mean and standard deviation by which the network always normalises its images, if it does.
+    renamed: of the network and the tensors of a file of its library, the same under the names of today's version.
     """
 
     summary: str
@@ -26,6 +27,7 @@ class Architecture:
     input_sizes: tuple[int, ...] = (32, 64)
     version: str = ""
     normalization: tuple[RGB, RGB] | None = None
+    renamed: Callable[[nn.Module, dict[str, Tensor]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

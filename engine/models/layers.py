@@ -180,6 +180,21 @@ def running_statistics_stay(network: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def release_cached(network: nn.Module) -> None:
+    """Let go of what modules compute from their weights once in evaluation mode, and keep until they are trained.
+
+    Several networks of timm keep attention biases so, whose weights may change meanwhile.
+    """
+    caching = [module for module in network.modules() if type(module).train is not nn.Module.train]
+    if not caching:
+        return
+    modes = [(module, module.training) for module in network.modules()]
+    for module in caching:
+        module.train()
+    for module, training in modes:
+        module.training = training
+
+
 def recompute(network: nn.Module) -> None:
     """Trade time for memory: every stage of the network keeps the inputs of its blocks alone.
 

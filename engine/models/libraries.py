@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.common.errors import printable
 from engine.models.architecture import Architecture
-from engine.models.layers import Classifier, ImageConv2d, Resize
+from engine.models.layers import Classifier, ImageConv2d, Resize, running_statistics_stay
 from engine.models.normalize import RGB, Normalize
+from engine.models.sync_batch_norm import is_synchronised
 
 Size = tuple[int, int]
 
@@ -47,8 +51,16 @@ class LibraryNetwork(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]; of another size than the network takes, they are resized."""
+        if isinstance(x_BCHW, Tensor) and not len(x_BCHW) and not is_synchronised(self):  # a tracer's is no tensor
+            return self._of_none(x_BCHW)
         logits_BC: Tensor = self.network(self.resize(self.normalize(x_BCHW)))
         return logits_BC
+
+    def _of_none(self, x_BCHW: Tensor) -> Tensor:
+        """No logits, of no images, as a process may have: transformers cannot reshape them."""
+        with running_statistics_stay(self):
+            logits_BC: Tensor = self(torch.cat((x_BCHW, x_BCHW.new_zeros(2, *x_BCHW.shape[1:]))))
+        return logits_BC[:0]
 
 
 def timm(found: re.Match[str]) -> Architecture:
@@ -75,7 +87,15 @@ def timm(found: re.Match[str]) -> Architecture:
         heads = [module for module in _linear(parts) if module.out_features == num_classes]
         return LibraryNetwork(network, heads, normalization, size if facts.fixed_input_size else None)
 
-    return _architecture(library, name, build, size[0], normalization)
+    return replace(_architecture(library, name, build, size[0], normalization), renamed=_renamed_by_timm)
+
+
+def _renamed_by_timm(network: nn.Module, tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of a file of an older timm under the names of this one, as timm reads its own files."""
+    assert isinstance(network, LibraryNetwork)
+    convert = getattr(sys.modules[type(network.network).__module__], "checkpoint_filter_fn", None)
+    found: Mapping[str, Tensor] = tensors if convert is None else convert(tensors, network.network)
+    return found
 
 
 def torchvision(found: re.Match[str]) -> Architecture:

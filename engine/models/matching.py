@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,6 +22,7 @@ class FoundNetwork:
 
     place: of its state dict in the file. name: of its architecture, None where none is known to fit.
     shapes: of the architecture's tensors by the names that they have after `match.prefix`.
+    note: a sentence for the user, if any.
     """
 
     place: str
@@ -29,6 +30,7 @@ class FoundNetwork:
     match: Match
     name: str | None
     shapes: Shapes = field(repr=False)
+    note: str = ""
 
     @property
     def key(self) -> str:
@@ -118,7 +120,8 @@ def choose(found: Mapping[str, State], model: str | None) -> tuple[FoundNetwork,
         raise ValueError(
             f"holds several networks: {listed}; name the one that is meant by --weights-key, or teacher.weights"
         )
-    notes = [f"the same weights are under {short_repr(n.key)}, too" for n in ranked[1:] if n.key != taken.key]
+    notes = [taken.note] if taken.note else []
+    notes += [f"the same weights are under {short_repr(n.key)}, too" for n in ranked[1:] if n.key != taken.key]
     if others := [network for network in all_networks if network not in ranked]:
         places = [network.place for network in all_networks]
         # The prefix matters only where a state dict has several.
@@ -135,6 +138,8 @@ def _networks(place: str, state: State, model: str | None) -> list[FoundNetwork]
         found = [
             FoundNetwork(place, state, match, model, shapes_of(model)) for match in _whole(state, shapes_of(model))
         ]
+        if all(network.match.inside for network in found) and (renamed := _renamed(place, state, model)):
+            found = renamed
         fitting = [network for network in found if _fits(network)]
         return fitting or found
     sound = {key: tensor.shape for key, tensor in state.items() if not tensor_fault(tensor)}
@@ -147,6 +152,33 @@ def _networks(place: str, state: State, model: str | None) -> list[FoundNetwork]
     ]
     fitting = [network for network in found if _fits(network)]
     return fitting or (found if len({network.name for network in found}) == 1 else [])
+
+
+def _renamed(place: str, state: State, model: str) -> list[FoundNetwork]:
+    """The whole networks of that architecture under names that an older version of its library gave.
+
+    None where the library would change a tensor: only names are other ones.
+    """
+    convert, shapes = get(model).renamed, shapes_of(model)
+    if convert is None:
+        return []
+    prefix = state_dicts.matches(state, shapes)[0].prefix
+    own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    try:
+        today = convert(build_to_fill(model, CLASS_COUNT), own)
+    except Exception:  # of a library, for tensors that are none of this network
+        return []
+    kept = {id(tensor) for tensor in today.values()}
+    if today.keys() == own.keys() or not kept <= {id(tensor) for tensor in own.values()}:
+        return []
+    gone = tuple(prefix + key for key, tensor in own.items() if id(tensor) not in kept)
+    beside = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+    state = beside | {prefix + key: tensor for key, tensor in today.items()}
+    note = f"its names are of an older version: read as {get(model).version} reads such a file"
+    return [
+        FoundNetwork(place, state, replace(match, dropped=(*match.dropped, *gone)), model, shapes, note)
+        for match in _whole(state, shapes)
+    ]
 
 
 def _buildable(names: Iterable[str], most: int) -> dict[str, Shapes]:

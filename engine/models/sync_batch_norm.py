@@ -7,17 +7,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.models.layers import BatchNorm2d, is_plain
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with every BatchNorm2d normalising over all processes; parameters and buffers are the same.
+    """The network with every BatchNorm normalising over all processes; parameters and buffers are the same.
 
     device: on which it will be trained. Raises ValueError for a BatchNorm that does something else, too.
     """
+    replaced = nn.BatchNorm2d if device.type == "cpu" else _BatchNorm
     for name, norm in network.named_modules():
-        if isinstance(norm, nn.BatchNorm2d) and not (is_plain(norm) or isinstance(norm, SyncBatchNorm)):
+        is_one = isinstance(norm, SyncBatchNorm) or (isinstance(norm, replaced) and is_plain(norm))
+        if isinstance(norm, _BatchNorm) and not is_one:
             raise ValueError(
                 f"sync_bn: {name} of the network is a {type(norm).__name__}, which no other can replace"
             )

@@ -6,6 +6,7 @@ A file is only ever read as tensors and plain containers (`weights_only`), so no
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -378,7 +379,7 @@ def load_model(
     found = read_weights(path, weights, model=model)
     name = found.model
     if name is None:
-        raise ValueError(f"{path}: {_unknown(found.state)}")
+        raise ValueError(f"{path}: {_unknown(found.state)}{_hint_at_parts(path)}")
     if num_classes is not None and found.num_classes not in (None, num_classes):
         raise ValueError(
             f"{path}: the checkpoint's head has {found.num_classes} classes, the data set has {num_classes}"
@@ -395,7 +396,7 @@ def load_model(
     expected = module.state_dict()
     try:
         if differences := _differences(state, expected):
-            raise ValueError(f"these are no weights of {name}: {differences}")
+            raise ValueError(f"these are no weights of {name}: {differences}{_hint_at_parts(path)}")
         _check_values(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -425,6 +426,13 @@ def _unknown(state: State) -> str:
         f"its {len(state)} tensors (first {first}) fit no known architecture; name one to be told what differs; "
         f"known: {known}"
     )
+
+
+def _hint_at_parts(path: str | Path) -> str:
+    """Words for a file that is called as one of several with the tensors of one network."""
+    if not re.search(r"-\d{5}-of-\d{5}\.", Path(path).name):
+        return ""
+    return "; it is called as a part of a checkpoint in several files: write their tensors into one"
 
 
 def fill(

@@ -220,12 +220,13 @@ def _read_extra(session: Session, dataset: AnyDataset) -> AnySplit:
     place, keeps_labels = str(config.extra_data), config.extra_labels is None
     request = Request(progress=console.part_progress("reading extra"), on_bad_image=config.on_bad_image)
     try:
-        images = extra.find(place, dataset, request, with_labels=keeps_labels)
+        images, notes = extra.find(place, dataset, request, with_labels=keeps_labels)
     finally:
         console.end()
     if keeps_labels and not extra.are_labelled(images):
         raise ValueError(f"extra_data: {place} has no labels; --extra-labels teacher, or a checkpoint, gives them")
     console.message(f"Extra data: {len(images):,} images from {place}")
+    console.notes(notes)
     console.skipped("extra", images.skipped)
     return images
 
@@ -530,7 +531,7 @@ def check_one_image(config: RunConfig, dataset: AnyDataset, image_CHW: torch.Siz
     values: list[int] = []
     for module in network.eval().modules():
         if isinstance(module, _BatchNorm):
-            module.register_forward_hook(lambda module, given, out: values.append(out[0, 0].numel()))
+            module.register_forward_hook(lambda module, given, out: values.append(out.numel() // out.shape[1]))
     with torch.no_grad():
         network(torch.zeros(1, *image_CHW, device=next(network.parameters()).device))
     if min(values, default=2) == 1:

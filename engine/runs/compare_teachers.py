@@ -20,6 +20,7 @@ from engine.common.lookup import check_known, look_up
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import candidate_plots
+from engine.evaluation.batches import size_of_batch
 from engine.evaluation.candidates import (
     MEASURES,
     AttackedImages,
@@ -79,7 +80,7 @@ class TeachersConfig:
     threat_model: str | None = None
     beta: float = 0.1
     sort_by: str = "reliability"
-    batch_size: int = 250
+    batch_size: int | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -208,6 +209,11 @@ class _Comparison:
         """Radius and threat model."""
         return self.complete.attack.epsilon, self.complete.attack.threat_model
 
+    @property
+    def batch_size(self) -> int:
+        """Images per forward."""
+        return size_of_batch(self.config.batch_size, *self.dataset.test.shape)
+
     def report(self, found: Sequence[LoadedModel]) -> dict[str, Any]:
         """Measure all candidates."""
         splits: dict[str, AnySplit] = {"test": self.dataset.test, "train": self.dataset.train}
@@ -302,7 +308,7 @@ class _Comparison:
                 images,
                 preset(_ATTACK, *self.ball),
                 seed=self.config.seed,
-                batch_size=self.config.batch_size,
+                batch_size=self.batch_size,
                 on_batch=self.reporter.advance,
                 stop=self.stop,
             )
@@ -348,7 +354,7 @@ class _Comparison:
                 results = self._evaluate(network.module, images, [_ATTACK])
                 results |= self._evaluate(network.module, images, further(results))
                 t_nat, t_adv = (
-                    logits_of(network.module, x_N, batch_size=self.config.batch_size, stop=self.stop)
+                    logits_of(network.module, x_N, batch_size=self.batch_size, stop=self.stop)
                     for x_N in (attacked.x_nat, attacked.x_adv)
                 )
         except FloatingPointError as error:
@@ -391,7 +397,7 @@ class _Comparison:
             attacks,
             epsilon=self.ball[0],
             threat_model=self.ball[1],
-            batch_size=self.config.batch_size,
+            batch_size=self.batch_size,
             seed=self.config.seed,
             on_batch=lambda attack, done, total: self.reporter.advance(done),
             stop=self.stop,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,6 @@ class Trainer:
         epoch, method = progress.epoch, self._method_of(progress.epoch)
         if self.method.needs_x_adv:
             self._use_attack()
-        # A network of this package draws no random numbers; another may, as for dropout.
-        may_draw = bool(models.get(config.model).version)
         learner.student.train()
         self.parts.telemetry.start_clock()
         for batch in learner.batches(data.pipeline.epoch(epoch, progress.step_in_epoch)):
@@ -118,8 +116,7 @@ class Trainer:
                 console.message(f"Micro-batches of {micro} images fit into the memory")
             progress.step_in_epoch += 1
             progress.step += 1
-            if may_draw:
-                step_networks.seed_dropout(config.seed, progress.step, self.session.world)
+            self._seed_dropout()
             learner.learn(batch, method, lr, epoch=epoch, global_batch_size=size, on_output=self._add)
             console.advance(progress.step)
             self.on_step()
@@ -152,6 +149,16 @@ class Trainer:
         )
         good = ((run.good, last),) if as_good else ()
         self.saver.save(*before, (run.last, last), *good)
+
+    @cached_property
+    def _may_draw(self) -> bool:
+        """True if the student may draw random numbers; a network of this package draws none."""
+        return bool(models.get(self.session.config.model).version)
+
+    def _seed_dropout(self) -> None:
+        """Seed what the student draws after so many steps."""
+        if self._may_draw:
+            step_networks.seed_dropout(self.session.config.seed, self.progress.step, self.session.world)
 
     def _add(self, output: StepOutput, labels: Tensor) -> None:
         self.parts.telemetry.update(output, labels, self.progress.step)
@@ -188,6 +195,7 @@ class Trainer:
         row = self._row("epoch", progress.totals)
         if learner.average is not None:
             clean = parts.data.pipeline.epoch(progress.epoch)
+            self._seed_dropout()
             learner.average.after_epoch(progress.epoch, clean, parts.data.sampling.epoch_size, world)
         try:
             accuracies = self._evaluate(parts.data.held_out, ("natural", attack))

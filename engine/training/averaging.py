@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch import Tensor, nn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from engine.common.lookup import look_up
 from engine.config import AveragingConfig, RunConfig, epochs_of
@@ -25,7 +25,15 @@ class Kind(NamedTuple):
 
 
 def _ema(student: nn.Module, config: AveragingConfig) -> AveragedModel:
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(config.decay)
+
+    def update(averaged: PARAM_LIST, trained: PARAM_LIST, count: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            average(averaged, trained, count)
+        else:  # a mean of indices or counts would be rounded down
+            torch._foreach_copy_(averaged, trained)
+
+    return AveragedModel(student, multi_avg_fn=update, use_buffers=True)
 
 
 AVERAGING_KINDS: dict[str, Kind | None] = {
@@ -90,7 +98,7 @@ class Average:
             self._model.update_parameters(self._student)
         own = 0
 
-        def images() -> Iterable[torch.Tensor]:
+        def images() -> Iterable[Tensor]:
             nonlocal own
             for batch in batches:
                 own += len(batch.labels)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.attacks.parts import parts
 from engine.attacks.pgd import batch_norm_mode
 from engine.common.lookup import check_known
 from engine.kernels import trust
@@ -201,20 +202,24 @@ def probe(
     teacher: nn.Module | None,
     x_nat: Tensor,
     labels: Tensor,
-    attack: Callable[[Tensor, Tensor], Tensor],
+    attack: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     beta: float,
 ) -> dict[str, Any]:
     """Reliability on a fixed set of images, for every method, in evaluation mode and full precision.
 
-    x_nat: (B, C, H, W); attack: of the student, (x_nat, labels) -> x_adv. Shares and accuracies lie in [0, 1].
+    x_nat: (B, C, H, W); attack: of the student, (x_nat, labels, samples) -> x_adv. Shares lie in [0, 1].
     """
     with batch_norm_mode(student, "eval"), full_precision():
-        x_adv = attack(x_nat, labels)
-        row: dict[str, Any] = {"probe_student_adversarial_accuracy": _accuracy(student(x_adv), labels)}
-        if teacher is None:
-            return row
-        t_nat, t_adv = teacher(x_nat), teacher(x_adv)
+        found = []
+        for x_B, labels_B, sample_B in parts(x_nat, labels):
+            x_adv = attack(x_B, labels_B, sample_B)
+            found.append([student(x_adv)] if teacher is None else [student(x_adv), teacher(x_B), teacher(x_adv)])
+    s_adv, *of_teacher = map(torch.cat, zip(*found, strict=True))
+    row: dict[str, Any] = {"probe_student_adversarial_accuracy": _accuracy(s_adv, labels)}
+    if teacher is None:
+        return row
+    t_nat, t_adv = of_teacher
     alpha_B = trust(t_adv, labels, beta)
     nat_B, adv_B = t_nat.argmax(dim=1) == labels, t_adv.argmax(dim=1) == labels
     cases = torch.stack(_count_cases(nat_B, adv_B)).tolist()

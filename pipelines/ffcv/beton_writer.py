@@ -126,9 +126,9 @@ def _made_ready(images: Split | Listing, form: BetonFormat, sample: int) -> Pixe
     ready = _converted(images, form, sample)
     size = len(ready.content) if isinstance(ready, JPEGBytes) else ready.nbytes
     if size > _MOST_BYTES:
-        where = f"image {sample}" if isinstance(images, Split) else images.where(sample)
         raise ValueError(
-            f"data: {where} has {size:,} bytes and a page holds 8 MiB; give format jpeg or max_resolution"
+            f"data: {images.where(sample)} has {size:,} bytes and a page holds 8 MiB; "
+            "give format jpeg or max_resolution"
         )
     return ready
 

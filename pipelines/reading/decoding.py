@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from engine.pipelines.reading.tree import Tree
 
@@ -56,7 +56,7 @@ def is_image(tree: Tree, name: str) -> bool:
         Image.open(io.BytesIO(tree.read(name)), formats=_formats()).close()
     except Image.DecompressionBombError:
         return True
-    except (UnidentifiedImageError, OSError, ValueError):
+    except Exception:  # a damaged file makes Pillow raise nearly anything
         return False
     return True
 
@@ -92,7 +92,7 @@ def pixels(tree: Tree, name: str, *, upright: bool = True) -> Pixels:
             image_HWC = _rgb(image)
             turn = _UPRIGHT.get(_orientation(image)) if upright else None
             return np.ascontiguousarray(turn(image_HWC)) if turn else image_HWC
-    except Exception as error:  # a damaged file makes Pillow and zipfile raise nearly anything
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = re.sub(" <_io.BytesIO object at [^>]*>", "", " ".join(text.split())) or type(error).__name__
         raise ValueError(f"data: {tree.where(name)} is not a readable image ({reason})") from None

@@ -92,11 +92,12 @@ class EncodedImages(Listing):
     """Images in files, from which views are made.
 
     shape: H and W of a view. any_size: views are crops of images of any size, resized; else every image is of
-    that shape.
+    that shape. is_fixed: the shape is that of a data set, which has no other.
     """
 
     shape: tuple[int, int]
     any_size: bool
+    is_fixed: bool = False
 
     @property
     def images(self) -> Views:
@@ -126,7 +127,7 @@ class EncodedImages(Listing):
 
     def update(self, digest: hashlib._Hash) -> None:
         """Add names, labels, and the files of up to 16,384 images, evenly chosen, to a hash."""
-        digest.update("\0".join(self.names).encode())
+        digest.update("\0".join(self.names).encode(errors="surrogateescape"))
         digest.update(self.labels.contiguous().numpy())
         chosen = range(0, len(self), ceil_div(len(self), _HASHED) or 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -135,10 +136,15 @@ class EncodedImages(Listing):
 
     def _check_shape(self, sample: int, height: int, width: int) -> None:
         if not self.any_size and (height, width) != self.shape:
-            raise ValueError(
+            fault = (
                 f"data: {self.where(sample)} is {width}x{height} pixels and must be "
-                f"{self.shape[1]}x{self.shape[0]} as the other images; give --image-size {self._usual_size()} to "
-                "cut views of that size from images of any size"
+                f"{self.shape[1]}x{self.shape[0]} as the other images"
+            )
+            if self.is_fixed:
+                raise ValueError(fault)
+            size = self._usual_size()
+            raise ValueError(
+                f"{fault}; give --image-size {size} to cut views of that size from images of any size"
             )
 
     def _usual_size(self) -> int:
@@ -220,11 +226,11 @@ def read_splits(
     Raises ValueError, naming the file, where an image is of another shape, or cannot be read and is not skipped.
     """
     train, test = _without_bad(train, test, request, Listing.decode)
+    is_fixed = shape is not None
     shape = shape or (train if len(train) else test).read(0)[1:]
     splits = []
-    for part, images in zip(
-        SPLIT_NAMES, (_encoded(train, shape, False), _encoded(test, shape, False)), strict=True
-    ):
+    for part, listed in zip(SPLIT_NAMES, (train, test), strict=True):
+        images = replace(_encoded(listed, shape, False), is_fixed=is_fixed)
         images_NHWC = np.empty((len(images), *shape, 3), np.uint8)
 
         def fill(i: int, images: EncodedImages = images, images_NHWC: Pixels = images_NHWC) -> None:

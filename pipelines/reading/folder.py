@@ -41,6 +41,7 @@ class Files:
             replace(self, by_class={each: list(filter(wanted, names)) for each, names in self.by_class.items()})
             for wanted in (lambda name: name not in chosen, lambda name: name in chosen)
         )
+        test = replace(test, strays=())  # counted once
         labels = [label_of(each, name) for each in self.class_names for name in test.by_class[each]]
         return train, test, HeldOut(tuple(labels), len(self))
 
@@ -182,7 +183,7 @@ def by_class(tree: Tree) -> Files:
         folder, slash, file = name.partition("/")
         if not slash:
             continue
-        class_name = portable(folder)
+        class_name = _class_name(tree, folder)
         if folders.setdefault(class_name, folder) != folder:
             raise ValueError(f"data: {tree.where()} holds two folders called {class_name!r}, spelled differently")
         subfolder, slash, _ = file.partition("/")
@@ -194,17 +195,26 @@ def by_class(tree: Tree) -> Files:
         found = f"only the class {min(folders)!r}" if folders else "no class folder"
         hint = f"; unpack {tree.packed[0]} first" if tree.packed and not folders else ""
         raise ValueError(f"data: {tree.where()} holds {found}; two classes or more are needed{hint}")
-    images, strays = _images(tree, files)
+    images, strays = images_of(tree, files)
     if below:
         subfolder = _single_subfolder(tree, folders, images, below)
         tree = tree.listed(f"*/{subfolder}/*")
         nested = _nested(tree, folders, subfolder)
-        images, more = _images(tree, nested)
+        images, more = images_of(tree, nested)
         strays += more
     for class_name in folders:
         if not images.get(class_name):
             raise ValueError(f"data: {tree.where(folders[class_name])} holds no image")
     return Files(tree, images, tuple(strays))
+
+
+def _class_name(tree: Tree, folder: str) -> str:
+    """The class of a folder. Raises ValueError where its name is no text."""
+    try:
+        folder.encode()
+    except UnicodeEncodeError:  # checkpoints and tables could not hold it
+        raise ValueError(f"data: {tree.where(folder)}: the name of a class must be UTF-8") from None
+    return portable(folder)
 
 
 def _single_subfolder(
@@ -233,7 +243,7 @@ def _nested(tree: Tree, folders: dict[str, str], subfolder: str) -> dict[str, li
     return nested
 
 
-def _images(tree: Tree, files: dict[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:
+def images_of(tree: Tree, files: dict[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:
     """Files by class that are images, and the others; those not named like images are looked into, by threads."""
     unclear = [name for names in files.values() for name in names if not is_named_as_image(name)]
     with ThreadPoolExecutor() as pool:
@@ -262,7 +272,7 @@ def notes(*splits: Files) -> tuple[str, ...]:
     for files in dict.fromkeys(splits):
         if files.strays:
             first = files.tree.where(files.strays[0])
-            found.append(f"{len(files.strays):,} files that are no images are left out, the first: {first}")
+            found.append(f"files that are no images are left out: {len(files.strays):,}, the first {first}")
     alike: dict[str, list[str]] = {}
     for class_name in splits[0].class_names:
         alike.setdefault(class_name.casefold(), []).append(class_name)

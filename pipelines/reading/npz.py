@@ -70,10 +70,11 @@ def check_memory(needed: int, count: int) -> None:
         )
 
 
-def read(path: Path) -> ArrayImages:
+def read(path: Path, *, with_labels: bool = True) -> ArrayImages:
     """The images of a file, and their labels if it has them, by the usual names in `IMAGE_NAMES`, `LABEL_NAMES`.
 
-    Arrays that are not compressed are mapped into memory, others read whole. No pickled object is read.
+    Without `with_labels` labels are not looked at. Arrays that are not compressed are mapped into memory, others
+    read whole. No pickled object is read.
     Raises ValueError, one line with the path, for what is no such file, damaged, ambiguous or of other values, and
     OSError where it cannot be read.
     """
@@ -90,6 +91,8 @@ def read(path: Path) -> ArrayImages:
         (image_name,) = images
         array = _channels_last(_array(path, file, members.pop(image_name)))
         _check_values(array)
+        if not with_labels:
+            members.clear()
         if len(members) > 1:
             raise ValueError(f"which are the labels, {' or '.join(members)}?")
         labels = [_labels(_array(path, file, member), len(array)) for member in members.values()]
@@ -124,13 +127,13 @@ def _member(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
         if version not in _HEADERS:
             raise ValueError(f"{info.filename} is of the version {version} of NumPy's format")
         shape, is_fortran, dtype = _HEADERS[version](content)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds pickled Python objects, which are not read")
         return _Member(info, shape, is_fortran, dtype, content.tell())
 
 
 def _array(path: Path, file: zipfile.ZipFile, member: _Member) -> Array:
     info = member.info
+    if member.dtype.hasobject:
+        raise ValueError(f"{info.filename} holds pickled Python objects, which are not read")
     whole: npt.NDArray[np.uint8]
     if info.compress_type == zipfile.ZIP_STORED:
         with path.open("rb") as raw:
@@ -151,7 +154,8 @@ def _array(path: Path, file: zipfile.ZipFile, member: _Member) -> Array:
 def _channels_last(array: Array) -> Array:
     """NHWC of three channels, without a copy: a grey image in all three."""
     shape = array.shape
-    array = array[..., None] if len(shape) == 3 else array
+    if len(shape) == 3 and shape[-1] not in (1, 3):  # else of a single image, as likely
+        array = array[..., None]
     first, last = (array.ndim == 4 and array.shape[axis] in (1, 3) for axis in (1, 3))
     if first == last:
         raise ValueError(f"images have one or three channels, first or last, got {shape}")
@@ -162,14 +166,18 @@ def _channels_last(array: Array) -> Array:
 def _check_values(array: Array) -> None:
     if not array.size:
         raise ValueError("it holds no image")
-    if array.dtype == np.uint8:
-        return
-    if array.dtype.kind != "f":
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"images are uint8, or floats in [0, 1], got {array.dtype}")
     parts = [array[start : start + _IMAGES_PER_PART] for start in range(0, len(array), _IMAGES_PER_PART)]
+    if array.dtype == np.uint8:
+        if all(part.max() <= 1 for part in parts):  # of usual images the first part tells
+            raise ValueError(
+                "uint8 images are of 0 to 255, got no pixel above 1: floats that were cut to integers?"
+            )
+        return
     lowest, highest = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
     if not (lowest >= 0 and highest <= 1) or any(np.isnan(part).any() for part in parts):
-        raise ValueError(f"float images must be in [0, 1], got {lowest:g} to {highest:g}")
+        raise ValueError(f"float images must be in [0, 1], got {lowest:.9g} to {highest:.9g}")
 
 
 def _labels(array: Array, count: int) -> Tensor:

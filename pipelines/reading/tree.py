@@ -37,7 +37,7 @@ class Tree:
 
     names: list[str]
     label: str  # stands before a name in a message
-    read_bytes: Callable[[str], bytes]
+    read_bytes: Callable[[str], bytes]  # raises OSError
     prefix: str = ""
     matching: Callable[[str], Iterable[str]] | None = None
     root: Path | None = None
@@ -70,7 +70,7 @@ class Tree:
         return [name for name in self.names if "/" not in name and name.lower().endswith(_ARCHIVES)]
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file."""
+        """The bytes of a file. Raises OSError, with its name, where it cannot be read."""
         return self.read_bytes(self.prefix + name)
 
     def where(self, name: str = "") -> str:
@@ -134,14 +134,22 @@ def archive(path: Path, stack: ExitStack) -> Tree:
         stored[name.replace("\\", "/")] = name
     lock = threading.Lock()  # a ZipFile counts its open readers without one
 
+    label = f"{path}:"
+
     def read(name: str) -> bytes:
         with lock:
             size = file.getinfo(stored[name]).file_size  # of which zipfile unpacks no more than it says
             if size > _MOST_BYTES_OF_IMAGE:
-                raise ValueError(f"{size:,} bytes unpacked, and {_MOST_BYTES_OF_IMAGE:,} are the most")
-            return file.read(stored[name])
+                reason = f"{size:,} bytes unpacked, and {_MOST_BYTES_OF_IMAGE:,} are the most"
+                raise OSError(errno.EFBIG, reason, f"{label}{name}")
+            try:
+                return file.read(stored[name])
+            except OSError:
+                raise
+            except Exception as error:  # a damaged one makes zipfile raise nearly anything
+                raise OSError(errno.EINVAL, str(error), f"{label}{name}") from None
 
-    return Tree(_visible(stored), f"{path}:", read)
+    return Tree(_visible(stored), label, read)
 
 
 def _kind_of_archive(path: Path) -> str:

@@ -515,7 +515,8 @@ def test_modes_and_flags_come_back(mode: str, fails_at: int | None) -> None:
 
     def forward_hook(module: nn.Module, inputs: object) -> None:
         nonlocal calls
-        assert all(part.training == (mode != "eval") for part in model.modules())
+        norms = (model.norm, model.unused)
+        assert all(part.training == (mode != "eval" and part in norms) for part in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
         if calls == fails_at:
             raise Broken
@@ -546,9 +547,16 @@ def test_the_context_managers_nest() -> None:
     with frozen(model), batch_norm_mode(model, "eval"):
         inner = flags(model)
         with frozen(model), batch_norm_mode(model, "batch"):
-            assert model.training
+            assert model.norm.training
         assert flags(model) == inner
     assert flags(model) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_dropped_out_in_an_attack(mode: str) -> None:
+    """As in the training, whose attack is on a twin."""
+    model, (x_nat, labels) = nn.Sequential(nn.Dropout(0.5), network()), batch()
+    assert torch.equal(pgd(model, x_nat, labels, spec(bn=mode)), pgd(network(), x_nat, labels, spec(bn=mode)))
 
 
 class Convolutions(TorchDispatchMode):

@@ -89,6 +89,13 @@ def test_an_own_checkpoint_and_a_run(tiny: Any, tmp_path: Path, cli: Any) -> Non
     assert found["next"][0] == f"engine eval {run}"
 
 
+def test_a_stray_file_of_a_flat_folder_counts_once(tiny_folder: Path, tmp_path: Path, cli: Any) -> None:
+    shutil.copytree(tiny_folder / "train", tmp_path / "photos")
+    (tmp_path / "photos" / CLASSES[1] / "notes.txt").write_text("none")
+    facts = told(cli, str(tmp_path / "photos"))["facts"]
+    assert (facts["train images"], facts["test images"], facts["left out"]) == (33, 9, 1)
+
+
 def test_a_folder_of_images(tiny_folder: Path, tmp_path: Path, cli: Any) -> None:
     shutil.copytree(tiny_folder, tmp_path / "photos")
     Image.new("RGB", (20, 10)).save(tmp_path / "photos" / "train" / CLASSES[0] / "large.jpg")
@@ -115,7 +122,7 @@ def test_a_zip_archive_and_a_flat_folder_of_images(tiny_folder: Path, tmp_path: 
 
 def test_an_npz_of_images(tmp_path: Path, cli: Any) -> None:
     path = tmp_path / "generated.npz"
-    np.savez(path, image=np.zeros((5, 8, 10, 3), np.uint8), label=np.array([0, 1, 1, 2, 1]))
+    np.savez(path, image=np.full((5, 8, 10, 3), 9, np.uint8), label=np.array([0, 1, 1, 2, 1]))
     found = told(cli, str(path))
     assert (found["kind"], found["facts"]["pixels"]) == ("images in an .npz file", "10x8")
     assert found["rows"] == [[0, 1], [1, 3], [2, 1]]
@@ -124,7 +131,11 @@ def test_an_npz_of_images(tmp_path: Path, cli: Any) -> None:
 def test_what_is_nothing_is_told_in_one_line(tmp_path: Path, cli: Any) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>Quota exceeded</title>")
-    for name, words in (("absent", "does not exist"), ("empty", "data: "), ("page.pt", "it is a web page")):
+    for name, words in (
+        ("absent", "does not exist"),
+        ("empty", "cannot be taken as a folder of images: holds no train/"),
+        ("page.pt", "it is a web page"),
+    ):
         outcome = cli("inspect", str(tmp_path / name))
         assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
         assert words in outcome.err

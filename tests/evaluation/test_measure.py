@@ -419,6 +419,15 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.parametrize(("side", "chosen", "done"), [(8, None, [250, 260]), (1200, None, [1, 2]), (1200, 2, [2])])
+def test_batches_of_large_images_are_smaller_unless_chosen(side: int, chosen: int | None, done: list[int]) -> None:
+    count, calls = done[-1], []
+    data = (torch.rand(1, 3, side, side).expand(count, -1, -1, -1), torch.arange(count) % 2)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    evaluate(model, data, ["natural"], batch_size=chosen, on_batch=lambda *call: calls.append(call[1]))
+    assert calls == done
+
+
 def test_on_batch_tells_the_progress_and_may_interrupt() -> None:
     model = network()
     data = labelled(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,6 +166,30 @@ def test_a_twin_drops_nothing_out() -> None:
     assert not torch.equal(net(x), net(x))
 
 
+def test_what_a_network_keeps_in_evaluation_follows_its_weights() -> None:
+    """Attention biases of several networks of timm: in the attack, and where an average is measured."""
+    attention = importlib.import_module("timm.models.levit").Attention(3, 4, 2, resolution=4, use_conv=True)
+    torch.manual_seed(0)
+    net = shaken(nn.Sequential(attention, nn.Flatten(), nn.Linear(48, 4))).double()
+    twin, x = Twin(net, "eval", F64), images(4)
+
+    def measured() -> Tensor:
+        with batch_norm_mode(net, "eval"), torch.no_grad():
+            out: Tensor = net(x)
+        return out
+
+    before = twin(x), measured()
+    with torch.no_grad():
+        attention.attention_biases.normal_(std=3)
+    twin.refresh()
+    after = twin(x), measured()
+    net.train()
+    expected = net.eval()(x)
+    for old, new in zip(before, after, strict=True):
+        assert (old - expected).abs().max() > 1e-2
+        torch.testing.assert_close(new, expected, rtol=1e-10, atol=1e-12)
+
+
 class Standardised(nn.Conv2d):
     """By standardised weights, as of several networks of timm."""
 
@@ -242,6 +267,22 @@ def test_a_step_under_amp_is_near_that_in_full_precision(name: str, bn: str, bf1
     assert F.cosine_similarity(full, half, dim=0) > 0.7  # of noise it is 0
 
 
+@pytest.mark.parametrize("name", [VIT, CONVNEXT])
+def test_micro_batches_give_the_update_of_the_whole(name: str) -> None:
+    """In training mode, too: LayerNorm knows no batch."""
+    found = []
+    for micro_batch in (None, 2):
+        student = network(name).train()
+        run = config.load({"method": "at", "micro_batch": micro_batch, "attack": {"num_steps": 1}})
+        learner = Learner(student, {}, assemble.method_of(run), run, F64)
+        learner.learn(Batch(images(32, batch=3), torch.arange(3), torch.arange(3)), learner.method, 0.1)
+        found.append(student.state_dict())
+    before = network(name).state_dict()
+    assert sum(not torch.equal(value, before[key]) for key, value in found[0].items()) > len(before) / 2
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-9, atol=1e-11)
+
+
 def test_dropout_of_a_step_depends_on_seed_step_and_process_alone() -> None:
     def drawn(seed: int, step: int, rank: int) -> list[float]:
         world = World()
@@ -258,6 +299,8 @@ def test_dropout_of_a_step_depends_on_seed_step_and_process_alone() -> None:
 def test_what_would_not_be_the_same_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^sync_bn: network\.bn1 of the network is a BatchNormAct2d, [^\n]*$"):
         synchronise(models.build(EFFICIENT, 4), CPU)
+    with pytest.raises(ValueError, match=r"^sync_bn: 1 of the network is a BatchNorm1d, [^\n]*$"):
+        synchronise(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3)), CPU)
     with pytest.raises(ValueError, match=r"^checkpoint_activations: this network is not [^\n]*$"):
         recompute(models.build(VIT, 4))
 
@@ -296,7 +339,9 @@ def test_nobody_imports_timm_who_does_not_name_it() -> None:
 
 
 def test_a_library_s_network_normalises_by_itself() -> None:
-    with pytest.raises(ValueError, match=r"^normalize: timm:test_vit normalises its images already; drop it$"):
+    with pytest.raises(
+        ValueError, match=r"^normalize: timm:test_vit normalises its images already; set it to false$"
+    ):
         models.build(VIT, 4, normalize=True)
     assert models.get(VIT).normalization == facts(VIT)
     assert models.get(MOBILE).normalization == facts(MOBILE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from engine import models
+from engine.common.tensor_files import read_tensors
 from engine.models.architecture import Architecture
 from engine.models.weights import fill, load_model, read_weights
 
@@ -332,6 +336,81 @@ def test_the_head_of_a_vision_transformer_is_known(tmp_path: Path) -> None:
     state = loaded.module.state_dict()
     assert torch.equal(state["network.head.weight"], rows)
     assert torch.equal(state["network.blocks.3.attn.qkv.weight"], theirs.blocks[3].attn.qkv.weight)
+
+
+OLD_SWIN = (
+    *((rf"layers\.{stage}\.downsample\.", f"layers.{stage - 1}.downsample.") for stage in (1, 2, 3)),
+    (r"head\.fc\.", "head."),
+)
+"""Names of a Swin transformer of timm, and what they were before its version 0.9."""
+
+
+@pytest.fixture
+def small_swin(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a Swin transformer, which is a small one."""
+    registry = pytest.importorskip("timm.models._registry")
+    name = "swin_tiny_patch4_window7_224"
+    sizes: dict[str, Any] = {"embed_dim": 8, "num_heads": (1, 1, 2, 2), "depths": (1, 2, 1, 1)}
+    make = registry._model_entrypoints[name]
+    monkeypatch.setitem(registry._model_entrypoints, name, lambda **options: make(**(options | sizes)))
+    return name
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_a_file_of_an_older_timm_is_read_as_timm_reads_it(tmp_path: Path, small_swin: str, prefix: str) -> None:
+    """The Swin transformers of RobustBench's leaderboard are such files."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(small_swin, num_classes=10).eval()
+    state = {}
+    for key, tensor in theirs.state_dict().items():
+        for now, before in OLD_SWIN:
+            key = re.sub(now, before, key)
+        state[prefix + key] = tensor
+    mask = {f"{prefix}layers.0.blocks.1.attn_mask": torch.ones(64, 49, 49)}
+    path = save(tmp_path, {"state_dict": state | mask})
+    loaded = load_model(path, model=f"timm:{small_swin}")
+    images = torch.rand(1, 3, 224, 224)
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in loaded.normalize or ())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.module(images), theirs((images - mean) / std), rtol=1e-4, atol=1e-5)
+    assert (
+        loaded.notes[0] == f"its names are of an older version: read as timm {timm.__version__} reads such a file"
+    )
+    assert loaded.dropped == tuple(mask)
+
+
+def test_timm_changes_no_tensor_of_a_file(tmp_path: Path, small_swin: str) -> None:
+    """It would resize the kernel that reads another network's patches."""
+    import timm
+
+    state = timm.create_model(small_swin, num_classes=10).state_dict()
+    state["patch_embed.proj.weight"] = torch.ones(8, 3, 8, 8)
+    state["layers.0.blocks.1.attn_mask"] = torch.ones(64, 49, 49)
+    with pytest.raises(ValueError, match=r"these are no weights of timm:swin_tiny_patch4_window7_224: "):
+        load_model(save(tmp_path, state), model=f"timm:{small_swin}")
+
+
+# Files of which each has a part
+
+
+@pytest.mark.parametrize("model", [None, MODEL])
+def test_a_part_of_a_checkpoint_is_told_by_its_name(tmp_path: Path, model: str | None) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    part = dict(list(trained().items())[:20])
+    path.write_bytes(safetensors.torch.save(part))
+    with pytest.raises(ValueError, match=r"^[^\n]*; it is called as a part of a checkpoint in several files: "):
+        load_model(path, model=model)
+
+
+def test_the_tensors_of_safetensors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(
+        safetensors.torch.save(trained() | {f"ema.{key}": tensor for key, tensor in trained(1).items()})
+    )
+    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+    assert list(read_tensors(path).value) == list(header)
 
 
 # Weights for a network that is there

@@ -562,7 +562,16 @@ def archive(*names: str) -> bytes:
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"epoch,natural_accuracy\n1,0.5\n", NO_CHECKPOINT),
+        (b"epoch,natural_accuracy\n1,0.5\n", "it is a text"),
+        (
+            b'{"metadata": {}, "weight_map": {"a": "m-00001-of-00002.safetensors"}}',
+            "it is the index of a checkpoint ",
+        ),
+        (
+            pickle.dumps({"a": 1}),
+            "it is a plain pickle, whose code would run: write the network's state_dict() by ",
+        ),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(100), "it is a RAR archive: unpack it"),
         (bytes(range(256)) * 2, NO_CHECKPOINT),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(100), "it is a PNG image"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "it is an HDF5 file (Keras?)"),
@@ -571,12 +580,13 @@ def archive(*names: str) -> bytes:
         (bytes(257) + b"ustar\x0000" + bytes(1000), "it is a tar archive: unpack it"),
         (gzip.compress(b"weights"), "it is compressed by gzip: unpack it"),
         (b"<!DOCTYPE html><html>quota exceeded", "it is a web page: the download gave that instead of the file"),
+        ("\n<!doctype HTML>\n<title>Trop de requ\xeates".encode(), "it is a web page: the download gave that "),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
             "it is a pointer of Git LFS, and not the file itself",
         ),
         (archive("readme.txt", "b"), "it is a ZIP archive of 2 other files, the first 'readme.txt'"),
-        (archive(), NO_CHECKPOINT),
+        (archive(), "it is an empty ZIP archive"),
         (archive("images.npy", "labels.npy"), "it is an .npz file of NumPy arrays"),
         (archive("net/data.pkl", "net/constants.pkl", "net/code/a.py"), "it is a TorchScript archive, whose code"),
         (archive("net/archive_format", "net/models/model.json"), "it is an exported program of torch.export"),

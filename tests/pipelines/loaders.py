@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.pipelines import ffcv
+from engine.pipelines import extra, ffcv
 from engine.pipelines.base import Batch, Pipeline
 from engine.pipelines.dali import DALIPipeline
 from engine.pipelines.dali import check_installed as check_dali
+from engine.pipelines.datasets import Dataset
 from engine.pipelines.ffcv import beton_writer
 from engine.pipelines.ffcv.beton_writer import BetonFormat
 from engine.pipelines.images import ImagePipeline
@@ -74,15 +75,26 @@ def small_files(kind: str) -> EncodedImages:
     return in_memory(*(encode(picture, kind) for picture in SMALL), size=8, any_size=False)
 
 
+def joined(folder: Path) -> Data:
+    """The same images: the first 20 in PNG files, and beside them the others as extra ones in an .npz file."""
+    first, others = torch.arange(COUNT).split([20, COUNT - 20])
+    originals: Any = small_files("PNG").take(first)
+    np.savez(folder / "extra.npz", image=ARRAYS.images[others].numpy(), label=LABELS[others].numpy())
+    dataset = Dataset("own", originals, originals, CLASSES, True, "memory")
+    return extra.join(originals, extra.find(str(folder / "extra.npz"), dataset, Request()).images)
+
+
 LOADERS = (
     Loader("tensor", TensorPipeline, lambda folder: ARRAYS),
     Loader("image-arrays", ImagePipeline, lambda folder: ARRAYS),
     Loader("image-png", ImagePipeline, lambda folder: small_files("PNG")),
     Loader("image-crops", ImagePipeline, lambda folder: in_memory(*FILES)),
     Loader("image-beton", ImagePipeline, lambda folder: in_beton(folder / "i.beton", ARRAYS)),
+    Loader("image-joined", ImagePipeline, joined),
     Loader("dali-arrays", DALIPipeline, lambda folder: ARRAYS),
     Loader("dali-png", DALIPipeline, lambda folder: small_files("PNG")),
     Loader("dali-crops", DALIPipeline, lambda folder: in_memory(*FILES)),
+    Loader("dali-joined", DALIPipeline, joined),
     Loader("dali-beton", DALIPipeline, lambda folder: in_beton(folder / "d.beton", ARRAYS)),
     Loader("ffcv-raw", ffcv.FFCVPipeline, lambda folder: in_beton(folder / "r.beton", ARRAYS)),
     Loader(

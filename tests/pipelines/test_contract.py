@@ -6,16 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from engine.pipelines.base import Batch, Pipeline
-from engine.pipelines.sampling import Sampling, Shard
+from engine.pipelines.sampling import Extra, Sampling, Shard
 from engine.pipelines.tensor import TensorPipeline
 from tests.pipelines.loaders import (
     ARRAYS,
     COUNT,
+    LABELS,
     LOADERS,
     Data,
     Loader,
@@ -91,6 +93,21 @@ def test_evaluation_sees_every_image_once_and_in_order(loader: Loader, data: Dat
     if loader.whole:
         views = torch.cat([rank[step].x_nat for step in range(2) for rank in ranks])
         assert torch.equal(views * 255, ARRAYS.images.permute(0, 3, 1, 2).float())
+
+
+@those(lambda loader: loader.whole)
+def test_extra_images_stand_between_the_others(loader: Loader, data: Data) -> None:
+    """The last 23 of the images are extra ones."""
+    sampling = Sampling(20, 8, 3, extra=Extra(23, 0.5))
+    options: dict[str, Any] = {"augment": False, "flip": False, "device": "cpu"}
+    batches = list(loader.kind(data, sampling, **options).epoch(1))
+    seen = order(batches)
+    assert [int((batch.sample >= 20).sum()) for batch in batches] == [4] * 5
+    assert seen[seen < 20].sort().values.tolist() == list(range(20))
+    assert seen[seen >= 20].unique().numel() >= 17  # 3 of the 23 were left by the first epoch
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), LABELS[seen])
+    views = torch.cat([batch.x_nat for batch in batches])
+    assert torch.equal(views * 255, ARRAYS.images[seen].permute(0, 3, 1, 2).float())
 
 
 def test_more_ranks_than_samples_leave_empty_batches(loader: Loader, data: Data) -> None:

@@ -43,7 +43,7 @@ def in_files(folder: Path, size: int | None = None) -> AnyDataset:
 
 
 def found(path: Path, of: AnyDataset | None = None, **options: Any) -> Any:
-    return extra.find(str(path), of or dataset(), Request(), **options)
+    return extra.find(str(path), of or dataset(), Request(), **options).images
 
 
 @pytest.mark.parametrize("names", [*zip(npz.IMAGE_NAMES[:4], npz.LABEL_NAMES[:4], strict=True), ("X", "Y"), None])
@@ -98,9 +98,12 @@ def test_grey_images_are_in_all_three_channels(tmp_path: Path) -> None:
         ({"x": LEVELS / 127.5 - 1}, "got -1 to 1"),
         ({"x": np.where(LEVELS[0, 0, 0, 0] == LEVELS, np.nan, 0.5)}, r"in \[0, 1\]"),
         ({"x": LEVELS.astype(np.int64)}, "got int64"),
+        ({"x": (LEVELS / 255).astype(np.uint8)}, "no pixel above 1: floats that were cut"),
         ({"x": LEVELS[:0]}, "no image"),
         ({"x": LEVELS[:, :4]}, "8x4 pixels and must be 8x8"),
         ({"x": np.zeros((2, 3, 8, 3), np.uint8)}, "first or last"),
+        ({"x": LEVELS[0]}, r"first or last, got \(8, 8, 3\)"),
+        ({"x": np.full((5, 8, 8, 3), 1.0000001)}, "got 1.0000001 to 1.0000001"),
         ({"x": np.array([[[None]]], object)}, "pickled Python objects"),
     ],
 )
@@ -143,15 +146,19 @@ def test_a_cut_array_and_too_large_a_one_are_refused(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="cut off"):
         found(tmp_path / "b.npz")
     np.savez_compressed(tmp_path / "c.npz", image=LEVELS)
-    monkeypatch.setattr(host_memory, "available", lambda: 1000)
-    assert len(found(tmp_path / "a.npz")) == 5  # mapped, and not read
-    with pytest.raises(ValueError, match="more than half of the memory"):
-        found(tmp_path / "c.npz")
+    together = 2 * (4 + 5) * 8 * 8 * 3
+    monkeypatch.setattr(host_memory, "available", lambda: together)
+    assert len(found(tmp_path / "a.npz")) == 5
+    for available, name in ((together - 1, "a"), (1000, "c")):
+        monkeypatch.setattr(host_memory, "available", lambda available=available: available)
+        with pytest.raises(ValueError, match="more than half of the memory"):
+            found(tmp_path / f"{name}.npz")
 
 
 def test_labels_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", image=LEVELS, label=LABELS + 90)
-    assert found(tmp_path / "a.npz", with_labels=False).labels.tolist() == [extra.UNLABELLED] * 5
+    for labels in (LABELS + 90, np.eye(3)[LABELS], np.array([None] * 5)):
+        np.savez(tmp_path / "a.npz", image=LEVELS, label=labels, y=labels)
+        assert found(tmp_path / "a.npz", with_labels=False).labels.tolist() == [extra.UNLABELLED] * 5
 
 
 def folder_of(path: Path, names: list[str]) -> Path:
@@ -163,8 +170,11 @@ def folder_of(path: Path, names: list[str]) -> Path:
 
 def test_class_folders_are_labelled_by_the_names_of_the_data(tmp_path: Path) -> None:
     path = folder_of(tmp_path, ["frog/a.png", "cat/b.png", "frog/c.png"])
-    (path / "README.txt").write_text("no image")
-    split = found(path)
+    for name in ("README.txt", "cat/b.json", "frog/empty"):
+        (path / name).write_text("no image" * (name != "frog/empty"))
+    split, notes = extra.find(str(path), dataset(), Request())
+    assert isinstance(split, Split)
+    assert notes == (f"files that are no images are left out: 3, the first {path}/README.txt",)
     order = [1, 0, 2]
     assert torch.equal(split.images, torch.from_numpy(LEVELS[order]))
     assert split.labels.tolist() == [0, 2, 2]
@@ -182,6 +192,8 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     [
         (["bird/a.png"], "'bird' is of no class of the data; these are cat, dog, frog"),
         (["cat/a.png", "b.png"], "images beside folders"),
+        (["cat/images/a.png", "dog/b.png"], "cat/images: a folder of images must hold no other folder"),
+        (["a.png", "more/images/b.png"], "more/images: a folder of images must hold no other folder"),
         ([], "holds no images"),
     ],
 )
@@ -195,7 +207,7 @@ def test_bad_images_are_left_out_where_they_are_to_be(tmp_path: Path) -> None:
     (path / "a.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"^extra_data: .*a\.png is not a readable image"):
         found(path)
-    split: Any = extra.find(str(path), dataset(), Request(on_bad_image="skip"))
+    split: Any = extra.find(str(path), dataset(), Request(on_bad_image="skip")).images
     assert torch.equal(split.images, torch.from_numpy(LEVELS[1:2]))
     assert [Path(name).name for name in split.skipped] == ["a.png"]
 
@@ -247,3 +259,70 @@ def test_images_that_stay_in_a_beton_file_take_none_beside_them(tmp_path: Path) 
     held = replace(originals, train=replace(originals.train, beton=tmp_path / "a.beton"))
     with pytest.raises(ValueError, match=r"a\.beton stay in their file"):
         found(tmp_path, held)
+
+
+def test_a_class_is_the_same_however_a_system_spells_its_accents(tmp_path: Path) -> None:
+    names = ("caf\u00e9", "dog")
+    split: Any = replace(dataset().train, class_names=names)
+    images = found(
+        folder_of(tmp_path, ["cafe\u0301/a.png", "dog/b.png"]), Dataset("own", split, split, names, True, "x")
+    )
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_images_of_a_data_set_of_one_size_are_not_cut_to_it(tmp_path: Path) -> None:
+    Image.fromarray(LEVELS[0, :4]).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is 8x4 pixels and must be 8x8 as the other images$"):
+        found(tmp_path)
+
+
+def test_test_images_are_not_trained_on(tmp_path: Path) -> None:
+    split: Any = dataset().test
+    images = np.concatenate([LEVELS, split.images[[2, 0]].numpy()])
+    np.savez(tmp_path / "a.npz", image=images)
+    named = r"2 of the 7 images of .*a\.npz are test images .* the first: image 5$"
+    with pytest.raises(ValueError, match=named):
+        found(tmp_path / "a.npz")
+    in_files(tmp_path / "data")
+    in_memory = datasets.find("folder", str(tmp_path / "data"), Request())
+    with pytest.raises(ValueError, match="3 of the 3 images of .* are test images"):
+        found(tmp_path / "data" / "test", in_memory)
+
+
+def test_training_images_alone_are_none_beside_them(tmp_path: Path) -> None:
+    images = [*LEVELS[:2], *LEVELS[:1]]
+    held: Any = Split(torch.from_numpy(LEVELS[:2]), torch.tensor([0, 1]), CLASSES)
+    of = replace(dataset(), train=held)
+    np.savez(tmp_path / "a.npz", image=images)
+    with pytest.raises(ValueError, match=r"a\.npz are training images of the data, all of them$"):
+        found(tmp_path / "a.npz", of)
+    np.savez(tmp_path / "a.npz", image=[*images, LEVELS[2]])
+    assert len(found(tmp_path / "a.npz", of)) == 4
+
+
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("linked", [False, True])
+def test_files_of_the_data_are_known_whichever_links_lead_there(
+    tmp_path: Path, size: int | None, linked: bool
+) -> None:
+    originals = in_files(tmp_path / "data", size)
+    path = tmp_path / "data"
+    if linked:
+        (path := tmp_path / "linked").symlink_to("data")
+    with pytest.raises(ValueError, match=r"3 of the 3 images of .*test are test images .* first: .*cat/a\.png"):
+        found(path / "test", originals)
+    with pytest.raises(ValueError, match="are training images of the data, all of them"):
+        found(path / "train", originals)
+    assert len(found(folder_of(tmp_path / "more", ["cat/a.png", "dog/a.png"]), originals)) == 2
+
+
+def test_files_of_other_sizes_need_views_of_one(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for number, image in enumerate((LEVELS[0, :4], LEVELS[1])):
+        Image.fromarray(image).save(tmp_path / "more" / f"{number}.png")
+    with pytest.raises(
+        ValueError, match=r"0\.png: its images are 8x4 pixels and must be 8x8 as those of the data"
+    ):
+        found(tmp_path / "more", in_files(tmp_path / "data"))
+    images = found(tmp_path / "more", in_files(tmp_path / "other", 6))
+    assert images.images[torch.arange(2)].shape == (2, 6, 6, 3)

@@ -10,7 +10,7 @@ import torch
 
 from engine.common import host_memory
 from engine.config import ColourJitterConfig
-from engine.pipelines import dali, datasets, ffcv, selection
+from engine.pipelines import dali, datasets, extra, ffcv, selection
 from engine.pipelines.datasets import AnySplit
 from engine.pipelines.ffcv import beton_writer
 from engine.pipelines.images import ImagePipeline
@@ -96,7 +96,7 @@ def test_auto_takes_the_first_that_can_serve_and_says_why(
 @pytest.mark.parametrize("data", [ARRAYS, BETON, FOLDER, TOO_LARGE])
 def test_augmentation_that_others_do_not_is_for_image(installed: None, data: AnySplit) -> None:
     lacking = "trivial-augment" if data.any_size else "random-resized-crop and no trivial-augment"
-    others = "; ".join(f"{kind} does no {lacking}, which image does" for kind in ("tensor", "ffcv", "dali"))
+    others = "; ".join(f"{kind} does no {lacking}" for kind in ("tensor", "ffcv", "dali"))
     assert selection.select("auto", data, CPU, TRIVIAL) == ("image", others)
     assert selection.select("image", data, CPU, TRIVIAL) == ("image", "as asked for")
     options = selection.LoaderOptions(True, True, CPU, torch.float32, augmentation=TRIVIAL)
@@ -122,6 +122,7 @@ def test_random_crops_of_images_of_any_size_are_made_by_every_pipeline(installed
         (NONE, "dali", ARRAYS, "^pipeline: dali needs to be installed$"),
         (BOTH, "tensor", FOLDER, "^pipeline: tensor holds images of one size"),
         (BOTH, "ffcv", FOLDER, r"^pipeline: ffcv reads \.beton files and X is none"),
+        (BOTH, "ffcv", extra.join(FOLDER, FOLDER), "^pipeline: ffcv .* and extra_data stand beside them$"),
     ],
     indirect=["installed"],
 )

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import engine
-from engine import config
+from engine import config, register
 from engine.common.console import Reporter
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request
@@ -70,6 +71,19 @@ def load_teacher(path: Path, run_config: config.RunConfig, data: Any, at: precis
     return teacher.eval().requires_grad_(False)
 
 
+class Tokens(nn.Module):
+    """Normalises the tokens of all images together, as several transformers do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 4, 4), nn.BatchNorm1d(6), nn.Linear(6, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BNC = self.conv(images).flatten(2).mT
+        logits: Tensor = self.head(self.norm(x_BNC.flatten(0, 1)).view_as(x_BNC).mean(1))
+        return logits
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -77,6 +91,7 @@ def load_teacher(path: Path, run_config: config.RunConfig, data: Any, at: precis
         ({"batch_size": 1}, True),
         ({"micro_batch": 1}, True),
         ({"batch_size": 41, "model": "resnet8"}, False),  # its last map is 2x2
+        ({"batch_size": 41, "model": "tokens"}, False),
         ({"batch_size": 40, "micro_batch": 3}, False),
     ],
     ids=str,
@@ -86,6 +101,7 @@ def test_one_image_of_which_batch_norm_has_no_variance(
 ) -> None:
     """Said before the training, and only where a map has one pixel: torch refuses the step itself."""
     monkeypatch.setattr(trainer.Trainer, "fit", lambda self: {})
+    register.model("tokens", Tokens, input_sizes=(8,))
     run = tiny.config(**{"method": "st", "model": "resnet18", "teacher": {"checkpoint": None}} | keys)
     if not says:
         engine.train(run, out=str(tmp_path / "run"))

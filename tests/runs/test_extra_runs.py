@@ -46,10 +46,12 @@ ORIGINALS = 90  # 100 but those that are held out
 
 @pytest.fixture
 def extra_npz(tmp_path: Path) -> Path:
-    """Other digits than those that are trained on, the last ones of the test split."""
-    test = datasets.load("digits").test
+    """Other digits of the training split than the 100 that are trained on."""
+    train = datasets.load("digits").train
+    known = {image.numpy().tobytes() for image in datasets.load("digits", limit_train=100).train.images}
+    chosen = [number for number, image in enumerate(train.images) if image.numpy().tobytes() not in known][-60:]
     path = tmp_path / "extra.npz"
-    np.savez(path, image=test.images[-60:].numpy(), label=test.labels[-60:].numpy())
+    np.savez(path, image=train.images[chosen].numpy(), label=train.labels[chosen].numpy())
     return path
 
 
@@ -153,14 +155,15 @@ def write_labeller(path: Path) -> Path:
 
 def digits_with(npz: Path) -> tuple[datasets.AnyDataset, Any]:
     dataset: Any = datasets.load("digits", limit_train=100, limit_test=20)
-    return dataset, extra.find(str(npz), dataset, Request(), with_labels=False)
+    return dataset, extra.find(str(npz), dataset, Request(), with_labels=False).images
 
 
 def test_a_checkpoint_labels_extra_images_and_a_resumed_run_has_the_same_labels(
     tmp_path: Path, unlabelled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labeller = write_labeller(tmp_path / "labeller.pt")
-    given = TINY | {"extra_data": str(unlabelled), "extra_labels": str(labeller)}
+    (tmp_path / "labeller").mkdir()
+    labeller = write_labeller(tmp_path / "labeller" / "best.pt")
+    given = TINY | {"extra_data": str(unlabelled), "extra_labels": str(labeller.parent)}
     expected = directly(labeller, unlabelled)
     assert len(expected.unique()) > 1  # else the test could not fail
     console = Listener()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-METHODS = ("st", "at", "trades", "ard", "akd2", "iad1", "iad2")
+OFTEN = ("st", "at", "iad1", "iad2")
+SELDOM = ("trades", "ard", "akd2")
 ABOVE_CHANCE = 0.17  # four standard deviations above the 0.1 of ten classes, on 300 test images
 
 
@@ -51,7 +52,7 @@ def teachers(real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
 def test_methods_learn(
     method: str, real_images: Path, teachers: dict[str, Path], cli: Any, tmp_path: Path
 ) -> None:

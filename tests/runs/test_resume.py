@@ -19,8 +19,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
-from engine import config, methods
+from engine import config, methods, register
 from engine.commands.completion import values_of
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
@@ -146,6 +147,41 @@ def test_stopped_twice_and_while_evaluating(tiny: Any, tmp_path: Path, monkeypat
         lifecycle.resume(parts)
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     assert torch.load(parts / "last.pt", weights_only=True)["progress"]["step_in_epoch"] == 6
+    assert_same_run(whole.path, lifecycle.resume(parts).path)
+
+
+class Dropping(nn.Sequential):
+    """Drops out before a BatchNorm, whose statistics depend on what was drawn."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, 3), nn.Dropout(), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(216, num_classes)
+        )
+
+
+@pytest.mark.parametrize("kind", ["none", "ema", "swa"])
+def test_what_a_network_draws_is_drawn_again(
+    kind: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within an epoch, and while its end is evaluated."""
+    register.model("dropping", Dropping, input_sizes=(8,))
+    averaging = {"kind": kind, "start": 0}
+    keys = tiny.config(method="trades", model="dropping", averaging=averaging, awp={"gamma": 0.005})
+    whole = lifecycle.train(keys, out=str(tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    with pytest.raises(Interrupted):
+        lifecycle.train(keys, StopAt(3), out=str(parts))
+
+    def interrupted(*args: Any, **keys: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **keys)
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    torch.manual_seed(1)
+    with pytest.raises(Interrupted):
+        lifecycle.resume(parts)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    torch.manual_seed(2)
     assert_same_run(whole.path, lifecycle.resume(parts).path)
 
 

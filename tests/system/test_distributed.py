@@ -95,19 +95,26 @@ def ten_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trajectories(data: dict[str, Any], teachers: Path, root: Path, names: tuple[str, ...], **keys: Any) -> None:
-    """Runs of each method by 1, 2 and 4 processes."""
-    for size in (1, 2, 4):
-        runs = {str(root / f"{name}-{size}"): run_of(name, data, teachers, **keys) for name in names}
+def trajectories(
+    data: dict[str, Any],
+    teachers: Path,
+    root: Path,
+    names: tuple[str, ...],
+    by_four: tuple[str, ...] | None = None,
+) -> None:
+    """Runs of each method by 1 and 2 processes, and of those named by 4; None: of all."""
+    by_four = names if by_four is None else by_four
+    for size, of_size in ((1, names), (2, names), (4, by_four)):
+        runs = {str(root / f"{name}-{size}"): run_of(name, data, teachers) for name in of_size}
         together(size, train_each, runs)
-    for name in names:
-        for size in (2, 4):
+    for size, of_size in ((2, names), (4, by_four)):
+        for name in of_size:
             assert_same_trajectory(root / f"{name}-1", root / f"{name}-{size}")
 
 
 def test_processes_train_as_one_on_digits(ten_classes: Path, tmp_path: Path) -> None:
     names = tuple(name for name in methods.METHODS if name not in ("fgsm-rs", "n-fgsm"))  # "at" in one step
-    trajectories({"dataset": "digits"}, ten_classes, tmp_path, names)
+    trajectories({"dataset": "digits"}, ten_classes, tmp_path, names, by_four=("iad2", "saad"))
 
 
 def test_processes_train_as_one_on_photographs(real_images: Path, ten_classes: Path, tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def part_of(whole: Batch, rank: int, size: int) -> Batch:
 def learner_of(world: World, method: str = "at", **keys: Any) -> Learner:
     base = {"method": method, "model": "resnet8", "dtype": "float64", "device": "cpu", "attack": {"num_steps": 2}}
     complete = config.load(base, keys)
-    student = student_of()
+    student = student_of(model=complete.model)
     if complete.sync_bn == "on" and world.size > 1:
         student = synchronise(student, F64.device)
     teachers = {"teacher": student_of(1).eval(), "teacher_st": student_of(2).eval()}
@@ -223,6 +230,26 @@ def test_micro_batches_of_processes_give_the_update_of_the_whole(tmp_path: Path)
         learn(whole, images(7), 7)
     for rank in range(2):
         assert_near(whole.student.state_dict(), torch.load(tmp_path / f"after-{rank}.pt", weights_only=True))
+
+
+def transformer_of_two(world: World, out: str) -> None:
+    """Four images and three; then one, and none, which a transformer cannot reshape."""
+    learner = learner_of(world, model="timm:test_vit")
+    for count in (7, 1):
+        learn(learner, part_of(images(count), world.rank, world.size), count)
+    torch.save(learner.student.state_dict(), f"{out}-{world.rank}.pt")
+
+
+def test_a_transformer_of_two_processes_gets_the_update_of_one(tmp_path: Path) -> None:
+    """Without BatchNorm nothing depends on the number of processes."""
+    pytest.importorskip("timm")
+    together(2, transformer_of_two, str(tmp_path / "after"))
+    transformer_of_two(World(), str(tmp_path / "one"))
+    for rank in range(2):
+        found, expected = (
+            torch.load(tmp_path / name, weights_only=True) for name in (f"after-{rank}.pt", "one-0.pt")
+        )
+        assert_near(found, expected)
 
 
 def calls_of_steps(world: World, out: str, keys: dict[str, Any], steps: int) -> None:

@@ -228,6 +228,20 @@ def test_the_exponential_average_is_its_definition() -> None:
     assert_near({name: value for name, value in expected.items() if "num_batches" not in name}, averaged)
 
 
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_an_average_has_the_students_indices(kind: str) -> None:
+    """As of relative positions: a mean of equal integers may be rounded down."""
+    student, index = network(0).train(), torch.arange(300)
+    student.register_buffer("index", index.clone(), persistent=False)
+    one = learner("st", student, averaging={"kind": kind, "start": 0, "decay": 0.9995})
+    for epoch in range(3):
+        learn(one, batch(), epoch=epoch)
+        assert one.average is not None
+        one.average.after_epoch(epoch, iter([batch()]), SIZE, World())
+    assert one.evaluated is not student
+    assert torch.equal(one.evaluated.get_buffer("index"), index)
+
+
 def test_the_mean_of_weights_has_statistics_of_its_own() -> None:
     one = learner("at", averaging={"kind": "swa", "start": 1}, epochs=10)
     every, kept = [batch(seed=index) for index in range(3)], []

@@ -57,13 +57,22 @@ def test_yaml_s_truth_values_are_switches(value: object, read: str) -> None:
     assert config.load({"masking_guard": False}).masking_guard == "off"
 
 
-def test_compiled_passes_are_those_that_are_not() -> None:
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("resnet8", 8),
+        pytest.param("timm:test_vit", 16, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_passes_are_those_that_are_not(name: str, side: int) -> None:
     """By the real compiler: attack and training are two instances, and a smaller batch runs uncompiled."""
+    if ":" in name:
+        pytest.importorskip("timm")
     run = step_networks.forward_maker(config.load({"compile": "on"}), CPU, (4).__eq__)
     torch.manual_seed(0)
-    net, other = models.build("resnet8", 4), models.build("resnet8", 4)
+    net, other = models.build(name, 4), models.build(name, 4)
     other.load_state_dict(net.state_dict())
-    x, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    x, labels = torch.rand(4, 3, side, side), torch.arange(4)
     spec = config.AttackSpec(num_steps=1, bn="train")
     found = []
     for student, how in ((net, run), (other, lambda module: module)):

@@ -172,9 +172,8 @@ def test_images_may_lie_one_folder_below_their_class(packed: bool, tmp_path: Pat
     files = classes("train/", 4, "images/") | {"train/a/a_boxes.txt": b"boxes"} | classes("val/", 2)
     found = find(placed(tmp_path, files, packed))
     assert (greys(found.train), greys(found.test)) == ({*range(4), *range(100, 104)}, {0, 1, 100, 101})
-    assert [note.partition(":")[0] for note in found.notes] == [
-        "1 files that are no images are left out, the first"
-    ]
+    (note,) = found.notes
+    assert note.startswith("files that are no images are left out: 1, the first ")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -213,8 +212,8 @@ def test_files_that_are_no_images_are_left_out_and_counted(packed: bool, tmp_pat
     assert len(found.test) == 2
     where = f"{path}{':' if packed else '/'}"
     assert found.notes == (
-        f"4 files that are no images are left out, the first: {where}train/a/desktop.ini",
-        f"1 files that are no images are left out, the first: {where}test/b/readme.txt",
+        f"files that are no images are left out: 4, the first {where}train/a/desktop.ini",
+        f"files that are no images are left out: 1, the first {where}test/b/readme.txt",
     )
     assert found.train.skipped == ()
 
@@ -241,7 +240,7 @@ def test_fifos_and_sockets_are_not_waited_for(tmp_path: Path, monkeypatch: pytes
         end.bind("talk.sock")
         found = find(path)
     assert len(found.train) == 6
-    assert "2 files that are no images" in found.notes[0]
+    assert "files that are no images are left out: 2," in found.notes[0]
 
 
 def test_images_named_as_such_are_not_opened_to_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +306,38 @@ def test_a_split_of_no_classes_is_no_class(tmp_path: Path) -> None:
     """Else a network would learn to tell the training images from the test images."""
     files = {f"{part}/{number}.png": picture(number) for part in ("train", "test") for number in range(4)}
     refused(write(tmp_path, files), "train holds no class folder")
+
+
+def damaged(path: Path, name: str) -> Path:
+    """The archive, a byte of whose entry is another."""
+    content = bytearray(path.read_bytes())
+    content[content.index(name.encode()) + len(name) + 50] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_entry_is_named_by_whoever_reads_it(tmp_path: Path) -> None:
+    """Also by a hash of the data, which decodes nothing; and one that is no image is left out."""
+    stray = {"train/a/notes.txt": bytes(200)}
+    path = write_zip(tmp_path / "x.zip", classes("train/", 3) | classes("test/", 1) | stray)
+    found = find(damaged(damaged(path, "train/b/01.png"), "notes.txt"), image_size=4)
+    assert [note.rpartition("/")[2] for note in found.notes] == ["notes.txt"]
+    with pytest.raises(OSError, match="Bad CRC-32") as error:
+        _ = found.sha256
+    assert error.value.filename == f"{path}:train/b/01.png"
+    with pytest.raises(ValueError, match=r"01\.png is not a readable image \(Bad CRC-32"):
+        _ = found.train.images[torch.tensor([4])]
+
+
+def test_names_that_are_no_text_are_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path, classes("train/", 3) | classes("test/", 1))
+    own = find(path, resident="never").sha256
+    folder = path / "train" / "a"
+    (folder / "00.png").rename(folder / "\udcff.png")
+    other = find(path, resident="never").sha256
+    assert other != own
+    folder.rename(folder.with_name("\udcff"))
+    refused(path, "the name of a class must be UTF-8")
 
 
 # ---------------------------------------------------------------- as much as is needed
