@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 20
 _SAMPLED = 100
+# Of all that a training notes of its best epoch.
 _OF_BEST = ("epoch", "natural_accuracy", "robust_accuracy", "measured_on")
 _LARGE = 128  # pixels a side, from which on a network is one for ImageNet
 

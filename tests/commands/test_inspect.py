@@ -87,6 +87,19 @@ def test_an_own_checkpoint_and_a_run(tiny: Any, tmp_path: Path, cli: Any) -> Non
     assert found["facts"]["finished"]
     assert found["facts"]["best.pt: weights_sha256"] == weights_sha256(load_model(run / "best.pt").module)
     assert found["next"][0] == f"engine eval {run}"
+    measured = {name for name in found["facts"] if name.startswith("best: ")}
+    assert measured == {
+        f"best: {name}" for name in ("epoch", "natural_accuracy", "robust_accuracy", "measured_on")
+    }
+
+
+def test_a_checkpoint_of_no_known_architecture(tmp_path: Path, cli: Any) -> None:
+    state = network()
+    del state["linear.bias"]
+    torch.save({"net": {key: tensor.half() for key, tensor in state.items()}}, tmp_path / "theirs.pth")
+    found = told(cli, str(tmp_path / "theirs.pth"))
+    assert found["rows"] == [["net", "", "no known architecture", None, 55, 78042 - 10, "float16"]]
+    assert "it cannot be used as it is: its 46 tensors" in found["notes"][0]
 
 
 def test_a_stray_file_of_a_flat_folder_counts_once(tiny_folder: Path, tmp_path: Path, cli: Any) -> None:
@@ -191,6 +204,7 @@ def test_safetensors_keep_all_that_is_known_of_a_network(tmp_path: Path, cli: An
     for name in ("name", "num_classes", "class_names", "normalize", "dataset", "config"):
         assert getattr(again, name) == getattr(ours, name), name
     assert again.notes == ()
+    assert told(cli, str(target))["notes"] == []
     with safetensors.safe_open(target, "pt") as file:
         assert file.metadata()["model"] == '"resnet8"'
         assert json.loads(file.metadata()["class_names"]) == list(CLASSES)
