@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def checkpoint(argument: str, path: str | None) -> str | None:
         place = absolute(argument, path)
-        return None if place is None else str(checkpoint_of(place))
+        with suppress(ValueError):  # of what cannot be looked up the reader tells why
+            return None if place is None else str(checkpoint_of(place))
+        return place
 
     teachers = {
         section: teacher.model_copy(update={"checkpoint": checkpoint(f"{section}.checkpoint", teacher.checkpoint)})

@@ -105,7 +105,7 @@ def bare(path: Path, network: nn.Module, **beside: Any) -> Path:
         (lambda p: bare(p, models.build("resnet8", 3, normalize=True)), {}, "normalize is false"),
         (lambda p: bare(p, models.build("resnet8", 3)), {"normalize": True}, "normalize is true"),
         (lambda p: p, {}, "cannot be read"),
-        (lambda p: (p.write_bytes(b"no checkpoint"), p)[1], {}, "damaged"),
+        (lambda p: (p.write_bytes(b"PK\x03\x04"), p)[1], {}, "damaged"),
     ],
     ids=["architecture", "normalises", "does not normalise", "missing", "damaged"],
 )
