@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine import models
 from engine.attacks import masking, overfitting, parts, table
 from engine.attacks.kinds import Task, craft
-from engine.attacks.pgd import preset
+from engine.attacks.pgd import pgd, preset
 from engine.system.precision import Precision
 from engine.training import telemetry
 
@@ -34,7 +34,7 @@ def test_every_image_once_in_order() -> None:
 
 def probes(net: nn.Module, teacher: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Any]:
     spec = preset("pgd10", 0.05)
-    attack = partial(craft, table.find("pgd10"), Task(net, 4, (0.05, "Linf"), 3))
+    attack = partial(craft, table.find("pgd10"), Task(net, 4, (0.05, "Linf"), 3, counter=0))
     half = Precision(torch.device("cpu"), torch.float32, torch.bfloat16)
     return (
         telemetry.probe(net, teacher, x, labels, attack, beta=0.1)
@@ -60,3 +60,22 @@ def test_probes_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch,
     for name, value in whole.items():
         assert found[name] == pytest.approx(value, abs=1e-5), name
     assert 0 < whole["probe_student_adversarial_accuracy"] < 1
+
+
+def test_the_probe_of_the_teacher_is_what_its_logits_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, teacher = (models.build("resnet8", 4).double().eval() for _ in range(2))
+    x = torch.rand(24, 3, 8, 8, dtype=torch.float64)
+    labels = teacher(x).argmax(dim=1)
+    x_adv = pgd(net, x, labels, preset("pgd10", 0.05), seed=3)
+    monkeypatch.setattr(parts, "_MOST_PIXELS", 7 * 8 * 8)
+    attack = partial(craft, table.find("pgd10"), Task(net, 4, (0.05, "Linf"), 3, counter=0))
+    row = telemetry.probe(net, teacher, x, labels, attack, beta=0.5)
+    trusted = teacher(x_adv).softmax(dim=1)[torch.arange(24), labels]
+    of_student, of_teacher = (
+        (network(x_adv).argmax(dim=1) == labels).double().mean() for network in (net, teacher)
+    )
+    assert row["probe_alpha"] == pytest.approx(float(trusted.sqrt().mean()), abs=1e-9)
+    assert row["probe_student_adversarial_accuracy"] == float(of_student)
+    assert row["probe_teacher_adversarial_accuracy"] == float(of_teacher)
+    assert row["probe_teacher_natural_accuracy"] == 1
