@@ -71,7 +71,7 @@ def test_the_probe_of_the_teacher_is_what_its_logits_say(monkeypatch: pytest.Mon
     monkeypatch.setattr(parts, "_MOST_PIXELS", 7 * 8 * 8)
     attack = partial(craft, table.find("pgd10"), Task(net, 4, (0.05, "Linf"), 3, counter=0))
     row = telemetry.probe(net, teacher, x, labels, attack, beta=0.5)
-    trusted = teacher(x_adv).softmax(dim=1)[torch.arange(24), labels]
+    trusted = teacher(x_adv).detach().softmax(dim=1)[torch.arange(24), labels]
     of_student, of_teacher = (
         (network(x_adv).argmax(dim=1) == labels).double().mean() for network in (net, teacher)
     )
