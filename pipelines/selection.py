@@ -23,7 +23,6 @@ from engine.pipelines.splits import Request, Split
 from engine.pipelines.tensor import TensorPipeline
 
 _GPU_SHARE = 4  # images may take a quarter of a GPU's free memory: the networks need the rest
-_IMAGE_DOES = ", which image does"
 Say = Callable[[str], None]
 
 
@@ -57,7 +56,8 @@ def select(kind: str, data: AnySplit, device: torch.device, augmentation: tuple[
     Raises ValueError, saying what is needed, where the kind cannot serve these images with that augmentation.
     """
     if kind != "auto":
-        if fault := _fault(kind, data, augmentation):
+        _check_augmentation(kind, data, augmentation)
+        if fault := look_up("pipeline", kind, _KINDS).fault(data):
             raise ValueError(f"pipeline: {fault}")
         return Selection(kind, "as asked for")
     faults: list[str] = []
@@ -67,7 +67,7 @@ def select(kind: str, data: AnySplit, device: torch.device, augmentation: tuple[
             fault = fault or _memory_fault(data, device)
         if not fault:
             break
-        faults.append(fault.removesuffix(_IMAGE_DOES))
+        faults.append(fault)
     if each == "image" and faults[-1] == _dali_fault(data):
         faults[-1] += ", and would be faster"
     return Selection(each, "; ".join(faults) or "the images fit into the device's memory")
@@ -78,8 +78,7 @@ def build(kind: str, data: AnySplit, sampling: Sampling, options: LoaderOptions,
 
     Raises ValueError for augmentation that the kind does not do.
     """
-    if fault := _augmentation_fault(kind, data, options.augmentation):
-        raise ValueError(f"pipeline: {fault}")
+    _check_augmentation(kind, data, options.augmentation)
     return look_up("pipeline", kind, _KINDS).build(data, sampling, options, say)
 
 
@@ -92,8 +91,13 @@ def _augmentation_fault(kind: str, data: AnySplit, augmentation: tuple[str, ...]
     # Of images of any size every pipeline makes random crops.
     wanted = [name for name in augmentation if not (data.any_size and name == RANDOM_RESIZED_CROP)]
     if wanted and not look_up("pipeline", kind, _KINDS).augments:
-        return f"{kind} does no {' and no '.join(wanted)}{_IMAGE_DOES}"
+        return f"{kind} does no {' and no '.join(wanted)}"
     return ""
+
+
+def _check_augmentation(kind: str, data: AnySplit, augmentation: tuple[str, ...]) -> None:
+    if fault := _augmentation_fault(kind, data, augmentation):
+        raise ValueError(f"pipeline: {fault}, which image does")
 
 
 def _tensor_fault(data: AnySplit) -> str:

@@ -13,6 +13,7 @@ from engine.commands.options import (
     COUNT,
     SEED,
     Processes,
+    batch_size_option,
     import_option,
     normalisation_options,
     process_options,
@@ -51,11 +52,7 @@ from engine.common.files import checkpoint_of
     type=one_of("Linf", "L2"),
     help="Linf or L2. [as in training, else Linf]",
 )
-@click.option(
-    "--batch-size",
-    type=COUNT,
-    help="Images per forward. [250; of large images as many as have the pixels of 32 of 224x224]",
-)
+@batch_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the attacks.")
 @click.option(
     "--device",

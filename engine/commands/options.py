@@ -66,6 +66,11 @@ weights_option = click.option(
     metavar="KEY",
     help="Which of a file's networks, e.g. state_dict_ema. [the only one]",
 )
+batch_size_option = click.option(
+    "--batch-size",
+    type=COUNT,
+    help="Images per forward. [250; of large images as many as have the pixels of 32 of 224x224]",
+)
 _NORMALISATION = (
     click.option(
         "--normalize",

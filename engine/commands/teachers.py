@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import DIR, FILE, named, one_of
-from engine.commands.options import COUNT, SEED, import_option, weights_option
+from engine.commands.options import COUNT, SEED, batch_size_option, import_option, weights_option
 from engine.common.files import checkpoint_of
 
 if TYPE_CHECKING:
@@ -64,11 +64,7 @@ TABLES = (
     metavar="COLUMN",
     help=f"Order of the candidates: {', '.join(name for _, names in TABLES for name in names)}.",
 )
-@click.option(
-    "--batch-size",
-    type=COUNT,
-    help="Images per forward. [250; of large images as many as have the pixels of 32 of 224x224]",
-)
+@batch_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the student and of the attacks.")
 @click.option("--image-size", type=COUNT, help="Cut views of that size from images of any size.")
 @click.option(
