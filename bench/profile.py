@@ -1,7 +1,7 @@
 """Ops and kernels that a training step runs outside the networks: `python -m bench.profile`. See README.md.
 
-The step is the trainer's, and its ranges are those of `engine.training.profiling`. What the backward runs belongs
-to the range whose forward made its node of the graph.
+The step is the trainer's, and its ranges are those of `engine.training.performance.profiling`. What the backward
+runs belongs to the range whose forward made its node of the graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.lib.steps.engine_step import EngineStep
 from bench.lib.steps.variants import RANDOM, images_of
 from engine import config
 from engine.kernels import dispatch
-from engine.training.profiling import DETAILS, PHASES
+from engine.training.performance.profiling import DETAILS, PHASES
 
 NETWORK, STEP = "network", "rest of the step"
 REGIONS = {

@@ -211,7 +211,7 @@ def crop_flip(
         check_indices(sample_B, index_B, len(images_NHWC))
 
 
-def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int | Tensor) -> None:
     """`reference.random_start`, the uniform start in an L-inf ball, on a CPU, into dense float32."""
     batch, channels = noise.shape[:2]
     _call(
@@ -225,7 +225,7 @@ def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, cou
         not noise.is_contiguous(),
         epsilon,
         seed,
-        counter,
+        int(counter),
     )
 
 

@@ -32,19 +32,20 @@ class Stream(enum.IntEnum):
     DROPOUT = 8
 
 
-def random_words(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int) -> Tensor:
+def random_words(seed: int, stream: Stream, epoch: int | Tensor, sample_B: Tensor, count: int) -> Tensor:
     """Uniform 32-bit words, one row per sample.
 
     The counter of word 4 j + w of a sample is (j, sample, epoch, stream), and its key the seed.
 
-    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32. sample_B: int64, of which the low 32 bits count.
+    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32, or an int64 scalar on the device of sample_B.
+    sample_B: int64, of which the low 32 bits count.
     Returns int64 of shape (B, count) with values in [0, 2**32), on the device of sample_B.
     """
     device = sample_B.device
     block_J = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
     c0 = block_J.expand(sample_B.shape[0], -1)
     c1 = (sample_B & _MASK)[:, None].expand_as(c0)
-    c2 = torch.full_like(c0, epoch)
+    c2 = epoch.expand_as(c0) if isinstance(epoch, Tensor) else torch.full_like(c0, epoch)
     c3 = torch.full_like(c0, int(stream))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
@@ -60,12 +61,12 @@ def random_words(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count:
     return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :count]
 
 
-def uniform(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int) -> Tensor:
+def uniform(seed: int, stream: Stream, epoch: int | Tensor, sample_B: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1), multiples of 2**-24 and so exact in fp32; float32 of shape (B, count)."""
     return (random_words(seed, stream, epoch, sample_B, count) >> 8).to(torch.float32) * 2.0**-24
 
 
-def normal(seed: int, stream: Stream, epoch: int, sample_B: Tensor, count: int) -> Tensor:
+def normal(seed: int, stream: Stream, epoch: int | Tensor, sample_B: Tensor, count: int) -> Tensor:
     """Standard normal numbers by Box and Muller's transform; float32 of shape (B, count)."""
     half = (count + 1) // 2
     u_BN = uniform(seed, stream, epoch, sample_B, 2 * half)

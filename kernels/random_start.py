@@ -23,13 +23,14 @@ def random_start(
     epsilon: float,
     gaussian_std: float = 0.001,
     seed: int,
-    counter: int,
+    counter: int | Tensor,
 ) -> Tensor:
     """Initial perturbation, of the shape, dtype and strides of x_nat, not clamped to the range of images.
 
     kind "uniform": uniform in the L-inf ball, or in the L2 ball a uniform direction with a uniform radius.
     kind "gaussian": gaussian_std * N(0, 1), as TRADES starts. kind "none": zero.
     Numbers depend on (seed, counter, sample) alone: not on the batch, the device or the process.
+    counter: 0 <= counter < 2**32, or an int64 scalar on the device of x_nat, which a CUDA graph reads anew.
     sample_B: int64, one for each image. Raises ValueError where it is not, and for unknown names.
     """
     if sample_B.dtype != torch.int64 or sample_B.shape != x_nat.shape[:1]:
@@ -46,7 +47,7 @@ class StartParameters(NamedTuple):
     epsilon: float
     gaussian_std: float
     seed: int
-    counter: int
+    counter: int | Tensor
 
 
 def _none(x_nat: Tensor, sample_B: Tensor, numbers: StartParameters) -> Tensor:

@@ -128,7 +128,7 @@ def pgd_update(
     x_adv.copy_(torch.clamp(x_nat + delta * (epsilon / _norm(delta).clamp_min(tiny)).clamp_max(1), 0, 1))
 
 
-def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int | Tensor) -> None:
     """`engine.kernels.random_start` of the kind "uniform" in an L-inf ball, into `noise`.
 
     Numbers run in (C, H, W) order whatever the strides of noise.

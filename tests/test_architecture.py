@@ -67,7 +67,11 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "system",
         "devices, number formats, processes, streams",
-        (("precision", "streams", "layout"), ("environment", "distributed"), ("data_parallel", "launcher")),
+        (
+            ("precision", "streams", "layout", "graphs"),
+            ("environment", "distributed"),
+            ("data_parallel", "launcher"),
+        ),
     ),
     (
         "attacks",
@@ -78,10 +82,10 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "training",
         "a training step and what surrounds it",
         (
-            ("plan", "optimizer", "schedule", "averaging", "awp", "factors", "step_networks", "profiling"),
-            ("method_text",),
-            ("speed", "step"),
-            ("micro_batch", "telemetry"),
+            ("plan", "optimizer", "schedule", "averaging", "awp", "factors", "step_networks"),
+            ("capture", "capture.step_numbers", "method_text"),
+            ("performance", "performance.profiling", "performance.speed", "step"),
+            ("capture.captured_step", "micro_batch", "telemetry"),
             ("learner",),
         ),
     ),

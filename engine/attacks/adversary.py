@@ -14,6 +14,7 @@ from engine.common.lookup import look_up
 from engine.config import AttackSpec
 from engine.objectives import ATTACK_LOSSES
 from engine.pipelines.base import Batch
+from engine.system.graphs import CapturedCall
 from engine.system.precision import Precision
 
 
@@ -42,40 +43,40 @@ class Adversary:
         self.twin = Twin(student, spec.bn, precision, make_forward)
         self.counts = counts
         self._teacher = teacher
-        self._spec, self._seed = spec, seed
+        self.spec, self._seed = spec, seed
         self._reads_t_nat = bool(look_up("attack.loss", spec.loss, ATTACK_LOSSES).reads)
         self._loss_scale = precision.attack_loss_scale
-        self._capture = capture
+        self.capture = capture
         self._last_shape: torch.Size | None = None
-        self._graph: _Graph | None = None
+        self._graph: CapturedCall | None = None
 
-    def __call__(self, batch: Batch, epoch: int, t_nat: Tensor | None = None) -> Tensor:
+    def __call__(self, batch: Batch, counter: int | Tensor, t_nat: Tensor | None = None) -> Tensor:
         """x_adv (B, C, H, W), detached. A captured one is overwritten by the next call.
 
-        t_nat: T(x), (B, C), for an attack's loss that reads it.
+        counter: of the random start, see `random_start`. t_nat: T(x), (B, C), for an attack's loss that reads it.
         """
         reads = () if t_nat is None or not self._reads_t_nat else (t_nat,)
         with record_function("attack"):
-            return self._craft(batch, epoch, reads)
+            return self._craft(batch, counter, reads)
 
     def use(self, spec: AttackSpec) -> None:
         """Attack with other numbers from now on; loss and mode of BatchNorm stay."""
-        if spec != self._spec:
+        if spec != self.spec:
             self.release()
-            self._spec = spec
+            self.spec = spec
 
     def release(self) -> None:
         """Let go of the captured graph and its memory; another may be captured later."""
         self._graph = self._last_shape = None
 
-    def _craft(self, batch: Batch, epoch: int, reads: tuple[Tensor, ...]) -> Tensor:
-        x_adv = started(batch.x_nat, self._spec, seed=self._seed, counter=epoch, sample=batch.sample)
+    def _craft(self, batch: Batch, counter: int | Tensor, reads: tuple[Tensor, ...]) -> Tensor:
+        x_adv = started(batch.x_nat, self.spec, seed=self._seed, counter=counter, sample=batch.sample)
         targets = batch.targets
-        if not self._capture:
+        if not self.capture:
             self._climb(x_adv, batch.x_nat, targets, *reads)
             return x_adv
         if self._graph is None and self._last_shape == x_adv.shape:
-            self._graph = _Graph(self._climb, x_adv, batch.x_nat, targets, *reads)
+            self._graph = CapturedCall(self._climb, x_adv, batch.x_nat, targets, *reads)
         if self._graph is not None and self._graph.fits(x_adv):
             return self._graph.replay(x_adv, batch.x_nat, targets, *reads)
         self._last_shape = x_adv.shape  # what compiles or chooses an algorithm does so before the capture
@@ -85,26 +86,4 @@ class Adversary:
     def _climb(self, x_adv: Tensor, x_nat: Tensor, targets: Tensor, t_nat: Tensor | None = None) -> None:
         self.twin.refresh()
         attacked = Attacked(self.twin, self._teacher, t_nat)
-        climb(attacked, x_adv, x_nat, targets, self._spec, loss_scale=self._loss_scale, counts=self.counts)
-
-
-class _Graph:
-    """A call captured as a CUDA graph, with the tensors that it reads and writes."""
-
-    def __init__(self, call: Callable[..., None], *like: Tensor) -> None:
-        self._tensors = [torch.empty_like(tensor) for tensor in like]
-        self._graph = torch.cuda.CUDAGraph()
-        # thread_local: the threads that load images may allocate meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            call(*self._tensors)
-
-    def fits(self, x_adv: Tensor) -> bool:
-        """True if it was captured for that shape."""
-        return self._tensors[0].shape == x_adv.shape
-
-    def replay(self, *tensors: Tensor) -> Tensor:
-        """Run it on these values; the first tensor, as it is then."""
-        for own, value in zip(self._tensors, tensors, strict=True):
-            own.copy_(value)
-        self._graph.replay()
-        return self._tensors[0]
+        climb(attacked, x_adv, x_nat, targets, self.spec, loss_scale=self._loss_scale, counts=self.counts)

@@ -183,7 +183,7 @@ def started(
     spec: AttackSpec,
     *,
     seed: int = 0,
-    counter: int = 0,
+    counter: int | Tensor = 0,
     sample: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:

@@ -16,6 +16,7 @@ from engine.config.values import (
     Count,
     CountOrZero,
     Few,
+    Graphs,
     Guard,
     Length,
     NotNegative,
@@ -643,14 +644,15 @@ class RunConfig(Section):
         ),
     ] = "on"
     graphs: Annotated[
-        Switch,
+        Graphs,
         runtime(
-            "`on`: on a GPU, the attack is captured as one CUDA graph; `off`: it is not, with the same bits and "
-            "less memory",
+            "on a GPU, what is captured as one CUDA graph, with the same bits: `step`: the whole training step, "
+            "with several processes, micro-batches, `awp` or apex its attack alone; `attack`; `off`: nothing, "
+            "with less memory",
             flag="--graphs",
             group="speed",
         ),
-    ] = "on"
+    ] = "step"
     checkpoint_activations: Annotated[
         bool,
         runtime(

@@ -53,6 +53,11 @@ def _switch(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _graphs(value: object) -> object:
+    """Accept the "on" of earlier versions."""
+    return "step" if value == "on" else value
+
+
 def _words(value: object) -> object:
     """Accept "a,b" where words are expected, as options give them."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
@@ -89,5 +94,6 @@ Augmentations = Annotated[
 ]
 Auto = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
+Graphs = Annotated[Literal["step", "attack", "off"], BeforeValidator(_graphs), BeforeValidator(_switch)]
 Guard = Annotated[Literal["warn", "stop", "off"], BeforeValidator(_switch)]
 OverfittingGuard = Annotated[Literal["warn", "stop", "rollback", "off"], BeforeValidator(_switch)]

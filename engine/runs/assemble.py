@@ -42,7 +42,7 @@ from engine.system.precision import Precision
 from engine.training import plan
 from engine.training.learner import Learner
 from engine.training.micro_batch import count_parts
-from engine.training.speed import Speedometer
+from engine.training.performance.speed import Speedometer
 from engine.training.telemetry import Telemetry
 
 

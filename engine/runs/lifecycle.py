@@ -43,7 +43,7 @@ from engine.runs.trainer import Trainer, restored
 from engine.system import precision
 from engine.system.distributed import World, is_launched, small_batch_warning
 from engine.training import optimizer, plan
-from engine.training.profiling import Profiler
+from engine.training.performance.profiling import Profiler
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def train(
     teachers: networks by section, "teacher" and "teacher_st". callbacks: functions that get every row of
     metrics.jsonl, in the main process; what they raise ends the call. A run with objects goes on by `resume`.
     reporter: who tells the user; None says nothing.
-    profile: that many steps are traced, see `engine.training.profiling`. world: processes that train together; all
-    call this with the same arguments. again: see `begin`.
+    profile: that many steps are traced, see `engine.training.performance.profiling`. world: processes that train
+    together; all call this with the same arguments. again: see `begin`.
     Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
     signal, when everything is saved for `resume`.
     """

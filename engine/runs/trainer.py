@@ -27,7 +27,7 @@ from engine.runs.checkpoints import Progress
 from engine.runs.session import Session
 from engine.system.precision import on_device
 from engine.training import plan, schedule, step_networks, telemetry
-from engine.training.step import StepOutput
+from engine.training.step import OnDevice, StepOutput
 
 # By `overfitting_guard`: the last good epoch is kept, and one that overfits does not replace the best.
 _KEEPS_GOOD = {"off": False, "warn": False, "stop": True, "rollback": True}
@@ -97,6 +97,7 @@ class Trainer:
             raise
         finally:
             console.end()
+            self.parts.learner.release()
         return self._finish_run()
 
     def epoch(self) -> None:
@@ -117,7 +118,15 @@ class Trainer:
             progress.step_in_epoch += 1
             progress.step += 1
             self._seed_dropout()
-            learner.learn(batch, method, lr, epoch=epoch, global_batch_size=size, on_output=self._add)
+            learner.learn(
+                batch,
+                method,
+                lr,
+                epoch=epoch,
+                step=progress.step,
+                global_batch_size=size,
+                on_output=OnDevice(self._add),
+            )
             console.advance(progress.step)
             self.on_step()
             self._after_step()
@@ -161,7 +170,7 @@ class Trainer:
             step_networks.seed_dropout(self.session.config.seed, self.progress.step, self.session.world)
 
     def _add(self, output: StepOutput, labels: Tensor) -> None:
-        self.parts.telemetry.update(output, labels, self.progress.step)
+        self.parts.telemetry.update(output, labels, self.parts.learner.numbers.step)
 
     def _after_step(self) -> None:
         """Log, save and stop where it is time to."""

@@ -33,8 +33,10 @@ class Factors:
         self.balance = torch.tensor([_HALF, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def __call__(self, names: Iterable[str], logits: Logits, labels: Tensor, lr_part: float) -> dict[str, Tensor]:
-        """The factors of that name, (B,) each. lr_part: the learning rate relative to the highest of the run."""
+    def __call__(
+        self, names: Iterable[str], logits: Logits, labels: Tensor, lr_part: float | Tensor
+    ) -> dict[str, Tensor]:
+        """The factors of that name, (B,) each. lr_part: the learning rate as a part of the run's highest."""
         found: dict[str, Tensor] = {}
         for name in names:
             if name not in found:
@@ -49,7 +51,7 @@ class Factors:
         """Go on from `state_dict`."""
         self.balance.copy_(state["balance"])
 
-    def _entropies(self, logits: Logits, labels: Tensor, lr_part: float) -> dict[str, Tensor]:
+    def _entropies(self, logits: Logits, labels: Tensor, lr_part: float | Tensor) -> dict[str, Tensor]:
         """SAAD: 5 (H - min H), and 1 - (H - min H) / (max H - min H), over the batch of all processes."""
         scaled_B = _SCALE * entropy(logits["t_at_adv"], self._config.loss.entropy_order)
         both_2B = torch.stack((-scaled_B, scaled_B))
@@ -58,7 +60,7 @@ class Factors:
         weight_B = scaled_B + ends[0]
         return {"entropy": weight_B, "certainty": 1 - weight_B / (ends.sum() + 1e-8)}
 
-    def _shares(self, logits: Logits, labels: Tensor, lr_part: float) -> dict[str, Tensor]:
+    def _shares(self, logits: Logits, labels: Tensor, lr_part: float | Tensor) -> dict[str, Tensor]:
         """MTARD: w <- w - g (w - r_nat / (r_adv + r_nat)), with r a term relative to the run's first."""
         tau = self._config.loss.tau
         terms = [
@@ -84,7 +86,7 @@ class Factors:
         }
 
 
-_MAKERS: dict[str, Callable[[Factors, Logits, Tensor, float], dict[str, Tensor]]] = {
+_MAKERS: dict[str, Callable[[Factors, Logits, Tensor, float | Tensor], dict[str, Tensor]]] = {
     "entropy": Factors._entropies,
     "certainty": Factors._entropies,
     "robust_share": Factors._shares,

@@ -15,10 +15,14 @@ from engine.system.data_parallel import RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import averaging, optimizer, plan, step_networks
+from engine.training import averaging, optimizer, plan, schedule, step_networks
+from engine.training.capture.captured_step import CapturedStep
+from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.micro_batch import MicroBatches
-from engine.training.step import OnOutput, TrainingStep
+from engine.training.step import OnDevice, OnOutput, TrainingStep
+
+_NOTHING = OnDevice(lambda output, labels: None)
 
 
 class Learner:
@@ -41,6 +45,7 @@ class Learner:
         world = world or World()
         self.student, self.method = student, method
         self.optimizer = optimizer.build(student, config)
+        self.numbers = StepNumbers(self.optimizer, precision.device, schedule.peak(config))
         self.scaler = precision.scaler()
         self.average = averaging.build(student, config)
         self.factors = Factors(config, world, precision.device)
@@ -60,11 +65,14 @@ class Learner:
             scaler=self.scaler,
             method=method,
             factors=self.factors,
+            numbers=self.numbers,
             config=config,
             precision=precision,
             lanes=self.lanes,
             world=world,
         )
+        is_captured = step_networks.captures(config, precision.device).step and world.size == 1
+        self._run = CapturedStep(self.step) if is_captured else self.step
 
     @property
     def evaluated(self) -> nn.Module:
@@ -83,20 +91,29 @@ class Learner:
         lr: float,
         *,
         epoch: int = 0,
+        step: int = 0,
         global_batch_size: int | None = None,
-        on_output: OnOutput = lambda output, labels: None,
+        on_output: OnOutput = _NOTHING,
     ) -> None:
         """One update. method: the row to train with now, after the warm-up `self.method`.
 
         batch: this process's part of one of `global_batch_size` images, by default all of it. epoch: counts the
-        random starts. on_output: called with the output of each part of the batch, and its labels.
+        random starts. step: for `numbers`. on_output: called with the output of each part of the batch, and its
+        labels; unless it is an `OnDevice` the step is not captured as a CUDA graph.
         """
         global_batch_size = len(batch.labels) if global_batch_size is None else global_batch_size
-        optimizer.set_rate(self.optimizer, lr)
+        self.numbers.set(lr, epoch, step)
         parts = self.micro_batches.split(batch, global_batch_size)
-        self.step(parts, method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
+        self._run(parts, method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
         if self.average is not None:
             self.average.after_step(epoch)
+
+    def release(self) -> None:
+        """Let go of captured graphs and their memory; others may be captured later."""
+        if isinstance(self._run, CapturedStep):
+            self._run.release()
+        if self.networks.adversary is not None:
+            self.networks.adversary.release()
 
     def attack_with(self, spec: AttackSpec) -> None:
         """Craft adversarial images with other numbers from now on."""
@@ -110,6 +127,7 @@ class Learner:
 
     def find_micro_batch(self, batch: Batch, method: Method, *, epoch: int, global_batch_size: int) -> int:
         """The largest micro-batch, by halves, that fits into the memory. Raises RunFailed where none does."""
+        self.numbers.set(0.0, epoch, 0)
         return self.micro_batches.find(self.step, batch, method, epoch=epoch, global_batch_size=global_batch_size)
 
     def batches(self, epoch: Iterator[Batch]) -> Iterator[Batch]:
@@ -119,7 +137,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that the training changed but the student itself, for a checkpoint."""
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(self.optimizer, self.numbers.lr),
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.micro_batches.size,
         }
@@ -131,10 +149,12 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
+        self.release()  # a graph would go on with the tensors of before
         saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
         for group, before in zip(groups, saved["param_groups"], strict=True):
             group["lr"] = before["lr"]  # all else is as the configuration says
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        self.numbers.give_rates()
         if state["scaler"]:  # empty where the run had no float16 before
             self.scaler.load_state_dict(state["scaler"])
         if self.keeps_factors:

@@ -80,7 +80,7 @@ def _fits(step: TrainingStep, batch: Batch, size: int, method: Method, epoch: in
     try:
         with no_sync(step.replica):
             for _ in range(2 if on_gpu else 1):  # the second captures a graph, which has memory of its own
-                teachers = step.attack_and_teach(part, method, epoch)
+                teachers = step.attack_and_teach(part, method)
                 step.backward(step.loss(part, teachers, method, step.config.forwards, epoch).loss.loss)
         fits = True
     except torch.OutOfMemoryError:

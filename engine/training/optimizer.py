@@ -92,10 +92,11 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def rate(optimizer: torch.optim.Optimizer) -> float:
-    """The rate of `set_rate`."""
-    group = optimizer.param_groups[0]
-    return float(group["lr"] / group["lr_scale"])
+def state_dict(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, Any]:
+    """State for a checkpoint, with each group's part of the rate as a number."""
+    state = optimizer.state_dict()
+    groups = [group | {"lr": lr * group["lr_scale"]} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -122,7 +123,8 @@ def _apex(groups: Groups, keys: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 def _adamw(groups: Groups, keys: dict[str, Any]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, **keys, fused=True)
+    on_gpu = groups[0]["params"][0].is_cuda  # as a captured step needs it; fused it is the same anyway
+    return torch.optim.AdamW(groups, **keys, fused=True, capturable=on_gpu)
 
 
 IMPLEMENTATIONS = {

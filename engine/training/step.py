@@ -39,7 +39,8 @@ from engine.system.data_parallel import RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import awp, optimizer, plan, schedule
+from engine.training import awp, optimizer, plan
+from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.step_networks import Networks
 
@@ -58,6 +59,16 @@ OnOutput = Callable[[StepOutput, Tensor], None]
 """Called with the output of each part of a batch, and its labels, of mixed images those of the larger share."""
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """An `OnOutput` whose work is on the device alone, so that a captured step may repeat it without a call."""
+
+    call: OnOutput
+
+    def __call__(self, output: StepOutput, labels: Tensor) -> None:
+        self.call(output, labels)
+
+
 class TeacherOutputs(NamedTuple):
     """The images of each of `objectives.VIEWS` that is needed, and the teachers' logits of them by name."""
 
@@ -69,9 +80,9 @@ class TeacherOutputs(NamedTuple):
 class TrainingStep:
     """A step of a run: the networks, and what turns their gradients into new weights.
 
-    method: the row of the run, after its warm-up. factors: of its terms. replica: the student whose backward
-    averages gradients over all processes, see `data_parallel.replicate`. statistics: keeps running statistics the
-    same on all of them.
+    method: the row of the run, after its warm-up. factors: of its terms. numbers: of the step to come.
+    replica: the student whose backward averages gradients over all processes, see `data_parallel.replicate`.
+    statistics: keeps running statistics the same on all of them.
     """
 
     networks: Networks
@@ -82,6 +93,7 @@ class TrainingStep:
     scaler: torch.amp.GradScaler
     method: Method
     factors: Factors
+    numbers: StepNumbers
     config: RunConfig
     precision: Precision
     lanes: Lanes
@@ -93,7 +105,7 @@ class TrainingStep:
         """Update the weights: theta <- theta - eta * gradient of the loss of a batch.
 
         parts: this process's images of the batch, of `global_batch_size` in all; as many parts on every process.
-        method: the row to train with now. epoch: counts the random starts.
+        method: the row to train with now. epoch: from 0, as in `numbers`.
         """
         share = sum(len(part.labels) for part in parts) / global_batch_size
         for number, part in enumerate(parts, 1):
@@ -101,7 +113,7 @@ class TrainingStep:
             # Gradients are averaged over processes: a part counts by its images, and not as a process.
             weight = len(part.labels) * self.world.size / global_batch_size
             with nullcontext() if is_last else no_sync(self.replica):
-                teachers = self.attack_and_teach(part, method, epoch)
+                teachers = self.attack_and_teach(part, method)
                 with self._perturbed_weights(part, teachers, method, weight, epoch):
                     output = self.loss(part, teachers, method, self.config.forwards, epoch)
                     with self.statistics.averaged(share) if is_last else nullcontext():
@@ -109,7 +121,7 @@ class TrainingStep:
             on_output(output, part.main_labels)
         self.update()
 
-    def attack_and_teach(self, batch: Batch, method: Method, epoch: int) -> TeacherOutputs:
+    def attack_and_teach(self, batch: Batch, method: Method) -> TeacherOutputs:
         """x~ = argmax of the attack's loss on S (Eq. 2); T(x), T(x~), which may still run on their lane."""
         forwards = plan.forwards(method, self.config.attack, self.config.forwards)
         images, logits = {"nat": batch.x_nat}, dict[str, Tensor]()
@@ -118,7 +130,7 @@ class TrainingStep:
         if method.needs_x_adv:
             if forwards.attack_waits:
                 self.lanes.join()
-            images["adv"] = _needed(self.networks.adversary)(batch, epoch, logits.get("t_at_nat"))
+            images["adv"] = _needed(self.networks.adversary)(batch, self.numbers.epoch, logits.get("t_at_nat"))
             if any(objectives.LOGITS[name].view == "mirrored" for name in method.reads):
                 images["mirrored"] = 2 * batch.x_nat - images["adv"]
             with self.lanes.teachers():  # at the same time as the student's passes
@@ -160,8 +172,7 @@ class TrainingStep:
         growth = (epoch + 1) / (method.loss.growth_epochs or self.config.epochs)
         terms = method.terms(next(iter(logits.values())).shape[1], growth)
         names = dict.fromkeys(term.factor for term in terms if term.factor is not None)
-        lr_part = optimizer.rate(self.optimizer) / schedule.peak(self.config)
-        factors = self.factors(names, logits, batch.labels, lr_part)
+        factors = self.factors(names, logits, batch.labels, self.numbers.lr_part)
 
         def loss(labels: Tensor, sample_weights: Tensor | None) -> DistillLoss:
             return distill_loss(

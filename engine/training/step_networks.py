@@ -13,7 +13,7 @@ from engine import objectives
 from engine.attacks.adversary import Adversary
 from engine.attacks.pgd import bn_mode
 from engine.attacks.twin import Forward, Twin
-from engine.common.lookup import is_on
+from engine.common.lookup import is_on, look_up
 from engine.config import RunConfig
 from engine.kernels import philox
 from engine.methods import Method
@@ -70,7 +70,7 @@ def build(
             teacher=twins.get(objectives.LOGITS[objectives.TRUST].network),
             counts=counts,
             make_forward=make_forward,
-            capture=is_on("graphs", config.graphs) and precision.device.type == "cuda" and not talks,
+            capture=captures(config, precision.device).attack and not talks,
         )
     if config.checkpoint_activations:
         recompute(student)
@@ -80,6 +80,29 @@ def build(
             layout.check_channels_last(network)
     forward = _in_range(make_forward(trained or student))
     return Networks(forward, adversary, twins)
+
+
+class Captures(NamedTuple):
+    """The parts of a step that are captured as a CUDA graph."""
+
+    step: bool
+    attack: bool
+
+
+_CAPTURES = {"step": Captures(True, True), "attack": Captures(False, True), "off": Captures(False, False)}
+
+
+def captures(config: RunConfig, device: torch.device) -> Captures:
+    """The parts of a run's steps that are captured: on a GPU, where `graphs` wants it.
+
+    The step is not in parts (`micro_batch`), nor with an attack on the weights, nor with apex, which keeps its
+    learning rate on the host.
+    """
+    wanted = look_up("graphs", config.graphs, _CAPTURES)
+    if device.type != "cuda":
+        return Captures(False, False)
+    is_plain = config.micro_batch is None and not config.awp.gamma and config.optim.implementation != "apex"
+    return wanted._replace(step=wanted.step and is_plain)
 
 
 def seed_dropout(seed: int, step: int, world: World) -> None:

@@ -88,7 +88,7 @@ class Telemetry:
         self._clock = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, output: StepOutput, labels: Tensor, step: int) -> None:
+    def update(self, output: StepOutput, labels: Tensor, step: Tensor) -> None:
         """Add one step's batch; alpha counts wherever T(x~) was run, whether or not the row weighs with it.
 
         Raises ValueError for a term that there are no sums of.
@@ -118,9 +118,9 @@ class Telemetry:
         self.sums += torch.stack([value.to(torch.float64) for value in row])
         if has_alpha:
             self.alpha_histogram += _histogram(alpha_B)
-        record = torch.cat((torch.full_like(self.non_finite[:1], step), ~terms_K.isfinite()))
+        record = torch.cat((step[None].to(torch.float64), ~terms_K.isfinite()))
         is_first = ~loss.isfinite() & (self.non_finite[0] < 0)
-        self.non_finite = torch.where(is_first, record, self.non_finite)
+        self.non_finite.copy_(torch.where(is_first, record, self.non_finite))
 
     def check(self) -> None:
         """Raise FloatingPointError, naming step and terms, if a loss was not finite in any process."""

@@ -13,7 +13,7 @@ _BLOCK = 256  # counters, of four numbers each
 _STREAM = tl.constexpr(int(Stream.ATTACK_START))
 
 
-def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int) -> None:
+def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int | Tensor) -> None:
     """`reference.random_start`, the uniform start in an L-inf ball, into dense float32."""
     batch, channels = noise.shape[:2]
     pixels = noise[0, 0].numel() if batch else 0
@@ -30,6 +30,7 @@ def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, cou
             CHANNELS=channels,
             PIXELS=pixels,
             CHANNELS_LAST=not noise.is_contiguous(),
+            COUNTER_ON_DEVICE=isinstance(counter, Tensor),
             BLOCK=_BLOCK,
             num_warps=4,
         )
@@ -42,16 +43,19 @@ def _random_start(
     sample_ptr,
     epsilon,
     seed: tl.uint64,
-    counter: tl.uint32,
+    counter,  # a number, or a pointer to one
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    COUNTER_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     SIZE: tl.constexpr = CHANNELS * PIXELS
     row = tl.program_id(0).to(tl.int64)
     sample = tl.load(sample_ptr + row).to(tl.uint32)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if COUNTER_ON_DEVICE:
+        counter = tl.load(counter)
     words = tl.philox(seed, block.to(tl.uint32), sample, counter.to(tl.uint32), _STREAM)
     for k in tl.static_range(4):
         number = 4 * block + k

@@ -15,7 +15,7 @@ from engine.attacks.pgd import Attacked, batch_norm_mode, climb
 from engine.attacks.twin import Twin, conv_bn_pairs, traced
 from engine.config import AttackSpec
 from engine.system.precision import Precision
-from engine.training.speed import forward_flops
+from engine.training.performance.speed import forward_flops
 from tests.compilers import convolution_gradients
 
 CPU = torch.device("cpu")

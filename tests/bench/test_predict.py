@@ -15,7 +15,7 @@ from bench.lib import roofline
 from bench.lib.roofline import GPUS, Hardware, Op, PassOps
 from engine import config, methods, models
 from engine.system.precision import Precision
-from engine.training.speed import forward_flops
+from engine.training.performance.speed import forward_flops
 
 CPU = torch.device("cpu")
 F32, AMP = Precision(CPU, torch.float32), Precision(CPU, torch.float32, torch.bfloat16)

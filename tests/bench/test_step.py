@@ -28,7 +28,7 @@ from bench.lib.steps import real_epoch, variants
 from engine import config, methods, models
 from engine.common import host_memory
 from engine.training import plan
-from engine.training.speed import forward_flops
+from engine.training.performance.speed import forward_flops
 from tests.bench.readme import documented
 
 FACTS = Facts(

@@ -15,7 +15,7 @@ from tests.gpu.stage import no_wait
 
 METHODS = ("at", "trades", "ard", "akd2", "iad1", "iad2")
 PLAIN = {"compile": "off", "lanes": "off", "graphs": "off"}
-STEPS = 4  # the first is warm, the second captures, and two are replayed
+STEPS = 5  # the attack is captured in the second, the whole step in the third, and then replayed
 
 
 def trained(method: str, **keys: Any) -> dict[str, Tensor]:
@@ -41,7 +41,14 @@ def trained(method: str, **keys: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bn", ["train", "eval"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_captured_attack_has_the_bits_of_one_that_is_not(method: str, bn: str) -> None:
-    eager, captured = (trained(method, attack={"bn": bn}, graphs=graphs) for graphs in ("off", "on"))
+    eager, captured = (trained(method, attack={"bn": bn}, graphs=graphs) for graphs in ("off", "attack"))
+    assert all(torch.equal(eager[name], captured[name]) for name in eager)
+
+
+@pytest.mark.parametrize("keys", [{}, {"amp_dtype": "float16"}, {"lanes": "on"}, {"compile": "on"}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_captured_step_has_the_bits_of_one_that_is_not(method: str, keys: dict[str, str]) -> None:
+    eager, captured = (trained(method, graphs=graphs, **keys) for graphs in ("off", "step"))
     assert all(torch.equal(eager[name], captured[name]) for name in eager)
 
 
@@ -51,12 +58,14 @@ def test_lanes_have_the_bits_of_one_lane(method: str) -> None:
     assert all(torch.equal(one[name], several[name]) for name in one)
 
 
-@pytest.mark.parametrize("keys", [{}, {"graphs": "on", "lanes": "on"}, {"compile": "on"}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"graphs": "attack", "lanes": "on"}, {"graphs": "step"}, {"compile": "on"}], ids=str
+)
 def test_no_step_waits_for_the_device(keys: dict[str, str]) -> None:
     images = variants.images_of(variants.RANDOM, 32)
     workload = variants.Workload("iad1", "resnet8", 32, images, torch.device("cuda:0"))
     step = workload.step(variants.Variant("", PLAIN | {"amp": True} | keys))
-    for _ in range(3):
+    for _ in range(4):
         step()
     with no_wait():
         step()

@@ -19,12 +19,12 @@ from tests.interpreter.device import imitate
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (2, 1, 5, 7), (1, 4, 1, 3), (0, 3, 4, 4)])
-@pytest.mark.parametrize(("seed", "counter"), [(0, 0), (2**64 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(("seed", "counter"), [(0, 0), (2**64 - 1, 2**32 - 1), (5, torch.tensor(2**32 - 1))])
 def test_the_numbers_are_those_of_the_reference(
     layout: torch.memory_format,
     shape: tuple[int, int, int, int],
     seed: int,
-    counter: int,
+    counter: int | torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     imitate(monkeypatch)

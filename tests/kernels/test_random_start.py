@@ -55,6 +55,26 @@ def test_every_number_is_that_of_its_word(
     assert torch.equal(noise, by_hand(sample, shape, epsilon, seed, counter))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("threat_model", ["Linf", "L2"])
+@pytest.mark.parametrize("kind", ["uniform", "gaussian", "none"])
+@pytest.mark.parametrize("counter", [0, 7, 2**32 - 1])
+def test_a_counter_on_the_device_is_that_number(
+    kind: str, threat_model: str, counter: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := dispatch.missing(implementation, "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setenv("ENGINE_KERNELS", implementation)
+
+    def noise(counter: int | Tensor) -> Tensor:
+        return random_start(
+            torch.zeros(3, 3, 5, 4), torch.tensor([4, 1, 9]), kind=kind, threat_model=threat_model, epsilon=0.1,
+            seed=2**40 + 3, counter=counter,
+        )  # fmt: skip
+
+    assert torch.equal(noise(torch.tensor(counter)), noise(counter))
+
+
 @pytest.mark.parametrize("kind", ["uniform", "gaussian", "none"])
 @pytest.mark.parametrize("sample", [torch.arange(1), torch.arange(2, dtype=torch.int32), torch.zeros(2, 1)])
 def test_samples_that_do_not_fit_are_refused(kind: str, sample: Tensor) -> None:

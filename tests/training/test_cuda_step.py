@@ -24,7 +24,7 @@ from engine.system import precision, streams
 from engine.system.streams import Lanes
 from engine.training import plan
 from engine.training.learner import Learner
-from engine.training.step import StepOutput
+from engine.training.step import OnDevice, StepOutput
 from engine.training.telemetry import Telemetry
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
@@ -54,6 +54,7 @@ class Training:
         counts = self.telemetry.attack_counts
         self.learner = Learner(self.student, teachers, self.method, self.run, self.precision, counts=counts)
         self.batches = self.learner.batches(self.epochs())
+        self.on_device = OnDevice(self.note)
 
     def epochs(self) -> Iterator[Batch]:
         size = self.run.batch_size
@@ -66,10 +67,12 @@ class Training:
     def step(self) -> None:
         batch = next(self.batches)
         whole = len(batch.labels)
-        self.learner.learn(batch, self.method, self.run.lr, epoch=0, global_batch_size=whole, on_output=self.note)
+        self.learner.learn(
+            batch, self.method, self.run.lr, step=1, global_batch_size=whole, on_output=self.on_device
+        )
 
     def note(self, output: StepOutput, labels: torch.Tensor) -> None:
-        self.telemetry.update(output, labels, 1)
+        self.telemetry.update(output, labels, self.learner.numbers.step)
 
 
 def hot_step(method: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def hot(fake_cuda: FakeCuda) -> Callable[..., dict[str, Any]]:
 Hot = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize("graphs", ["on", "off"])
+@pytest.mark.parametrize("graphs", ["step", "attack", "off"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_hot_step_never_waits_for_the_device(method: str, graphs: str, hot: Hot) -> None:
     calls = hot(method, graphs=graphs)["calls"]
@@ -149,7 +152,7 @@ IAD1_COMPILED = Budget(435, 293, 142)
 
 def launches(method: str, hot: Hot, **keys: str) -> Budget:
     """Launches of a step."""
-    eager, captured = (hot(method, graphs=graphs, **keys)["calls"] for graphs in ("off", "on"))
+    eager, captured = (hot(method, graphs=graphs, **keys)["calls"] for graphs in ("off", "attack"))
     nodes = sum(int(call["nodes"]) for call in of("graph_launch", captured))
     return Budget(len(of("kernel", eager)), len(of("kernel", captured)), nodes)
 
@@ -179,7 +182,7 @@ def waits(calls: list[Call], waiting: str, for_stream: str) -> list[tuple[int, i
     return found
 
 
-@pytest.mark.parametrize("graphs", ["on", "off"])
+@pytest.mark.parametrize("graphs", ["step", "attack", "off"])
 @pytest.mark.parametrize(
     ("method", "groups"), [("ard", 1), ("akd2", 1), ("iad1", 2), ("iad2", 1), ("iad1-down", 2)]
 )
@@ -208,7 +211,7 @@ def test_teachers_run_on_their_lane_between_the_right_events(
     assert ends[-1][1] > student[-2]
 
 
-@pytest.mark.parametrize("graphs", ["on", "off"])
+@pytest.mark.parametrize("graphs", ["step", "attack", "off"])
 def test_an_attack_that_reads_the_teacher_waits_for_it(graphs: str, hot: Hot) -> None:
     """RSLAD: T(x) is made on the teachers' lane, and the main one waits before the first pass of the attack."""
     seen = hot("rslad", graphs=graphs)
@@ -283,7 +286,7 @@ def test_without_lanes_everything_is_on_one_stream(method: str, hot: Hot) -> Non
 
 def odd_batches(method: str) -> dict[str, Any]:
     """Graphs launched and kernels run for whole batches and for a smaller one, after the capture."""
-    training = Training(method, graphs="on")
+    training = Training(method, graphs="attack")
     adversary = training.learner.networks.adversary
     assert adversary is not None
     seen = {}
@@ -324,10 +327,10 @@ def test_whole_batches_are_replayed_and_others_are_not(method: str, fake_cuda: F
 
 def test_compiled_passes_are_captured_too(hot: Hot) -> None:
     """By the real compiler, for that GPU: one graph a pass, no wait, and fewer launches than op by op."""
-    for graphs in ("off", "on"):
+    for graphs in ("off", "attack"):
         seen = hot("iad1", graphs=graphs, compile="on")
         compiled = seen["calls"]
-        assert len(of("graph_launch", compiled)) == (graphs == "on")
+        assert len(of("graph_launch", compiled)) == (graphs == "attack")
         assert not [call for call in compiled if call["call"] in ("synchronize", "copy_and_wait")]
         assert any("triton" in call["name"] for call in of("kernel", compiled))
         assert seen["graphs compiled"] == 3  # the attack's pass, the teacher's, and the trained one

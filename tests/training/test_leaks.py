@@ -55,7 +55,7 @@ def held(method: str, graphs: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("graphs", ["on", "off"])
+@pytest.mark.parametrize("graphs", ["step", "attack", "off"])
 def test_on_a_gpu(graphs: str, fake_cuda: FakeCuda) -> None:
     few, many = fake_cuda.run(held, "iad1", graphs)
     assert many == few

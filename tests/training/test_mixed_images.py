@@ -49,7 +49,7 @@ def probabilities(given: Batch) -> Tensor:
 
 def test_the_attack_and_the_loss_of_at_are_the_cross_entropy_of_mixed_labels() -> None:
     one, given = frozen_statistics("at"), mixed()
-    spec, expected = one.networks.adversary._spec, probabilities(given)  # type: ignore[union-attr]
+    spec, expected = one.networks.adversary.spec, probabilities(given)  # type: ignore[union-attr]
     x_adv = pgd.started(given.x_nat, spec, seed=0, counter=5, sample=given.sample)
     for _ in range(2):
         images = x_adv.detach().requires_grad_()
@@ -58,7 +58,8 @@ def test_the_attack_and_the_loss_of_at_are_the_cross_entropy_of_mixed_labels() -
         x_adv = (
             torch.minimum(torch.maximum(images + spec.step_size * gradient.sign(), low), high).clamp(0, 1).detach()
         )
-    teachers = one.step.attack_and_teach(given, one.method, 5)
+    one.numbers.set(0.1, epoch=5, step=0)
+    teachers = one.step.attack_and_teach(given, one.method)
     assert (teachers.images["adv"] - x_adv).abs().max() < 1e-12
     output = one.step.loss(given, teachers, one.method, one.step.config.forwards, 5)
     per_sample = soft_cross_entropy(one.student(x_adv), expected)
@@ -72,7 +73,7 @@ def test_the_loss_is_its_expectation_over_both_labels(method: str) -> None:
     if method == "saad":
         one = learner(method, network(0).eval(), attack=ATTACK | {"loss": "kl"})
     assert given.mixture is not None
-    teachers = one.step.attack_and_teach(given, one.method, 5)
+    teachers = one.step.attack_and_teach(given, one.method)
     balance = one.factors.balance.clone()
     found: list[tuple[Tensor, Tensor]] = []
     for each in (given, with_labels(given, given.labels), with_labels(given, given.mixture.labels)):
@@ -91,7 +92,7 @@ def test_the_gradient_is_that_of_the_expectation(method: str) -> None:
     one = frozen_statistics(method)
     given = mixed(torch.full((8,), 0.3, dtype=torch.float64))
     assert given.mixture is not None
-    teachers = one.step.attack_and_teach(given, one.method, 5)
+    teachers = one.step.attack_and_teach(given, one.method)
     parameters = list(one.student.parameters())
 
     def gradients(each: Batch) -> Sequence[Tensor]:

@@ -219,7 +219,7 @@ def test_a_step_moves_each_layer_by_its_part_of_the_rate() -> None:
         learner = learner_of(run_of(dtype="float64", optim=plain | {"layer_decay": layer_decay}))
         after = learned(learner, [batch], lr=0.2)
         moved.append({name: after[name] - before[name] for name, _ in learner.student.named_parameters()})
-        assert optimizer.rate(learner.optimizer) == pytest.approx(0.2)
+        assert learner.numbers.lr == 0.2
     layer = {"conv1": 0, "bn1": 0, "layer1": 1, "layer2": 2, "layer3": 3, "linear": 4}
     for name, whole in moved[0].items():
         factor = 0.5 ** (4 - layer[name.partition(".")[0]])

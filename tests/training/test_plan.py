@@ -15,7 +15,7 @@ from engine.pipelines.base import Batch
 from engine.system.precision import Precision, full_precision
 from engine.training import plan
 from engine.training.learner import Learner
-from engine.training.speed import Speedometer, forward_flops
+from engine.training.performance.speed import Speedometer, forward_flops
 
 F64 = Precision(torch.device("cpu"), torch.float64)
 
@@ -88,7 +88,7 @@ def test_operations_of_a_forward_in_closed_form() -> None:
 
 
 def test_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.training import speed
+    from engine.training.performance import speed
 
     monkeypatch.setattr(speed, "peak_flops_per_second", lambda _: 1e9)
     net = models.build("resnet8", 4)
@@ -98,7 +98,7 @@ def test_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_peak_is_that_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.training import speed
+    from engine.training.performance import speed
 
     monkeypatch.setitem(speed._SIDE, "cpu", 64)
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 33.0, 40.0, 45.0])
@@ -110,7 +110,7 @@ def test_the_peak_is_that_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peak_is_that_of_the_convolutions_format_and_of_random_numbers(
     convolutions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.training import speed
+    from engine.training.performance import speed
 
     products = torch.backends.cuda.matmul
     seen: list[tuple[str, int]] = []

@@ -16,8 +16,8 @@ from engine.config import load
 from engine.pipelines.splits import Split
 from engine.runs import assemble, lifecycle
 from engine.system import precision
-from engine.training import profiling
-from engine.training.profiling import DETAILS, PHASES
+from engine.training.performance import profiling
+from engine.training.performance.profiling import DETAILS, PHASES
 from tests.processes import ROOT
 from tests.runs.test_resume import StopAt
 

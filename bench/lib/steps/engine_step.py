@@ -15,7 +15,7 @@ from engine.pipelines.splits import Split
 from engine.runs import assemble
 from engine.system import precision
 from engine.system.distributed import World
-from engine.training.step import StepOutput
+from engine.training.step import OnDevice, StepOutput
 
 
 class EngineStep:
@@ -52,13 +52,18 @@ class EngineStep:
         batch, size = next(self._batches), self._sampling.size_of(self._done % self._sampling.steps_per_epoch)
         self._done += 1
         self.learner.learn(
-            batch, self._method, self._config.lr, epoch=0, global_batch_size=size, on_output=self._note
+            batch,
+            self._method,
+            self._config.lr,
+            step=self._done,
+            global_batch_size=size,
+            on_output=OnDevice(self._note),
         )
         if self._done % self._config.log_every == 0:
             self._telemetry.read()
 
     def _note(self, output: StepOutput, labels: Tensor) -> None:
-        self._telemetry.update(output, labels, self._done)
+        self._telemetry.update(output, labels, self.learner.numbers.step)
 
 
 def epochs_of(pipeline: Pipeline) -> Iterator[Batch]:

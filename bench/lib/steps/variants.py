@@ -95,7 +95,7 @@ VARIANTS = {
     ),
     "expert-fp32": Variant("the same in float32", _COMPILED, By.EXPERT, False),
     "expert-graph": Variant(
-        "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True, "graphs": "on"}, By.EXPERT, False
+        "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True, "graphs": "attack"}, By.EXPERT, False
     ),
     "fp32": Variant("the engine, float32", _PLAIN),
     "amp": Variant("passes in half precision", _AMP),
@@ -106,7 +106,7 @@ VARIANTS = {
     ),
     "amp-compile": Variant("amp, passes compiled", _AMP | {"compile": "on"}),
     "amp-lanes": Variant("amp, teachers and next batch on lanes of their own", _AMP | {"lanes": "on"}),
-    "amp-graph": Variant("amp, lanes, the attack captured", _AMP | {"lanes": "on", "graphs": "on"}),
+    "amp-graph": Variant("amp, lanes, the attack captured", _AMP | {"lanes": "on", "graphs": "attack"}),
     "all": Variant("amp, lanes, graph, compiled", {"amp": True, "compile": "on"}),
 }
 ON_CPU = (TEXTBOOK, "expert", "expert-fp32", "fp32", "amp")

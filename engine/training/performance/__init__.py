@@ -1,0 +1,1 @@
+"""Speed of a training: traces of its steps, and its share of the peak of a device."""
