@@ -78,7 +78,7 @@ class Adversary:
         if self._graph is None and self._last_shape == x_adv.shape:
             self._graph = CapturedCall(self._climb, x_adv, batch.x_nat, targets, *reads)
         if self._graph is not None and self._graph.fits(x_adv):
-            return self._graph.replay(x_adv, batch.x_nat, targets, *reads)
+            return self._graph.replay(x_adv, batch.x_nat, targets, *reads)[0]
         self._last_shape = x_adv.shape  # what compiles or chooses an algorithm does so before the capture
         self._climb(x_adv, batch.x_nat, targets, *reads)
         return x_adv

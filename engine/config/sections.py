@@ -646,9 +646,9 @@ class RunConfig(Section):
     graphs: Annotated[
         Graphs,
         runtime(
-            "on a GPU, what is captured as one CUDA graph, with the same bits: `step`: the whole training step, "
-            "with several processes, micro-batches, `awp` or apex its attack alone; `attack`; `off`: nothing, "
-            "with less memory",
+            "on a GPU, what is captured as a CUDA graph, with the same bits: `step`: the whole training step, "
+            "with micro-batches, `awp`, `sync_bn` or apex its attack alone; `attack`; `off`: nothing, with less "
+            "memory",
             flag="--graphs",
             group="speed",
         ),

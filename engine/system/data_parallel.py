@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +44,62 @@ def no_sync(replica: nn.Module) -> AbstractContextManager[None]:
     return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
+class OneMessage:
+    """Gradients and running statistics, averaged over all processes by one all-reduce between two parts of a step.
+
+    In place of DistributedDataParallel and of `RunningStatistics`, whose messages go out during a backward: `pack`
+    and `unpack` may be captured as CUDA graphs, and `send` stands between them. All processes begin with the
+    student of the first.
+    """
+
+    def __init__(self, student: nn.Module, world: World) -> None:
+        self._size = world.size
+        self._parameters = list(student.parameters())
+        self._running = _running_statistics(student)
+        values = [*self._parameters, *self._running]
+        sizes = [value.numel() for value in values]
+        self._message = torch.zeros(sum(sizes), dtype=values[0].dtype, device=values[0].device)
+        pieces = [
+            piece.as_strided(value.shape, value.stride())  # in its memory's order, so that a copy is one launch
+            for piece, value in zip(self._message.split(sizes), values, strict=True)
+        ]
+        self._gradients, self._statistics = pieces[: len(self._parameters)], pieces[len(self._parameters) :]
+        for value in student.state_dict().values():
+            dist.broadcast(value, src=0)
+
+    @torch.no_grad()
+    def pack(self, share: float) -> None:
+        """Write this process's part of each mean. share: of the batch's images that it has."""
+        torch._foreach_copy_(self._gradients, self._own_gradients())
+        torch._foreach_div_(self._gradients, self._size)
+        if self._running:
+            torch._foreach_copy_(self._statistics, self._running)
+            torch._foreach_mul_(self._statistics, share)
+
+    def send(self) -> None:
+        """Sum the parts of all processes."""
+        dist.all_reduce(self._message)
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Make the gradients and the running statistics the means."""
+        torch._foreach_copy_(self._own_gradients(), self._gradients)
+        if self._running:
+            torch._foreach_copy_(self._running, self._statistics)
+
+    def _own_gradients(self) -> list[Tensor]:
+        for parameter in self._parameters:
+            if parameter.grad is None:  # nothing of the loss depends on it
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+
+def _running_statistics(network: nn.Module) -> list[Tensor]:
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    both = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in both if value is not None]
+
+
 class RunningStatistics:
     """Running mean and variance of a student's BatchNorm, kept the same on all processes.
 
@@ -53,13 +109,8 @@ class RunningStatistics:
     """
 
     def __init__(self, student: nn.Module, world: World) -> None:
-        norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
-        self._running = [
-            value
-            for norm in norms
-            for value in (norm.running_mean, norm.running_var)
-            if value is not None and world.size > 1 and not is_synchronised(student)
-        ]
+        are_apart = world.size > 1 and not is_synchronised(student)
+        self._running = _running_statistics(student) if are_apart else []
 
     @contextmanager
     def averaged(self, share: float) -> Iterator[None]:

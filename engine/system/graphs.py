@@ -28,12 +28,12 @@ class CapturedCall:
         """True if it was captured for a first tensor of that shape."""
         return self._tensors[0].shape == like.shape
 
-    def replay(self, *tensors: Tensor) -> Tensor:
-        """Run it on these values; the first tensor, as it is then."""
+    def replay(self, *tensors: Tensor) -> list[Tensor]:
+        """Run it on these values; its own tensors, as they are then."""
         for own, value in zip(self._tensors, tensors, strict=True):
             own.copy_(value)
         self._graph.replay()
-        return self._tensors[0]
+        return self._tensors
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from engine.common.lookup import is_on
 from engine.config import AttackSpec, RunConfig
 from engine.methods import Method
+from engine.models.sync_batch_norm import is_synchronised
 from engine.pipelines.base import Batch
-from engine.system.data_parallel import RunningStatistics, replicate
+from engine.system.data_parallel import OneMessage, RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
@@ -51,8 +52,11 @@ class Learner:
         self.factors = Factors(config, world, precision.device)
         self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))
         self.micro_batches = MicroBatches(config, world)
+        is_captured = _is_captured(student, method, config, precision, world)
+        message = OneMessage(student, world) if is_captured and world.size > 1 else None
+        apart = World() if message is not None else world  # who averages by a message needs no replica
         one_backward = config.micro_batch is None and not config.awp.gamma
-        replica = replicate(student, world, precision.device, every_backward=one_backward)
+        replica = replicate(student, apart, precision.device, every_backward=one_backward)
         self.networks = step_networks.build(
             student, teachers, method, config, precision, counts, replica, self.micro_batches.is_frequent
         )
@@ -60,7 +64,8 @@ class Learner:
             networks=self.networks,
             student=student,
             replica=replica,
-            statistics=RunningStatistics(student, world),
+            statistics=RunningStatistics(student, apart),
+            message=message,
             optimizer=self.optimizer,
             scaler=self.scaler,
             method=method,
@@ -71,7 +76,6 @@ class Learner:
             lanes=self.lanes,
             world=world,
         )
-        is_captured = step_networks.captures(config, precision.device).step and world.size == 1
         self._run = CapturedStep(self.step) if is_captured else self.step
 
     @property
@@ -162,3 +166,12 @@ class Learner:
         self.micro_batches.size = state["micro_batch"]  # what "auto" found holds for the whole run
         if self.average is not None:
             self.average.load_state_dict(state["averaged"])
+
+
+def _is_captured(
+    student: nn.Module, method: Method, config: RunConfig, precision: Precision, world: World
+) -> bool:
+    """True if a step is captured as a whole: not where processes tell each other something in the midst of it."""
+    has_factors = any(weight.factor for phase in method.phases for weight in phase.weights.values())
+    talks = world.size > 1 and (is_synchronised(student) or has_factors)
+    return step_networks.captures(config, precision.device).step and not talks

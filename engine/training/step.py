@@ -35,7 +35,7 @@ from engine.config import ForwardsConfig, RunConfig
 from engine.kernels import DistillLoss, Term, distill_loss, trust
 from engine.methods import Method
 from engine.pipelines.base import Batch
-from engine.system.data_parallel import RunningStatistics, no_sync
+from engine.system.data_parallel import OneMessage, RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
@@ -82,13 +82,15 @@ class TrainingStep:
 
     method: the row of the run, after its warm-up. factors: of its terms. numbers: of the step to come.
     replica: the student whose backward averages gradients over all processes, see `data_parallel.replicate`.
-    statistics: keeps running statistics the same on all of them.
+    statistics: keeps running statistics the same on all of them. message: does both instead, where the step of
+    several processes is captured.
     """
 
     networks: Networks
     student: nn.Module
     replica: nn.Module
     statistics: RunningStatistics
+    message: OneMessage | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     method: Method
@@ -107,6 +109,15 @@ class TrainingStep:
         parts: this process's images of the batch, of `global_batch_size` in all; as many parts on every process.
         method: the row to train with now. epoch: from 0, as in `numbers`.
         """
+        self.differentiate(parts, method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
+        if self.message is not None:
+            self.message.send()
+        self.update()
+
+    def differentiate(
+        self, parts: Sequence[Batch], method: Method, *, epoch: int, global_batch_size: int, on_output: OnOutput
+    ) -> None:
+        """The gradient of the loss of a batch, averaged over all processes but for a `message` to be sent."""
         share = sum(len(part.labels) for part in parts) / global_batch_size
         for number, part in enumerate(parts, 1):
             is_last = number == len(parts)
@@ -119,7 +130,8 @@ class TrainingStep:
                     with self.statistics.averaged(share) if is_last else nullcontext():
                         self.backward(output.loss.loss, weight)
             on_output(output, part.main_labels)
-        self.update()
+        if self.message is not None:
+            self.message.pack(share)
 
     def attack_and_teach(self, batch: Batch, method: Method) -> TeacherOutputs:
         """x~ = argmax of the attack's loss on S (Eq. 2); T(x), T(x~), which may still run on their lane."""
@@ -241,6 +253,8 @@ class TrainingStep:
         """One step of the optimizer along the gradients, of norm `optim.clip_norm` at most where that is set."""
         clip_norm = self.config.optim.clip_norm
         with record_function("optimizer"):
+            if self.message is not None:
+                self.message.unpack()
             if clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 torch.nn.utils.clip_grad_norm_(optimizer.parameters(self.optimizer), clip_norm)

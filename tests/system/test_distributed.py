@@ -28,6 +28,8 @@ from engine.system import distributed
 from engine.system.data_parallel import replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
+from engine.training import learner as learners
+from engine.training.capture import captured_step
 from engine.training.learner import Learner
 from tests.conftest import Cli, write_checkpoint
 from tests.processes import ROOT, start, together
@@ -211,6 +213,30 @@ def test_without_synchronisation_each_process_normalises_its_part(tmp_path: Path
     for name, value in found[0].items():
         if "num_batches" not in name:
             assert torch.allclose(value, (4 * alone[0][name] + 3 * alone[1][name]) / 7, rtol=1e-12), name
+
+
+def steps_of_two(world: World, out: str) -> None:
+    """Three steps with messages of torch's, and with one message between the parts of a step."""
+    for name in ("torch", "one message"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learners, "_is_captured", lambda *given, name=name: name == "one message")
+            patch.setattr(captured_step, "_CAPTURED_AT", 100)  # there is no GPU: op by op
+            learner = learner_of(world, "iad1", optim={"clip_norm": 0.5})
+            part = part_of(images(7), world.rank, world.size)
+            for _ in range(3):
+                learner.learn(part, learner.method, 0.1, epoch=5, global_batch_size=7)
+        torch.save(learner.student.state_dict(), f"{out}-{world.rank}-{name}.pt")
+
+
+def test_one_message_has_the_bits_of_torch_s_many(tmp_path: Path) -> None:
+    together(2, steps_of_two, str(tmp_path / "after"))
+    one, *others = (
+        torch.load(tmp_path / f"after-{rank}-{name}.pt", weights_only=True)
+        for rank in range(2)
+        for name in ("torch", "one message")
+    )
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def micro_batches_of_two(world: World, out: str) -> None:

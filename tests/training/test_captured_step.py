@@ -12,12 +12,14 @@ import torch
 
 from engine import methods, register
 from engine.pipelines.base import Batch, Mixture
+from engine.system.distributed import World
+from engine.training import learner
 from engine.training.capture import captured_step
 from engine.training.capture.captured_step import CapturedStep
 from engine.training.step import OnDevice, StepOutput
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
-from tests.training.test_cuda_step import CLASSES, Training
+from tests.training.test_cuda_step import BATCH, CLASSES, Training
 
 METHODS = tuple(methods.METHODS)
 MOST_OUTSIDE = 8
@@ -268,17 +270,66 @@ def test_an_average_is_taken_beside_the_graph(fake_cuda: FakeCuda) -> None:
     assert MOST_OUTSIDE - 2 < sum(seen.values()) <= 40
 
 
+def first_of_two() -> World:
+    """A process that takes itself for one of two."""
+    world = World()
+    world.size = 2
+    return world
+
+
+def one_of_two(method: str) -> dict[str, Any]:
+    """Calls of the fourth step of a process that pretends to be one of two, and the tensors that it sends."""
+    sent: list[torch.Tensor] = []
+    with (
+        mock.patch.object(torch.distributed, "broadcast"),
+        mock.patch.object(torch.distributed, "all_reduce", lambda tensor, **keys: sent.append(tensor)),
+    ):
+        training = Training(method, graphs="step", world=first_of_two(), batch_size=2 * BATCH)
+        for _ in range(3):
+            training.step()
+        sent.clear()
+        with recorded() as calls:
+            training.step()
+    student = training.student
+    running = [value for name, value in student.named_buffers() if "running" in name]
+    numbers = sum(value.numel() for value in [*student.parameters(), *running])
+    return {"calls": calls, "sent": [tensor.numel() for tensor in sent], "numbers": numbers}
+
+
+@pytest.mark.parametrize("method", ["at", "iad1"])
+def test_several_processes_have_two_graphs_and_a_message_between_them(method: str, fake_cuda: FakeCuda) -> None:
+    """Its all-reduce is a launch beside them."""
+    seen = fake_cuda.run(one_of_two, method)
+    assert seen["sent"] == [seen["numbers"]]
+    assert len(of("graph_launch", seen["calls"])) == 2
+    assert sum(len(of(kind, seen["calls"])) for kind in LAUNCHES) + 1 <= MOST_OUTSIDE
+    assert not [call for call in seen["calls"] if call["call"] in ("synchronize", "copy_and_wait", "malloc")]
+
+
+def talking(method: str, keys: dict[str, Any]) -> bool:
+    with mock.patch.object(torch.distributed, "broadcast"), mock.patch.object(learner, "replicate"):
+        training = Training(method, graphs="step", world=first_of_two(), **keys)
+    return isinstance(training.learner._run, CapturedStep)
+
+
+@pytest.mark.parametrize(("method", "captured"), [("saad", False), ("mtard", False), ("iad2", True)])
+def test_processes_that_talk_in_the_midst_of_a_step_do_not_capture_it(
+    method: str, captured: bool, fake_cuda: FakeCuda
+) -> None:
+    assert fake_cuda.run(talking, method, {}) == captured
+
+
 def state() -> dict[str, Any]:
     """Types of the rates in a checkpoint, and whether the optimizer reads the device's rates after loading it."""
     training = Training("iad1", graphs="step")
     training.step()
-    learner = training.learner
-    saved = learner.state_dict()["optimizer"]["param_groups"]
-    learner.load_state_dict(learner.state_dict())
-    pointers = [group["lr"].data_ptr() for group in learner.optimizer.param_groups]
+    one = training.learner
+    saved = one.state_dict()["optimizer"]["param_groups"]
+    one.load_state_dict(one.state_dict())
+    pointers = [group["lr"].data_ptr() for group in one.optimizer.param_groups]
     return {
         "rates": [group["lr"] for group in saved],
-        "on the device": pointers == [learner.numbers._values[3:].data_ptr()],
+        "on the device": pointers == [one.numbers._values[3:].data_ptr()],
     }
 
 
@@ -288,8 +339,8 @@ def test_a_checkpoint_has_rates_as_numbers(fake_cuda: FakeCuda) -> None:
 
 
 def test_on_device_calls_what_it_holds() -> None:
-    seen = []
-    one = OnDevice(lambda output, labels: seen.append((output, labels)))
+    given = mock.Mock()
+    one = OnDevice(given)
     one("output", "labels")  # type: ignore[arg-type]
-    assert seen == [("output", "labels")]
-    assert OnDevice(one.call) == one
+    given.assert_called_once_with("output", "labels")
+    assert OnDevice(given) == one

@@ -21,6 +21,7 @@ from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split
 from engine.pipelines.tensor import TensorPipeline
 from engine.system import precision, streams
+from engine.system.distributed import World
 from engine.system.streams import Lanes
 from engine.training import plan
 from engine.training.learner import Learner
@@ -36,7 +37,9 @@ BATCH, CLASSES, SIZE, NUM_STEPS = 2, 4, 8, 3
 class Training:
     """Steps of a method on the device, as the trainer does them."""
 
-    def __init__(self, method: str, model: str = "resnet8", batch_size: int = BATCH, **keys: Any) -> None:
+    def __init__(
+        self, method: str, model: str = "resnet8", batch_size: int = BATCH, world: World | None = None, **keys: Any
+    ) -> None:
         given = {
             "method": method, "model": model, "device": "cuda", "amp": True, "compile": "off", "graphs": "off",
             "batch_size": batch_size, "attack": {"num_steps": NUM_STEPS},
@@ -52,7 +55,8 @@ class Training:
         names = dict.fromkeys(term for phase in self.method.phases for term in phase.term_names)
         self.telemetry = Telemetry(device, terms=tuple(names))
         counts = self.telemetry.attack_counts
-        self.learner = Learner(self.student, teachers, self.method, self.run, self.precision, counts=counts)
+        self.world = world or World()
+        self.learner = Learner(self.student, teachers, self.method, self.run, self.precision, self.world, counts)
         self.batches = self.learner.batches(self.epochs())
         self.on_device = OnDevice(self.note)
 
@@ -60,13 +64,13 @@ class Training:
         size = self.run.batch_size
         pixels = torch.zeros(64 * size, SIZE, SIZE, 3, dtype=torch.uint8)
         images = Split(pixels, torch.arange(64 * size) % CLASSES, tuple("abcd"))
-        sampling = Sampling(len(images), size)
+        sampling = Sampling(len(images), size, shard=self.world.shard)
         pipeline = TensorPipeline(images, sampling, augment=True, flip=True, device=self.precision.device)
         yield from pipeline.epoch(0)
 
     def step(self) -> None:
         batch = next(self.batches)
-        whole = len(batch.labels)
+        whole = self.run.batch_size
         self.learner.learn(
             batch, self.method, self.run.lr, step=1, global_batch_size=whole, on_output=self.on_device
         )

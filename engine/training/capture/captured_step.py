@@ -42,7 +42,8 @@ class CapturedStep:
     its attack changes, the graph and its memory go, and the step is captured again.
     Where the memory is too small for a graph, nothing is captured from then on. Both are told in a warning.
 
-    step: of one process, on whole batches, without an attack on the weights.
+    Several processes have two graphs, between which their one message is sent.
+    step: on whole batches, without an attack on the weights.
     """
 
     def __init__(self, step: TrainingStep) -> None:
@@ -54,9 +55,13 @@ class CapturedStep:
         self, parts: Sequence[Batch], method: Method, *, epoch: int, global_batch_size: int, on_output: OnOutput
     ) -> None:
         """As `TrainingStep`'s. on_output: unless it is an `OnDevice` the attack alone is captured."""
+        numbers = {"epoch": epoch, "global_batch_size": global_batch_size}
 
         def op_by_op(batch: Batch) -> None:
-            self._step([batch], method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
+            self._step([batch], method, **numbers, on_output=on_output)
+
+        def differentiate(batch: Batch) -> None:
+            self._step.differentiate([batch], method, **numbers, on_output=on_output)
 
         (batch,) = parts
         whole = self._is_possible and isinstance(on_output, OnDevice)
@@ -67,9 +72,9 @@ class CapturedStep:
             return
         shape = self._count(self._phase_of(method, epoch, on_output), batch, global_batch_size)
         if self._graph is None and self._in_a_row == _CAPTURED_AT:
-            self._capture(op_by_op, batch, shape)
+            self._capture(differentiate, batch, shape)
         if self._graph is not None and shape == self._shape:
-            self._graph.replay(*_tensors(batch))
+            self._replay(batch)
         elif self._graph is None and self._in_a_row == _CAPTURED_AT - 1:
             self._watch(op_by_op, batch)
         else:
@@ -77,7 +82,10 @@ class CapturedStep:
 
     def release(self) -> None:
         """Let go of the graph and its memory; another may be captured later."""
-        self._graph: CapturedCall | None = None
+        self._graph: CapturedCall | None = (
+            None  # of the gradient, and where no message has to be sent of the update
+        )
+        self._update: CapturedCall | None = None  # where one has
         self._shape: _Shape | None = None  # of the graph
         self._phase: _Phase | None = None
         self._last: _Shape | None = None  # of the batch before
@@ -99,18 +107,29 @@ class CapturedStep:
         self._last = shape
         return shape
 
-    def _capture(self, op_by_op: Callable[[Batch], None], batch: Batch, shape: _Shape) -> None:
+    def _capture(self, differentiate: Callable[[Batch], None], batch: Batch, shape: _Shape) -> None:
         def call(*tensors: Tensor) -> None:
-            op_by_op(_batch(tensors, shape.num_classes))
+            differentiate(_batch(tensors, shape.num_classes))
+            if self._step.message is None:
+                self._step.update()
 
         try:
             self._graph, self._shape = CapturedCall(call, *_tensors(batch)), shape
+            if self._step.message is not None:
+                self._update = CapturedCall(self._step.update)
         except torch.OutOfMemoryError:
             self.release()
             self._step.optimizer.zero_grad()
             torch.cuda.empty_cache()
             self._is_possible = self._attack_is_possible = False
             _warn("the memory is too small for the graph of a step, so that nothing is captured")
+
+    def _replay(self, batch: Batch) -> None:
+        assert self._graph is not None
+        self._graph.replay(*_tensors(batch))
+        if self._step.message is not None and self._update is not None:
+            self._step.message.send()
+            self._update.replay()
 
     def _watch(self, op_by_op: Callable[[Batch], None], batch: Batch) -> None:
         """Train on a batch, and see whether the host waits for the GPU."""
