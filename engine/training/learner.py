@@ -141,7 +141,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that the training changed but the student itself, for a checkpoint."""
         state = {
-            "optimizer": optimizer.state_dict(self.optimizer, self.numbers.lr),
+            "optimizer": optimizer.state_dict(self.optimizer, self.numbers.rates),
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.micro_batches.size,
         }
@@ -154,11 +154,10 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.release()  # a graph would go on with the tensors of before
-        saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
-        for group, before in zip(groups, saved["param_groups"], strict=True):
-            group["lr"] = before["lr"]  # all else is as the configuration says
+        saved = state["optimizer"]
+        groups = self.optimizer.state_dict()["param_groups"]  # as the configuration says, but for the rates
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        self.numbers.give_rates()
+        self.numbers.give_rates([group["lr"] for group in saved["param_groups"]])
         if state["scaler"]:  # empty where the run had no float16 before
             self.scaler.load_state_dict(state["scaler"])
         if self.keeps_factors:

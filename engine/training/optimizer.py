@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +86,10 @@ def undecayed(network: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{name}".lstrip(".")
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Learn with that rate from now on, each group with its part of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
-def state_dict(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, Any]:
-    """State for a checkpoint, with each group's part of the rate as a number."""
+def state_dict(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> dict[str, Any]:
+    """State for a checkpoint, with the rate of each group as a number."""
     state = optimizer.state_dict()
-    groups = [group | {"lr": lr * group["lr_scale"]} for group in state["param_groups"]]
+    groups = [group | {"lr": rate} for group, rate in zip(state["param_groups"], rates, strict=True)]
     return {**state, "param_groups": groups}
 
 

@@ -62,8 +62,7 @@ def test_adamw_is_torchs_with_groups_made_by_hand() -> None:
     )
     for number in range(10):
         lr = 3e-3 * (1 - number / 20)
-        optimizer.set_rate(built, lr)
-        for group in adamw.param_groups:
+        for group in (*built.param_groups, *adamw.param_groups):
             group["lr"] = lr
         for one, other in zip(own.parameters(), network.parameters(), strict=True):
             one.grad = torch.randn_like(one)
@@ -219,7 +218,7 @@ def test_a_step_moves_each_layer_by_its_part_of_the_rate() -> None:
         learner = learner_of(run_of(dtype="float64", optim=plain | {"layer_decay": layer_decay}))
         after = learned(learner, [batch], lr=0.2)
         moved.append({name: after[name] - before[name] for name, _ in learner.student.named_parameters()})
-        assert learner.numbers.lr == 0.2
+        assert learner.numbers.rates[-1] == 0.2
     layer = {"conv1": 0, "bn1": 0, "layer1": 1, "layer2": 2, "layer3": 3, "linear": 4}
     for name, whole in moved[0].items():
         factor = 0.5 ** (4 - layer[name.partition(".")[0]])
