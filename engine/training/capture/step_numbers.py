@@ -11,7 +11,7 @@ class StepNumbers:
     """Epoch, step and learning rates of a step, which `set` changes by one copy to the device.
 
     epoch, step: int64 scalars. lr_part: float64 scalar, the rate relative to `peak`, the highest of the run.
-    rates: of each group of the optimizer, on the host. On a GPU a group has its rate as a float32 tensor, elsewhere
+    rates: of each group of the optimizer, on the host. On a GPU a group has its own as a float32 tensor, elsewhere
     as a number.
     """
 
