@@ -51,6 +51,22 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, cache_enabled=cached)
 
     @property
+    def has_tf32(self) -> bool:
+        """True where the network passes are in float32 on a GPU, whose convolutions may round it to TF32."""
+        return self.amp_dtype is None and self.device.type == "cuda" and self.dtype == torch.float32
+
+    def float32(self) -> AbstractContextManager[None]:
+        """Compute float32 as in the network passes inside: as torch is set on a GPU without AMP, else in full."""
+        return nullcontext() if self.has_tf32 else full_precision()
+
+    @property
+    def passes(self) -> str:
+        """Format of the network passes: "float32", "float64", "tf32", "bfloat16" or "float16"."""
+        if self.has_tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+            return "tf32"
+        return str(self.amp_dtype or self.dtype).removeprefix("torch.")
+
+    @property
     def attack_loss_scale(self) -> float:
         """Static factor on the attack's loss: half precision gradients of the image would underflow to zero.
 
@@ -70,7 +86,7 @@ class Precision:
     def describe(self) -> str:
         """Name of the formats, for the record."""
         name = str(self.dtype).removeprefix("torch.")
-        if self.amp_dtype is None and self.device.type == "cuda" and self.dtype == torch.float32:
+        if self.has_tf32:
             return f"{name}, convolutions in {torch.backends.cudnn.conv.fp32_precision}"  # type: ignore[attr-defined]
         return (
             name if self.amp_dtype is None else f"{name}, passes in {str(self.amp_dtype).removeprefix('torch.')}"

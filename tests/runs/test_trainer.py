@@ -75,7 +75,7 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert record["seeds"] == {"run": 0}
     assert len(record["data"]["sha256"]) == 64
     assert record["teachers"]["teacher"]["source"] == f"checkpoint {tiny.teacher}"
-    assert set(record["precision"]) == {"training", "attack", "evaluation"}
+    assert set(record["precision"]) == {"training", "attack", "choosing", "evaluation"}
     assert record["kernels"].keys() == {"distill_loss", "random_start", "pgd_update", "crop_flip"}
     assert record["hardware"]["processor"]
 
