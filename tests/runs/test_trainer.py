@@ -240,6 +240,7 @@ def test_validation_images_are_held_out_of_training(tiny: Any, tmp_path: Path) -
     (row,) = rows_of(run.path, "epoch")
     assert row["step"] == math.ceil((42 - 8) / 8)
     assert row["measured_on"] == "validation"
+    assert row["measured_in"] == "float32"
     assert run.summary["selected_on"] == "validation"
     assert run.summary["test_of_best"]["natural"]["n"] == 18
 
