@@ -76,7 +76,12 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "attacks",
         "attacks on images",
-        (("parts", "pgd"), ("autoattack", "masking", "overfitting", "twin"), ("adversary", "kinds"), ("table",)),
+        (
+            ("parts", "pgd"),
+            ("autoattack", "masking", "overfitting", "twin"),
+            ("adversary", "evaluated", "kinds"),
+            ("table",),
+        ),
     ),
     (
         "training",

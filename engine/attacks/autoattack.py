@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -82,7 +83,8 @@ class Outcome(NamedTuple):
 class PackagedAttack:
     """Attacks of version "standard", one after the other; images are attacked in float32.
 
-    parts: as `defined_parts` gives them. There are as many target classes as there can be, at most 9.
+    parts: as `defined_parts` gives them. There are as many target classes as there can be, at most 9. The network
+    gets images of the dtype of those that are given.
     heartbeat: called in every pass, since a batch may take hours.
     Raises ValueError where no package has them.
     """
@@ -100,23 +102,17 @@ class PackagedAttack:
         self._parts, self._targets = parts, count_targets(num_classes)
         self._threat_model, self._epsilon = ball
         self._seed = seed
-        dtype = next(model.parameters(), torch.empty(0)).dtype
-
-        def logits(images: Tensor) -> Tensor:
-            heartbeat()
-            out: Tensor = model(images.to(dtype))
-            return out.float()
-
-        self._logits = logits
+        self._model, self._heartbeat = model, heartbeat
 
     def __call__(self, x_nat: Tensor, labels_B: Tensor) -> Outcome:
         """Attack a batch: each part gets the images that stood those before, as they were."""
         quiet, size_argument = _PACKAGES[self._package]
         # It views gradients as rows, and they take the strides of the images.
         images = x_nat.float().contiguous()
+        logits = partial(self._logits, x_nat.dtype)
         with _heard(self._module) as warnings:
             attack = self._module.AutoAttack(
-                self._logits,
+                logits,
                 norm=self._threat_model,
                 eps=self._epsilon,
                 version="standard",
@@ -134,12 +130,17 @@ class PackagedAttack:
                     size = {size_argument: len(left)}
                     out = attack.run_standard_evaluation(images[left], labels_B[left], **size)
                     x_adv[left] = out[0] if isinstance(out, tuple) else out
-                left = left[self._logits(x_adv[left]).argmax(dim=1) == labels_B[left]]
+                left = left[logits(x_adv[left]).argmax(dim=1) == labels_B[left]]
                 survived_B[left] += 1
                 if not len(left):
                     break
         raised = (any(flag.phrase in text for text in warnings) for flag in FLAGS.values())
         return Outcome(x_adv, survived_B, sum(bit << place for place, bit in enumerate(raised)))
+
+    def _logits(self, dtype: torch.dtype, images: Tensor) -> Tensor:
+        self._heartbeat()
+        out: Tensor = self._model(images.to(dtype))
+        return out.float()
 
 
 def count_targets(num_classes: int) -> int:

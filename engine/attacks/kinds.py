@@ -80,6 +80,11 @@ class EvaluationAttack(ABC):
         """True if every gradient is of all images of the batch, in their order."""
         return False
 
+    @property
+    def takes_any_form(self) -> bool:
+        """False if it may look into the network, and so gets it with the layers that it has."""
+        return True
+
     @abstractmethod
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         """All its numbers in words."""
@@ -280,6 +285,10 @@ class ByFunction(EvaluationAttack):
 
     function: AttackFunction = field(kw_only=True)
     summary: str = field(kw_only=True)
+
+    @property
+    def takes_any_form(self) -> bool:
+        return False
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         norm = NORMS[ball[1]]

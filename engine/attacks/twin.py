@@ -132,9 +132,14 @@ def _has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """True where more happens than its forward, which a folded pair would leave out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _is_plain(conv: nn.Module) -> bool:
-    """True for a convolution by its weights as they are, and not by standardised ones, say."""
-    return type(conv).forward in (nn.Conv2d.forward, ImageConv2d.forward)
+    """True for a convolution by its weights as they are, and not by standardised or reparametrised ones, say."""
+    return type(conv).forward in (nn.Conv2d.forward, ImageConv2d.forward) and "weight" in conv._parameters
 
 
 def _rest(norm: nn.Module) -> nn.Module | None:
@@ -183,6 +188,8 @@ def conv_bn_pairs(network: nn.Module, nodes: list[fx.Node]) -> list[tuple[str, s
             and _rest(norm) is not None
             and norm.track_running_stats
             and norm.affine
+            and not _has_hooks(conv)
+            and not _has_hooks(norm)
             and calls.count(before.target) == calls.count(node.target) == 1
         ):
             pairs.append((str(before.target), str(node.target)))

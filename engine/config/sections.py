@@ -621,6 +621,8 @@ class RunConfig(Section):
         Key(
             "format of those passes: `bfloat16`, `float16` or `float32`; `auto`: what is fast on the device, "
             "decided when a run begins and then kept in its `config.yaml`",
+            flag="--amp-dtype",
+            group="speed",
             teacher=True,
         ),
     ] = "auto"
@@ -653,6 +655,16 @@ class RunConfig(Section):
             group="speed",
         ),
     ] = "step"
+    fast: Annotated[
+        bool,
+        runtime(
+            "on a GPU cuDNN times its plans and takes the fastest, whose sums may have no fixed order, and products "
+            "in float32 are TF32 in the training's passes: the same seed no longer gives the same bits; nothing on "
+            "a CPU",
+            flag="--fast/--no-fast",
+            group="speed",
+        ),
+    ] = False
     checkpoint_activations: Annotated[
         bool,
         runtime(

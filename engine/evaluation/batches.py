@@ -55,14 +55,16 @@ def batch_of(
 
 
 class Attack(NamedTuple):
-    """Attack that is made. crafts_on: the network whose gradients it takes. parts: to survive, in order.
+    """Attack that is made.
 
-    by_image: every gradient is of all images of the batch, so that those without one can be counted.
+    classifier: the network that is attacked. crafts_on: the one whose gradients it takes. parts: to survive, in
+    order. by_image: every gradient is of all images of the batch, so that those without one can be counted.
     """
 
     name: str
     description: str
     perturb: Perturb
+    classifier: nn.Module
     crafts_on: nn.Module
     parts: tuple[str, ...]
     by_image: bool
@@ -109,7 +111,6 @@ class _GradientCounts:
 class BatchRunner:
     """Runs attacks over batches, of which each process takes every world.size-th. ball: epsilon, threat model."""
 
-    model: nn.Module
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
     ball: tuple[float, str]
     on_batch: Callable[[str, int, int], object] | None
@@ -157,7 +158,7 @@ class BatchRunner:
         x_adv, survived_parts_B, flags = (
             attacked if isinstance(attacked, Outcome) else (attacked, torch.zeros_like(labels_B), 0)
         )
-        logits_BC = self.model(x_adv.to(x_nat.dtype))
+        logits_BC = attack.classifier(x_adv.to(x_nat.dtype))
         correct_B = logits_BC.argmax(dim=1) == labels_B
         parts = len(attack.parts)
         survived_B = torch.where(correct_B, parts, survived_parts_B.clamp(max=parts - 1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attacks import table
+from engine.attacks.evaluated import prepared
 from engine.attacks.kinds import AttackFunction, EvaluationAttack, Task
 from engine.attacks.pgd import batch_norm_mode, frozen, presets
 from engine.common.stopping import Stop
@@ -29,7 +30,7 @@ from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance
 from engine.pipelines.splits import limited
 from engine.system.distributed import World
-from engine.system.precision import full_precision
+from engine.system.precision import Precision, full_precision
 
 __all__ = [
     "UNMASKED",
@@ -65,6 +66,7 @@ def evaluate(
     stop: Stop | None = None,
     world: World | None = None,
     partial: PartialResults | None = None,
+    precision: Precision | None = None,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -79,11 +81,13 @@ def evaluate(
     stop: the user's wish to stop, looked at after each batch.
     world: processes that share the batches; each calls this with the same arguments, and all get all results,
     which are those of one process. partial: batches on the disk, not measured again.
+    precision: of the network passes, as in a training's; None: the dtype of the parameters, float32 or float64,
+    without autocast and TF32.
 
-    Runs in eval mode and in the dtype of the parameters, float32 or float64, without autocast and TF32. Every mode
-    and flag and the global random state come back. A random start depends on the seed, the attack and the sample's
-    index in data alone, so neither on the batch nor on the limit. AutoAttack, its parts and functions draw their
-    numbers batch by batch.
+    Runs in eval mode, with BatchNorm folded into convolutions as `prepared` does it; a function gets the model
+    itself. Every mode and flag and the global random state come back. A random start depends on the seed, the
+    attack and the sample's index in data alone, so neither on the batch nor on the limit. AutoAttack, its parts
+    and functions draw their numbers batch by batch.
 
     Raises ValueError for bad arguments, bad data, unknown attacks, and attacks that are not installed or not
     defined for the model's classes; FloatingPointError where logits are not finite; RunFailed where an attack
@@ -102,13 +106,15 @@ def evaluate(
     def batch(sample_B: Tensor) -> tuple[Tensor, Tensor]:
         return batch_of(images_N, labels_N, sample_B, where, dtype)
 
-    with undisturbed(model, where):
-        runner = BatchRunner(model, batch, ball, on_batch, stop or Stop(), world, partial)
+    with undisturbed(model, where, precision):
+        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial)
         first = batch(sample_N[:1])[0]
         size, num_classes = size_of_batch(batch_size, *first.shape[2:]), count_classes(model, first, labels_N)
         task = Task(model, num_classes, ball, seed, _class_names(data), world.heartbeat)
         # All attacks are made, and refused, before the first batch.
-        wanted = [_made(attack, task, f"{len(sample_N)} images, batch {size}") for attack in chosen]
+        as_run = task._replace(model=prepared(model, precision or Precision(where, dtype)))
+        about = f"{len(sample_N)} images, batch {size}"
+        wanted = [_made(attack, as_run if attack.takes_any_form else task, about) for attack in chosen]
         return {attack.name: runner.result(attack, sample_N, size) for attack in wanted}
 
 
@@ -123,6 +129,7 @@ def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
         attack.name,
         attack.describe(task, size),
         attack.make(task),
+        task.model,
         attack.crafts_on(task),
         attack.parts(task.num_classes),
         attack.takes_whole_batches,
@@ -130,14 +137,17 @@ def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradient, full float32 precision inside; everything comes back afterwards."""
+def undisturbed(model: nn.Module, device: torch.device, precision: Precision | None = None) -> Iterator[None]:
+    """Eval mode, no gradient, no autocast inside; everything comes back afterwards.
+
+    precision: float32 is computed as in its network passes; None: in full.
+    """
     with (
         batch_norm_mode(model, "eval"),
         frozen(model),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
-        full_precision(),
+        full_precision() if precision is None else precision.float32(),
     ):
         yield

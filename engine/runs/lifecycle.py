@@ -42,6 +42,7 @@ from engine.runs.session import Session
 from engine.runs.trainer import Trainer, restored
 from engine.system import precision
 from engine.system.distributed import World, is_launched, small_batch_warning
+from engine.system.precision import describe_fast
 from engine.training import optimizer, plan
 from engine.training.performance.profiling import Profiler
 
@@ -222,7 +223,8 @@ def _run(
     """Train the run to its end; its summary. dataset: that of a teacher's student; None: it is loaded."""
     try:
         with ExitStack() as resources:
-            resources.enter_context(precision.deterministic(amp=config.amp))
+            fast = precision.is_fast(config, precision.device(config.device, world.local_rank))
+            resources.enter_context(precision.deterministic(amp=config.amp, fast=fast))
             world.broadcast_from_main(lambda: resources.enter_context(run.locked()))
             saved = checkpoints.read(run.last) if world.broadcast_from_main(run.last.exists) else None
             config = _carried_on(run, saved, config, console)
@@ -269,6 +271,8 @@ def _announce(session: Session, saved: Mapping[str, Any] | None) -> None:
         say(f"Processes: {size}, {share} images each; BatchNorm in each by {of} images")
         if precision.device.type == "cuda" and (warning := small_batch_warning(share)):
             say(warning)
+    if config.fast:
+        say(describe_fast(precision.device))
     if saved is not None and precision.note:
         say(precision.note)
     for note in origin(saved) if saved is not None else ():

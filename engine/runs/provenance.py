@@ -11,7 +11,7 @@ from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.runs.teachers import Teacher
 from engine.system import environment
-from engine.system.precision import AMP_DTYPES
+from engine.system.precision import AMP_DTYPES, is_fast
 
 
 def write(
@@ -30,10 +30,11 @@ def write(
     weights, where this session took them from it.
     """
     config, run = session.config, session.run
-    earlier = run.sessions()
+    earlier, fast = run.sessions(), is_fast(config, session.precision.device)
     current = environment.session(session.precision) | {
         "from_step": step,
         "pipeline": pipeline,
+        "cudnn": {"deterministic": not fast, "benchmark": fast},
         "processes": session.world.size,
         "seeds": {"run": config.seed},
         "data": {"name": config.dataset, "source": dataset.source, "sha256": dataset.sha256},

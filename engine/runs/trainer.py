@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from engine.runs import checkpoints, plots
 from engine.runs.assemble import Parts
 from engine.runs.checkpoints import Progress
 from engine.runs.session import Session
-from engine.system.precision import on_device
+from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry
 from engine.training.step import OnDevice, StepOutput
 
@@ -207,7 +208,7 @@ class Trainer:
             self._seed_dropout()
             learner.average.after_epoch(progress.epoch, clean, parts.data.sampling.epoch_size, world)
         try:
-            accuracies = self._evaluate(parts.data.held_out, ("natural", attack))
+            accuracies = self._evaluate(parts.data.held_out, ("natural", attack), self._choosing)
         except Interrupted:
             self.save()
             raise
@@ -216,6 +217,7 @@ class Trainer:
             "robust_accuracy": accuracies[attack].accuracy,
             "robust_masked": accuracies[attack].masked,
             "measured_on": parts.data.selected_on,
+            "measured_in": self._choosing.passes,
         }
         row |= world.broadcast_from_main(self._probe)
         if overfits := overfitting.complaint(row, progress.last):
@@ -389,7 +391,16 @@ class Trainer:
                 self.session.console.message(f"Warning: {warning}")
         return {name: result.as_dict() for name, result in results.items()}
 
-    def _evaluate(self, images: AnySplit, attacks: Sequence[str]) -> dict[str, Result]:
+    @property
+    def _choosing(self) -> Precision:
+        """Precision in which epochs are compared: of the training, unless the attack needs the network itself."""
+        precision = self.session.precision
+        in_any_form = table.find(self.session.config.eval.attack).takes_any_form
+        return precision if in_any_form else replace(precision, amp_dtype=None)
+
+    def _evaluate(
+        self, images: AnySplit, attacks: Sequence[str], precision: Precision | None = None
+    ) -> dict[str, Result]:
         config = self.session.config
         return evaluate(
             self.parts.learner.evaluated,
@@ -402,6 +413,7 @@ class Trainer:
             device=self.session.precision.device,
             stop=self.session.stop,
             world=self.session.world,
+            precision=precision,
         )
 
     def _student_part(self, student: nn.Module) -> dict[str, Any]:

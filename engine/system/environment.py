@@ -42,6 +42,7 @@ def session(precision: Precision) -> dict[str, Any]:
         "precision": {
             "training": precision.describe(),
             "attack": precision.describe(),
+            "choosing": precision.describe(),
             "evaluation": f"{str(precision.dtype).removeprefix('torch.')}, TF32 off",
         },
     }

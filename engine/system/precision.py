@@ -51,6 +51,22 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, cache_enabled=cached)
 
     @property
+    def has_tf32(self) -> bool:
+        """True where the network passes are in float32 on a GPU, whose convolutions may round it to TF32."""
+        return self.amp_dtype is None and self.device.type == "cuda" and self.dtype == torch.float32
+
+    def float32(self) -> AbstractContextManager[None]:
+        """Compute float32 as in the network passes inside: as torch is set on a GPU without AMP, else in full."""
+        return nullcontext() if self.has_tf32 else full_precision()
+
+    @property
+    def passes(self) -> str:
+        """Format of the network passes: "float32", "float64", "tf32", "bfloat16" or "float16"."""
+        if self.has_tf32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+            return "tf32"
+        return str(self.amp_dtype or self.dtype).removeprefix("torch.")
+
+    @property
     def attack_loss_scale(self) -> float:
         """Static factor on the attack's loss: half precision gradients of the image would underflow to zero.
 
@@ -70,7 +86,7 @@ class Precision:
     def describe(self) -> str:
         """Name of the formats, for the record."""
         name = str(self.dtype).removeprefix("torch.")
-        if self.amp_dtype is None and self.device.type == "cuda" and self.dtype == torch.float32:
+        if self.has_tf32:
             return f"{name}, convolutions in {torch.backends.cudnn.conv.fp32_precision}"  # type: ignore[attr-defined]
         return (
             name if self.amp_dtype is None else f"{name}, passes in {str(self.amp_dtype).removeprefix('torch.')}"
@@ -98,8 +114,12 @@ def resolve_amp(
     """The configuration with the format of its passes decided where `amp_dtype` is "auto".
 
     On a CPU the faster of bfloat16 and float32, by a timing of some convolutions. A run decides once, and keeps
-    its decision in config.yaml. say: called with a line about the timing.
+    its decision in config.yaml. say: called with a line about the timing, and about float16 on a CPU.
     """
+    if config.amp and config.amp_dtype == "float16" and device(config.device, local_rank).type == "cpu":
+        say(
+            "--amp-dtype float16: taken on this CPU as it is asked for, and not timed; `auto` never takes it there"
+        )
     if not config.amp or config.amp_dtype != "auto":
         return config
     if device(config.device, local_rank).type == "cuda":
@@ -204,7 +224,20 @@ def on_device(network: nn.Module | None, device: torch.device) -> Iterator[None]
         network.to("cpu")
 
 
-# Backends that compute in float32; `fp32_precision` of each is "ieee", "tf32", "bf16", or "none" where not set.
+def is_fast(config: RunConfig, place: torch.device) -> bool:
+    """True if `fast` says something of the device: of GPUs alone."""
+    return config.fast and place.type == "cuda"
+
+
+def describe_fast(device: torch.device) -> str:
+    """What `fast` does on a device, in words."""
+    if device.type != "cuda":
+        return "--fast: nothing on a CPU; the same seed gives the same bits"
+    return "--fast: cuDNN times its plans once and keeps the fastest; the same seed does not give the same bits"
+
+
+# Backends that compute in float32, those of GPUs first; `fp32_precision` of each is "ieee", "tf32", "bf16", or
+# "none" where not set.
 _FLOAT32: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]
@@ -212,21 +245,33 @@ _FLOAT32: tuple[Any, ...] = (
     torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
 )
+_ON_GPUS = 3
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Compute float32 as IEEE float32 inside, on every device: no TF32, no bfloat16."""
+    return _float32("ieee", len(_FLOAT32))
+
+
+def _tf32_on_gpus() -> AbstractContextManager[None]:
+    """Compute products and convolutions of float32 on GPUs in TF32 inside."""
+    return _float32("tf32", _ON_GPUS)
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 as IEEE float32 inside, on every device: no TF32, no bfloat16.
+def _float32(form: str, count: int) -> Iterator[None]:
+    """Compute float32 of the first of the backends in a form inside, and of the others as before.
 
     The flags' older names (`allow_tf32`, `set_float32_matmul_precision`) say the same: torch refuses to read them
     where the two disagree.
     """
+    is_full = form == "ieee"
     before = [backend.fp32_precision for backend in _FLOAT32]
     matmul, allow_tf32 = torch.get_float32_matmul_precision(), _cudnn_allows_tf32()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    for backend in _FLOAT32:
-        backend.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest" if is_full else "high")
+    torch.backends.cudnn.allow_tf32 = not is_full
+    for number, (backend, own) in enumerate(zip(_FLOAT32, before, strict=True)):
+        backend.fp32_precision = form if number < count else own
     try:
         yield
     finally:
@@ -244,18 +289,21 @@ def _cudnn_allows_tf32() -> bool:
 
 
 @contextmanager
-def deterministic(*, amp: bool = False) -> Iterator[None]:
+def deterministic(*, amp: bool = False, fast: bool = False) -> Iterator[None]:
     """Same seed, same machine, same bits inside: cuDNN neither times its algorithms nor picks an atomic one.
 
     torch's default dtype is float32, whatever the caller of a training had set.
     amp: what a training with AMP leaves in float32, the first and the last layer, is IEEE float32 inside.
+    fast: cuDNN times its algorithms instead, once for each shape, and takes the fastest, atomic or not; without
+    AMP products and convolutions in float32 are TF32. See `is_fast`.
     """
     cudnn = torch.backends.cudnn
     before, dtype = (cudnn.deterministic, cudnn.benchmark), torch.get_default_dtype()
-    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.deterministic, cudnn.benchmark = not fast, fast
     torch.set_default_dtype(torch.float32)
+    rounding = full_precision() if amp else _tf32_on_gpus() if fast else nullcontext()
     try:
-        with full_precision() if amp else nullcontext():
+        with rounding:
             yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before

@@ -23,7 +23,8 @@ def is_active(config: RunConfig, epoch: int) -> bool:
 def perturbed(student: nn.Module, loss: Callable[[], Tensor], gamma: float, world: World) -> Iterator[None]:
     """Weights inside are w + gamma * |w| / |g| * g, layer by layer; afterwards they are as before, to the bit.
 
-    loss: computes that of this process's part of the batch; g is the gradient of its sum over all processes.
+    loss: computes that of this process's part of the batch; g is the gradient of its sum over all processes, and
+    the loss may be scaled. Weights whose gradient is not finite, as a gradient scaler's may be, stay.
     Running statistics do not move in it. Vectors, as biases and the weights of BatchNorm, stay (Eq. 9 and the
     published code).
     """
@@ -44,4 +45,6 @@ def _ascend(weights: Sequence[Tensor], loss: Tensor, gamma: float, world: World)
     world.sum_in_place(gradients)
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight += gamma * weight.norm() / (gradient.norm() + 1e-12) * gradient
+            norm = gradient.norm()
+            step = gamma * weight.norm() / (norm + 1e-12) * gradient
+            weight += torch.where(norm.isfinite(), step, 0)

@@ -75,7 +75,7 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert record["seeds"] == {"run": 0}
     assert len(record["data"]["sha256"]) == 64
     assert record["teachers"]["teacher"]["source"] == f"checkpoint {tiny.teacher}"
-    assert set(record["precision"]) == {"training", "attack", "evaluation"}
+    assert set(record["precision"]) == {"training", "attack", "choosing", "evaluation"}
     assert record["kernels"].keys() == {"distill_loss", "random_start", "pgd_update", "crop_flip"}
     assert record["hardware"]["processor"]
 
@@ -240,6 +240,7 @@ def test_validation_images_are_held_out_of_training(tiny: Any, tmp_path: Path) -
     (row,) = rows_of(run.path, "epoch")
     assert row["step"] == math.ceil((42 - 8) / 8)
     assert row["measured_on"] == "validation"
+    assert row["measured_in"] == "float32"
     assert run.summary["selected_on"] == "validation"
     assert run.summary["test_of_best"]["natural"]["n"] == 18
 

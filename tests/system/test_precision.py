@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -331,3 +332,89 @@ def test_teachers_of_before_are_found(tiny: Any) -> None:
     assert path(amp=True, amp_dtype="bfloat16") == path(amp=True)
     assert path(amp=True, amp_dtype="float32") == path(amp=False) == path(amp=False, amp_dtype="bfloat16")
     assert len({path(amp=True), path(amp=False), path(amp=True, amp_dtype="float16")}) == 3
+
+
+# ---------------------------------------------------------------- fast
+
+
+def settings() -> tuple[object, ...]:
+    cudnn, forms = torch.backends.cudnn, [backend.fp32_precision for backend in precision._FLOAT32]
+    return cudnn.deterministic, cudnn.benchmark, torch.get_float32_matmul_precision(), cudnn.allow_tf32, forms
+
+
+def test_fast_lets_cudnn_time_its_plans_and_round_to_tf32() -> None:
+    before = settings()
+    with precision.deterministic(fast=True):
+        assert settings()[:4] == (False, True, "high", True)
+        assert settings()[4] == ["tf32", "tf32", "tf32", *before[4][3:]]  # type: ignore[index]
+        inside = settings()
+        with precision.full_precision():  # of a final evaluation
+            assert settings() == (False, True, "highest", False, ["ieee"] * 5)
+        assert settings() == inside
+    assert settings() == before
+
+
+def test_fast_with_amp_keeps_the_first_and_the_last_layer_in_full_precision() -> None:
+    with precision.deterministic(amp=True, fast=True):
+        assert settings() == (False, True, "highest", False, ["ieee"] * 5)
+
+
+def test_without_fast_the_plans_are_deterministic() -> None:
+    with precision.deterministic():
+        assert settings()[:2] == (True, False)
+
+
+@pytest.mark.parametrize(("place", "expected"), [("cpu", False), ("cuda", True)])
+def test_fast_is_of_gpus_alone(place: str, expected: bool) -> None:
+    for fast in (False, True):
+        found = precision.is_fast(config.load({"fast": fast}), torch.device(place))
+        assert found == (expected and fast)
+    assert ("nothing on a CPU" in precision.describe_fast(torch.device(place))) != expected
+
+
+def test_on_a_cpu_fast_says_so_and_changes_no_bit(tiny: Any, tmp_path: Path) -> None:
+    listening = Listening()
+    keys = {"method": "at", "epochs": 1, "device": "cpu"}
+    plain = lifecycle.train(tiny.config(**keys, out=str(tmp_path / "plain")))
+    fast = lifecycle.train(tiny.config(**keys, fast=True, out=str(tmp_path / "fast")), listening)
+    assert [line for line in listening.lines if line.startswith("--fast")] == [
+        "--fast: nothing on a CPU; the same seed gives the same bits"
+    ]
+    states = [torch.load(run.path / "last.pt", weights_only=True)["student"] for run in (plain, fast)]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+    for run in (plain, fast):
+        record = json.loads((run.path / "provenance.json").read_text())
+        assert record["cudnn"] == {"deterministic": True, "benchmark": False}
+
+
+# ---------------------------------------------------------------- formats of passes
+
+
+@pytest.mark.parametrize(
+    ("place", "amp_dtype", "inside", "named"),
+    [
+        ("cuda", None, "tf32", "tf32"),
+        ("cuda", torch.bfloat16, "ieee", "bfloat16"),
+        ("cuda", torch.float16, "ieee", "float16"),
+        ("cpu", None, "ieee", "float32"),
+    ],
+)
+def test_epochs_are_compared_in_the_precision_of_the_passes(
+    place: str, amp_dtype: torch.dtype | None, inside: str, named: str
+) -> None:
+    at = precision.Precision(torch.device(place), torch.float32, amp_dtype)
+    assert at.passes == named
+    with at.float32():
+        assert torch.backends.cudnn.conv.fp32_precision == inside  # type: ignore[attr-defined]
+    with precision.full_precision():
+        assert precision.Precision(torch.device("cuda"), torch.float32).passes == "float32"
+    assert precision.Precision(torch.device("cuda"), torch.float64).passes == "float64"
+
+
+def test_float16_on_a_cpu_is_taken_and_told_of() -> None:
+    lines: list[str] = []
+    given = config.load({**AMP_ON_CPU, "amp_dtype": "float16"})
+    assert precision.resolve_amp(given, say=lines.append) == given
+    assert [line.partition(":")[0] for line in lines] == ["--amp-dtype float16"]
+    precision.resolve_amp(config.load({"device": "cpu", "amp_dtype": "float16"}), say=lines.append)
+    assert len(lines) == 1, "without --amp nothing runs in it"
