@@ -20,13 +20,14 @@ _LEAST_TILES = 64  # with fewer the transformation of the weights takes longer t
 
 
 def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """y[b, o, h, w] = bias[o] + sum over c, i, j of weight[o, c, i, j] x[b, c, h + i - 1, w + j - 1]; x is 0 outside.
+    """y[b, o, h, w] = bias[o] + sum over c, i, j of weight[o, c, i, j] x[b, c, h + i - 1, w + j - 1].
 
-    images, weight, bias: of one floating dtype. Gradients of any order; that of the weight is torch's own.
+    x: the images, 0 outside of them. images, weight, bias: of one floating dtype. Gradients of any order; that of
+    the weight is torch's own.
     Native for float32 images on a CPU in channels-last with channels in multiples of 16 and 64 tiles or more: in
-    tiles of 4 x 4 outputs, 4 times fewer multiplications and up to 3 times the rounding error of a direct
-    convolution, or of 2 x 2, 2.25 times fewer and about the same error. A pixel that is not finite makes outputs of
-    its tiles NaN or infinite, among them all that depend on it. Elsewhere it is torch's convolution.
+    tiles of 4 x 4 outputs, 4 times fewer multiplications and 2 to 3 times the rounding error of a direct
+    convolution, or of 2 x 2, 2.25 times fewer and about the same error. A pixel that is not finite makes outputs
+    of its tiles NaN or infinite, among them all that depend on it. Elsewhere it is torch's convolution.
     Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
     """
     if images_BCHW.dim() != 4:
