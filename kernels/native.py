@@ -27,13 +27,15 @@ from engine.kernels.contract import (
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 5  # of csrc/library.cpp
+_INTERFACE = 6  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
+_MOST_CHANNELS_AT_ONCE = 32  # PANEL of csrc/conv3x3.cpp, of the widest set of instructions
 
 # Kind of csrc/cpu.h, Term, and LossArguments before the views of its logits.
 _KINDS = {"ce": 0, "kl": 1, "margin": 2, "kl_live": 3}
 _TERM = struct.Struct("5q3d")
+_CONV = struct.Struct("2P4qq3P5q2q")  # ConvArguments of csrc/cpu.h
 _LOSS, _VIEW = "5q2d2Pq2Pq4P", "P3qP"
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
@@ -74,6 +76,7 @@ def _library() -> ctypes.CDLL:
     library.engine_cpu_pgd_update.argtypes = _UPDATE
     library.engine_cpu_crop_flip.argtypes = _CROP
     library.engine_cpu_random_start.argtypes = _START
+    library.engine_cpu_conv3x3.argtypes = [c_char_p]
     if hasattr(library, "engine_cuda_error"):
         library.engine_cuda_error.restype = c_char_p
         library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
@@ -227,6 +230,40 @@ def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, cou
         seed,
         int(counter),
     )
+
+
+def conv3x3(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, tile: int) -> Tensor:
+    """`reference.conv3x3` on a CPU by tiles of 2 x 2 or 4 x 4 outputs: float32, channels-last, channels in 16s.
+
+    The transformed weights take (tile + 2)^2 / 9 times the memory of the weights, for the time of the call.
+    """
+    batch, channels, height, width = images.shape
+    out_stride, in_stride, *strides = weight.stride()
+    channels_out = weight.shape[0]
+    if flip:
+        channels_out, out_stride, in_stride = weight.shape[1], in_stride, out_stride
+    bias = None if bias is None else bias.contiguous()
+    padded = -(-channels_out // _MOST_CHANNELS_AT_ONCE) * _MOST_CHANNELS_AT_ONCE
+    transformed = images.new_empty((tile + 2) ** 2 * padded * channels)
+    result = torch.empty(
+        (batch, channels_out, height, width), dtype=images.dtype, memory_format=torch.channels_last
+    )
+    call = _CONV.pack(
+        images.data_ptr(),
+        weight.data_ptr(),
+        out_stride,
+        in_stride,
+        *strides,
+        flip,
+        _pointer(bias),
+        transformed.data_ptr(),
+        result.data_ptr(),
+        *(batch, height, width, channels, channels_out),
+        tile,
+        torch.get_num_threads(),
+    )
+    _call("conv3x3", images.device, call)
+    return result
 
 
 def _dtype(given: Tensor) -> int:

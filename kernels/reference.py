@@ -179,3 +179,8 @@ def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int,
 def _norm(images: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(images, dim=tuple(range(1, images.dim())), keepdim=True)
     return norm
+
+
+def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The convolution of `engine.kernels.conv3x3`, differentiable by autograd."""
+    return F.conv2d(images_BCHW, weight_OC33, bias_O, padding=1)

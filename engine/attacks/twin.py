@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from engine.attacks.pgd import BatchNormMode, bn_mode
-from engine.models.layers import ImageConv2d, Resize, Stage, is_plain, release_cached
+from engine.models.layers import Conv3x3, ImageConv2d, Resize, Stage, is_plain, release_cached
 from engine.models.sync_batch_norm import SyncBatchNorm
 from engine.system.precision import Precision
 
@@ -125,7 +125,7 @@ class Twin:
 
 def _runs_in_half(module: nn.Module) -> bool:
     """Autocast would convert its weights, and nothing else reads them."""
-    return type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    return type(module).forward in (nn.Conv2d.forward, Conv3x3.forward, nn.Linear.forward)
 
 
 def _has_batch_norm(network: nn.Module) -> bool:
@@ -139,7 +139,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_plain(conv: nn.Module) -> bool:
     """True for a convolution by its weights as they are, and not by standardised or reparametrised ones, say."""
-    return type(conv).forward in (nn.Conv2d.forward, ImageConv2d.forward) and "weight" in conv._parameters
+    forwards = (nn.Conv2d.forward, Conv3x3.forward, ImageConv2d.forward)
+    return type(conv).forward in forwards and "weight" in conv._parameters
 
 
 def _rest(norm: nn.Module) -> nn.Module | None:

@@ -165,10 +165,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def as_begun(wanted: RunConfig, begun: RunConfig) -> RunConfig:
-    """The wanted configuration, with the format that a run decided when it began where one leaves it open."""
-    if "auto" in (wanted.amp_dtype, begun.amp_dtype):
-        return wanted.model_copy(update={"amp_dtype": begun.amp_dtype})
-    return wanted
+    """The wanted configuration, with what a run decided when it began where one leaves it open."""
+    decided = {name: (getattr(wanted, name), getattr(begun, name)) for name in ("amp_dtype", "winograd")}
+    return wanted.model_copy(update={name: pair[1] for name, pair in decided.items() if "auto" in pair})
 
 
 def read_file(path: Path) -> Tree:

@@ -626,6 +626,17 @@ class RunConfig(Section):
             teacher=True,
         ),
     ] = "auto"
+    winograd: Annotated[
+        Auto,
+        Key(
+            "3x3 convolutions in float32 on a CPU by Winograd's algorithm: `on`, `off`, or `auto`: where they are "
+            "faster so, decided when a run begins and then kept in its `config.yaml`, see "
+            "[performance.md](performance.md#winograd-on-a-cpu)",
+            flag="--winograd",
+            group="speed",
+            teacher=True,
+        ),
+    ] = "off"
     compile: Annotated[
         Auto,
         Key(

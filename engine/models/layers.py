@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from engine.kernels import conv3x3
+
 Block = Callable[[int, int, int], nn.Module]
 """Makes a residual block from (in_channels, channels, stride)."""
 
@@ -19,6 +21,8 @@ Block = Callable[[int, int, int], nn.Module]
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Convolution that keeps H and W at stride 1, without the bias that a BatchNorm would cancel or repeat."""
     padding = kernel_size // 2
+    if kernel_size == 3 and stride == groups == 1:
+        return Conv3x3(in_channels, channels, kernel_size, stride, padding, bias=False)
     return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, groups=groups, bias=False)
 
 
@@ -37,6 +41,24 @@ def relu(x: Tensor) -> Tensor:
 def image_conv(channels: int, kernel_size: int, stride: int = 1) -> ImageConv2d:
     """The first convolution of a network, as `conv`."""
     return ImageConv2d(3, channels, kernel_size, stride, kernel_size // 2, bias=False)
+
+
+class Conv3x3(nn.Conv2d):
+    """nn.Conv2d of 3x3 with stride 1 and padding 1. winograd: without autocast by `engine.kernels.conv3x3`."""
+
+    winograd = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.winograd or _autocasts(input):
+            return super().forward(input)
+        return conv3x3(input, self.weight, self.bias)
+
+
+def use_winograd(network: nn.Module) -> None:
+    """Compute the network's 3x3 convolutions of stride 1 by `engine.kernels.conv3x3`."""
+    for module in network.modules():
+        if isinstance(module, Conv3x3):
+            module.winograd = True
 
 
 class ImageConv2d(nn.Conv2d):

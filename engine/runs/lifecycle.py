@@ -115,7 +115,7 @@ def begin(
     if config.batch_size % processes:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {processes} processes")
     found = RunDir.find(config) if again else None
-    return found or RunDir.create(precision.resolve_amp(config, say=say))
+    return found or RunDir.create(precision.resolve_winograd(precision.resolve_amp(config, say=say), say=say))
 
 
 def resume(

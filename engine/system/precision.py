@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.common.lookup import look_up
+from engine.common.lookup import is_on, look_up
 from engine.config import RunConfig
+from engine.kernels import conv3x3, dispatch
+from engine.models.layers import use_winograd
 
-# Least gain of bfloat16 over float32 on a CPU: an equal speed does not justify its rounding.
+# Least gain on a CPU of bfloat16 over float32, and of Winograd's algorithm over torch's convolutions: an equal
+# speed does not justify their rounding.
 MIN_GAIN = 1.1
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Convolutions that are timed, 3x3 on a few images: channels, and height and width of their maps, as in a ResNet.
 _TIMED = ((64, 32), (256, 8))
 _IMAGES, _ROUNDS, _SECONDS = 4, 8, 0.5
+_WINOGRAD_IMAGES = 32  # by Winograd's algorithm the weights are transformed once for all images
+
+Timed = TypeVar("Timed")
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class Precision:
 
     dtype: of parameters, images, perturbations and losses. amp_dtype: of the network passes, None without AMP.
     note: one line for the user, "" where there is nothing to say.
+    winograd: 3x3 convolutions in float32 by `engine.kernels.conv3x3`.
     """
 
     device: torch.device
     dtype: torch.dtype
     amp_dtype: torch.dtype | None = None
     note: str = ""
+    winograd: bool = False
 
     @property
     def fused(self) -> bool:
@@ -81,6 +89,8 @@ class Precision:
     def place(self, network: nn.Module) -> nn.Module:
         """Move a network to the device, in the dtype and in channels-last, the layout of fast convolutions."""
         network.to(self.device, self.dtype)
+        if self.winograd:
+            use_winograd(network)
         return network.to(memory_format=torch.channels_last)
 
     def describe(self) -> str:
@@ -100,12 +110,13 @@ def choose(config: RunConfig, local_rank: int = 0) -> Precision:
     """
     place = device(config.device, local_rank)
     dtype = look_up("dtype", config.dtype, {"float32": torch.float32, "float64": torch.float64})
-    config = resolve_amp(config, local_rank)
+    config = resolve_winograd(resolve_amp(config, local_rank), local_rank)
+    winograd = is_on("winograd", config.winograd)
     if not config.amp:
-        return Precision(place, dtype)
+        return Precision(place, dtype, winograd=winograd)
     amp_dtype = look_up("amp_dtype", config.amp_dtype, AMP_DTYPES)
     kept = "training stays in float32" if amp_dtype is None else f"passes in {config.amp_dtype}"
-    return Precision(place, dtype, amp_dtype, f"--amp: {kept}, as the run began")
+    return Precision(place, dtype, amp_dtype, f"--amp: {kept}, as the run began", winograd)
 
 
 def resolve_amp(
@@ -132,6 +143,26 @@ def resolve_amp(
     return config.model_copy(update={"amp_dtype": chosen})
 
 
+def resolve_winograd(
+    config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None
+) -> RunConfig:
+    """The configuration with the algorithm of 3x3 convolutions decided where `winograd` is "auto".
+
+    On a CPU, for passes in float32, by a timing. A run decides once, and keeps its decision in config.yaml.
+    config: its `amp_dtype` is decided. say: called with a line about the timing.
+    """
+    if config.winograd != "auto":
+        return config
+    place = device(config.device, local_rank)
+    in_float32 = config.dtype == "float32" and (not config.amp or config.amp_dtype == "float32")
+    if not in_float32 or dispatch.choose("conv3x3", place) != "native":
+        return config.model_copy(update={"winograd": "off"})
+    gain = winograd_gain()
+    chosen = "on" if gain >= MIN_GAIN else "off"
+    say(f"--winograd: on this processor 3x3 convolutions run at {gain:.2f}x of torch's: {chosen}")
+    return config.model_copy(update={"winograd": chosen})
+
+
 def describe_gain(gain: float) -> str:
     """The value of `bfloat16_gain` in words."""
     return f"on this processor convolutions in bfloat16 run at {gain:.2f}x of float32"
@@ -144,28 +175,43 @@ def bfloat16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
+@functools.cache
+def winograd_gain() -> float:
+    """Rate of `engine.kernels.conv3x3` by that of torch's convolution on this processor, timed once in a process."""
+    calls: dict[bool, list[Callable[[], object]]] = {True: [], False: []}
+    for size in _TIMED:
+        given = _images_and_weight(torch.float32, _WINOGRAD_IMAGES, *size)
+        calls[True].append(functools.partial(conv3x3, *given))
+        calls[False].append(functools.partial(nn.functional.conv2d, *given, padding=1))
+    seconds = _least_seconds(calls)
+    return seconds[False] / seconds[True]
+
+
 def _time_convolutions() -> dict[torch.dtype, float]:
-    """Seconds of forward and backward in each format: the least of some rounds in which they take turns.
+    """Seconds of forward and backward in each format."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return _least_seconds({dtype: [_convolution(dtype, *size) for size in _TIMED] for dtype in dtypes})
+
+
+def _least_seconds(calls: Mapping[Timed, Sequence[Callable[[], object]]]) -> dict[Timed, float]:
+    """Seconds of each group of calls: the least of some rounds in which the groups take turns.
 
     One thread, timed by its own clock, so that other work of the machine does not count.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        calls = {
-            dtype: [_convolution(dtype, *size) for size in _TIMED] for dtype in (torch.float32, torch.bfloat16)
-        }
         best = dict.fromkeys(calls, float("inf"))
         end = time.monotonic() + _SECONDS
         for number in range(_ROUNDS):
             if number > 1 and time.monotonic() > end:
                 break
-            for dtype, group in calls.items():
+            for name, group in calls.items():
                 start = time.thread_time()
                 for call in group:
                     call()
                 if number > 0:  # the first warms up
-                    best[dtype] = min(best[dtype], time.thread_time() - start)
+                    best[name] = min(best[name], time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
     return best
@@ -173,12 +219,7 @@ def _time_convolutions() -> dict[torch.dtype, float]:
 
 def _convolution(dtype: torch.dtype, channels: int, side: int) -> Callable[[], object]:
     """Forward and backward of a 3x3 convolution, channels-last."""
-
-    def values(*shape: int) -> Tensor:
-        some = torch.linspace(-1, 1, shape[0] * channels * shape[2] * shape[3]).view(shape)
-        return some.to(dtype).contiguous(memory_format=torch.channels_last)
-
-    images, weight = values(_IMAGES, channels, side, side), values(channels, channels, 3, 3)
+    images, weight = _images_and_weight(dtype, _IMAGES, channels, side)
     setting: tuple[Any, ...] = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 
     def call() -> None:
@@ -186,6 +227,14 @@ def _convolution(dtype: torch.dtype, channels: int, side: int) -> Callable[[], o
         torch.ops.aten.convolution_backward(out, images, weight, None, *setting, [True, True, False])
 
     return call
+
+
+def _images_and_weight(dtype: torch.dtype, images: int, channels: int, side: int) -> tuple[Tensor, Tensor]:
+    def values(*shape: int) -> Tensor:
+        some = torch.linspace(-1, 1, shape[0] * channels * shape[2] * shape[3]).view(shape)
+        return some.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    return values(images, channels, side, side), values(channels, channels, 3, 3)
 
 
 def count_gpus() -> int:

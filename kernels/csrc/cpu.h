@@ -84,12 +84,27 @@ struct StartArguments {
     uint32_t counter;
 };
 
+// One call of conv3x3; kernels/native.py packs it, so every field has 8 bytes.
+struct ConvArguments {
+    const float* images;                                        // (B, H, W, channels in)
+    const float* weight;                                        // with the strides below, in elements
+    int64_t out_stride, in_stride, row_stride, column_stride;
+    int64_t flip;                                               // the kernel's rows and columns are in reverse
+    const float* bias;                                          // (channels out,), or null
+    float* transformed;                                         // ((tile + 2)^2, channels out, channels in) to write
+    float* result;                                              // (B, H, W, channels out)
+    int64_t batch, height, width, in, out;                      // channels: multiples of 16
+    int64_t tile;                                               // height and width of a tile: 2 or 4
+    int64_t threads;                                            // over which the work is spread
+};
+
 #define ENGINE_DECLARE(SET)                    \
     namespace SET {                            \
     int distill_loss(const LossArguments&);    \
     void pgd_update(const UpdateArguments&);   \
     int crop_flip(const CropArguments&);       \
-    void random_start(const StartArguments&); \
+    void random_start(const StartArguments&);  \
+    int conv3x3(const ConvArguments&);         \
     }
 
 ENGINE_DECLARE(generic)

@@ -18,6 +18,7 @@ struct InstructionSet {
     void (*pgd_update)(const UpdateArguments&);
     int (*crop_flip)(const CropArguments&);
     void (*random_start)(const StartArguments&);
+    int (*conv3x3)(const ConvArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -35,11 +36,12 @@ bool has_generic() { return true; }
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
     {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::random_start},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start},
+     avx512::random_start, avx512::conv3x3},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start,
+     avx2::conv3x3},
 #endif
     {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::random_start},
+     generic::random_start, generic::conv3x3},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -72,7 +74,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 5; }
+int engine_interface() { return 6; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -116,6 +118,8 @@ int engine_cpu_random_start(
     chosen->random_start({noise, sample, batch, channels, pixels, channels_last != 0, epsilon, seed, counter});
     return OK;
 }
+
+int engine_cpu_conv3x3(const ConvArguments* call) { return chosen->conv3x3(*call); }
 
 }  // extern "C"
 #pragma GCC visibility pop

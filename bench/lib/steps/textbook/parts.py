@@ -12,6 +12,7 @@ from engine.models import layers
 
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     layers.ImageConv2d: nn.Conv2d,
+    layers.Conv3x3: nn.Conv2d,
     layers.Classifier: nn.Linear,
     layers.BatchNorm2d: nn.BatchNorm2d,
 }
