@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.common.lookup import look_up
 from engine.config import RunConfig
 
-# Least gain of bfloat16 over float32 on a CPU: an equal speed does not justify its rounding.
-MIN_GAIN = 1.1
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Convolutions that are timed, 3x3 on a few images: channels, and height and width of their maps, as in a ResNet.
-_TIMED = ((64, 32), (256, 8))
-_IMAGES, _ROUNDS, _SECONDS = 4, 8, 0.5
 
 
 @dataclass(frozen=True)
@@ -78,94 +71,25 @@ class Precision:
 
 
 def choose(config: RunConfig, local_rank: int = 0) -> Precision:
-    """Device and precision of a configuration: of `amp_dtype` where it says one, else by `resolve_amp`.
+    """Device and precision of a configuration: of `amp_dtype` where it says one, else by `format_of`.
 
     local_rank: "cuda" is the GPU of that number. Raises ValueError for a device that is not there.
     """
     place = device(config.device, local_rank)
     dtype = look_up("dtype", config.dtype, {"float32": torch.float32, "float64": torch.float64})
-    config = resolve_amp(config, local_rank)
     if not config.amp:
         return Precision(place, dtype)
-    amp_dtype = look_up("amp_dtype", config.amp_dtype, AMP_DTYPES)
-    kept = "training stays in float32" if amp_dtype is None else f"passes in {config.amp_dtype}"
+    named = format_of(place) if config.amp_dtype == "auto" else config.amp_dtype
+    amp_dtype = look_up("amp_dtype", named, AMP_DTYPES)
+    kept = "training stays in float32" if amp_dtype is None else f"passes in {named}"
     return Precision(place, dtype, amp_dtype, f"--amp: {kept}, as the run began")
 
 
-def resolve_amp(
-    config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None
-) -> RunConfig:
-    """The configuration with the format of its passes decided where `amp_dtype` is "auto".
-
-    On a CPU the faster of bfloat16 and float32, by a timing of some convolutions. A run decides once, and keeps
-    its decision in config.yaml. say: called with a line about the timing.
-    """
-    if not config.amp or config.amp_dtype != "auto":
-        return config
-    if device(config.device, local_rank).type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return config.model_copy(update={"amp_dtype": "bfloat16" if has_bfloat16 else "float16"})
-    gain = bfloat16_gain()
-    chosen = "bfloat16" if gain >= MIN_GAIN else "float32"
-    what = "passes in bfloat16" if chosen == "bfloat16" else "training stays in float32"
-    say(f"--amp: {describe_gain(gain)}: {what}")
-    return config.model_copy(update={"amp_dtype": chosen})
-
-
-def describe_gain(gain: float) -> str:
-    """The value of `bfloat16_gain` in words."""
-    return f"on this processor convolutions in bfloat16 run at {gain:.2f}x of float32"
-
-
-@functools.cache
-def bfloat16_gain() -> float:
-    """Rate of convolutions in bfloat16 by that in float32 on this processor, timed once in a process."""
-    seconds = _time_convolutions()
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
-def _time_convolutions() -> dict[torch.dtype, float]:
-    """Seconds of forward and backward in each format: the least of some rounds in which they take turns.
-
-    One thread, timed by its own clock, so that other work of the machine does not count.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        calls = {
-            dtype: [_convolution(dtype, *size) for size in _TIMED] for dtype in (torch.float32, torch.bfloat16)
-        }
-        best = dict.fromkeys(calls, float("inf"))
-        end = time.monotonic() + _SECONDS
-        for number in range(_ROUNDS):
-            if number > 1 and time.monotonic() > end:
-                break
-            for dtype, group in calls.items():
-                start = time.thread_time()
-                for call in group:
-                    call()
-                if number > 0:  # the first warms up
-                    best[dtype] = min(best[dtype], time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return best
-
-
-def _convolution(dtype: torch.dtype, channels: int, side: int) -> Callable[[], object]:
-    """Forward and backward of a 3x3 convolution, channels-last."""
-
-    def values(*shape: int) -> Tensor:
-        some = torch.linspace(-1, 1, shape[0] * channels * shape[2] * shape[3]).view(shape)
-        return some.to(dtype).contiguous(memory_format=torch.channels_last)
-
-    images, weight = values(_IMAGES, channels, side, side), values(channels, channels, 3, 3)
-    setting: tuple[Any, ...] = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-
-    def call() -> None:
-        out = torch.ops.aten.convolution(images, weight, None, *setting)
-        torch.ops.aten.convolution_backward(out, images, weight, None, *setting, [True, True, False])
-
-    return call
+def format_of(place: torch.device) -> str:
+    """Name of the format of the passes on a device where nothing else is known: no timing is made."""
+    if place.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def count_gpus() -> int:

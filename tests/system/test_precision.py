@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import config
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
-from engine.runs import assemble, lifecycle, provenance, teachers
+from engine.runs import assemble, format_probe, lifecycle, provenance, teachers
 from engine.runs.run_directory import RunDir
 from engine.system import precision
 from tests.processes import together
@@ -24,7 +20,6 @@ from tests.runs.test_resume import StopAt, assert_same_run
 
 FAST, SLOW = 1.9, 0.51
 AMP_ON_CPU = {"amp": True, "device": "cpu"}
-bfloat16_gain = precision.bfloat16_gain  # which every test replaces
 
 
 class Listening(StopAt):
@@ -43,11 +38,11 @@ class Listening(StopAt):
 
 
 def set_gain(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(format_probe, "bfloat16_gain", lambda config: gain)
 
 
 def forbid_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: pytest.fail("there is nothing to time"))
+    monkeypatch.setattr(format_probe, "bfloat16_gain", lambda config: pytest.fail("there is nothing to time"))
 
 
 def format_of(run: Path) -> str:
@@ -66,10 +61,10 @@ def format_of(run: Path) -> str:
 @pytest.mark.parametrize(
     ("gain", "dtype", "said"),
     [
-        (FAST, torch.bfloat16, "at 1.90x of float32: passes in bfloat16"),
-        (1.1, torch.bfloat16, "at 1.10x of float32: passes in bfloat16"),
-        (1.09, None, "at 1.09x of float32: training stays in float32"),
-        (SLOW, None, "at 0.51x of float32: training stays in float32"),
+        (FAST, torch.bfloat16, "1.90x of float32 on this processor: bfloat16 is used"),
+        (1.1, torch.bfloat16, "1.10x of float32 on this processor: bfloat16 is used"),
+        (1.09, None, "1.09x of float32 on this processor: float32 is used"),
+        (SLOW, None, "0.51x of float32 on this processor: float32 is used"),
     ],
 )
 def test_the_faster_format_is_taken_on_a_cpu(
@@ -77,9 +72,10 @@ def test_the_faster_format_is_taken_on_a_cpu(
 ) -> None:
     set_gain(monkeypatch, gain)
     lines: list[str] = []
-    settled = precision.resolve_amp(config.load(AMP_ON_CPU), say=lines.append)
-    assert precision.choose(settled).amp_dtype == precision.choose(config.load(AMP_ON_CPU)).amp_dtype == dtype
-    assert lines == [f"--amp: on this processor convolutions in bfloat16 run {said}"]
+    settled = format_probe.resolve_amp(config.load(AMP_ON_CPU), say=lines.append)
+    assert precision.choose(settled).amp_dtype == dtype
+    assert precision.choose(config.load(AMP_ON_CPU)).amp_dtype is None, "nothing is timed there"
+    assert lines == [f"--amp: bfloat16 is {said}"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +93,7 @@ def test_nothing_is_timed_where_nothing_is_to_be_decided(
 ) -> None:
     forbid_timing(monkeypatch)
     complete = config.load({"device": "cpu", **keys})
-    assert precision.resolve_amp(complete) == complete
+    assert format_probe.resolve_amp(complete) == complete
     assert precision.choose(complete).amp_dtype == dtype
 
 
@@ -108,94 +104,11 @@ def test_a_gpu_is_asked_and_not_timed(
     forbid_timing(monkeypatch)
     monkeypatch.setattr(precision, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    settled = precision.resolve_amp(config.load({"amp": True}))
+    settled = format_probe.resolve_amp(config.load({"amp": True}))
     assert settled.amp_dtype == str(dtype).removeprefix("torch.")
     assert precision.choose(settled) == precision.Precision(
         torch.device("cuda", 0), torch.float32, dtype, f"--amp: passes in {settled.amp_dtype}, as the run began"
     )
-
-
-# ---------------------------------------------------------------- the timing
-
-
-def test_the_least_of_rounds_in_turn_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of its own: the first round warms up, and a disturbed round does not count."""
-    now, order = 0.0, []
-    seconds = {
-        torch.float32: iter([9.0, 2.0, 3.0, 2.5] + [5.0] * 9),
-        torch.bfloat16: iter([0.1, 7.0, 4.0, 8.0] + [5.0] * 9),
-    }
-
-    def convolution(dtype: torch.dtype, channels: int, side: int) -> Any:
-        def call() -> None:
-            nonlocal now
-            if (channels, side) == (64, 32):
-                order.append(dtype)
-                now += next(seconds[dtype])
-
-        return call
-
-    monkeypatch.setattr(precision, "_convolution", convolution)
-    monkeypatch.setattr(time, "thread_time", lambda: now)
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    measured = precision._time_convolutions()
-    assert measured == pytest.approx({torch.float32: 2.0, torch.bfloat16: 4.0})
-    assert order == [torch.float32, torch.bfloat16] * 8
-
-    once, given = functools.cache(bfloat16_gain.__wrapped__), iter([2.0])
-    measure = lambda: {torch.float32: next(given), torch.bfloat16: 4.0}  # noqa: E731
-    monkeypatch.setattr(precision, "_time_convolutions", measure)
-    assert (once(), once()) == (0.5, 0.5), "it is timed once, and is the ratio of the rates"
-
-
-def test_a_slow_processor_is_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round after the warming one at least, and none begins after half a second."""
-    now, calls = 0.0, 0
-
-    def convolution(dtype: torch.dtype, channels: int, side: int) -> Any:
-        def call() -> None:
-            nonlocal now, calls
-            now, calls = now + 1.0, calls + 1
-
-        return call
-
-    monkeypatch.setattr(precision, "_convolution", convolution)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    measured = precision._time_convolutions()
-    assert calls == 2 * 2 * 2  # rounds, formats, convolutions
-    assert all(math.isfinite(value) for value in measured.values())
-
-
-class Convolutions(TorchDispatchMode):
-    """Notes name, dtype and layout of the convolutions that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, torch.dtype, bool]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "convolution" in func.name():
-            of = args[0]
-            self.seen.append((func.name(), of.dtype, of.is_contiguous(memory_format=torch.channels_last)))
-        return func(*args, **(kwargs or {}))
-
-
-def test_what_is_timed_is_a_convolution_in_that_format_and_leaves_no_trace() -> None:
-    before = torch.get_num_threads()
-    with Convolutions() as ran:
-        precision._convolution(torch.bfloat16, 4, 8)()
-    assert ran.seen == [
-        ("aten::convolution", torch.bfloat16, True),
-        ("aten::convolution_backward", torch.bfloat16, True),
-    ]
-    torch.set_num_threads(2)
-    try:
-        seconds = precision._time_convolutions()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert seconds.keys() == {torch.float32, torch.bfloat16}
-    assert all(0 < value < math.inf for value in seconds.values())
 
 
 # ---------------------------------------------------------------- a run keeps it
@@ -291,7 +204,7 @@ def test_a_finished_configuration_is_taken_as_it_is(
 
 def train_by(world: Any, keys: dict[str, Any], gains: list[float]) -> None:
     """Each process measures something else, as on different machines."""
-    precision.bfloat16_gain = lambda: gains[world.rank]  # type: ignore[assignment]
+    format_probe.bfloat16_gain = lambda config: gains[world.rank]
     result = lifecycle.train(keys, Reporter(), world=world)
     complete = RunDir.existing(result.path)[1]
     world.check_same("the format", str(precision.choose(complete).amp_dtype))
