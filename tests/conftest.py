@@ -22,7 +22,7 @@ from engine.pipelines.datasets import DATASETS
 from engine.plugins import imports
 from engine.plugins.loggers import LOGGERS
 from engine.plugins.origins import REGISTERED
-from engine.runs import checkpoints
+from engine.runs import checkpoints, format_probe
 from engine.system import precision
 from tests.fake_cuda import cuda_library as cuda_library
 from tests.fake_cuda import fake_cuda as fake_cuda
@@ -58,7 +58,8 @@ def no_name_stays_registered() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """--amp chooses the same on every processor that runs the tests."""
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: 2.0)
+    gains = {"float32": 1.0, "winograd": 1.0, "bfloat16": 2.0}
+    monkeypatch.setattr(format_probe, "gains_of", lambda config: gains)
 
 
 @pytest.fixture(scope="session")

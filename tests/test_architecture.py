@@ -114,7 +114,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "runs",
         "runs from beginning to end",
         (
-            ("run_directory", "checkpoints", "metrics_writer", "resuming"),
+            ("run_directory", "checkpoints", "metrics_writer", "resuming", "format_probe"),
             ("plots", "html_report", "session"),
             ("teachers",),
             ("provenance",),

@@ -40,16 +40,19 @@ def examine() -> list[Finding]:
     import torch
     import torch.distributed as dist
 
+    from engine.config import RunConfig
     from engine.evaluation.measure import check_names
     from engine.kernels import dispatch
     from engine.pipelines import dali, ffcv
     from engine.pipelines.datasets import cache_dir
+    from engine.runs import format_probe
     from engine.system import environment, precision
     from engine.training.optimizer import check_apex
 
     has_gpu, usable = precision.count_gpus() > 0, len(os.sched_getaffinity(0))
     given = [os.environ["ENGINE_DATA"]] if "ENGINE_DATA" in os.environ else []
-    gain = precision.bfloat16_gain()
+    usual = RunConfig()
+    gains = format_probe.gains_of(usual)
     return [
         Finding("Python", True, platform.python_version()),
         Finding("torch", True, torch.__version__),
@@ -60,9 +63,8 @@ def examine() -> list[Finding]:
         ),
         Finding(
             "bfloat16 on the CPU",
-            gain >= precision.MIN_GAIN,
-            f"convolutions at {gain:.2f}x of float32: "
-            + ("--amp is faster" if gain >= precision.MIN_GAIN else "--amp gains nothing, and stays in float32"),
+            format_probe.faster(gains) == "bfloat16",
+            f"{format_probe.describe_gain(gains)} by --amp, measured with {usual.model}",
         ),
         *_gpus(),
         Finding("gloo", dist.is_available() and dist.is_gloo_available(), "between CPUs: --procs"),

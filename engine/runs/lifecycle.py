@@ -33,7 +33,7 @@ from engine.pipelines.datasets import AnyDataset
 from engine.plugins import imports, loggers
 from engine.plugins.loggers import Loggers, RowFunction
 from engine.plugins.objects import Model, Objects
-from engine.runs import checkpoints, provenance, resuming
+from engine.runs import checkpoints, format_probe, provenance, resuming
 from engine.runs.assemble import assemble, check_extra_labels, method_of
 from engine.runs.checkpoints import Progress
 from engine.runs.metrics_writer import MetricsWriter
@@ -115,7 +115,7 @@ def begin(
     if config.batch_size % processes:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {processes} processes")
     found = RunDir.find(config) if again else None
-    return found or RunDir.create(precision.resolve_winograd(precision.resolve_amp(config, say=say), say=say))
+    return found or RunDir.create(format_probe.resolve(config, say=say))
 
 
 def resume(
@@ -163,7 +163,7 @@ def _resume(
         return RunResult(run.path, summary)
     if config.amp and config.amp_dtype == "auto":  # config.yaml is older than the key
         kept = world.broadcast_from_main(
-            lambda: provenance.amp_dtype(run) or precision.resolve_amp(config).amp_dtype
+            lambda: provenance.amp_dtype(run) or format_probe.resolve(config).amp_dtype
         )
         config = config.model_copy(update={"amp_dtype": kept})
     with graceful_stop(console.message, launched=is_launched()) as stop:

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.common.lookup import is_on, look_up
 from engine.config import RunConfig
-from engine.kernels import conv3x3, dispatch
 from engine.models.layers import use_winograd
 
-# Least gain on a CPU of bfloat16 over float32, and of Winograd's algorithm over torch's convolutions: an equal
-# speed does not justify their rounding.
-MIN_GAIN = 1.1
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Convolutions that are timed, 3x3 on a few images: channels, and height and width of their maps, as in a ResNet.
-_TIMED = ((64, 32), (256, 8))
-_IMAGES, _ROUNDS, _SECONDS = 4, 8, 0.5
-_WINOGRAD_IMAGES = 32  # by Winograd's algorithm the weights are transformed once for all images
-
-Timed = TypeVar("Timed")
 
 
 @dataclass(frozen=True)
@@ -104,137 +92,26 @@ class Precision:
 
 
 def choose(config: RunConfig, local_rank: int = 0) -> Precision:
-    """Device and precision of a configuration: of `amp_dtype` where it says one, else by `resolve_amp`.
+    """Device and precision of a configuration: of `amp_dtype` where it says one, else by `format_of`.
 
     local_rank: "cuda" is the GPU of that number. Raises ValueError for a device that is not there.
     """
     place = device(config.device, local_rank)
     dtype = look_up("dtype", config.dtype, {"float32": torch.float32, "float64": torch.float64})
-    config = resolve_winograd(resolve_amp(config, local_rank), local_rank)
-    winograd = is_on("winograd", config.winograd)
+    winograd = is_on("winograd", config.winograd, auto=False)
     if not config.amp:
         return Precision(place, dtype, winograd=winograd)
-    amp_dtype = look_up("amp_dtype", config.amp_dtype, AMP_DTYPES)
-    kept = "training stays in float32" if amp_dtype is None else f"passes in {config.amp_dtype}"
+    named = format_of(place) if config.amp_dtype == "auto" else config.amp_dtype
+    amp_dtype = look_up("amp_dtype", named, AMP_DTYPES)
+    kept = "training stays in float32" if amp_dtype is None else f"passes in {named}"
     return Precision(place, dtype, amp_dtype, f"--amp: {kept}, as the run began", winograd)
 
 
-def resolve_amp(
-    config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None
-) -> RunConfig:
-    """The configuration with the format of its passes decided where `amp_dtype` is "auto".
-
-    On a CPU the faster of bfloat16 and float32, by a timing of some convolutions. A run decides once, and keeps
-    its decision in config.yaml. say: called with a line about the timing, and about float16 on a CPU.
-    """
-    if config.amp and config.amp_dtype == "float16" and device(config.device, local_rank).type == "cpu":
-        say(
-            "--amp-dtype float16: taken on this CPU as it is asked for, and not timed; `auto` never takes it there"
-        )
-    if not config.amp or config.amp_dtype != "auto":
-        return config
-    if device(config.device, local_rank).type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return config.model_copy(update={"amp_dtype": "bfloat16" if has_bfloat16 else "float16"})
-    gain = bfloat16_gain()
-    chosen = "bfloat16" if gain >= MIN_GAIN else "float32"
-    what = "passes in bfloat16" if chosen == "bfloat16" else "training stays in float32"
-    say(f"--amp: {describe_gain(gain)}: {what}")
-    return config.model_copy(update={"amp_dtype": chosen})
-
-
-def resolve_winograd(
-    config: RunConfig, local_rank: int = 0, say: Callable[[str], None] = lambda line: None
-) -> RunConfig:
-    """The configuration with the algorithm of 3x3 convolutions decided where `winograd` is "auto".
-
-    On a CPU, for passes in float32, by a timing. A run decides once, and keeps its decision in config.yaml.
-    config: its `amp_dtype` is decided. say: called with a line about the timing.
-    """
-    if config.winograd != "auto":
-        return config
-    place = device(config.device, local_rank)
-    in_float32 = config.dtype == "float32" and (not config.amp or config.amp_dtype == "float32")
-    if not in_float32 or dispatch.choose("conv3x3", place) != "native":
-        return config.model_copy(update={"winograd": "off"})
-    gain = winograd_gain()
-    chosen = "on" if gain >= MIN_GAIN else "off"
-    say(f"--winograd: on this processor 3x3 convolutions run at {gain:.2f}x of torch's: {chosen}")
-    return config.model_copy(update={"winograd": chosen})
-
-
-def describe_gain(gain: float) -> str:
-    """The value of `bfloat16_gain` in words."""
-    return f"on this processor convolutions in bfloat16 run at {gain:.2f}x of float32"
-
-
-@functools.cache
-def bfloat16_gain() -> float:
-    """Rate of convolutions in bfloat16 by that in float32 on this processor, timed once in a process."""
-    seconds = _time_convolutions()
-    return seconds[torch.float32] / seconds[torch.bfloat16]
-
-
-@functools.cache
-def winograd_gain() -> float:
-    """Rate of `engine.kernels.conv3x3` by that of torch's convolution on this processor, timed once in a process."""
-    calls: dict[bool, list[Callable[[], object]]] = {True: [], False: []}
-    for size in _TIMED:
-        given = _images_and_weight(torch.float32, _WINOGRAD_IMAGES, *size)
-        calls[True].append(functools.partial(conv3x3, *given))
-        calls[False].append(functools.partial(nn.functional.conv2d, *given, padding=1))
-    seconds = _least_seconds(calls)
-    return seconds[False] / seconds[True]
-
-
-def _time_convolutions() -> dict[torch.dtype, float]:
-    """Seconds of forward and backward in each format."""
-    dtypes = (torch.float32, torch.bfloat16)
-    return _least_seconds({dtype: [_convolution(dtype, *size) for size in _TIMED] for dtype in dtypes})
-
-
-def _least_seconds(calls: Mapping[Timed, Sequence[Callable[[], object]]]) -> dict[Timed, float]:
-    """Seconds of each group of calls: the least of some rounds in which the groups take turns.
-
-    One thread, timed by its own clock, so that other work of the machine does not count.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = dict.fromkeys(calls, float("inf"))
-        end = time.monotonic() + _SECONDS
-        for number in range(_ROUNDS):
-            if number > 1 and time.monotonic() > end:
-                break
-            for name, group in calls.items():
-                start = time.thread_time()
-                for call in group:
-                    call()
-                if number > 0:  # the first warms up
-                    best[name] = min(best[name], time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return best
-
-
-def _convolution(dtype: torch.dtype, channels: int, side: int) -> Callable[[], object]:
-    """Forward and backward of a 3x3 convolution, channels-last."""
-    images, weight = _images_and_weight(dtype, _IMAGES, channels, side)
-    setting: tuple[Any, ...] = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-
-    def call() -> None:
-        out = torch.ops.aten.convolution(images, weight, None, *setting)
-        torch.ops.aten.convolution_backward(out, images, weight, None, *setting, [True, True, False])
-
-    return call
-
-
-def _images_and_weight(dtype: torch.dtype, images: int, channels: int, side: int) -> tuple[Tensor, Tensor]:
-    def values(*shape: int) -> Tensor:
-        some = torch.linspace(-1, 1, shape[0] * channels * shape[2] * shape[3]).view(shape)
-        return some.to(dtype).contiguous(memory_format=torch.channels_last)
-
-    return values(images, channels, side, side), values(channels, channels, 3, 3)
+def format_of(place: torch.device) -> str:
+    """Name of the format of the passes on a device where nothing else is known: no timing is made."""
+    if place.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def count_gpus() -> int:

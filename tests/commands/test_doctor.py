@@ -14,7 +14,7 @@ import torch
 
 from engine.commands import doctor
 from engine.kernels import native
-from engine.system import precision
+from engine.runs import format_probe
 
 
 def found() -> dict[str, doctor.Finding]:
@@ -36,14 +36,24 @@ def test_what_is_there_is_told_with_its_version() -> None:
 @pytest.mark.parametrize(
     ("gain", "is_there", "detail"),
     [
-        (1.9, True, "convolutions at 1.90x of float32: --amp is faster"),
-        (0.51, False, "convolutions at 0.51x of float32: --amp gains nothing, and stays in float32"),
+        (
+            1.9,
+            True,
+            "bfloat16 is 1.90x of float32 on this processor: bfloat16 is used by --amp, measured with resnet18",
+        ),
+        (
+            0.51,
+            False,
+            "bfloat16 is 0.51x of float32 on this processor: float32 is used by --amp, measured with resnet18",
+        ),
     ],
 )
 def test_amp_is_recommended_where_it_is_faster(
     gain: float, is_there: bool, detail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(
+        format_probe, "gains_of", lambda config: {"float32": 1.0, "winograd": 1.0, "bfloat16": gain}
+    )
     assert found()["bfloat16 on the CPU"] == doctor.Finding("bfloat16 on the CPU", is_there, detail)
 
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import config
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
-from engine.runs import assemble, lifecycle, provenance, teachers
+from engine.runs import assemble, format_probe, lifecycle, provenance, teachers
 from engine.runs.run_directory import RunDir
 from engine.system import precision
 from tests.processes import together
 from tests.runs.test_resume import StopAt, assert_same_run
 
 FAST, SLOW = 1.9, 0.51
-AMP_ON_CPU = {"amp": True, "device": "cpu"}
-bfloat16_gain = precision.bfloat16_gain  # which every test replaces
+ON_CPU = {"device": "cpu", "winograd": "off"}
+AMP_ON_CPU = {**ON_CPU, "amp": True}
+
+
+def gains(bfloat16: float, winograd: float = 1.0) -> dict[str, float]:
+    return {"float32": 1.0, "winograd": winograd, "bfloat16": bfloat16}
 
 
 class Listening(StopAt):
@@ -44,11 +44,11 @@ class Listening(StopAt):
 
 
 def set_gain(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(format_probe, "gains_of", lambda config: gains(gain))
 
 
 def forbid_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_gain", lambda: pytest.fail("there is nothing to time"))
+    monkeypatch.setattr(format_probe, "gains_of", lambda config: pytest.fail("there is nothing to time"))
 
 
 def format_of(run: Path) -> str:
@@ -67,10 +67,10 @@ def format_of(run: Path) -> str:
 @pytest.mark.parametrize(
     ("gain", "dtype", "said"),
     [
-        (FAST, torch.bfloat16, "at 1.90x of float32: passes in bfloat16"),
-        (1.1, torch.bfloat16, "at 1.10x of float32: passes in bfloat16"),
-        (1.09, None, "at 1.09x of float32: training stays in float32"),
-        (SLOW, None, "at 0.51x of float32: training stays in float32"),
+        (FAST, torch.bfloat16, "1.90x of float32 on this processor: bfloat16 is used"),
+        (1.1, torch.bfloat16, "1.10x of float32 on this processor: bfloat16 is used"),
+        (1.09, None, "1.09x of float32 on this processor: float32 is used"),
+        (SLOW, None, "0.51x of float32 on this processor: float32 is used"),
     ],
 )
 def test_the_faster_format_is_taken_on_a_cpu(
@@ -78,9 +78,10 @@ def test_the_faster_format_is_taken_on_a_cpu(
 ) -> None:
     set_gain(monkeypatch, gain)
     lines: list[str] = []
-    settled = precision.resolve_amp(config.load(AMP_ON_CPU), say=lines.append)
-    assert precision.choose(settled).amp_dtype == precision.choose(config.load(AMP_ON_CPU)).amp_dtype == dtype
-    assert lines == [f"--amp: on this processor convolutions in bfloat16 run {said}"]
+    settled = format_probe.resolve(config.load(AMP_ON_CPU), say=lines.append)
+    assert precision.choose(settled).amp_dtype == dtype
+    assert precision.choose(config.load(AMP_ON_CPU)).amp_dtype is None, "nothing is timed there"
+    assert lines == [f"--amp: bfloat16 is {said}"]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_nothing_is_timed_where_nothing_is_to_be_decided(
     keys: dict[str, Any], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_timing(monkeypatch)
-    complete = config.load({"device": "cpu", **keys})
-    assert precision.resolve_amp(complete) == complete
+    complete = config.load({**ON_CPU, **keys})
+    assert format_probe.resolve(complete) == complete
     assert precision.choose(complete).amp_dtype == dtype
 
 
@@ -109,94 +110,11 @@ def test_a_gpu_is_asked_and_not_timed(
     forbid_timing(monkeypatch)
     monkeypatch.setattr(precision, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    settled = precision.resolve_amp(config.load({"amp": True}))
+    settled = format_probe.resolve(config.load({"amp": True}))
     assert settled.amp_dtype == str(dtype).removeprefix("torch.")
     assert precision.choose(settled) == precision.Precision(
         torch.device("cuda", 0), torch.float32, dtype, f"--amp: passes in {settled.amp_dtype}, as the run began"
     )
-
-
-# ---------------------------------------------------------------- the timing
-
-
-def test_the_least_of_rounds_in_turn_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of its own: the first round warms up, and a disturbed round does not count."""
-    now, order = 0.0, []
-    seconds = {
-        torch.float32: iter([9.0, 2.0, 3.0, 2.5] + [5.0] * 9),
-        torch.bfloat16: iter([0.1, 7.0, 4.0, 8.0] + [5.0] * 9),
-    }
-
-    def convolution(dtype: torch.dtype, channels: int, side: int) -> Any:
-        def call() -> None:
-            nonlocal now
-            if (channels, side) == (64, 32):
-                order.append(dtype)
-                now += next(seconds[dtype])
-
-        return call
-
-    monkeypatch.setattr(precision, "_convolution", convolution)
-    monkeypatch.setattr(time, "thread_time", lambda: now)
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    measured = precision._time_convolutions()
-    assert measured == pytest.approx({torch.float32: 2.0, torch.bfloat16: 4.0})
-    assert order == [torch.float32, torch.bfloat16] * 8
-
-    once, given = functools.cache(bfloat16_gain.__wrapped__), iter([2.0])
-    measure = lambda: {torch.float32: next(given), torch.bfloat16: 4.0}  # noqa: E731
-    monkeypatch.setattr(precision, "_time_convolutions", measure)
-    assert (once(), once()) == (0.5, 0.5), "it is timed once, and is the ratio of the rates"
-
-
-def test_a_slow_processor_is_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round after the warming one at least, and none begins after half a second."""
-    now, calls = 0.0, 0
-
-    def convolution(dtype: torch.dtype, channels: int, side: int) -> Any:
-        def call() -> None:
-            nonlocal now, calls
-            now, calls = now + 1.0, calls + 1
-
-        return call
-
-    monkeypatch.setattr(precision, "_convolution", convolution)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    measured = precision._time_convolutions()
-    assert calls == 2 * 2 * 2  # rounds, formats, convolutions
-    assert all(math.isfinite(value) for value in measured.values())
-
-
-class Convolutions(TorchDispatchMode):
-    """Notes name, dtype and layout of the convolutions that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[tuple[str, torch.dtype, bool]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "convolution" in func.name():
-            of = args[0]
-            self.seen.append((func.name(), of.dtype, of.is_contiguous(memory_format=torch.channels_last)))
-        return func(*args, **(kwargs or {}))
-
-
-def test_what_is_timed_is_a_convolution_in_that_format_and_leaves_no_trace() -> None:
-    before = torch.get_num_threads()
-    with Convolutions() as ran:
-        precision._convolution(torch.bfloat16, 4, 8)()
-    assert ran.seen == [
-        ("aten::convolution", torch.bfloat16, True),
-        ("aten::convolution_backward", torch.bfloat16, True),
-    ]
-    torch.set_num_threads(2)
-    try:
-        seconds = precision._time_convolutions()
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert seconds.keys() == {torch.float32, torch.bfloat16}
-    assert all(0 < value < math.inf for value in seconds.values())
 
 
 # ---------------------------------------------------------------- a run keeps it
@@ -290,9 +208,9 @@ def test_a_finished_configuration_is_taken_as_it_is(
 # ---------------------------------------------------------------- processes
 
 
-def train_by(world: Any, keys: dict[str, Any], gains: list[float]) -> None:
+def train_by(world: Any, keys: dict[str, Any], of_processes: list[float]) -> None:
     """Each process measures something else, as on different machines."""
-    precision.bfloat16_gain = lambda: gains[world.rank]  # type: ignore[assignment]
+    format_probe.gains_of = lambda config: gains(of_processes[world.rank])
     result = lifecycle.train(keys, Reporter(), world=world)
     complete = RunDir.existing(result.path)[1]
     world.check_same("the format", str(precision.choose(complete).amp_dtype))
@@ -414,7 +332,7 @@ def test_epochs_are_compared_in_the_precision_of_the_passes(
 def test_float16_on_a_cpu_is_taken_and_told_of() -> None:
     lines: list[str] = []
     given = config.load({**AMP_ON_CPU, "amp_dtype": "float16"})
-    assert precision.resolve_amp(given, say=lines.append) == given
+    assert format_probe.resolve(given, say=lines.append) == given
     assert [line.partition(":")[0] for line in lines] == ["--amp-dtype float16"]
-    precision.resolve_amp(config.load({"device": "cpu", "amp_dtype": "float16"}), say=lines.append)
+    format_probe.resolve(config.load({**ON_CPU, "amp_dtype": "float16"}), say=lines.append)
     assert len(lines) == 1, "without --amp nothing runs in it"
