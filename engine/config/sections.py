@@ -669,9 +669,8 @@ class RunConfig(Section):
     fast: Annotated[
         bool,
         runtime(
-            "on a GPU cuDNN times its plans and takes the fastest, whose sums may have no fixed order, and "
-            "products in float32 are TF32 in the training's passes: the same seed no longer gives the same bits; "
-            "nothing on a CPU",
+            "on a GPU cuDNN times its plans once and keeps the fastest, whose sums may have no fixed order, and "
+            "without AMP products are TF32: the same seed no longer gives the same bits; nothing on a CPU",
             flag="--fast/--no-fast",
             group="speed",
         ),

@@ -51,6 +51,7 @@ Attacks = Iterable[AttackLike] | Mapping[str, AttackFunction]
 
 
 # many parameters: the public door, where each keyword is one choice of a measurement
+# long: its docstring tells of every keyword
 def evaluate(
     model: nn.Module,
     data: Data,

@@ -156,7 +156,7 @@ def is_fast(config: RunConfig, place: torch.device) -> bool:
 
 
 def describe_fast(device: torch.device) -> str:
-    """What `fast` does on a device, in words."""
+    """Effect of `fast` on a device, in words."""
     if device.type != "cuda":
         return "--fast: nothing on a CPU; the same seed gives the same bits"
     return "--fast: cuDNN times its plans once and keeps the fastest; the same seed does not give the same bits"

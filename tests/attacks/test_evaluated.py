@@ -154,7 +154,7 @@ class Decides(Plain):
 
 
 class HoldsALock(Plain):
-    """Which cannot be copied."""
+    """A network that cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__(nn.BatchNorm2d(4))
