@@ -18,6 +18,8 @@ struct InstructionSet {
     void (*pgd_update)(const UpdateArguments&);
     int (*crop_flip)(const CropArguments&);
     void (*random_start)(const StartArguments&);
+    int (*batch_norm)(const NormArguments&);
+    int (*batch_norm_backward)(const NormGradientArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -35,11 +37,12 @@ bool has_generic() { return true; }
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
     {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::random_start},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start},
+     avx512::random_start, avx512::batch_norm, avx512::batch_norm_backward},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start,
+     avx2::batch_norm, avx2::batch_norm_backward},
 #endif
     {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::random_start},
+     generic::random_start, generic::batch_norm, generic::batch_norm_backward},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -72,7 +75,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 5; }
+int engine_interface() { return 6; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -115,6 +118,24 @@ int engine_cpu_random_start(
     float epsilon, uint64_t seed, uint32_t counter) {
     chosen->random_start({noise, sample, batch, channels, pixels, channels_last != 0, epsilon, seed, counter});
     return OK;
+}
+
+int engine_cpu_batch_norm(
+    const void* x, const void* residual, const float* weight, const float* bias, float* running_mean,
+    float* running_var, void* y, float* statistics, int dtype, int64_t rows, int64_t channels, double momentum,
+    double eps, int relu) {
+    return chosen->batch_norm(
+        {x, residual, weight, bias, running_mean, running_var, y, statistics, dtype, rows, channels, momentum,
+         eps, relu != 0});
+}
+
+int engine_cpu_batch_norm_backward(
+    const void* grad, const void* x, const void* y, const float* weight, const float* bias,
+    const float* statistics, void* grad_x, void* grad_residual, float* grad_parameters, int dtype, int64_t rows,
+    int64_t channels, int relu) {
+    return chosen->batch_norm_backward(
+        {grad, x, y, weight, bias, statistics, grad_x, grad_residual, grad_parameters, dtype, rows, channels,
+         relu != 0});
 }
 
 }  // extern "C"
