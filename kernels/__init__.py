@@ -1,5 +1,6 @@
 """The ops of a training step. Imports torch, triton where one of its kernels runs, and nothing else of engine."""
 
+from engine.kernels.batch_norm import batch_norm
 from engine.kernels.contract import DistillLoss, Term
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
@@ -7,4 +8,4 @@ from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
 from engine.kernels.reference import trust
 
-__all__ = ["DistillLoss", "Term", "crop_flip", "distill_loss", "pgd_update", "random_start", "trust"]
+__all__ = ["DistillLoss", "Term", "batch_norm", "crop_flip", "distill_loss", "pgd_update", "random_start", "trust"]
