@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, reference
 from engine.kernels.contract import check_device
@@ -42,8 +41,8 @@ def batch_norm(
     variance of the batch is the unbiased one.
 
     x: (B, C, H, W), or what torch's function takes. weight, bias, running_mean, running_var: (C,). residual: as x.
-    Fused: x and residual of one format in channels_last, the rest float32. Half precision is rounded once, at
-    the end. Whether the ReLU let a value through is told by y where there is a residual, and is else computed again.
+    Fused: x and residual of one format in channels_last, the rest float32. Half precision is rounded once, at the
+    end. What the ReLU let through is told by y where there is a residual, and is else computed again.
 
     Raises ValueError for a single value of each channel, for a residual of another shape, and for one running
     statistic without the other.
@@ -54,10 +53,12 @@ def batch_norm(
         raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: one is given without the other")
-    check_device(x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, residual=residual)
+    check_device(
+        x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, residual=residual
+    )
     fused = _is_fused(x, weight, bias, running_mean, running_var, residual)
     implementation = dispatch.choose("batch_norm", x.device, fused=fused)
-    arguments = (x, weight, bias, running_mean, running_var, residual, momentum, eps, relu)
+    arguments = (x, weight, bias, running_mean, running_var, residual, float(momentum), float(eps), relu)
     if implementation == "reference":
         return reference.batch_norm(*arguments)
     y: Tensor = _Fused.apply(*arguments)
@@ -102,10 +103,8 @@ def _forward(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     serve = dispatch.fused(dispatch.choose("batch_norm", x.device), "batch_norm", "batch_norm")
-    y, statistics_2C = serve(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu)
-    if running_mean is not None and running_var is not None:
-        increment_version((running_mean, running_var))
-    return y, statistics_2C
+    found: tuple[Tensor, Tensor] = serve(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu)
+    return found
 
 
 def _backward(
@@ -157,7 +156,9 @@ class _Fused(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, grad_residual, None, None, None
 
 
-def _differentiable(ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], y: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiable(
+    ctx: Any, grad: Tensor, inputs: tuple[Tensor, ...], y: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients as torch's own functions of grad and the inputs, for a derivative of them."""
     x, weight, bias = inputs
     out = reference.batch_norm(x, weight, bias, None, None, None, 0.0, ctx.eps, False)

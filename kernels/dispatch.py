@@ -1,8 +1,9 @@
 """Choice of the implementation that serves an op: made here and nowhere else.
 
-`ENGINE_KERNELS` says which to prefer: auto (the default), native, triton or reference, and after it, if asked for, of
-single ops: "auto,batch_norm=reference". Where an op has no such implementation for a device or a dtype, the next one of its row in `SERVED_BY` serves; where it has one that is
-not installed, the call is refused.
+`ENGINE_KERNELS` says which to prefer: auto (the default), native, triton or reference, and after it, where asked
+for, another for single ops, as in "auto,batch_norm=reference". Where an op has no such implementation for a device
+or a dtype, the next one of its row in `SERVED_BY` serves; where it has one that is not installed, the call is
+refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from engine.kernels import native
 from engine.kernels.contract import look_up
 
-# By op and type of device, the fastest first. For CUDA the native library has no distill_loss, random_start and batch_norm.
+# By op and type of device, the fastest first. For CUDA the native library has but pgd_update and crop_flip.
 SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "distill_loss": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
@@ -104,14 +105,14 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def preference(op: str | None = None) -> str:
-    """What ENGINE_KERNELS prefers for an op, or for those that it does not name. Raises ValueError for unknown names."""
+    """What ENGINE_KERNELS prefers for an op, or for those not named in it. Raises ValueError for unknown names."""
     general, by_op = _preferences(os.environ.get("ENGINE_KERNELS", "auto"))
     return general if op is None else by_op.get(op, general)
 
 
 @functools.cache
 def _preferences(text: str) -> tuple[str, dict[str, str]]:
-    """The value of ENGINE_KERNELS: an implementation, and then others of single ops, as "auto,pgd_update=reference"."""
+    """The value of ENGINE_KERNELS in parts: the general implementation, and those of single ops."""
     general, *named = text.split(",")
     by_op = {}
     for one in named:

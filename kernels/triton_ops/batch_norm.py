@@ -1,7 +1,7 @@
 """`batch_norm` as Triton kernels: forward and backward each one pass of sums, and one that joins and uses them.
 
-A map is read as rows of all channels. Programs of the first pass write sums of their own rows, and each program of the
-second joins all sums of its channels in one order, without atomics: the bits depend on nothing but the shape.
+A map is read as rows of all channels. Programs of the first pass write sums of their own rows, and each program of
+the second joins all sums of its channels in one order, without atomics: the bits depend on nothing but the shape.
 Shape suffixes: R rows, C channels, P parts.
 """
 
@@ -33,7 +33,7 @@ class _Grid(NamedTuple):
 
     @property
     def parts(self) -> int:
-        return triton.cdiv(self.rows, self.summed)
+        return -(-self.rows // self.summed)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -137,7 +137,9 @@ def _load(pointer, offset, inside):
 @triton.jit
 def _normalised(x, mean, scale, bias):
     # Forward and backward must round alike: so fma by name, and not where the compiler sees fit.
-    return tl.fma(x - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape))
+    return tl.fma(
+        x - mean[None, :], tl.broadcast_to(scale[None, :], x.shape), tl.broadcast_to(bias[None, :], x.shape)
+    )
 
 
 @triton.jit
@@ -244,7 +246,7 @@ def _sums(
     grad_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, statistics_ptr, grad_residual_ptr, parts_ptr, rows, summed,
     CHANNELS: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g (x - mean) over a part's rows, g what the ReLU lets through, which is written if y tells it."""
+    """Sums of g and g (x - mean) over a part's rows, g what the ReLU lets through; written where y tells it."""
     c, there = _channels(CHANNELS, BLOCK_C)
     mean = _load(statistics_ptr, c, there)
     scale = _load(statistics_ptr + CHANNELS, c, there) * _load(weight_ptr, c, there)
