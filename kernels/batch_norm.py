@@ -20,6 +20,8 @@ _FUSED = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
+_FEW = 1024  # rows, of which a compiler for a GPU makes one kernel itself
+
 
 # many parameters: those of torch's function, and what follows it
 def batch_norm(
@@ -78,7 +80,7 @@ def _is_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Te
         ):
             return False
     if torch.compiler.is_compiling():
-        return True
+        return x.device.type == "cpu" or x.numel() > _FEW * x.shape[1]
     # Transforms, forward derivatives and tensors without memory are torch's.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return type(x) is Tensor and not transformed
