@@ -170,11 +170,12 @@ def _statistics(
     x_ptr, parts_ptr, rows, summed,
     CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a part's rows, by deviations from its first row."""
+    """Mean and sum of squared deviations of a part's rows, by deviations from the mean of its first tile."""
     c, there = _channels(CHANNELS, BLOCK_C)
     first = tl.program_id(0).to(tl.int64) * summed
     last = tl.minimum(first + summed, rows)
-    pivot = _load(x_ptr, first * CHANNELS + c, there)
+    offset, inside = _tile(first, last, c, CHANNELS, BLOCK_R, BLOCK_C)
+    pivot = tl.sum(_load(x_ptr, offset, inside), 0) / tl.minimum(last - first, BLOCK_R).to(tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for row in range(first, last, BLOCK_R):
@@ -205,7 +206,7 @@ def _joined(parts_ptr, rows, parts, summed, c, there, CHANNELS: tl.constexpr, BL
     return mean, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _apply(
     x_ptr, residual_ptr, y_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, parts_ptr, statistics_ptr,
     rows, parts, summed, applied, momentum, eps,
@@ -268,7 +269,7 @@ def _sums(
     _store_part(parts_ptr, tl.sum(total, 0), tl.sum(products, 0), c, there, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _gradient(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, statistics_ptr, parts_ptr, grad_x_ptr, grad_parameters_ptr,
     rows, parts, applied,
