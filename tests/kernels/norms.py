@@ -67,10 +67,10 @@ def arguments(case: NormCase, device: str = "cpu") -> dict[str, Tensor]:
 
 def outputs(given: dict[str, Tensor], case: NormCase) -> dict[str, Tensor]:
     """Results of a call by whatever serves, and all of its gradients."""
-    asking = {name: given[name].detach().requires_grad_() for name in ("x", "weight", "bias")}
+    asking: dict[str, Any] = {name: given[name].detach().requires_grad_() for name in ("x", "weight", "bias")}
     if case.residual:
         asking["residual"] = given["residual"].detach().requires_grad_()
-    running = {name: given[name].clone() for name in ("running_mean", "running_var")}
+    running: dict[str, Any] = {name: given[name].clone() for name in ("running_mean", "running_var")}
     rest: dict[str, Any] = {"relu": case.relu, "momentum": MOMENTUM, "eps": EPS}
     y = batch_norm(**asking, **running, **rest)
     gradients = torch.autograd.grad(y, list(asking.values()), given["grad"])

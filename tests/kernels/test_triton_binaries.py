@@ -230,11 +230,11 @@ class Norm:
 
     def launch(self) -> None:
         map_ = torch.zeros(self.batch, self.channels, 8, 8, dtype=self.dtype).to(memory_format=torch.channels_last)
-        vectors = [torch.zeros(self.channels) for _ in range(4)]
+        weight, bias, mean, var = (torch.zeros(self.channels) for _ in range(4))
         added = map_.clone() if self.residual else None
-        y, statistics_2C = batch_norm.batch_norm(map_, *vectors, added, self.momentum, 1e-5, True)
+        y, statistics_2C = batch_norm.batch_norm(map_, weight, bias, mean, var, added, self.momentum, 1e-5, True)
         batch_norm.batch_norm_backward(
-            map_, map_.clone(), y if self.residual else None, *vectors[:2], statistics_2C, True
+            map_, map_.clone(), y if self.residual else None, weight, bias, statistics_2C, True
         )
 
 
@@ -446,7 +446,7 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
 
 
 def test_addresses_do_not_overflow(compiled: Compiled) -> None:
-    """Products with a stride or a block have 64 bits; rows, parts, and the pixels of an image, are counted in 32."""
+    """Products with a stride or a block have 64 bits; rows, parts and pixels are counted in 32."""
     for binary in compiled.binaries:
         products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
         counted = {"i32", "tensor<16xi32>", "tensor<16x1xi32>"}  # parts, their rows, and the places of their sums
