@@ -1,8 +1,9 @@
 """Choice of the implementation that serves an op: made here and nowhere else.
 
-`ENGINE_KERNELS` says which to prefer: auto (the default), native, triton or reference. Where an op has no such
-implementation for a device or a dtype, the next one of its row in `SERVED_BY` serves; where it has one that is
-not installed, the call is refused.
+`ENGINE_KERNELS` says which to prefer: auto (the default), native, triton or reference, and after it, where asked
+for, another for single ops, as in "auto,batch_norm=reference". Where an op has no such implementation for a device
+or a dtype, the next one of its row in `SERVED_BY` serves; where it has one that is not installed, the call is
+refused.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 from engine.kernels import native
 from engine.kernels.contract import look_up
 
-# By op and type of device, the fastest first. For CUDA the native library has no distill_loss and no random_start.
+# By op and type of device, the fastest first. For CUDA the native library has but pgd_update and crop_flip.
 SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "distill_loss": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "conv3x3": {"cpu": ("native", "reference")},  # cuDNN has Winograd's of its own
+    "batch_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row
 # By op whose calls consist of terms, and implementation: the kinds that it computes; the reference computes all.
@@ -69,7 +71,7 @@ def choose(op: str, device: torch.device, *, fused: bool = True, kinds: tuple[st
     kinds: see `COMPUTES`; where the implementation lacks one, the reference serves, and a warning says so once.
     Raises ValueError for an unknown ENGINE_KERNELS, and for one that is not installed.
     """
-    wanted = preference()
+    wanted = preference(op)
     if not fused:
         return "reference"
     by_device = look_up("op", op, SERVED_BY)
@@ -103,12 +105,24 @@ _told: set[str] = set()  # once is enough
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def preference() -> str:
-    """The value of ENGINE_KERNELS. Raises ValueError for an unknown one."""
-    wanted = os.environ.get("ENGINE_KERNELS", "auto")
-    if wanted not in CHOICES:
-        raise ValueError(f"ENGINE_KERNELS: {wanted!r} is unknown; known are {', '.join(CHOICES)}")
-    return wanted
+def preference(op: str | None = None) -> str:
+    """What ENGINE_KERNELS prefers for an op, or for those not named in it. Raises ValueError for unknown names."""
+    general, by_op = _preferences(os.environ.get("ENGINE_KERNELS", "auto"))
+    return general if op is None else by_op.get(op, general)
+
+
+@functools.cache
+def _preferences(text: str) -> tuple[str, dict[str, str]]:
+    """The value of ENGINE_KERNELS in parts: the general implementation, and those of single ops."""
+    general, *named = text.split(",")
+    by_op = {}
+    for one in named:
+        op, _, wanted = one.partition("=")
+        look_up("ENGINE_KERNELS", op, SERVED_BY)
+        by_op[op] = wanted
+    for wanted in (general, *by_op.values()):
+        look_up("ENGINE_KERNELS", wanted, dict.fromkeys(CHOICES))
+    return general, by_op
 
 
 def fused(implementation: str, op: str, function: str) -> Callable[..., Any]:

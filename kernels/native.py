@@ -9,7 +9,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ _LOSS, _VIEW = "5q2d2Pq2Pq4P", "P3qP"
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
 _CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
+_NORM: list[Any] = [*[c_void_p] * 8, c_int, c_int64, c_int64, c_double, c_double, c_int]
+_NORM_BACKWARD: list[Any] = [*[c_void_p] * 9, c_int, c_int64, c_int64, c_int]
 _START: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_float, c_uint64, c_uint32]
 
 
@@ -77,6 +79,8 @@ def _library() -> ctypes.CDLL:
     library.engine_cpu_crop_flip.argtypes = _CROP
     library.engine_cpu_random_start.argtypes = _START
     library.engine_cpu_conv3x3.argtypes = [c_char_p]
+    library.engine_cpu_batch_norm.argtypes = _NORM
+    library.engine_cpu_batch_norm_backward.argtypes = _NORM_BACKWARD
     if hasattr(library, "engine_cuda_error"):
         library.engine_cuda_error.restype = c_char_p
         library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
@@ -264,6 +268,76 @@ def conv3x3(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, til
     )
     _call("conv3x3", images.device, call)
     return result
+
+
+# many parameters: those of the op, in one order for all implementations
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """`reference.batch_norm` of maps in channels_last, and (2, C) mean and 1 / sqrt(var + eps), on a CPU."""
+    channels = x.shape[1]
+    y, statistics_2C = torch.empty_like(x), weight.new_empty(2, channels)
+    _call(
+        "batch_norm",
+        x.device,
+        x.data_ptr(),
+        _pointer(residual),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        _pointer(running_mean),
+        _pointer(running_var),
+        y.data_ptr(),
+        statistics_2C.data_ptr(),
+        _dtype(x),
+        x.numel() // channels,
+        channels,
+        momentum,
+        eps,
+        relu,
+    )
+    return y, statistics_2C
+
+
+# many parameters: those of the op, in one order for all implementations
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    statistics_2C: Tensor,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of `batch_norm`: of x, of the residual where y is given, and (2, C) of weight and bias."""
+    channels = x.shape[1]
+    grad_x, grad_residual = torch.empty_like(x), None if y is None else torch.empty_like(x)
+    grad_parameters_2C = torch.empty_like(statistics_2C)
+    _call(
+        "batch_norm_backward",
+        x.device,
+        grad.data_ptr(),
+        x.data_ptr(),
+        _pointer(y),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        statistics_2C.data_ptr(),
+        grad_x.data_ptr(),
+        _pointer(grad_residual),
+        grad_parameters_2C.data_ptr(),
+        _dtype(x),
+        x.numel() // channels,
+        channels,
+        relu,
+    )
+    return grad_x, grad_residual, grad_parameters_2C
 
 
 def _dtype(given: Tensor) -> int:

@@ -138,6 +138,25 @@ def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, cou
 
 
 # many parameters: those of the op, in one order for all implementations
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`engine.kernels.batch_norm`, differentiable by autograd."""
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    if residual is not None:
+        out = out + residual
+    return F.relu(out, inplace=True) if relu else out
+
+
+# many parameters: those of the op, in one order for all implementations
 def crop_flip(
     x_BCHW: Tensor,
     labels_B: Tensor,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from engine.kernels import conv3x3
+from engine.kernels import batch_norm, conv3x3
 
 Block = Callable[[int, int, int], nn.Module]
 """Makes a residual block from (in_channels, channels, stride)."""
@@ -31,11 +31,6 @@ def init_convolutions(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def relu(x: Tensor) -> Tensor:
-    """max(x, 0) in the memory of x: for what nothing else reads, as the output of a BatchNorm or of a sum."""
-    return F.relu(x, inplace=True)
 
 
 def image_conv(channels: int, kernel_size: int, stride: int = 1) -> ImageConv2d:
@@ -131,21 +126,41 @@ class BatchNorm2d(nn.BatchNorm2d):
     On a GPU each layer's count is a launch in each pass. A state_dict has it, as published checkpoints do.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.momentum is None:
-            return super().forward(input)
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """[max(0, .)] of the normalised input [+ residual]; by statistics of the batch in one op."""
         uses_batch = self.training or self.running_mean is None
-        keeps = self.track_running_stats or not self.training
-        return F.batch_norm(
+        if self.momentum is None or not uses_batch:
+            return added(super().forward(input), residual, relu=relu)
+        keeps = self.track_running_stats
+        return batch_norm(
             input,
-            self.running_mean if keeps else None,
-            self.running_var if keeps else None,
             self.weight,
             self.bias,
-            uses_batch,
-            self.momentum,
-            self.eps,
+            self.running_mean if keeps else None,
+            self.running_var if keeps else None,
+            residual=residual,
+            relu=relu,
+            momentum=self.momentum,
+            eps=self.eps,
         )
+
+
+def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+    """[max(0, .)] of norm(x) [+ residual]: in one op where norm is `BatchNorm2d`.
+
+    Another module may be in its place: torch's synchronised one, or none, where it was folded into a convolution.
+    """
+    if isinstance(norm, BatchNorm2d):
+        out: Tensor = norm(x, residual=residual, relu=relu)
+        return out
+    return added(norm(x), residual, relu=relu)
+
+
+def added(out: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+    """[max(0, .)] of out [+ residual], in the memory of `out` where there is no residual."""
+    if residual is not None:
+        out = out + residual
+    return F.relu(out, inplace=True) if relu else out
 
 
 def is_plain(norm: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.models.layers import BatchNorm2d, is_plain
+from engine.models.layers import BatchNorm2d, added, is_plain
 
 
 def synchronise(network: nn.Module, device: torch.device) -> nn.Module:
@@ -49,10 +49,10 @@ class SyncBatchNorm(BatchNorm2d):
     A process without images takes part with none.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The normalised images; running statistics move as BatchNorm2d's do."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """As of `BatchNorm2d`; running statistics move as its own do."""
         if not self.training:
-            return super().forward(input)
+            return super().forward(input, residual, relu)
         out: Tensor
         out, mean_C, var_C = _Normalise.apply(input, self.weight, self.bias, self.eps)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
@@ -64,7 +64,7 @@ class SyncBatchNorm(BatchNorm2d):
                     momentum = 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_(var_C.to(self.running_var.dtype), momentum)
-        return out
+        return added(out, residual, relu=relu)
 
 
 class _Normalise(torch.autograd.Function):

@@ -98,13 +98,37 @@ struct ConvArguments {
     int64_t threads;                                            // over which the work is spread
 };
 
-#define ENGINE_DECLARE(SET)                    \
-    namespace SET {                            \
-    int distill_loss(const LossArguments&);    \
-    void pgd_update(const UpdateArguments&);   \
-    int crop_flip(const CropArguments&);       \
-    void random_start(const StartArguments&);  \
-    int conv3x3(const ConvArguments&);         \
+// One forward call of batch_norm, of maps (rows, channels) in one format, rows the pixels of all images.
+struct NormArguments {
+    const void *x, *residual;  // residual: or null
+    const float *weight, *bias;
+    float *running_mean, *running_var;  // (channels,), or null where they stay
+    void* y;
+    float* statistics;  // (2, channels): mean, 1 / sqrt(var + eps)
+    int64_t dtype, rows, channels;
+    double momentum, eps;
+    bool relu;
+};
+
+// One backward call of batch_norm. y: null where it had no residual, and its sign is computed from x.
+struct NormGradientArguments {
+    const void *grad, *x, *y;
+    const float *weight, *bias, *statistics;
+    void *grad_x, *grad_residual;  // grad_residual: where y is given, else null
+    float* grad_parameters;        // (2, channels): of weight and bias
+    int64_t dtype, rows, channels;
+    bool relu;
+};
+
+#define ENGINE_DECLARE(SET)                                \
+    namespace SET {                                        \
+    int distill_loss(const LossArguments&);                \
+    void pgd_update(const UpdateArguments&);               \
+    int crop_flip(const CropArguments&);                   \
+    void random_start(const StartArguments&);              \
+    int conv3x3(const ConvArguments&);                     \
+    int batch_norm(const NormArguments&);                  \
+    int batch_norm_backward(const NormGradientArguments&); \
     }
 
 ENGINE_DECLARE(generic)

@@ -19,6 +19,8 @@ struct InstructionSet {
     int (*crop_flip)(const CropArguments&);
     void (*random_start)(const StartArguments&);
     int (*conv3x3)(const ConvArguments&);
+    int (*batch_norm)(const NormArguments&);
+    int (*batch_norm_backward)(const NormGradientArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -36,12 +38,12 @@ bool has_generic() { return true; }
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
     {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::random_start, avx512::conv3x3},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start,
-     avx2::conv3x3},
+     avx512::random_start, avx512::conv3x3, avx512::batch_norm, avx512::batch_norm_backward},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start, avx2::conv3x3,
+     avx2::batch_norm, avx2::batch_norm_backward},
 #endif
     {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::random_start, generic::conv3x3},
+     generic::random_start, generic::conv3x3, generic::batch_norm, generic::batch_norm_backward},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -120,6 +122,24 @@ int engine_cpu_random_start(
 }
 
 int engine_cpu_conv3x3(const ConvArguments* call) { return chosen->conv3x3(*call); }
+
+int engine_cpu_batch_norm(
+    const void* x, const void* residual, const float* weight, const float* bias, float* running_mean,
+    float* running_var, void* y, float* statistics, int dtype, int64_t rows, int64_t channels, double momentum,
+    double eps, int relu) {
+    return chosen->batch_norm(
+        {x, residual, weight, bias, running_mean, running_var, y, statistics, dtype, rows, channels, momentum,
+         eps, relu != 0});
+}
+
+int engine_cpu_batch_norm_backward(
+    const void* grad, const void* x, const void* y, const float* weight, const float* bias,
+    const float* statistics, void* grad_x, void* grad_residual, float* grad_parameters, int dtype, int64_t rows,
+    int64_t channels, int relu) {
+    return chosen->batch_norm_backward(
+        {grad, x, y, weight, bias, statistics, grad_x, grad_residual, grad_parameters, dtype, rows, channels,
+         relu != 0});
+}
 
 }  // extern "C"
 #pragma GCC visibility pop

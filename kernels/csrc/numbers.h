@@ -44,6 +44,13 @@ inline float to_float(Float16 value) {
     return float_of(bits | sign);
 }
 
+// Rounded to nearest, ties to even.
+inline BFloat16 to_bfloat16(float value) {
+    const uint32_t bits = bits_of(value), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    return {static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded)};
+}
+
 // e^x to about 1 ulp for x <= 0; 0 where the result would be subnormal; NaN for NaN.
 inline float exponential(float x) {
     constexpr float LOWEST = -87.33f;  // above the logarithm of the smallest normal number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine import methods
-from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_update, random_start
+from engine.kernels import Term, batch_norm, crop_flip, dispatch, distill_loss, native, pgd_update, random_start
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
 
@@ -21,6 +22,8 @@ SHARED = {
     "loss backward": ["_scale"],
     "loss both": ["_loss", "_means", "_scale"],
     "start": ["_random_start"],
+    "norm both": ["_statistics", "_apply", "_sums", "_gradient"],
+    "norm of a sum both": ["_statistics", "_apply", "_sums", "_gradient"],
 }
 KERNELS: dict[str, dict[str, list[str]]] = {
     "triton": {
@@ -66,6 +69,17 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
         result = distill_loss(given, labels[:8], terms, trust="t_at_adv", beta=number)
         return result.loss, (s_adv, s_nat)
 
+    maps = [
+        torch.randn(8, 64, 8, 8, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        for _ in range(3)
+    ]
+    maps[0].requires_grad_()
+    numbers = [torch.ones(64, device=device) for _ in range(4)]
+
+    def norm(number: float, residual: Tensor | None = None) -> object:
+        y = batch_norm(maps[0], *numbers, residual=residual, relu=True, momentum=number, eps=number)
+        return torch.autograd.grad(y, maps[0], maps[1])
+
     loss, student = forward(0.5)
 
     def start(number: float) -> Tensor:
@@ -97,6 +111,8 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
         "loss": forward,
         "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),
         "loss both": lambda number: torch.autograd.grad(*forward(number), scale),
+        "norm both": norm,
+        "norm of a sum both": functools.partial(norm, residual=maps[2]),
     }
 
 
@@ -213,6 +229,7 @@ def test_a_graph_captures_it_whole(seen: dict[str, Any], implementation: str, op
 def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str) -> None:
     expected = {
         "triton": "Kernels: triton",
-        "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; triton for distill_loss, random_start",
+        "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; "
+        "triton for distill_loss, random_start, batch_norm",
     }
     assert seen["describe"] == expected[implementation]

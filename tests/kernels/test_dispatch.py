@@ -17,7 +17,7 @@ from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_
 from engine.kernels.contract import KINDS, LossInputs, LossSpec, LossTerm
 
 NOT_BUILT = "it is not built"
-OPS = ("distill_loss", "random_start", "pgd_update", "crop_flip")
+OPS = ("distill_loss", "random_start", "batch_norm", "pgd_update", "crop_flip")
 
 
 @pytest.fixture
@@ -43,22 +43,27 @@ NONE: tuple[str, ...] = ()
 @pytest.mark.parametrize(
     ("wanted", "there", "device", "chosen"),
     [
-        (None, ALL, "cpu", ("native", "native", "native", "native")),
-        ("auto", ALL, "cpu", ("native", "native", "native", "native")),
-        ("auto", ALL, "cuda", ("triton", "triton", "triton", "triton")),
-        ("auto", NONE, "cpu", ("reference", "reference", "reference", "reference")),
-        ("auto", NONE, "cuda", ("reference", "reference", "reference", "reference")),
-        ("auto", ("native cpu", "native cuda"), "cuda", ("reference", "reference", "native", "native")),
-        ("auto", ("native cpu",), "cuda", ("reference", "reference", "reference", "reference")),
-        ("native", ALL, "cpu", ("native", "native", "native", "native")),
-        ("native", ALL, "cuda", ("triton", "triton", "native", "native")),
-        ("triton", ALL, "cpu", ("native", "native", "native", "native")),
-        ("triton", ("triton",), "cpu", ("reference", "reference", "reference", "reference")),
-        ("triton", ALL, "cuda", ("triton", "triton", "triton", "triton")),
-        ("reference", ALL, "cpu", ("reference", "reference", "reference", "reference")),
-        ("reference", ALL, "cuda", ("reference", "reference", "reference", "reference")),
-        ("auto", ALL, "mps", ("reference", "reference", "reference", "reference")),
-        ("native", ALL, "meta", ("reference", "reference", "reference", "reference")),
+        (None, ALL, "cpu", ("native", "native", "native", "native", "native")),
+        ("auto", ALL, "cpu", ("native", "native", "native", "native", "native")),
+        ("auto", ALL, "cuda", ("triton", "triton", "triton", "triton", "triton")),
+        ("auto", NONE, "cpu", ("reference", "reference", "reference", "reference", "reference")),
+        ("auto", NONE, "cuda", ("reference", "reference", "reference", "reference", "reference")),
+        (
+            "auto",
+            ("native cpu", "native cuda"),
+            "cuda",
+            ("reference", "reference", "reference", "native", "native"),
+        ),
+        ("auto", ("native cpu",), "cuda", ("reference", "reference", "reference", "reference", "reference")),
+        ("native", ALL, "cpu", ("native", "native", "native", "native", "native")),
+        ("native", ALL, "cuda", ("triton", "triton", "triton", "native", "native")),
+        ("triton", ALL, "cpu", ("native", "native", "native", "native", "native")),
+        ("triton", ("triton",), "cpu", ("reference", "reference", "reference", "reference", "reference")),
+        ("triton", ALL, "cuda", ("triton", "triton", "triton", "triton", "triton")),
+        ("reference", ALL, "cpu", ("reference", "reference", "reference", "reference", "reference")),
+        ("reference", ALL, "cuda", ("reference", "reference", "reference", "reference", "reference")),
+        ("auto", ALL, "mps", ("reference", "reference", "reference", "reference", "reference")),
+        ("native", ALL, "meta", ("reference", "reference", "reference", "reference", "reference")),
     ],
 )
 def test_the_table_of_choices(
@@ -85,6 +90,38 @@ def test_what_is_asked_for_by_name_and_not_there_is_refused(
         with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
             dispatch.choose(op, torch.device(device))
         assert str(error.value) == f"ENGINE_KERNELS={wanted}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ("auto,batch_norm=reference", {"batch_norm": "reference"}),
+        ("reference,pgd_update=native,crop_flip=auto", {"pgd_update": "native", "crop_flip": "native"}),
+        ("native,pgd_update=native,pgd_update=reference", {"pgd_update": "reference"}),
+    ],
+)
+def test_one_op_is_chosen_alone(installed: Callable[..., None], wanted: str, chosen: dict[str, str]) -> None:
+    installed(*ALL, wanted=wanted)
+    rest = "reference" if wanted.startswith("reference") else "native"
+    assert {op: dispatch.choose(op, torch.device("cpu")) for op in OPS} == dict.fromkeys(OPS, rest) | chosen
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unknown", "known"),
+    [
+        ("auto,batchnorm=reference", "batchnorm", OPS),
+        ("auto,batch_norm=cudnn", "cudnn", dispatch.CHOICES),
+        ("auto,batch_norm", "", dispatch.CHOICES),
+        ("batch_norm=reference", "batch_norm=reference", dispatch.CHOICES),
+    ],
+)
+def test_an_unknown_choice_of_one_op_is_refused(
+    installed: Callable[..., None], wanted: str, unknown: str, known: tuple[str, ...]
+) -> None:
+    installed(*ALL, wanted=wanted)
+    with pytest.raises(ValueError, match=rf"\AENGINE_KERNELS: {unknown!r} is unknown; known are ") as error:
+        dispatch.choose("pgd_update", torch.device("cpu"))
+    assert all(name in str(error.value) for name in known)
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "Native", ""])
@@ -126,13 +163,15 @@ def test_the_interpreter_runs_triton_on_any_device(
             "native",
             ALL,
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss, random_start",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; "
+            "triton for distill_loss, random_start, batch_norm",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss, random_start; "
+            "Kernels: native (on cuda) for pgd_update, crop_flip; "
+            "reference for distill_loss, random_start, batch_norm; "
             "faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),
@@ -314,7 +353,7 @@ def test_the_line_for_the_user_names_the_kinds_that_the_reference_computes(
     device, kinds = torch.device("cpu"), ("ce", "margin")
     assert dispatch.describe(device, kinds=("ce",)) == "Kernels: native (on cpu)"
     assert dispatch.describe(device, kinds=kinds) == (
-        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip; reference for distill_loss "
+        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, batch_norm; reference for distill_loss "
         "(the native implementation does not compute margin)"
     )
     with warnings.catch_warnings():

@@ -24,6 +24,7 @@ from tests.kernels.cases import (
     table_loss,
 )
 from tests.kernels.holding import assert_same_bits, threads
+from tests.kernels.norms import NORM_CASES, check_batch_norm
 
 SETS = ("AVX-512", "AVX2", "generic")
 CPU = torch.device("cpu")
@@ -80,6 +81,11 @@ def test_pgd_update_of_every_set(instruction_set: str) -> None:
 def test_crop_flip_of_every_set(instruction_set: str) -> None:
     for case in CROP_CASES:
         check_crop_flip(case, "native")
+
+
+def test_batch_norm_of_every_set(instruction_set: str) -> None:
+    for case in NORM_CASES:
+        check_batch_norm(case, "native")
 
 
 def test_every_float16_and_every_exponent_of_bfloat16_has_its_sign(instruction_set: str) -> None:

@@ -32,7 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
-from engine.kernels.triton_ops import crop_flip, distill_loss, pgd_update
+from engine.kernels.triton_ops import batch_norm, crop_flip, distill_loss, pgd_update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -212,11 +212,37 @@ class Crop:
         crop_flip.crop_flip(x_BCHW, labels_B, images, labels_N, sample_B, *numbers, index_B)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """BatchNorm with ReLU, and with a residual, forward and backward."""
+
+    dtype: torch.dtype
+    channels: int
+    residual: bool = False
+    batch: int = 64
+    momentum: float = 0.1
+
+    kernels = ("_statistics", "_apply", "_sums", "_gradient")
+    registers = 128
+
+    def __str__(self) -> str:
+        return f"norm {short(self.dtype)} {self.channels}{' residual' if self.residual else ''}"
+
+    def launch(self) -> None:
+        map_ = torch.zeros(self.batch, self.channels, 8, 8, dtype=self.dtype).to(memory_format=torch.channels_last)
+        weight, bias, mean, var = (torch.zeros(self.channels) for _ in range(4))
+        added = map_.clone() if self.residual else None
+        y, statistics_2C = batch_norm.batch_norm(map_, weight, bias, mean, var, added, self.momentum, 1e-5, True)
+        batch_norm.batch_norm_backward(
+            map_, map_.clone(), y if self.residual else None, weight, bias, statistics_2C, True
+        )
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Launch = Loss | Pgd | Crop
+Launch = Loss | Pgd | Crop | Norm
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
@@ -230,9 +256,24 @@ STEPS = [
     *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
 ]
 CROPS = [Crop(32), Crop(64), Crop(32, indexed=True)]
-LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS]
+NORMS = [
+    Norm(dtype, channels, residual)
+    for dtype in (SINGLE, BRAIN)
+    for channels in (16, 64)
+    for residual in (False, True)
+]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
-NEAREST: list[Launch] = [*LOSSES[:2], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], *CROPS[::2]]
+NEAREST: list[Launch] = [
+    *LOSSES[:2],
+    LOSSES[3],
+    LOSSES[7],
+    LOSSES[9],
+    LOSSES[17],
+    *STEPS[3:5],
+    *CROPS[::2],
+    NORMS[-1],
+]
 QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2], *NEWER[1::2]}
 PLAN = [
@@ -383,6 +424,13 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
         assert counts["_scale"] == (wide(8, 4), wide(8, itemsize))
     elif isinstance(launch, Crop):
         assert counts["_crop_flip"][1] == wide(8, 4)
+    elif isinstance(launch, Norm):
+        once = wide(4096 // 256, launch.dtype.itemsize)  # of a tile, for each of 256 threads
+        assert counts["_apply"][1] == counts["_gradient"][1] == once
+        assert counts["_sums"][1] == launch.residual * once
+        reads = {"_statistics": 2, "_apply": 1 + launch.residual, "_sums": 2 + launch.residual, "_gradient": 2}
+        for kernel, maps in reads.items():
+            assert counts[kernel][0] >= maps * once, kernel
     else:
         block, num_warps = pgd_update.blocks(launch.size) if launch.l2 else (1024, 4)
         values = block // (32 * num_warps)
@@ -398,10 +446,12 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
 
 
 def test_addresses_do_not_overflow(compiled: Compiled) -> None:
-    """Products with a stride or a block have 64 bits; rows, and the pixels of an image, are counted in 32."""
+    """Products with a stride or a block have 64 bits; rows, parts and pixels are counted in 32."""
     for binary in compiled.binaries:
         products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
+        counted = {"i32", "tensor<16xi32>", "tensor<16x1xi32>"}  # parts, their rows, and the places of their sums
         allowed = {"_loss": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
+        allowed |= dict.fromkeys(Norm.kernels, counted)
         assert set(products) <= allowed.get(binary.kernel, set()), binary.kernel
 
 
@@ -439,6 +489,7 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
                 {"scale": 7.0},
             ],
         ),
+        (Norm(BRAIN, 64), [{"batch": 16}, {"batch": 48}, {"momentum": 1.0}]),
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (

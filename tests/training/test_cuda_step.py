@@ -134,22 +134,22 @@ class Budget(NamedTuple):
 
 # ResNet-8, three steps of the attack, whatever the size of batch and images.
 BUDGETS = {
-    "st": Budget(169, 169, 0),
-    "at": Budget(437, 172, 267),
-    "trades": Budget(805, 497, 310),
-    "mart": Budget(712, 447, 267),
-    "fgsm-rs": Budget(476, 172, 304),
-    "n-fgsm": Budget(476, 172, 304),
-    "ard": Budget(568, 264, 304),
-    "akd2": Budget(557, 253, 304),
-    "iad1": Budget(712, 408, 304),
-    "iad1-down": Budget(712, 408, 304),
-    "iad2": Budget(694, 390, 304),
-    "rslad": Budget(758, 483, 277),
-    "adaad": Budget(871, 411, 462),
-    "adaiad": Budget(1004, 544, 462),
-    "mtard": Budget(814, 549, 267),
-    "saad": Budget(1011, 598, 421),
+    "st": Budget(144, 144, 0),
+    "at": Budget(412, 147, 267),
+    "trades": Budget(736, 428, 310),
+    "mart": Budget(662, 397, 267),
+    "fgsm-rs": Budget(376, 147, 229),
+    "n-fgsm": Budget(376, 147, 229),
+    "ard": Budget(449, 220, 229),
+    "akd2": Budget(457, 228, 229),
+    "iad1": Budget(587, 358, 229),
+    "iad1-down": Budget(587, 358, 229),
+    "iad2": Budget(569, 340, 229),
+    "rslad": Budget(708, 433, 277),
+    "adaad": Budget(827, 367, 462),
+    "adaiad": Budget(935, 475, 462),
+    "mtard": Budget(764, 499, 267),
+    "saad": Budget(942, 529, 421),
 }
 IAD1_COMPILED = Budget(435, 293, 142)
 

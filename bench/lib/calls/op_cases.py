@@ -22,10 +22,11 @@ from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
-OPS = ("distill_loss", "pgd_update", "crop_flip")
+OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm")
 LOSS_SIZES = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
 TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
 PIXELS = (32, 64)  # H = W
+MAPS = ((128, 16, 8), (128, 64, 32), (128, 512, 4))  # B, C, H = W
 CHANNELS = 3
 BATCH = 128
 RESIDENT = 20_000  # images of the data set, at least
@@ -64,6 +65,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             *(distill_loss(8, 10, 1.0, 1.0, name=name) for name in ("iad2", "saad")),
             pgd_update(4, 8),
             crop_flip(4, 8),
+            batch_norm(4, 8, 4),
         ]
     images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
     return [
@@ -73,6 +75,12 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
         *(pgd_update(*size) for size in images),
         pgd_update(BATCH, 32, torch.bfloat16),
         *(crop_flip(*size) for size in images),
+        *(
+            batch_norm(*size, dtype, residual=residual)
+            for size in MAPS
+            for dtype in (torch.float32, torch.bfloat16)
+            for residual in (False, True)
+        ),
     ]
 
 
@@ -212,6 +220,49 @@ def crop_flip(batch: int, pixels: int) -> OpCase:
 
     moved = values(batch, pixels) * (1 + 4) + batch * 3 * 8
     return OpCase("crop_flip", shape(batch, pixels), "padding 4", torch.float32, moved, moved, calls, images=batch)
+
+
+def batch_norm(
+    batch: int, channels: int, pixels: int, dtype: torch.dtype = torch.float32, *, residual: bool = False
+) -> OpCase:
+    """Forward and backward of BatchNorm by the batch, [addition,] and ReLU, with the gradients of all inputs.
+
+    Moved, in maps: x read twice and y written forward, grad and x read twice and grad_x written backward; with a
+    residual it is read, and backward y is read in place of the second grad, grad_residual written and read.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        x, other, grad = (
+            torch.randn(batch, channels, pixels, pixels, generator=generator).to(
+                device, dtype, memory_format=torch.channels_last
+            )
+            for _ in range(3)
+        )
+        weight, bias, mean, var = (torch.ones(channels, device=device) for _ in range(4))
+        asking = [x, weight, bias, *([other] if residual else [])]
+        for given in asking:
+            given.requires_grad_()
+        added = other if residual else None
+        by_reference = (x, weight, bias, mean, var, added, 0.1, 1e-5, True)
+
+        def public() -> Tensor:
+            return kernels.batch_norm(x, weight, bias, mean, var, residual=added, relu=True)
+
+        def both_ways(forward: Callable[[], Tensor]) -> Call:
+            return lambda: torch.autograd.grad(forward(), asking, grad)
+
+        return Calls(
+            both_ways(functools.partial(reference.batch_norm, *by_reference)),
+            both_ways(functools.partial(compiled(reference.batch_norm), *by_reference)),
+            both_ways(public),
+        )
+
+    size = batch * channels * pixels**2 * dtype.itemsize
+    maps, arrays = (11, 6) if residual else (8, 4)
+    setting = "residual, relu" if residual else "relu"
+    name = f"{batch}x{channels}x{pixels}x{pixels}"
+    return OpCase("batch_norm", name, setting, dtype, maps * size, arrays * size, calls)
 
 
 def copy(footprint: int, device: torch.device) -> Call:

@@ -7,7 +7,7 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, image_conv, init_convolutions, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, image_conv, init_convolutions, norm_act, stage
 from engine.models.networks.resnet import BasicBlock, Bottleneck
 
 
@@ -37,7 +37,7 @@ class ImageNetResNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
-        x = relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
+        x = norm_act(self.bn1, self.conv1(self.normalize(x_BCHW)))
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits_BC: Tensor = self.fc(x.mean((2, 3)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act
 
 # Expansion, channels, blocks and first stride, as in the paper's Table 2 but for the second row's stride,
 # which is 1 here: the stem and this row keep the resolution of a 32x32 image.
@@ -37,12 +37,10 @@ class _Block(nn.Module):
             self.shortcut = nn.Sequential(conv(in_channels, channels, 1), BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = relu(self.bn1(self.conv1(x)))
-        h = relu(self.bn2(self.conv2(h)))
-        out: Tensor = self.bn3(self.conv3(h))
-        if self.stride == 1:
-            out = out + self.shortcut(x)
-        return out
+        h = norm_act(self.bn1, self.conv1(x))
+        h = norm_act(self.bn2, self.conv2(h))
+        skip = self.shortcut(x) if self.stride == 1 else None
+        return norm_act(self.bn3, self.conv3(h), skip, relu=False)
 
 
 class MobileNetV2(nn.Module):
@@ -70,7 +68,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
-        x = relu(self.bn1(self.conv1(self.normalize(x_BCHW))))
-        x = relu(self.bn2(self.conv2(self.layers(x))))
+        x = norm_act(self.bn1, self.conv1(self.normalize(x_BCHW)))
+        x = norm_act(self.bn2, self.conv2(self.layers(x)))
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act, stage
 
 
 def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
@@ -30,9 +30,9 @@ class PreActBlock(nn.Module):
         self.shortcut = _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = relu(self.bn1(x))
+        h = norm_act(self.bn1, x)
         skip: Tensor = x if self.shortcut is None else self.shortcut(h)
-        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
+        out: Tensor = self.conv2(norm_act(self.bn2, self.conv1(h)))
         return out + skip
 
 
@@ -53,10 +53,10 @@ class PreActBottleneck(nn.Module):
         self.shortcut = _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = relu(self.bn1(x))
+        h = norm_act(self.bn1, x)
         skip: Tensor = x if self.shortcut is None else self.shortcut(h)
-        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
-        out = self.conv3(relu(self.bn3(out)))
+        out: Tensor = self.conv2(norm_act(self.bn2, self.conv1(h)))
+        out = self.conv3(norm_act(self.bn3, out))
         return out + skip
 
 
@@ -93,6 +93,6 @@ class PreActResNet(nn.Module):
         x = self.conv1(self.normalize(x_BCHW))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         if self.bn is not None:
-            x = relu(self.bn(x))
+            x = norm_act(self.bn, x)
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

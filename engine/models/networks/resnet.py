@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act, stage
 
 
 def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
@@ -35,9 +35,8 @@ class BasicBlock(nn.Module):
         self.add_module(projection, _projection(in_channels, channels, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return relu(out + self.get_submodule(self.projection)(x))
+        out = norm_act(self.bn1, self.conv1(x))
+        return norm_act(self.bn2, self.conv2(out), self.get_submodule(self.projection)(x))
 
 
 class Bottleneck(nn.Module):
@@ -62,10 +61,9 @@ class Bottleneck(nn.Module):
         self.add_module(projection, _projection(in_channels, channels, stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = relu(self.bn1(self.conv1(x)))
-        out = relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return relu(out + self.get_submodule(self.projection)(x))
+        out = norm_act(self.bn1, self.conv1(x))
+        out = norm_act(self.bn2, self.conv2(out))
+        return norm_act(self.bn3, self.conv3(out), self.get_submodule(self.projection)(x))
 
 
 class ResNet(nn.Module):
@@ -96,7 +94,7 @@ class ResNet(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
-        x = relu(self.bn1(x))
+        x = norm_act(self.bn1, x)
         for index in range(1, self.num_stages + 1):
             x = self.get_submodule(f"layer{index}")(x)
         logits_BC: Tensor = self.linear(x.mean((2, 3)))

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, relu, stage
+from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, norm_act, stage
 
 
 class _Block(nn.Module):
@@ -21,9 +21,9 @@ class _Block(nn.Module):
         self.convShortcut = conv(in_channels, channels, 1, stride) if in_channels != channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = relu(self.bn1(x))
+        h = norm_act(self.bn1, x)
         skip: Tensor = x if self.convShortcut is None else self.convShortcut(h)
-        out: Tensor = self.conv2(relu(self.bn2(self.conv1(h))))
+        out: Tensor = self.conv2(norm_act(self.bn2, self.conv1(h)))
         return out + skip
 
 
@@ -64,6 +64,6 @@ class WideResNet(nn.Module):
         """Logits (B, C) of images in [0,1]."""
         x = self.conv1(self.normalize(x_BCHW))
         x = self.block3(self.block2(self.block1(x)))
-        x = relu(self.bn1(x))
+        x = norm_act(self.bn1, x)
         logits_BC: Tensor = self.fc(x.mean((2, 3)))
         return logits_BC

@@ -27,6 +27,9 @@ CPU = torch.device("cpu")
     (op_cases.pgd_update(128, 32, torch.bfloat16), 5_505_024, 3_932_160),
     # a byte and a float for each of 1,572,864 pixels; three integers for each image
     (op_cases.crop_flip(128, 64), 7_864_320 + 3_072, 7_867_392),
+    # 131,072 values of a map: 3 maps forward and 5 backward; with a residual 4 and 7
+    (op_cases.batch_norm(128, 16, 8), 8 * 524_288, 4 * 524_288),
+    (op_cases.batch_norm(128, 16, 8, torch.bfloat16, residual=True), 11 * 262_144, 6 * 262_144),
 ])  # fmt: skip
 def test_bytes(case: OpCase, moved: int, footprint: int) -> None:
     assert (case.bytes_moved, case.footprint) == (moved, footprint)
@@ -52,6 +55,8 @@ def test_the_table_has_every_size() -> None:
         *(("pgd_update", shape, "Linf", torch.float32) for shape in images),
         ("pgd_update", "128x3x32x32", "Linf", torch.bfloat16),
         *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
+        *(("batch_norm", shape, after, dtype) for shape in ("128x16x8x8", "128x64x32x32", "128x512x4x4")
+          for after in ("relu", "residual, relu") for dtype in (torch.float32, torch.bfloat16)),
     }  # fmt: skip
 
 
@@ -66,7 +71,8 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
 
 @pytest.mark.parametrize("case", [
     op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.distill_loss(6, 5, 3.0, 2.0, name="saad"),
-    op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8)
+    op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
+    op_cases.batch_norm(2, 8, 4), op_cases.batch_norm(2, 8, 4, residual=True),
 ], ids=lambda case: f"{case.op} {case.setting}")  # fmt: skip
 def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
