@@ -157,7 +157,7 @@ def bfloat16_gain() -> float:
 
 @functools.cache
 def winograd_gain() -> float:
-    """Rate of `engine.kernels.conv3x3` by that of torch's convolution on this processor, timed once in a process."""
+    """Rate of `engine.kernels.conv3x3` by that of torch's convolution, timed once in a process."""
     calls: dict[bool, list[Callable[[], object]]] = {True: [], False: []}
     for size in _TIMED:
         given = _images_and_weight(torch.float32, _WINOGRAD_IMAGES, *size)

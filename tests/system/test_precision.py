@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import config
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
+from engine.config.loading import as_begun
+from engine.kernels import dispatch
+from engine.models.layers import Conv3x3, conv
 from engine.runs import assemble, lifecycle, provenance, teachers
 from engine.runs.run_directory import RunDir
 from engine.system import precision
@@ -113,6 +117,57 @@ def test_a_gpu_is_asked_and_not_timed(
     assert precision.choose(settled) == precision.Precision(
         torch.device("cuda", 0), torch.float32, dtype, f"--amp: passes in {settled.amp_dtype}, as the run began"
     )
+
+
+def pretend_winograd(monkeypatch: pytest.MonkeyPatch, gain: float | None, serves: str = "native") -> None:
+    """The gain that a timing finds; None: there must be none."""
+    found = (lambda: pytest.fail("there is nothing to time")) if gain is None else lambda: gain
+    monkeypatch.setattr(precision, "winograd_gain", found)
+    monkeypatch.setattr(dispatch, "choose", lambda op, place: serves)
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(2.0, "on"), (1.1, "on"), (1.09, "off")])
+def test_winograd_is_taken_where_it_is_faster(gain: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_winograd(monkeypatch, gain)
+    lines: list[str] = []
+    given = config.load({"device": "cpu", "winograd": "auto"})
+    settled = precision.resolve_winograd(given, say=lines.append)
+    assert settled.winograd == chosen
+    assert precision.choose(settled).winograd == precision.choose(given).winograd == (chosen == "on")
+    assert lines == [f"--winograd: on this processor 3x3 convolutions run at {gain:.2f}x of torch's: {chosen}"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "serves", "winograd"),
+    [
+        ({}, "native", False),
+        ({"winograd": "off"}, "native", False),
+        ({"winograd": "on"}, "native", True),
+        ({"winograd": "auto"}, "reference", False),
+        ({"winograd": "auto", "dtype": "float64"}, "native", False),
+        ({"winograd": "auto", "amp": True, "amp_dtype": "bfloat16"}, "native", False),
+    ],
+)
+def test_winograd_is_not_timed_where_nothing_is_to_be_decided(
+    keys: dict[str, Any], serves: str, winograd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_winograd(monkeypatch, None, serves)
+    assert precision.choose(config.load({"device": "cpu", **keys})).winograd == winograd
+
+
+def test_networks_are_placed_with_the_algorithm_that_was_chosen() -> None:
+    for winograd in (True, False):
+        at = precision.Precision(torch.device("cpu"), torch.float32, winograd=winograd)
+        network = at.place(nn.Sequential(conv(16, 16, 3)))
+        layer = network.get_submodule("0")
+        assert isinstance(layer, Conv3x3)
+        assert layer.winograd == winograd
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [("auto", "on"), ("off", "off")])
+def test_a_run_keeps_its_algorithm(wanted: str, kept: str) -> None:
+    begun = config.load({"winograd": "on"})
+    assert as_begun(config.load({"winograd": wanted}), begun).winograd == kept
 
 
 # ---------------------------------------------------------------- the timing
