@@ -45,7 +45,8 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = No
     if not _is_native(images_BCHW, weight_OC33):
         return reference.conv3x3(images_BCHW, weight_OC33, bias_O)
     if torch.compiler.is_compiling():
-        return _op(images_BCHW, weight_OC33, bias_O, False)
+        by_op: Tensor = _op(images_BCHW, weight_OC33, bias_O, False)
+        return by_op
     result: Tensor = _Convolution.apply(images_BCHW, weight_OC33, bias_O, False)
     return result
 
@@ -85,6 +86,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, upstream: Tensor, convolve: Any) -> tuple[Tensor | None, ...]:
     """Those of the images, by the transposed kernel and its places in reverse, of the weight and of the bias."""
     weight, images = ctx.saved_tensors
+    upstream = upstream.contiguous(memory_format=torch.channels_last)
     of_images = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
         of_images = convolve(upstream, weight, None, not ctx.flip)
@@ -103,13 +105,13 @@ class _Convolution(torch.autograd.Function):
     """flip: the weight (C, O, 3, 3) is transposed, and its rows and columns are in reverse."""
 
     @staticmethod
-    def forward(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Tensor:  # type: ignore[override]
+    def forward(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Tensor:
         return _compute(images, weight, bias, flip)
 
     setup_context = staticmethod(_save)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, upstream, _Convolution.apply)
 
 

@@ -27,7 +27,7 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "conv3x3": {"cpu": ("native", "reference")},  # cuDNN has Winograd's of its own
+    "conv3x3": {"cpu": ("native", "reference")},  # for CUDA cuDNN has its own
     "batch_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row

@@ -246,6 +246,7 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "implementation": lambda: dispatch.fused(UNKNOWN, "pgd_update", "pgd_update"),
     "implementation that is missing": lambda: dispatch.missing(UNKNOWN, "cpu"),
     "dtype": lambda: precision.choose(unknown(dtype=UNKNOWN)),
+    "winograd": lambda: precision.choose(unknown(winograd=UNKNOWN)),
     "amp_dtype": lambda: precision.choose(unknown(amp=True, amp_dtype=UNKNOWN)),
     "textbook's method": lambda: step_of_textbook(method=UNKNOWN),
     "textbook's semantics": lambda: step_of_textbook(semantics=UNKNOWN),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from engine.kernels import conv3x3, native
-from tests.kernels.holding import assert_same_bits, threads
+from tests.kernels.holding import threads
 
 SETS = ("AVX-512", "AVX2", "generic")
 LAST = torch.channels_last
@@ -47,7 +47,12 @@ def results(images: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor, conv
 
 
 def exact(*given: Tensor) -> list[Tensor]:
-    return results(*(tensor.double() for tensor in given), lambda x, w, b: F.conv2d(x, w, b, padding=1))
+    images, weight, bias, upstream = (tensor.double() for tensor in given)
+    return results(images, weight, bias, upstream, direct)
+
+
+def direct(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(images, weight, bias, padding=1)
 
 
 def error(got: Tensor, true: Tensor) -> float:
@@ -93,10 +98,10 @@ def test_the_error_beside_that_of_a_direct_convolution(side: int, most: float) -
     """Tiles of 2 x 2 serve images of 2 x 2, tiles of 4 x 4 those of 4 x 4."""
     arguments = case((128, 256, side, side), 256)
     true = exact(*arguments)
-    direct = results(*arguments, lambda x, w, b: F.conv2d(x, w, b, padding=1))
+    by_torch = results(*arguments, direct)
     got = results(*arguments, conv3x3)
     for place in (0, 1):
-        assert error(got[place], true[place]) <= most * error(direct[place], true[place])
+        assert error(got[place], true[place]) <= most * error(by_torch[place], true[place])
 
 
 @given(
@@ -128,8 +133,8 @@ def test_the_bits_do_not_depend_on_the_number_of_threads_nor_on_the_rest_of_the_
         alone = conv3x3(images, weight, bias)
         part = conv3x3(images[5:20].contiguous(memory_format=LAST), weight, bias)
     with threads(3):
-        assert_same_bits(conv3x3(images, weight, bias), alone)
-    assert_same_bits(part, alone[5:20])
+        assert torch.equal(conv3x3(images, weight, bias), alone)
+    assert torch.equal(part, alone[5:20])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -138,7 +143,7 @@ def test_what_is_not_finite_does_not_vanish(value: float, side: int) -> None:
     images, weight, bias, _ = case((70, 16, side, side), 16)
     images[3, 5, 1, 1] = value
     out = conv3x3(images, weight, bias)
-    depends = F.conv2d(images, weight, bias, padding=1).isfinite().logical_not()
+    depends = direct(images, weight, bias).isfinite().logical_not()
     assert depends.any()
     assert not out[depends].isfinite().any()
     others = [number for number in range(70) if number != 3]
@@ -153,7 +158,7 @@ def test_the_second_derivative() -> None:
         (gradient,) = torch.autograd.grad(convolve(x, w), x, upstream.to(dtype), create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), w)[0]
 
-    true = squared_gradient(torch.float64, lambda x, w: F.conv2d(x, w, padding=1))
+    true = squared_gradient(torch.float64, direct)
     assert error(squared_gradient(torch.float32, conv3x3), true) < 2e-6
 
 
@@ -170,14 +175,17 @@ def test_a_frozen_weight_keeps_no_images() -> None:
 def test_the_op_is_registered_as_torch_wants_it() -> None:
     for flip in (False, True):
         images, weight, _, _ = case((16, 32, 8, 8), 32)
-        opcheck(torch.ops.engine.conv3x3.default, (images.requires_grad_(), weight.requires_grad_(), None, flip))
+        learned = (images.requires_grad_(), weight.requires_grad_(), None, flip)
+        opcheck(
+            torch.ops.engine.conv3x3.default, learned, rtol=1e-3, atol=1e-3
+        )  # in whatever layout, sums of 1024
 
 
 def test_compiled_it_has_the_same_bits() -> None:
     arguments = case((16, 16, 8, 8), 32)
     compiled = torch.compile(conv3x3, fullgraph=True, backend="aot_eager")
     for got, eager in zip(results(*arguments, compiled), results(*arguments, conv3x3), strict=True):
-        assert_same_bits(got, eager)
+        assert torch.equal(got, eager)
 
 
 @pytest.mark.parametrize(

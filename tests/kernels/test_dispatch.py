@@ -142,6 +142,12 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(installed: Callable[..
         assert all(choice in str(error.value) for choice in ("auto", "native", "triton", "reference"))
 
 
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "native"), ("cuda", "reference"), ("mps", "reference")])
+def test_an_op_that_a_cpu_alone_has(installed: Callable[..., None], device: str, chosen: str) -> None:
+    installed(*ALL)
+    assert dispatch.choose("conv3x3", torch.device(device)) == chosen
+
+
 def test_the_interpreter_runs_triton_on_any_device(
     installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,8 +359,8 @@ def test_the_line_for_the_user_names_the_kinds_that_the_reference_computes(
     device, kinds = torch.device("cpu"), ("ce", "margin")
     assert dispatch.describe(device, kinds=("ce",)) == "Kernels: native (on cpu)"
     assert dispatch.describe(device, kinds=kinds) == (
-        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, batch_norm; reference for distill_loss "
-        "(the native implementation does not compute margin)"
+        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, conv3x3, batch_norm; reference for "
+        "distill_loss (the native implementation does not compute margin)"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was told

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import models
-from engine.models.layers import Classifier, ImageConv2d, recompute
+from engine.kernels import native
+from engine.models.layers import Classifier, Conv3x3, ImageConv2d, conv, recompute, use_winograd
 
 
 def test_the_first_convolution_sees_the_image_as_it_is(bf16: None) -> None:
@@ -116,3 +117,45 @@ def test_without_a_gradient_nothing_is_recomputed() -> None:
     with torch.no_grad():
         net(torch.rand(2, 3, 16, 16))
     assert calls == [1]
+
+
+# ---------------------------------------------------------------- Winograd's algorithm
+
+
+def is_by_winograd(layer: nn.Module, x: Tensor) -> bool:
+    grad_fn = layer(x).grad_fn
+    return grad_fn is not None and "ConvolutionBackward0" not in grad_fn.name()
+
+
+@pytest.fixture
+def native_library() -> None:
+    if reason := native.missing("cpu"):
+        pytest.skip(reason)
+
+
+def test_the_algorithm_is_torch_s_unless_it_is_asked_for(native_library: None) -> None:
+    layer = conv(16, 16, 3)
+    x = torch.rand(64, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert isinstance(layer, Conv3x3)
+    assert not is_by_winograd(layer, x)
+    expected = layer(x)
+    use_winograd(layer)
+    assert is_by_winograd(layer, x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert is_by_winograd(copy.deepcopy(layer), x)
+
+
+def test_what_it_does_not_compute_is_torch_s(native_library: None, bf16: None) -> None:
+    layer = conv(16, 16, 3)
+    use_winograd(layer)
+    x = torch.rand(64, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert not is_by_winograd(layer, x.contiguous())
+    assert not is_by_winograd(layer, x[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_by_winograd(layer, x)
+    assert torch.equal(layer.double()(x.double()), nn.functional.conv2d(x.double(), layer.weight, padding=1))
+
+
+@pytest.mark.parametrize("given", [(16, 16, 1), (16, 16, 5), (16, 16, 3, 2), (16, 16, 3, 1, 16)])
+def test_other_convolutions_are_plain_ones(given: tuple[int, ...]) -> None:
+    assert type(conv(*given)) is nn.Conv2d

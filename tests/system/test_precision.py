@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from engine import config
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted
+from engine.config.loading import as_begun
+from engine.models.layers import Conv3x3, conv
 from engine.runs import assemble, format_probe, lifecycle, provenance, teachers
 from engine.runs.run_directory import RunDir
 from engine.system import precision
@@ -115,6 +118,21 @@ def test_a_gpu_is_asked_and_not_timed(
     assert precision.choose(settled) == precision.Precision(
         torch.device("cuda", 0), torch.float32, dtype, f"--amp: passes in {settled.amp_dtype}, as the run began"
     )
+
+
+def test_networks_are_placed_with_the_algorithm_that_was_chosen() -> None:
+    for winograd in (True, False):
+        at = precision.Precision(torch.device("cpu"), torch.float32, winograd=winograd)
+        network = at.place(nn.Sequential(conv(16, 16, 3)))
+        layer = network.get_submodule("0")
+        assert isinstance(layer, Conv3x3)
+        assert layer.winograd == winograd
+
+
+@pytest.mark.parametrize(("wanted", "kept"), [("auto", "on"), ("off", "off")])
+def test_a_run_keeps_its_algorithm(wanted: str, kept: str) -> None:
+    begun = config.load({"winograd": "on"})
+    assert as_begun(config.load({"winograd": wanted}), begun).winograd == kept
 
 
 # ---------------------------------------------------------------- a run keeps it
