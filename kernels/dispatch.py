@@ -20,12 +20,13 @@ import torch
 from engine.kernels import native
 from engine.kernels.contract import look_up
 
-# By op and type of device, the fastest first. For CUDA the native library has no distill_loss and no random_start.
+# By op and type of device, the fastest first.
 SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "distill_loss": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "batch_sums": {"cpu": ("reference",), "cuda": ("triton", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row
 # By op whose calls consist of terms, and implementation: the kinds that it computes; the reference computes all.
@@ -132,22 +133,25 @@ def describe(device: torch.device, *, fused: bool = True, kinds: tuple[str, ...]
     """One line for the user: the implementation that serves each op on a device, and how to get a faster one.
 
     kinds: of the terms of distill_loss; those that send it to the reference are named, and no warning follows.
+    An op of which there is one implementation for the device is left out.
     """
-    chosen = {op: choose(op, device, fused=fused) for op in SERVED_BY}
+    rows = {op: by_device.get(device.type, _ELSEWHERE) for op, by_device in SERVED_BY.items()}
+    chosen = {op: choose(op, device, fused=fused) for op, row in rows.items() if len(row) > 1}
+    chosen = chosen or {op: choose(op, device, fused=fused) for op in rows}
     if lacking := _lacking("distill_loss", chosen["distill_loss"], kinds):
         _told.add(lacking)
         chosen["distill_loss"] = "reference"
-    names = {name: [op for op in SERVED_BY if chosen[op] == name] for name in _IMPLEMENTATIONS}
+    names = {name: [op for op in chosen if chosen[op] == name] for name in _IMPLEMENTATIONS}
     parts = [
         (f"{name} ({native.description(device.type)})" if name == "native" else name)
-        + ("" if len(ops) == len(SERVED_BY) else f" for {', '.join(ops)}")
+        + ("" if len(ops) == len(chosen) else f" for {', '.join(ops)}")
         + (f" ({lacking})" if lacking and "distill_loss" in ops else "")
         for name, ops in names.items()
         if ops
     ]
     line = f"Kernels: {'; '.join(parts)}"
     if preference() == "auto" and fused:
-        fastest = {op: by_device.get(device.type, _ELSEWHERE)[0] for op, by_device in SERVED_BY.items()}
+        fastest = {op: rows[op][0] for op in chosen}
         faster = {name: missing(name, device.type) for op, name in fastest.items() if name != chosen[op]}
         line += "".join(f"; faster with {name}: {reason}" for name, reason in faster.items() if reason)
     return line

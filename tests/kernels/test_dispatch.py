@@ -126,14 +126,15 @@ def test_the_interpreter_runs_triton_on_any_device(
             "native",
             ALL,
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss, random_start",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; triton for distill_loss, random_start, "
+            "batch_sums",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
-            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss, random_start; "
-            "faster with triton: triton is not installed (pip install triton)",
+            "Kernels: native (on cuda) for pgd_update, crop_flip; reference for distill_loss, random_start, "
+            "batch_sums; faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),
     ],

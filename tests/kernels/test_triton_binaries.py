@@ -32,7 +32,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
-from engine.kernels.triton_ops import crop_flip, distill_loss, pgd_update
+from engine.kernels.triton_ops import batch_sums, crop_flip, distill_loss, pgd_update
+from tests.kernels.sums_cases import SumsCase, make, zero_sums
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -212,11 +213,33 @@ class Crop:
         crop_flip.crop_flip(x_BCHW, labels_B, images, labels_N, sample_B, *numbers, index_B)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums of what is measured of a batch."""
+
+    classes: int
+    dtype: torch.dtype
+    batch: int = 33
+
+    kernels = ("_batch_sums",)
+
+    def __str__(self) -> str:
+        return f"sums {short(self.dtype)} {self.classes}"
+
+    @property
+    def registers(self) -> int:
+        return 64 if self.classes <= 1000 else 128
+
+    def launch(self) -> None:
+        batch = make(SumsCase(self.batch, self.classes, self.dtype))
+        batch_sums.batch_sums(zero_sums(len(batch.sources)), batch)
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Launch = Loss | Pgd | Crop
+Launch = Loss | Pgd | Crop | Sums
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
@@ -230,9 +253,11 @@ STEPS = [
     *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
 ]
 CROPS = [Crop(32), Crop(64), Crop(32, indexed=True)]
-LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS]
+SUMS = [Sums(classes, dtype) for classes in SIZES for dtype in (SINGLE, BRAIN)]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *SUMS]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
 NEAREST: list[Launch] = [*LOSSES[:2], LOSSES[3], LOSSES[7], LOSSES[9], LOSSES[17], *STEPS[3:5], *CROPS[::2]]
+NEAREST.append(SUMS[0])
 QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2], *NEWER[1::2]}
 PLAN = [
@@ -383,6 +408,8 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
         assert counts["_scale"] == (wide(8, 4), wide(8, itemsize))
     elif isinstance(launch, Crop):
         assert counts["_crop_flip"][1] == wide(8, 4)
+    elif isinstance(launch, Sums):
+        assert counts["_batch_sums"][1] == 0  # it stores numbers one by one
     else:
         block, num_warps = pgd_update.blocks(launch.size) if launch.l2 else (1024, 4)
         values = block // (32 * num_warps)
@@ -401,11 +428,13 @@ def test_addresses_do_not_overflow(compiled: Compiled) -> None:
     """Products with a stride or a block have 64 bits; rows, and the pixels of an image, are counted in 32."""
     for binary in compiled.binaries:
         products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
-        allowed = {"_loss": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
+        allowed = {"_loss": {"i32"}, "_batch_sums": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
         assert set(products) <= allowed.get(binary.kernel, set()), binary.kernel
 
 
 def test_arithmetic_stays_in_single_precision(compiled: Compiled) -> None:
+    if isinstance(compiled.launch, Sums):  # which adds to float64
+        return
     for binary in compiled.binaries:
         assert binary.count(r"D(ADD|MUL|FMA|SETP)\b.*|F2F\.F64.*|v_\w+_f64\w*") == 0, binary.kernel
 
@@ -440,6 +469,7 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
             ],
         ),
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (Sums(10, SINGLE), [{"batch": 1}, {"batch": 16}, {"batch": 1000}]),
         (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (
             Crop(8),

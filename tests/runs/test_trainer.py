@@ -76,7 +76,7 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert len(record["data"]["sha256"]) == 64
     assert record["teachers"]["teacher"]["source"] == f"checkpoint {tiny.teacher}"
     assert set(record["precision"]) == {"training", "attack", "evaluation"}
-    assert record["kernels"].keys() == {"distill_loss", "random_start", "pgd_update", "crop_flip"}
+    assert record["kernels"].keys() == {"distill_loss", "random_start", "pgd_update", "crop_flip", "batch_sums"}
     assert record["hardware"]["processor"]
 
     steps, epochs = rows_of(run, "step"), rows_of(run, "epoch")
