@@ -1,21 +1,28 @@
 """The ops of a training step. Imports torch, triton where one of its kernels runs, and nothing else of engine."""
 
 from engine.kernels.batch_norm import batch_norm
-from engine.kernels.contract import DistillLoss, Term
+from engine.kernels.batch_sums import batch_sums
+from engine.kernels.contract import ALPHA_BINS, BatchSums, DistillLoss, MeasuredBatch, Term
 from engine.kernels.conv3x3 import conv3x3
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
 from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
-from engine.kernels.reference import trust
+from engine.kernels.reference import count_cases, histogram, trust
 
 __all__ = [
+    "ALPHA_BINS",
+    "BatchSums",
     "DistillLoss",
+    "MeasuredBatch",
     "Term",
     "batch_norm",
+    "batch_sums",
     "conv3x3",
+    "count_cases",
     "crop_flip",
     "distill_loss",
+    "histogram",
     "pgd_update",
     "random_start",
     "trust",

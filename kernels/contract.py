@@ -103,6 +103,42 @@ class LossAndGradients(NamedTuple):
     gradients: Tensor | None
 
 
+ALPHA_BINS = 20  # equal bins of [0, 1]
+
+
+class BatchSums(NamedTuple):
+    """Sums over batches on a device, all float64 and contiguous, which `batch_sums` adds to.
+
+    totals: (18 + K,), in this order: samples, loss, the K terms, alpha, its samples; right answers and samples of
+    each of the logits of `MeasuredBatch`; samples whose t_at_nat and t_at_adv are both right, only the first,
+    none, only the second, and the samples of these four; entries of the attack's gradients.
+    histogram: (ALPHA_BINS,), samples by alpha. record: (1 + K,), of the first loss that was not finite its step,
+    and 1 for each term that was not finite; the step is negative while there is none.
+    """
+
+    totals: Tensor
+    histogram: Tensor
+    record: Tensor
+
+
+class MeasuredBatch(NamedTuple):
+    """Input of `batch_sums`, of one batch: loss (), terms (K',) and alpha (B,) of one floating dtype, labels (B,).
+
+    sources: for each of the K terms of the sums its place among the batch's, -1 where the batch has none of it.
+    alpha: None where there is none. logits: s_nat, s_adv, t_at_nat and t_at_adv, (B, C); None: not computed.
+    step: () int64. entries: of the gradients that the attack on one image computes.
+    """
+
+    loss: Tensor
+    terms: Tensor
+    sources: tuple[int, ...]
+    alpha: Tensor | None
+    logits: tuple[Tensor | None, ...]
+    labels: Tensor
+    step: Tensor
+    entries: int
+
+
 def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
     """The table's entry of that name. Raises ValueError where it has none."""
     if name not in table:

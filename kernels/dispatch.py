@@ -29,6 +29,7 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "conv3x3": {"cpu": ("native", "reference")},  # for CUDA cuDNN has its own
     "batch_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "batch_sums": {"cpu": ("reference",), "cuda": ("triton", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row
 # By op whose calls consist of terms, and implementation: the kinds that it computes; the reference computes all.
@@ -147,25 +148,25 @@ def describe(device: torch.device, *, fused: bool = True, kinds: tuple[str, ...]
     """One line for the user: the implementation that serves each op on a device, and how to get a faster one.
 
     kinds: of the terms of distill_loss; those that send it to the reference are named, and no warning follows.
+    An op of which there is one implementation for the device is left out.
     """
-    ops_here = [op for op in SERVED_BY if device.type in SERVED_BY[op]] or list(SERVED_BY)
-    chosen = {op: choose(op, device, fused=fused) for op in ops_here}
+    rows = {op: by_device.get(device.type, _ELSEWHERE) for op, by_device in SERVED_BY.items()}
+    chosen = {op: choose(op, device, fused=fused) for op, row in rows.items() if len(row) > 1}
+    chosen = chosen or {op: choose(op, device, fused=fused) for op in rows}
     if lacking := _lacking("distill_loss", chosen["distill_loss"], kinds):
         _told.add(lacking)
         chosen["distill_loss"] = "reference"
-    names = {name: [op for op in ops_here if chosen[op] == name] for name in _IMPLEMENTATIONS}
+    names = {name: [op for op in chosen if chosen[op] == name] for name in _IMPLEMENTATIONS}
     parts = [
         (f"{name} ({native.description(device.type)})" if name == "native" else name)
-        + ("" if len(ops) == len(ops_here) else f" for {', '.join(ops)}")
+        + ("" if len(ops) == len(chosen) else f" for {', '.join(ops)}")
         + (f" ({lacking})" if lacking and "distill_loss" in ops else "")
         for name, ops in names.items()
         if ops
     ]
     line = f"Kernels: {'; '.join(parts)}"
     if preference() == "auto" and fused:
-        fastest = {
-            op: by_device.get(device.type, _ELSEWHERE)[0] for op, by_device in SERVED_BY.items() if op in chosen
-        }
+        fastest = {op: rows[op][0] for op in chosen}
         faster = {name: missing(name, device.type) for op, name in fastest.items() if name != chosen[op]}
         line += "".join(f"; faster with {name}: {reason}" for name, reason in faster.items() if reason)
     return line

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.contract import DistillLoss, LossInputs, LossSpec, check_kinds
+from engine.kernels.contract import (
+    ALPHA_BINS,
+    BatchSums,
+    DistillLoss,
+    LossInputs,
+    LossSpec,
+    MeasuredBatch,
+    check_kinds,
+)
 from engine.kernels.philox import Stream, random_words, uniform
 
 # torch ignores the label -100 by default: here that is an error, like any other label that is no class.
@@ -193,6 +201,42 @@ def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int,
     outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
     crops_BHWC = images_NHWC[index_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
     return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
+
+
+def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:
+    """`engine.kernels.batch_sums`, into the three tensors of `sums`."""
+    count = float(batch.labels.shape[0])
+    loss, zero, full = batch.loss, batch.loss.new_zeros(()), batch.loss.new_full((), count)
+    right = [None if given is None else given.argmax(dim=1) == batch.labels for given in batch.logits]
+    terms = batch.terms.unbind()
+    terms_K = torch.stack([zero if source < 0 else terms[source] for source in batch.sources])
+    row = [full, loss * count, *(terms_K * count)]
+    row += [zero, zero] if batch.alpha is None else [batch.alpha.sum(), full]
+    for right_B in right:
+        row += [zero, zero] if right_B is None else [right_B.sum(), full]
+    nat_B, adv_B = right[2], right[3]
+    if nat_B is None or adv_B is None:
+        row += [zero] * 5
+    else:
+        row += [*count_cases(nat_B, adv_B), full]
+    row += [full * batch.entries]
+    sums.totals.add_(torch.stack([value.to(torch.float64) for value in row]))
+    if batch.alpha is not None:
+        sums.histogram.add_(histogram(batch.alpha))
+    record = torch.cat((batch.step.to(torch.float64)[None], (~terms_K.isfinite()).to(torch.float64)))
+    is_first = ~loss.isfinite() & (sums.record[0] < 0)
+    sums.record.copy_(torch.where(is_first, record, sums.record))
+
+
+def count_cases(nat_B: Tensor, adv_B: Tensor) -> list[Tensor]:
+    """Samples where both are right, only the first, none, only the second. nat_B, adv_B: True where right."""
+    return [(nat_B & adv_B).sum(), (nat_B & ~adv_B).sum(), (~nat_B & ~adv_B).sum(), (~nat_B & adv_B).sum()]
+
+
+def histogram(alpha_B: Tensor) -> Tensor:
+    """Samples in each of `ALPHA_BINS` equal bins of [0, 1]."""
+    bins_B = (alpha_B * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
+    return F.one_hot(bins_B, ALPHA_BINS).sum(dim=0).to(torch.float64)
 
 
 def _norm(images: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from engine.config import AttackSpec
 from engine.evaluation import intervals
 from engine.evaluation.arguments import LabelledImages
 from engine.evaluation.batches import batch_of
-from engine.kernels import trust
+from engine.kernels import ALPHA_BINS, trust
 from engine.system.precision import full_precision
-from engine.training.telemetry import ALPHA_BINS, CASES
+from engine.training.telemetry import CASES
 
 ECE_BINS = 15
 LOW_ALPHA = 0.5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine.attacks.parts import parts
 from engine.attacks.pgd import batch_norm_mode
 from engine.common.lookup import check_known
-from engine.kernels import trust
+from engine.kernels import ALPHA_BINS, BatchSums, MeasuredBatch, batch_sums, count_cases, histogram, trust
 from engine.objectives import TERMS, TRUST
 from engine.system.distributed import World
 from engine.system.precision import full_precision
@@ -25,10 +25,9 @@ from engine.training.step import StepOutput
 
 SIX_TERMS = tuple(TERMS)[:6]
 """The terms of the paper's Table 1, which earlier checkpoints have sums of, whatever their method."""
-ALPHA_BINS = 20
 CASES = ("both_right", "only_natural_right", "both_wrong", "only_adversarial_right")
 _ACCURACIES = ("student_natural", "student_adversarial", "teacher_natural", "teacher_adversarial")
-_LOGITS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")  # of the accuracies
+_LOGITS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")  # of the accuracies, in the order of `MeasuredBatch`
 _SUMS = (
     "alpha", "alpha_samples",
     *(f"{name}_{part}" for name in _ACCURACIES for part in ("right", "samples")),
@@ -88,39 +87,27 @@ class Telemetry:
         self._clock = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, output: StepOutput, labels: Tensor, step: Tensor) -> None:
+    def update(self, output: StepOutput, labels: Tensor, step: int | Tensor) -> None:
         """Add one step's batch; alpha counts wherever T(x~) was run, whether or not the row weighs with it.
 
+        step: from 0; on the device a () int64 tensor, so that a captured graph reads the number of its replay.
+        Every tensor of the sums is written in place.
         Raises ValueError for a term that there are no sums of.
         """
         for name in output.terms:
             check_known("term", name, self.terms)
-        batch = float(labels.shape[0])
         loss, alpha_B, terms_K, _ = output.loss
-        zero, full = loss.new_zeros(()), loss.new_full((), batch)
-        right = [
-            None if name not in output.logits else output.logits[name].argmax(dim=1) == labels for name in _LOGITS
-        ]
-        if output.terms != self.terms:
-            means = dict(zip(output.terms, terms_K.unbind(), strict=True))
-            terms_K = torch.stack([means.get(name, zero) for name in self.terms])
-        row = [full, loss * batch, *(terms_K * batch)]
-        has_alpha = TRUST in output.logits
-        row += [alpha_B.sum(), full] if has_alpha else [zero, zero]
-        for right_B in right:
-            row += [zero, zero] if right_B is None else [right_B.sum(), full]
-        nat_B, adv_B = right[2], right[3]
-        if nat_B is None or adv_B is None:
-            row += [zero] * (len(CASES) + 1)
-        else:
-            row += [*_count_cases(nat_B, adv_B), full]
-        row += [full * self.attack_entries]
-        self.sums += torch.stack([value.to(torch.float64) for value in row])
-        if has_alpha:
-            self.alpha_histogram += _histogram(alpha_B)
-        record = torch.cat((step[None].to(torch.float64), ~terms_K.isfinite()))
-        is_first = ~loss.isfinite() & (self.non_finite[0] < 0)
-        self.non_finite.copy_(torch.where(is_first, record, self.non_finite))
+        measured = MeasuredBatch(
+            loss,
+            terms_K,
+            tuple(output.terms.index(name) if name in output.terms else -1 for name in self.terms),
+            alpha_B if TRUST in output.logits else None,
+            tuple(output.logits.get(name) for name in _LOGITS),
+            labels,
+            step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=labels.device),
+            self.attack_entries,
+        )
+        batch_sums(BatchSums(self.sums, self.alpha_histogram, self.non_finite), measured)
 
     def check(self) -> None:
         """Raise FloatingPointError, naming step and terms, if a loss was not finite in any process."""
@@ -222,26 +209,15 @@ def probe(
     t_nat, t_adv = of_teacher
     alpha_B = trust(t_adv, labels, beta)
     nat_B, adv_B = t_nat.argmax(dim=1) == labels, t_adv.argmax(dim=1) == labels
-    cases = torch.stack(_count_cases(nat_B, adv_B)).tolist()
+    cases = torch.stack(count_cases(nat_B, adv_B)).tolist()
     return row | {
         "probe_teacher_natural_accuracy": _accuracy(t_nat, labels),
         "probe_teacher_adversarial_accuracy": _accuracy(t_adv, labels),
         "probe_alpha": float(alpha_B.mean()),
-        "probe_alpha_histogram": (_histogram(alpha_B) / len(labels)).tolist(),
+        "probe_alpha_histogram": (histogram(alpha_B) / len(labels)).tolist(),
         "probe_cases": {case: count / len(labels) for case, count in zip(CASES, cases, strict=True)},
     }
 
 
 def _accuracy(logits_BC: Tensor, labels: Tensor) -> float:
     return float((logits_BC.argmax(dim=1) == labels).double().mean())
-
-
-def _count_cases(nat_B: Tensor, adv_B: Tensor) -> list[Tensor]:
-    """Samples in each of `CASES`. nat_B, adv_B: True where the teacher is right on x, on x~."""
-    return [(nat_B & adv_B).sum(), (nat_B & ~adv_B).sum(), (~nat_B & ~adv_B).sum(), (~nat_B & adv_B).sum()]
-
-
-def _histogram(alpha_B: Tensor) -> Tensor:
-    """Samples in each of `ALPHA_BINS` equal bins of [0, 1]."""
-    bins_B = (alpha_B * ALPHA_BINS).long().clamp(0, ALPHA_BINS - 1)
-    return torch.nn.functional.one_hot(bins_B, ALPHA_BINS).sum(dim=0).to(torch.float64)

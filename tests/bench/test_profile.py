@@ -109,7 +109,8 @@ def test_a_step_of_iad2_has_the_ops_that_its_definition_needs(
     facts = documented("kernels.csv")[: len(Facts.__annotations__)]
     assert list(rows[0]) == [*facts, *documented("profile-METHOD-MODEL.csv")]
     assert rows[0]["served"] == (
-        "distill_loss reference, random_start reference, pgd_update reference, crop_flip reference"
+        "distill_loss reference, random_start reference, pgd_update reference, crop_flip reference, "
+        "batch_sums reference"
     )
     calls: dict[tuple[str, str, str], int] = defaultdict(int)
     for row in rows:

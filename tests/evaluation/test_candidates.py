@@ -14,6 +14,7 @@ from engine.attacks.pgd import pgd, preset
 from engine.common.stopping import Interrupted, Stop
 from engine.evaluation import candidates
 from engine.evaluation.candidates import MEASURES, CandidateTeacher
+from engine.kernels import ALPHA_BINS
 from engine.pipelines.splits import Split
 from engine.training import telemetry
 
@@ -73,7 +74,7 @@ def test_alpha_by_hand(beta: float) -> None:
     for name, share in (("alpha_q25", 25), ("alpha_median", 50), ("alpha_q75", 75)):
         assert value(name, found) == pytest.approx(np.percentile(alpha, share), abs=1e-12)
     assert value("alpha_low", found) == (alpha < 0.5).mean()
-    histogram, _ = np.histogram(alpha, bins=telemetry.ALPHA_BINS, range=(0, 1))
+    histogram, _ = np.histogram(alpha, bins=ALPHA_BINS, range=(0, 1))
     assert found.alpha_histogram() == pytest.approx(histogram / 4)
 
 

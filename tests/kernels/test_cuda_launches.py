@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 
 from engine import methods
-from engine.kernels import Term, batch_norm, crop_flip, dispatch, distill_loss, native, pgd_update, random_start
+from engine.kernels import (
+    BatchSums,
+    MeasuredBatch,
+    Term,
+    batch_norm,
+    batch_sums,
+    crop_flip,
+    dispatch,
+    distill_loss,
+    native,
+    pgd_update,
+    random_start,
+)
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
 
@@ -24,6 +36,7 @@ SHARED = {
     "start": ["_random_start"],
     "norm both": ["_statistics", "_apply", "_sums", "_gradient"],
     "norm of a sum both": ["_statistics", "_apply", "_sums", "_gradient"],
+    "sums": ["_batch_sums"],
 }
 KERNELS: dict[str, dict[str, list[str]]] = {
     "triton": {
@@ -45,6 +58,20 @@ KERNELS: dict[str, dict[str, list[str]]] = {
 }
 OPS = tuple(KERNELS["triton"])
 CAPTURED = tuple(op for op in OPS if op != "loss backward")  # which needs its forward in the same graph
+
+
+def adding(loss: Tensor, logits: tuple[Tensor | None, ...], labels: Tensor) -> Callable[[float], None]:
+    """`batch_sums` of a batch, with a number of entries that changes."""
+    device = labels.device
+    sums = BatchSums(*(torch.zeros(size, dtype=torch.float64, device=device) for size in (18 + 3, 20, 1 + 3)))
+    terms, alpha = torch.zeros(2, device=device), torch.zeros(len(labels), device=device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(number: float) -> None:
+        entries = int(number * 16)
+        batch_sums(sums, MeasuredBatch(loss, terms, (0, -1, 1), alpha, logits, labels, step, entries))
+
+    return add
 
 
 def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
@@ -108,6 +135,7 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
             images, labels, far_sample, seed=int(number), epoch=1, index_B=sample
         ),
         "start": start,
+        "sums": adding(loss.detach(), (*logits[:3], None), labels[:8]),
         "loss": forward,
         "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),
         "loss both": lambda number: torch.autograd.grad(*forward(number), scale),
@@ -230,6 +258,6 @@ def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str)
     expected = {
         "triton": "Kernels: triton",
         "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; "
-        "triton for distill_loss, random_start, batch_norm",
+        "triton for distill_loss, random_start, batch_norm, batch_sums",
     }
     assert seen["describe"] == expected[implementation]

@@ -32,7 +32,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
-from engine.kernels.triton_ops import batch_norm, crop_flip, distill_loss, pgd_update
+from engine.kernels.triton_ops import batch_norm, batch_sums, crop_flip, distill_loss, pgd_update
+from tests.kernels.sums_cases import SumsCase, make, zero_sums
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -238,11 +239,33 @@ class Norm:
         )
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums of what is measured of a batch."""
+
+    classes: int
+    dtype: torch.dtype
+    batch: int = 33
+
+    kernels = ("_batch_sums",)
+
+    def __str__(self) -> str:
+        return f"sums {short(self.dtype)} {self.classes}"
+
+    @property
+    def registers(self) -> int:
+        return 64 if self.classes <= 1000 else 128
+
+    def launch(self) -> None:
+        batch = make(SumsCase(self.batch, self.classes, self.dtype))
+        batch_sums.batch_sums(zero_sums(len(batch.sources)), batch)
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Launch = Loss | Pgd | Crop | Norm
+Launch = Loss | Pgd | Crop | Norm | Sums
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
@@ -262,7 +285,8 @@ NORMS = [
     for channels in (16, 64)
     for residual in (False, True)
 ]
-LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS]
+SUMS = [Sums(classes, dtype) for classes in SIZES for dtype in (SINGLE, BRAIN)]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS, *SUMS]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
 NEAREST: list[Launch] = [
     *LOSSES[:2],
@@ -273,6 +297,7 @@ NEAREST: list[Launch] = [
     *STEPS[3:5],
     *CROPS[::2],
     NORMS[-1],
+    SUMS[0],
 ]
 QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2], *NEWER[1::2]}
@@ -431,6 +456,8 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
         reads = {"_statistics": 2, "_apply": 1 + launch.residual, "_sums": 2 + launch.residual, "_gradient": 2}
         for kernel, maps in reads.items():
             assert counts[kernel][0] >= maps * once, kernel
+    elif isinstance(launch, Sums):
+        assert counts["_batch_sums"][1] == 0  # it stores numbers one by one
     else:
         block, num_warps = pgd_update.blocks(launch.size) if launch.l2 else (1024, 4)
         values = block // (32 * num_warps)
@@ -450,12 +477,14 @@ def test_addresses_do_not_overflow(compiled: Compiled) -> None:
     for binary in compiled.binaries:
         products = re.findall(r"muli .*: (tensor<\w+xi32>|i32)", binary.intermediate)
         counted = {"i32", "tensor<16xi32>", "tensor<16x1xi32>"}  # parts, their rows, and the places of their sums
-        allowed = {"_loss": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
+        allowed = {"_loss": {"i32"}, "_batch_sums": {"i32"}, "_crop_flip": {"i32", "tensor<1024xi32>"}}
         allowed |= dict.fromkeys(Norm.kernels, counted)
         assert set(products) <= allowed.get(binary.kernel, set()), binary.kernel
 
 
 def test_arithmetic_stays_in_single_precision(compiled: Compiled) -> None:
+    if isinstance(compiled.launch, Sums):  # which adds to float64
+        return
     for binary in compiled.binaries:
         assert binary.count(r"D(ADD|MUL|FMA|SETP)\b.*|F2F\.F64.*|v_\w+_f64\w*") == 0, binary.kernel
 
@@ -491,6 +520,7 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
         ),
         (Norm(BRAIN, 64), [{"batch": 16}, {"batch": 48}, {"momentum": 1.0}]),
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (Sums(10, SINGLE), [{"batch": 1}, {"batch": 16}, {"batch": 1000}]),
         (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (
             Crop(8),

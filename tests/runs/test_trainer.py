@@ -21,6 +21,7 @@ from engine.attacks import pgd
 from engine.common.console import Reporter
 from engine.common.stopping import RunFailed
 from engine.evaluation.measure import Result
+from engine.kernels import dispatch
 from engine.pipelines.sampling import Sampling
 from engine.pipelines.splits import Split, limited
 from engine.pipelines.tensor import TensorPipeline
@@ -76,7 +77,7 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
     assert len(record["data"]["sha256"]) == 64
     assert record["teachers"]["teacher"]["source"] == f"checkpoint {tiny.teacher}"
     assert set(record["precision"]) == {"training", "attack", "choosing", "evaluation"}
-    assert record["kernels"].keys() == {"distill_loss", "random_start", "pgd_update", "crop_flip"}
+    assert record["kernels"].keys() == dispatch.SERVED_BY.keys()
     assert record["hardware"]["processor"]
 
     steps, epochs = rows_of(run, "step"), rows_of(run, "epoch")

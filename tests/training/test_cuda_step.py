@@ -151,7 +151,7 @@ BUDGETS = {
     "mtard": Budget(764, 499, 267),
     "saad": Budget(942, 529, 421),
 }
-IAD1_COMPILED = Budget(435, 293, 142)
+IAD1_COMPILED = Budget(350, 208, 142)
 
 
 def launches(method: str, hot: Hot, **keys: str) -> Budget:
