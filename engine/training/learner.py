@@ -119,7 +119,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that the training changed but the student itself, for a checkpoint."""
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer.state_dict(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "micro_batch": self.micro_batches.size,
         }
@@ -131,7 +131,7 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        saved, groups = state["optimizer"], self.optimizer.state_dict()["param_groups"]
+        saved, groups = state["optimizer"], optimizer.state_dict(self.optimizer)["param_groups"]
         for group, before in zip(groups, saved["param_groups"], strict=True):
             group["lr"] = before["lr"]  # all else is as the configuration says
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

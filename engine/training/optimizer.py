@@ -22,6 +22,7 @@ Groups = list[dict[str, Any]]
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _LAYERS = (nn.Linear, _ConvNd)
+_OF_TORCH = (torch.optim.SGD, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,51 @@ def undecayed(network: nn.Module) -> Iterator[str]:
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Learn with that rate from now on, each group with its part of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        number = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(number)
+            group["lr_number"] = number
+        else:
+            group["lr"] = number
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float:
     """The rate of `set_rate`."""
     group = optimizer.param_groups[0]
-    return float(group["lr"] / group["lr_scale"])
+    return float(_number(group) / group["lr_scale"])
+
+
+def put_rate_on_device(optimizer: torch.optim.Optimizer) -> None:
+    """Keep each group's rate in a float32 tensor beside its parameters, which `set_rate` fills in place.
+
+    A captured update then reads the rate of its replay; `rate` and `state_dict` read numbers of the host, without
+    a wait. The optimizer's `load_state_dict` brings numbers back: call this again then, and capture again.
+    Raises ValueError for an optimizer that is not torch's.
+    """
+    if type(optimizer) not in _OF_TORCH:
+        known = ", ".join(made.__name__ for made in _OF_TORCH)
+        raise ValueError(f"optimizer: {type(optimizer).__name__} takes no tensor for its rate; known are {known}")
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if not isinstance(group["lr"], Tensor):
+            group["lr_number"] = group["lr"]
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
+        if "capturable" in group:  # of AdamW, whose counts of steps the fused update has on the device
+            group["capturable"] = device.type == "cuda"
+
+
+def state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's own, with rates as numbers wherever they are kept."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = _number(group)
+        group.pop("lr_number", None)
+    return state
+
+
+def _number(group: dict[str, Any]) -> float:
+    number: float = group.get("lr_number", group["lr"])
+    return number
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

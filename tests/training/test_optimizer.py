@@ -12,6 +12,8 @@ from torch import nn
 
 from engine import config
 from engine.training import optimizer
+from tests.fake_cuda import FakeCuda
+from tests.fake_cuda.journal import of, recorded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -33,6 +35,84 @@ def test_fused_sgd_is_the_loop_written_out(dtype: torch.dtype, nesterov: bool) -
     tolerance = 1e-6 if dtype == torch.float32 else 1e-14
     torch.testing.assert_close(weight.detach().double(), expected, rtol=tolerance, atol=tolerance)
     assert sgd.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("implementation", ["torch", "adamw"])
+def test_a_rate_on_the_device_trains_as_a_number_does(implementation: str) -> None:
+    """Rates that float32 holds exactly: the same bits."""
+    run = config.load({"lr": 0.5, "optim": {"implementation": implementation, "weight_decay": 0.01}})
+    torch.manual_seed(0)
+    networks = [nn.ParameterList([torch.randn(50)]) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    by_number, by_tensor = (optimizer.build(network, run) for network in networks)
+    optimizer.put_rate_on_device(by_tensor)
+    tensor = by_tensor.param_groups[0]["lr"]
+    for rate in (0.5, 0.25, 0.125):
+        gradient = torch.randn(50)
+        for network, made in zip(networks, (by_number, by_tensor), strict=True):
+            optimizer.set_rate(made, rate)
+            network[0].grad = gradient.clone()
+            made.step()
+        assert torch.equal(*(network[0] for network in networks))
+    optimizer.put_rate_on_device(by_tensor)
+    assert by_tensor.param_groups[0]["lr"] is tensor
+
+
+def test_the_rate_and_the_state_are_numbers_where_the_device_has_the_rate() -> None:
+    network = nn.ParameterList([torch.randn(5)])
+    run = config.load({"lr": 0.5})
+    made = optimizer.build(network, run)
+    optimizer.put_rate_on_device(made)
+    optimizer.set_rate(made, 0.1)
+    tensor = made.param_groups[0]["lr"]
+    assert tensor.dtype == torch.float32
+    assert tensor == torch.tensor(0.1)
+    assert optimizer.rate(made) == 0.1  # and not what float32 makes of it
+    other = optimizer.build(network, run)
+    optimizer.set_rate(other, 0.1)
+    state = optimizer.state_dict(made)
+    assert state == optimizer.state_dict(other) == other.state_dict()
+    made.load_state_dict(state)
+    assert made.param_groups[0]["lr"] == optimizer.rate(made) == 0.1
+    optimizer.set_rate(made, 0.2)
+    assert optimizer.rate(made) == 0.2
+
+
+def test_an_optimizer_that_takes_no_tensor_is_refused() -> None:
+    other = torch.optim.Adagrad([torch.zeros(2, requires_grad=True)])
+    with pytest.raises(ValueError, match=r"Adagrad takes no tensor for its rate; known are SGD, AdamW"):
+        optimizer.put_rate_on_device(other)
+
+
+def captured_update(implementation: str) -> dict[str, Any]:
+    """Calls of a captured update, and of other rates before replays, where a wait is an error."""
+    run = config.load({"lr": 0.5, "optim": {"implementation": implementation}})
+    network = nn.ParameterList([torch.zeros(50, device="cuda"), torch.zeros(7, 3, device="cuda")])
+    made = optimizer.build(network, run)
+    optimizer.put_rate_on_device(made)
+    for weight in network:
+        weight.grad = torch.zeros_like(weight)
+    made.step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        made.step()
+    torch.cuda.set_sync_debug_mode("error")
+    with recorded() as calls:
+        for rate in (0.25, 0.125):
+            optimizer.set_rate(made, rate)
+            graph.replay()
+            assert optimizer.rate(made) == rate
+    return {"calls": calls, "groups": len(made.param_groups)}
+
+
+@pytest.mark.parametrize("implementation", ["torch", "adamw"])
+def test_a_captured_update_follows_the_rate_without_a_wait(implementation: str, fake_cuda: FakeCuda) -> None:
+    seen = fake_cuda.run(captured_update, implementation)
+    kinds = [call["call"] for call in seen["calls"]]
+    assert kinds == (["kernel"] * seen["groups"] + ["graph_launch"]) * 2
+    launches = of("graph_launch", seen["calls"])
+    assert all(int(call["nodes"]) >= seen["groups"] for call in launches)
 
 
 def apex_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
