@@ -109,6 +109,8 @@ stages() {
   for method in ard iad2 akd2; do
     $each 3 "step-$method" 150 20 '' "${step[@]}" "${outer[@]}" --method "$method" --out "$out/step-$method"
   done
+  $each 3 ablation 240 60 '' "${run[@]}" bench.ablation "${on[@]}" "${sizes[@]}" --rounds "$rounds" \
+    --out "$out/ablation"
   for op in distill_loss pgd_update crop_flip; do
     $each 3 "kernels-$op" 60 15 '' \
       "${run[@]}" bench.kernels "${on[@]}" --op "$op" "${quick[@]}" --out "$out/kernels-$op"

@@ -30,8 +30,8 @@ from engine.training import plan
 CPU = torch.device("cpu")
 ASSUMPTIONS = (
     "convolutions reach 60 % of the data sheet's dense peak, and everything else 85 % of its bandwidth",
-    "an op reads its inputs and writes its outputs once, as eager torch does, and nothing stays in a cache",
-    "eager: each op takes at least 5 us to launch; captured: launches cost nothing",
+    "an op reads its inputs and writes its outputs once, BatchNorm reads twice; nothing stays in a cache",
+    "eager: each op takes at least 5 us to launch; captured: at least 1.6 us, a small kernel of a graph",
     "lanes: the teachers hide entirely behind the longer of the two lanes, the best that is possible",
     "memory: activations, weights, gradients, momentum, twins; no workspace, no fragmentation, no context",
 )

@@ -32,7 +32,7 @@ from bench.lib.steps.variants import (
     images_of,
 )
 from bench.lib.timing import Call, no_garbage_collection, rotated
-from engine import config, models
+from engine import models
 from engine.common.lookup import is_on
 from engine.runs import assemble
 from engine.system import precision
@@ -143,7 +143,7 @@ class Alone:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         device = workload.device
-        amp = precision.choose(config.load({"amp": True, "device": str(device)})).amp_dtype or torch.float32
+        amp = precision.choose(workload.config(VARIANTS["amp"])).amp_dtype or torch.float32
         self._formats = {True: amp, False: torch.float32}
         self._layers = convolutions.layers(
             models.build(workload.model, 10), (workload.batch_size, *_size(workload))
@@ -219,6 +219,8 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
         "images/s",
         "x textbook",
         "x expert",
+        "of expert-fp32",
+        "10 % to 90 %",
         "GFLOP",
         "GFLOP/s",
         "of convolutions",
@@ -234,13 +236,19 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
                 row.variant, f"{row.median_s:.3f}", f"{row.q10_s:.3f}", f"{row.q90_s:.3f}",
                 f"{row.images_per_s:,.1f}", f"{row.speedup:.2f}",
                 *("" if value is None else form.format(value) for form, value in (
-                    ("{:.2f}", row.speedup_over_expert), ("{:,.0f}", row.gflop), ("{:,.0f}", row.gflop_per_s),
+                    ("{:.2f}", row.speedup_over_expert), ("{:.3f}", row.of_expert_fp32),
+                    ("{}", _spread(row)), ("{:,.0f}", row.gflop), ("{:,.0f}", row.gflop_per_s),
                     ("{:.0%}", row.share_of_convolutions), ("{:,.0f}", row.peak_mib),
                     ("{:,.0f}", row.reserved_mib), ("{:,.0f}", row.smi_mib),
                     ("{:.0%}", row.share_of_textbook_memory),
                 )),
             )  # fmt: skip
     return result
+
+
+def _spread(row: StepRow) -> str | None:
+    low, high = row.q10_of_expert_fp32, row.q90_of_expert_fp32
+    return None if low is None else f"{low:.3f} to {high:.3f}"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ from engine.system.precision import Precision
 FREE = ("prim::device", "aten::empty", "aten::detach", "aten::alias", "aten::lift_fresh", "aten::_unsafe_view")
 
 
+# How many of its first arguments BatchNorm reads twice, for its sums and to apply them, and its flag of training.
+_READ_TWICE = {"aten::native_batch_norm": (1, 5), "aten::native_batch_norm_backward": (2, 7)}
+
+
 class Op(NamedTuple):
     """One op: floating-point operations of convolutions and matrix products, bytes read and written, format."""
 
@@ -52,9 +56,9 @@ class Hardware:
     sustained: float = 0.85
 
     def seconds(self, op: Op, *, launched: bool) -> float:
-        """The longer of computing and moving; launched: and no shorter than the host needs to launch it."""
+        """The longest of computing, moving and a node of a graph; launched: and of the host's launch of it."""
         computing = op.flops / (self.flops[op.dtype] * self.reached) if op.flops else 0.0
-        longest = max(computing, op.bytes / (self.bandwidth * self.sustained))
+        longest = max(computing, op.bytes / (self.bandwidth * self.sustained), self.node)
         return max(longest, self.launch) if launched else longest
 
 
@@ -88,8 +92,15 @@ class _Recorder(TorchDispatchMode):
             count = flop_registry.get(func.overloadpacket)
             flops = float(count(*args, **kwargs, out_val=out)) if count else 0.0
             dtype = next((tensor.dtype for tensor in moved), torch.float32)
+            moved += _read_again(name, args)
             self.ops.append(Op(name, flops, float(sum(map(_bytes, moved))), dtype))
         return out
+
+
+def _read_again(name: str, args: Any) -> list[Tensor]:
+    """Tensors among the first arguments that an op reads a second time, too large to be in a cache still."""
+    count, flag = _READ_TWICE.get(name, (0, 0))
+    return list(args[:count]) if count and args[flag] else []
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -185,4 +196,4 @@ def measured_cpu(precision: Precision) -> Hardware:
     bandwidth = 2 * source.nbytes / best(lambda: torch.empty_like(source).copy_(source))
     small = torch.ones(8)
     launch = best(lambda: [small.add_(1) for _ in range(1000)]) / 1000
-    return Hardware("this processor", flops, bandwidth, launch, reached=1.0, sustained=1.0)
+    return Hardware("this processor", flops, bandwidth, launch, 0.0, reached=1.0, sustained=1.0)

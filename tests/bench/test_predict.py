@@ -19,7 +19,7 @@ from engine.training.performance.speed import forward_flops
 
 CPU = torch.device("cpu")
 F32, AMP = Precision(CPU, torch.float32), Precision(CPU, torch.float32, torch.bfloat16)
-UNIT = Hardware("unit", {torch.float32: 10.0, torch.bfloat16: 20.0}, 2.0, launch=0.5, reached=0.5, sustained=0.25)
+UNIT = Hardware("unit", {torch.float32: 10.0, torch.bfloat16: 20.0}, 2.0, 0.5, 0.1, 0.5, 0.25)
 
 
 def flops(ops: list[Op]) -> float:
@@ -36,6 +36,7 @@ def flops(ops: list[Op]) -> float:
         (Op("conv", 100.0, 1.0, torch.bfloat16), False, 10.0),
         (Op("conv", 100.0, 40.0, torch.float32), False, 80.0),  # by 2 * 0.25 bytes a second
         (Op("relu", 0.0, 0.1, torch.float32), False, 0.2),
+        (Op("relu", 0.0, 0.01, torch.float32), False, 0.1),  # a node takes no less
         (Op("relu", 0.0, 0.1, torch.float32), True, 0.5),  # the host is slower
         (Op("relu", 0.0, 0.4, torch.float32), True, 0.8),
     ],
@@ -83,6 +84,16 @@ def test_bytes_of_an_op() -> None:
         assert relus[0].flops == 0
 
 
+def test_batch_norm_by_batch_statistics_reads_twice() -> None:
+    """The first of ResNet-8 on 4 images: x twice and y; then x and dy twice and dx; beside them vectors."""
+    trained = roofline.passes("resnet8", 4, F32, bn="train").trained
+    forward = next(op for op in trained if op.name == "aten::native_batch_norm")
+    backward = [op for op in trained if op.name == "aten::native_batch_norm_backward"][-1]
+    large = 4 * 16 * 32 * 32 * 4
+    assert 3 * large <= forward.bytes < 3 * large + 16 * 100
+    assert 5 * large <= backward.bytes < 5 * large + 16 * 100
+
+
 def test_folded_passes_have_no_batch_norm() -> None:
     train, folded = (roofline.passes("resnet8", 4, F32, bn=bn) for bn in ("train", "eval"))
     assert sum("batch_norm" in op.name for op in train.attacked) == 2 * 9
@@ -122,14 +133,15 @@ def test_the_critical_path(method: str, serial: float, lanes: float) -> None:
     run = config.load({"method": method})
     row = methods.get(method)
     step = predict.predict(run, row, passes(), UNIT, F32)
-    assert step.device_s == pytest.approx(serial)
-    assert step.lanes_s == pytest.approx(lanes)
-    assert step.share_of_convolutions == 1.0
+    update = UNIT.node  # of no parameters
+    assert step.device_s == pytest.approx(serial + update)
+    assert step.lanes_s == pytest.approx(lanes + update)
+    assert step.share_of_convolutions == pytest.approx(serial / (serial + update))
 
 
 def test_a_teacher_that_is_slower_than_the_attack_decides() -> None:
     step = predict.predict(config.load({"method": "ard"}), methods.get("ard"), passes(forward=20.0), UNIT, F32)
-    assert step.lanes_s == pytest.approx(20 + 3 + 20)
+    assert step.lanes_s == pytest.approx(20 + 3 + 20 + UNIT.node)
 
 
 def test_launches_are_those_of_all_passes() -> None:

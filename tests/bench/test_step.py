@@ -177,6 +177,9 @@ def test_the_arithmetic_of_a_row() -> None:
     assert {row.expert for row in (textbook, fast, amp)} == {"expert-fp32"}
     assert (textbook.speedup_over_expert, fast.speedup_over_expert) == (0.5, 1.0)  # the median of 0.6, 0.3 and 0.5
     assert amp.speedup_over_expert == 1.5  # the median of 1.5, 1.2 and 2
+    assert amp.of_expert_fp32 == pytest.approx(2 / 3)  # of 2/3, 5/6 and 1/2
+    assert [amp.q10_of_expert_fp32, amp.q90_of_expert_fp32] == pytest.approx([8 / 15, 0.8])
+    assert (fast.of_expert_fp32, fast.q10_of_expert_fp32, fast.q90_of_expert_fp32) == (1.0, 1.0, 1.0)
     assert (amp.median_s, amp.images_per_s, amp.rounds, amp.steps_per_round) == (4.0, 32.0, 3, 2)
     assert [amp.q10_s, amp.q90_s] == pytest.approx([3.2, 4.8])
     assert (amp.gflop, amp.gflop_per_s) == (3.0, 0.75)
@@ -187,7 +190,12 @@ def test_the_arithmetic_of_a_row() -> None:
 
 def test_without_an_expert_nothing_is_said_of_one() -> None:
     textbook, amp = rows(textbook=(2.0, 2.0, 2.0), amp=(1.0, 1.0, 1.0))
-    assert (amp.expert, amp.speedup_over_expert) == ("", None)
+    assert (amp.expert, amp.speedup_over_expert, amp.of_expert_fp32, amp.q90_of_expert_fp32) == (
+        "",
+        None,
+        None,
+        None,
+    )
     assert targets.expert_verdict([textbook, amp]).startswith("not measured: the engine over the best expert")
 
 

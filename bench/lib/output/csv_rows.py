@@ -127,6 +127,9 @@ class StepRow(MeasuredRow):
     speedup: float
     expert: str
     speedup_over_expert: float | None
+    of_expert_fp32: float | None
+    q10_of_expert_fp32: float | None
+    q90_of_expert_fp32: float | None
     gflop: float | None
     gflop_per_s: float | None
     convolutions_s: float
@@ -135,6 +138,26 @@ class StepRow(MeasuredRow):
     reserved_mib: float | None
     smi_mib: float | None
     share_of_textbook_memory: float | None
+
+
+@dataclass(frozen=True)
+class AblationRow(MeasuredRow):
+    """One line of ablation.csv; README.md describes the columns."""
+
+    method: str
+    model: str
+    batch_size: int
+    off: str
+    rounds: int
+    steps_per_round: int
+    median_s: float
+    q10_s: float
+    q90_s: float
+    relative: float
+    q10_relative: float
+    q90_relative: float
+    peak_mib: float | None
+    relative_memory: float | None
 
 
 @dataclass(frozen=True)
@@ -369,6 +392,8 @@ def step_row(
     ratio = speedup(samples["textbook"], seconds)
     assert ratio is not None
     expert = best_expert(samples)
+    expert_fp32 = samples.get("expert-fp32")
+    of_expert = (None, None, None) if expert_fp32 is None else relative(seconds, expert_fp32)
     peak = peaks.get(variant)
     return StepRow(
         **facts,
@@ -385,6 +410,9 @@ def step_row(
         speedup=ratio,
         expert=expert,
         speedup_over_expert=speedup(samples.get(expert), seconds),
+        of_expert_fp32=of_expert[0],
+        q10_of_expert_fp32=of_expert[1],
+        q90_of_expert_fp32=of_expert[2],
         gflop=None if flops is None else flops / 1e9,
         gflop_per_s=None if flops is None else flops / 1e9 / median,
         convolutions_s=statistics.median(convolutions),
@@ -395,6 +423,42 @@ def step_row(
         reserved_mib=peak.reserved if peak else None,
         smi_mib=peak.smi if peak else None,
         share_of_textbook_memory=peak.allocated / peaks["textbook"].allocated if peak else None,
+    )
+
+
+def ablation_row(
+    facts: Facts,
+    workload: Workload,
+    off: str,
+    baseline: str,
+    samples: Mapping[str, Sequence[float]],
+    steps_per_round: int,
+    peaks: Mapping[str, float | None],
+) -> AblationRow:
+    """One step without a part. baseline: name of the step with everything on. samples: as of `step_row`.
+
+    peaks: MiB, by name.
+    """
+    seconds = samples[off]
+    q10, q90 = quantiles(seconds)
+    ratio, q10_ratio, q90_ratio = relative(seconds, samples[baseline])
+    peak, usual = peaks[off], peaks[baseline]
+    return AblationRow(
+        **facts,
+        method=workload.method,
+        model=workload.model,
+        batch_size=workload.batch_size,
+        off=off,
+        rounds=len(seconds),
+        steps_per_round=steps_per_round,
+        median_s=statistics.median(seconds),
+        q10_s=q10,
+        q90_s=q90,
+        relative=ratio,
+        q10_relative=q10_ratio,
+        q90_relative=q90_ratio,
+        peak_mib=peak,
+        relative_memory=peak / usual if peak is not None and usual else None,
     )
 
 
@@ -459,6 +523,12 @@ def speedup(baseline: Sequence[float] | None, seconds: Sequence[float]) -> float
     if baseline is None:
         return None
     return statistics.median(theirs / mine for theirs, mine in zip(baseline, seconds, strict=True))
+
+
+def relative(seconds: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10 % and 90 % quantile over the rounds of seconds / baseline."""
+    ratios = [mine / theirs for mine, theirs in zip(seconds, baseline, strict=True)]
+    return statistics.median(ratios), *quantiles(ratios)
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from engine.config import RunConfig
 from engine.models.sync_batch_norm import synchronise
 from engine.pipelines.base import Batch, Pipeline
 from engine.pipelines.splits import Split
-from engine.runs import assemble
+from engine.runs import assemble, format_probe
 from engine.system import precision
 from engine.system.distributed import World
 from engine.training.step import OnDevice, StepOutput
@@ -25,7 +25,7 @@ class EngineStep:
     """
 
     def __init__(self, config: RunConfig, images: Split, world: World | None = None) -> None:
-        world = world or World()
+        world, config = world or World(), format_probe.resolve_amp(config)
         self._config, self._method = config, assemble.method_of(config)
         self.precision = precision.choose(config, world.local_rank)
         student = assemble.build_student(config, images, self.precision)

@@ -29,7 +29,7 @@ from engine.common.lookup import is_on
 from engine.config import RunConfig
 from engine.pipelines import datasets
 from engine.pipelines.splits import Split
-from engine.runs import assemble
+from engine.runs import assemble, format_probe
 from engine.system import precision
 
 TEXTBOOK = "textbook"
@@ -53,6 +53,7 @@ class Variant:
     keys: dict[str, Any] = field(default_factory=dict)
     by: By = By.ENGINE
     keeps_memory: bool = True  # as `engine train` does
+    captured: bool = False  # the expert's networks are replayed from CUDA graphs
 
     def settle(self) -> None:
         """Make the C library treat freed memory as it does in a process of this variant."""
@@ -95,9 +96,10 @@ VARIANTS = {
     ),
     "expert-fp32": Variant("the same in float32", _COMPILED, By.EXPERT, False),
     "expert-graph": Variant(
-        "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True, "graphs": "attack"}, By.EXPERT, False
+        "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True}, By.EXPERT, False, True
     ),
     "fp32": Variant("the engine, float32", _PLAIN),
+    "fp32-compile": Variant("the engine, float32, passes compiled", _COMPILED),
     "amp": Variant("passes in half precision", _AMP),
     "amp-malloc": Variant("amp, freed memory given back as glibc does by itself", _AMP, By.ENGINE, False),
     "amp-recompute": Variant("amp, blocks' activations computed again", _AMP | {"checkpoint_activations": True}),
@@ -107,12 +109,13 @@ VARIANTS = {
     "amp-compile": Variant("amp, passes compiled", _AMP | {"compile": "on"}),
     "amp-lanes": Variant("amp, teachers and next batch on lanes of their own", _AMP | {"lanes": "on"}),
     "amp-graph": Variant("amp, lanes, the attack captured", _AMP | {"lanes": "on", "graphs": "attack"}),
-    "all": Variant("amp, lanes, graph, compiled", {"amp": True, "compile": "on"}),
+    "amp-graph-step": Variant("amp, lanes, the whole step captured", _AMP | {"lanes": "on", "graphs": "step"}),
+    "all": Variant("amp, lanes, the step captured, compiled", {"amp": True, "compile": "on"}),
 }
-ON_CPU = (TEXTBOOK, "expert", "expert-fp32", "fp32", "amp")
+ON_CPU = (TEXTBOOK, "expert-fp32", "expert", "fp32", "amp", "amp-compile")
 ON_CUDA = (
-    TEXTBOOK, "expert-fp32", "expert", "expert-graph",
-    "fp32", "amp", "amp-eval", "amp-lanes", "amp-graph", "amp-compile", "all",
+    TEXTBOOK, "expert-fp32", "expert", "expert-graph", "fp32", "fp32-compile",
+    "amp", "amp-eval", "amp-compile", "amp-lanes", "amp-graph", "amp-graph-step", "all",
 )  # fmt: skip
 
 
@@ -127,31 +130,31 @@ class Workload:
     device: torch.device
 
     def config(self, variant: Variant) -> RunConfig:
-        """Configuration of the run that the variant is a step of, after the warm-up."""
+        """Configuration of the run that the variant is a step of, after the warm-up, its format decided."""
         given = {"method": self.method, "model": self.model, "batch_size": self.batch_size, "loss": {"warmup": 0}}
-        return config.load(given, variant.keys, {"device": str(self.device)})
+        return format_probe.resolve_amp(config.load(given, variant.keys, {"device": str(self.device)}))
 
     def step(self, variant: Variant) -> Callable[[], object]:
         """A step of training on the next batch, parameters updated."""
         run = self.config(variant)
         if is_on("compile", run.compile, auto=False):
             _compile_all()
-        return EngineStep(run, self.images) if variant.by is By.ENGINE else self._baseline(variant.by, run)
+        return EngineStep(run, self.images) if variant.by is By.ENGINE else self._baseline(variant, run)
 
-    def _baseline(self, by: By, run: RunConfig) -> Callable[[], object]:
+    def _baseline(self, variant: Variant, run: RunConfig) -> Callable[[], object]:
         networks = random_networks(run.model, len(self.images.class_names))
         for network in networks:
             textbook.plain(network).to(self.device)
         chosen, spec = precision.choose(run), run.attack
         setting = textbook.StepSetting(run.method, run.semantics, spec.bn, spec.num_steps)
-        if by is By.EXPERT:
-            graphs, scaler = is_on("graphs", run.graphs), chosen.scaler()
-            compiler = {"mode": "reduce-overhead" if graphs else "default"}
+        if variant.by is By.EXPERT:
+            scaler = chosen.scaler()
+            compiler = {"mode": "reduce-overhead" if variant.captured else "default"}
             passes = (expert.AutocastNetwork(network, chosen.autocast, compiler) for network in networks)
             student, teacher, standard = passes
             sgd, layout = expert.sgd(student, run.lr), torch.channels_last
             step: textbook.TextbookStep = expert.ExpertStep(
-                setting, student, teacher, standard, sgd, graphs, scaler
+                setting, student, teacher, standard, sgd, variant.captured, scaler
             )
         else:
             sgd = torch.optim.SGD(networks[0].parameters(), lr=run.lr, momentum=0.9, weight_decay=2e-4)
