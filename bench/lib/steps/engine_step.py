@@ -25,7 +25,7 @@ class EngineStep:
     """
 
     def __init__(self, config: RunConfig, images: Split, world: World | None = None) -> None:
-        world, config = world or World(), format_probe.resolve_amp(config)
+        world, config = world or World(), format_probe.resolve(config)
         self._config, self._method = config, assemble.method_of(config)
         self.precision = precision.choose(config, world.local_rank)
         student = assemble.build_student(config, images, self.precision)

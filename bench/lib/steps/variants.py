@@ -132,7 +132,7 @@ class Workload:
     def config(self, variant: Variant) -> RunConfig:
         """Configuration of the run that the variant is a step of, after the warm-up, its format decided."""
         given = {"method": self.method, "model": self.model, "batch_size": self.batch_size, "loss": {"warmup": 0}}
-        return format_probe.resolve_amp(config.load(given, variant.keys, {"device": str(self.device)}))
+        return format_probe.resolve(config.load(given, variant.keys, {"device": str(self.device)}))
 
     def step(self, variant: Variant) -> Callable[[], object]:
         """A step of training on the next batch, parameters updated."""
