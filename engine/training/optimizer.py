@@ -98,6 +98,13 @@ def rate(optimizer: torch.optim.Optimizer) -> float:
     return float(group["lr"] / group["lr_scale"])
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let SGD's momentum begin at 0: torch leaves it unwritten where a gradient scaler leaves out the first step."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Parameters in the order by which the optimizer's state dict counts them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
