@@ -99,7 +99,7 @@ def rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Let SGD's momentum begin at 0: torch leaves it unwritten where a gradient scaler leaves out the first step."""
+    """Let SGD's momentum begin at 0: torch leaves it unwritten where a scaler skips the first step."""
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
         for parameter in group["params"] if group["momentum"] else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
