@@ -48,6 +48,8 @@ class Learner:
         self.optimizer = optimizer.build(student, config)
         self.numbers = StepNumbers(self.optimizer, precision.device, schedule.peak(config))
         self.scaler = precision.scaler()
+        if self.scaler.is_enabled():
+            optimizer.begin_momentum(self.optimizer)
         self.average = averaging.build(student, config)
         self.factors = Factors(config, world, precision.device)
         self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))

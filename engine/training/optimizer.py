@@ -93,6 +93,13 @@ def state_dict(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> dict
     return {**state, "param_groups": groups}
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let SGD's momentum begin at 0: torch leaves it unwritten where a scaler skips the first step."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Parameters in the order by which the optimizer's state dict counts them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
