@@ -99,6 +99,7 @@ VARIANTS = {
         "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True}, By.EXPERT, False, True
     ),
     "fp32": Variant("the engine, float32", _PLAIN),
+    "fp32-direct": Variant("the same without Winograd's algorithm", _PLAIN | {"winograd": "off"}),
     "fp32-compile": Variant("the engine, float32, passes compiled", _COMPILED),
     "amp": Variant("passes in half precision", _AMP),
     "amp-malloc": Variant("amp, freed memory given back as glibc does by itself", _AMP, By.ENGINE, False),
@@ -112,7 +113,7 @@ VARIANTS = {
     "amp-graph-step": Variant("amp, lanes, the whole step captured", _AMP | {"lanes": "on", "graphs": "step"}),
     "all": Variant("amp, lanes, the step captured, compiled", {"amp": True, "compile": "on"}),
 }
-ON_CPU = (TEXTBOOK, "expert-fp32", "expert", "fp32", "amp", "amp-compile")
+ON_CPU = (TEXTBOOK, "expert-fp32", "expert", "fp32", "fp32-direct", "amp", "amp-compile")
 ON_CUDA = (
     TEXTBOOK, "expert-fp32", "expert", "expert-graph", "fp32", "fp32-compile",
     "amp", "amp-eval", "amp-compile", "amp-lanes", "amp-graph", "amp-graph-step", "all",
