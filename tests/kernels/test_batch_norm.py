@@ -90,7 +90,8 @@ def test_gradcheck_in_float64(residual: bool, relu: bool) -> None:
     given = drawn(torch.float64, residual=residual)
 
     def call(*values: Tensor) -> Tensor:
-        return batch_norm(**dict(zip(given, values, strict=True)), relu=relu)
+        named: dict[str, Any] = dict(zip(given, values, strict=True))
+        return batch_norm(**named, relu=relu)
 
     assert torch.autograd.gradcheck(call, tuple(given.values()))
 

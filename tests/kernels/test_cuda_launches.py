@@ -47,6 +47,7 @@ OPS = tuple(KERNELS["triton"])
 CAPTURED = tuple(op for op in OPS if op != "loss backward")  # which needs its forward in the same graph
 
 
+# long: every op once
 def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     """The ops on tensors of a device, as functions of a number that changes from step to step."""
     shape = (8, 3, 32, 32)
