@@ -90,6 +90,7 @@ def _is_map(x: Tensor) -> bool:
     return x.dim() == 4 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+# many parameters: those of the op, in one order for all implementations
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -122,6 +123,7 @@ def _backward(
 class _Fused(torch.autograd.Function):
     """The arguments of `reference.batch_norm`; saved are x, the numbers of channels, and y where it is needed."""
 
+    # many parameters: those of the op, in one order for all implementations
     @staticmethod
     def forward(
         ctx: Any,

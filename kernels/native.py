@@ -306,7 +306,6 @@ def batch_norm(
     return y, statistics_2C
 
 
-# many parameters: those of the op, in one order for all implementations
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,

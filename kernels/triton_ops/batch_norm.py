@@ -80,7 +80,6 @@ def batch_norm(
     return y, statistics_2C
 
 
-# many parameters: those of the op, in one order for all implementations
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -144,7 +143,7 @@ def _normalised(x, mean, scale, bias):
 
 @triton.jit
 def _through(grad, output):
-    """What the ReLU lets through of a gradient; where its output is NaN, all, as in torch."""
+    """The part of a gradient that the ReLU lets through; where its output is NaN, all, as in torch."""
     return tl.where(output <= 0, 0.0, grad)
 
 
@@ -206,6 +205,7 @@ def _joined(parts_ptr, rows, parts, summed, c, there, CHANNELS: tl.constexpr, BL
     return mean, squares
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit(do_not_specialize=["parts"])
 def _apply(
     x_ptr, residual_ptr, y_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, parts_ptr, statistics_ptr,
@@ -242,6 +242,7 @@ def _move(running_ptr, value, momentum, there):
 # ---------------------------------------------------------------- backward
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit
 def _sums(
     grad_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, statistics_ptr, grad_residual_ptr, parts_ptr, rows, summed,
@@ -269,6 +270,7 @@ def _sums(
     _store_part(parts_ptr, tl.sum(total, 0), tl.sum(products, 0), c, there, CHANNELS)
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit(do_not_specialize=["parts"])
 def _gradient(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, statistics_ptr, parts_ptr, grad_x_ptr, grad_parameters_ptr,

@@ -74,6 +74,7 @@ def adding(loss: Tensor, logits: tuple[Tensor | None, ...], labels: Tensor) -> C
     return add
 
 
+# long: every op once
 def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     """The ops on tensors of a device, as functions of a number that changes from step to step."""
     shape = (8, 3, 32, 32)
