@@ -105,7 +105,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def preference(op: str | None = None) -> str:
-    """Preference of ENGINE_KERNELS for an op, or for those not named in it. Raises ValueError for unknown names."""
+    """Preference of ENGINE_KERNELS for an op, or for those not named. Raises ValueError for unknown names."""
     general, by_op = _preferences(os.environ.get("ENGINE_KERNELS", "auto"))
     return general if op is None else by_op.get(op, general)
 
