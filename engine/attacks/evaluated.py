@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.attacks.twin import Twin
+from engine.models.layers import use_winograd
 from engine.system.precision import Precision
 
 
@@ -31,6 +32,7 @@ def prepared(network: nn.Module, precision: Precision) -> nn.Module:
     if precision.amp_dtype is None and twin.is_opaque:
         return network
     twin.module.to(memory_format=torch.channels_last)
+    use_winograd(twin.module, wanted=precision.winograd)
     return twin.module if precision.amp_dtype is None else _InHalf(twin, precision.attack_loss_scale)
 
 

@@ -49,11 +49,11 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(input, self.weight, self.bias)
 
 
-def use_winograd(network: nn.Module) -> None:
-    """Compute the network's 3x3 convolutions of stride 1 by `engine.kernels.conv3x3`."""
+def use_winograd(network: nn.Module, *, wanted: bool = True) -> None:
+    """Compute the network's 3x3 convolutions of stride 1 by `engine.kernels.conv3x3`, or by torch."""
     for module in network.modules():
         if isinstance(module, Conv3x3):
-            module.winograd = True
+            module.winograd = wanted
 
 
 class ImageConv2d(nn.Conv2d):

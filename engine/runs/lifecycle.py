@@ -166,6 +166,8 @@ def _resume(
             lambda: provenance.amp_dtype(run) or format_probe.resolve(config).amp_dtype
         )
         config = config.model_copy(update={"amp_dtype": kept})
+    if config.winograd == "auto":
+        config = config.model_copy(update={"winograd": begun.winograd})
     with graceful_stop(console.message, launched=is_launched()) as stop:
         try:
             with world.collective_errors(stop):

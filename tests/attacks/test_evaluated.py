@@ -15,6 +15,7 @@ from engine.attacks import evaluated, kinds
 from engine.attacks.evaluated import prepared
 from engine.attacks.twin import Twin
 from engine.evaluation.measure import evaluate
+from engine.models.layers import Conv3x3
 from engine.system.precision import Precision
 
 CPU = torch.device("cpu")
@@ -133,6 +134,16 @@ def test_no_batch_norm_is_left_where_it_can_be_folded() -> None:
     assert any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     for precision in (F32, BF16):
         assert not any(isinstance(module, nn.BatchNorm2d) for module in prepared(net, precision).modules())
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_convolutions_are_computed_as_the_evaluation_s_precision_says(winograd: bool) -> None:
+    """Final numbers are without Winograd's algorithm, whatever the training was."""
+    net = network(precision=Precision(CPU, torch.float32, winograd=True))
+    folded = prepared(net, Precision(CPU, torch.float32, winograd=winograd))
+    for one, expected in ((net, True), (folded, winograd)):
+        found = {module.winograd for module in one.modules() if isinstance(module, Conv3x3)}
+        assert found == {expected}
 
 
 class Plain(nn.Module):

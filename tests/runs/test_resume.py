@@ -327,6 +327,7 @@ def test_every_key_may_change_or_may_not(name: str) -> None:
         "checkpoint_activations", "masking_guard", "overfitting_guard", "device", "checkpoint_every",
         "snapshot_every", "log_every", "imports", "loggers",
         "amp_dtype",  # which a run that began with "auto" decided
+        "winograd",  # "auto", that is as the run began
     }  # fmt: skip
     if name in free:
         assert resuming.carried_on(begun, wanted) == wanted
@@ -725,3 +726,9 @@ def test_config_of_a_run_is_rerunnable(tiny: Any, tmp_path: Path) -> None:
     first = lifecycle.train(tiny.config(method="akd2", out=str(tmp_path / "first")))
     again = config.load(config.read_file(first.path / "config.yaml"), {"out": str(tmp_path / "again")})
     assert_same_run(first.path, lifecycle.train(again).path)
+
+
+def test_a_run_goes_on_with_the_algorithm_that_it_began_with() -> None:
+    begun = config.load({"winograd": "off"})
+    with pytest.raises(ValueError, match="^--resume: winograd was 'off' and would be 'on'"):
+        resuming.carried_on(begun, resuming.changed(begun, {"winograd": "on"}))
