@@ -31,13 +31,13 @@ from engine.training import plan
 CPU = torch.device("cpu")
 BESIDE_GRAPH = 6  # launches and copies of a step that is one graph: tests/training/test_captured_step.py
 ASSUMPTIONS = (
-    "convolutions are matrix products in tiles of 256x128, 128x128 or 256x64, whichever is best, and take whole waves",
-    "of tiles over all multiprocessors; gradients of weights fill theirs, since their sums can be divided",
-    "a full wave reaches 60 % of the data sheet's dense peak, and what moves 85 % of its bandwidth (both estimates)",
-    "a kernel moves its inputs and outputs once, and nothing stays in a cache; BatchNorm, addition and ReLU are two",
-    "kernels forward and two backward, or with ENGINE_KERNELS=auto,batch_norm=reference an op of torch each",
+    "convolutions are matrix products in tiles of 256x128, 128x128 or 256x64, whichever is best, and take whole",
+    "waves of tiles over all multiprocessors; gradients of weights fill theirs, since their sums can be divided",
+    "a full wave reaches 60 % of the data sheet's dense peak, others 85 % of its bandwidth (both estimates)",
+    "a kernel moves its inputs and outputs once, and nothing stays in a cache; BatchNorm, addition and ReLU are",
+    "two kernels forward and two backward, or with ENGINE_KERNELS=auto,batch_norm=reference an op of torch each",
     "eager: the host launches each kernel, in at least 5 us (an estimate)",
-    "captured: the step is one CUDA graph, whose nodes take at least 1.6 us (an estimate), and six launches beside it",
+    "captured: the step is one CUDA graph, whose nodes take at least 1.6 us (an estimate), and six launches",
     "compiled, the default: captured, and pointwise ops in a row are one kernel; nothing else of torch.compile",
     "and lanes: compiled, and the teachers hide entirely behind the longer lane, the best that is possible",
     "the loss counts as a cross-entropy of each trained pass, and the telemetry as one kernel",

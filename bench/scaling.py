@@ -44,7 +44,7 @@ NVLINK, FABRIC = Network(360e9, 10e-6), Network(40e9, 20e-6)
 GPUS_PER_NODE = 8
 LAST_BUCKET = 25 * 2**20  # torch's default: what is sent when the backward is over
 SCALING_ASSUMPTIONS = (
-    "a step is the compiled one of bench.predict without lanes, captured as two CUDA graphs: gradients, and update;",
+    "a step is that of bench.predict, compiled, without lanes, as two CUDA graphs, of gradients and of update;",
     "with synchronised BatchNorm nothing is captured, and the host launches each kernel, in at least 5 us",
     "BatchNorm over each GPU's own images",
     "gradients in float32; within a node each GPU sends 2 (N-1)/N of them over NVLink, 360 GB/s, 10 us a message",

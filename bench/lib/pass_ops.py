@@ -42,7 +42,7 @@ class Target(NamedTuple):
     """What runs the passes.
 
     fused_norm: BatchNorm, addition and ReLU are the engine's op. separate_bias: a convolution's bias is added by a
-    kernel of its own, as where cuDNN convolves. compiled: pointwise ops in a row, on as many values, are one kernel.
+    kernel of its own, as with cuDNN. compiled: pointwise ops in a row, on as many values, are one kernel.
     """
 
     fused_norm: bool
