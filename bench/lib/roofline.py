@@ -128,8 +128,8 @@ def measured_cpu(precision: Precision) -> Hardware:
         weight = torch.ones(128, 128, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
         needed = 2.0 * x.numel() * 128 * 9
         flops[dtype] = needed / best(functools.partial(torch.nn.functional.conv2d, x, weight, padding=1))
-    source = torch.ones(2**25)
-    bandwidth = 2 * source.nbytes / best(lambda: torch.empty_like(source).copy_(source))
+    source, target = torch.ones(2**25), torch.zeros(2**25)
+    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
     small = torch.ones(8)
     launch = best(lambda: [small.add_(1) for _ in range(1000)]) / 1000
     return Hardware("this processor", flops, bandwidth, launch, 0.0, reached=1.0, sustained=1.0)

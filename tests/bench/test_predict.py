@@ -288,14 +288,16 @@ def test_what_is_done_once_moves() -> None:
     """128 images of 3x32x32 and 62 parameters of a million: bytes of each kernel."""
     found = passes(sizes=(10**6,) * 62, images=128 * 3072).compiled
     images = 128 * 3072
-    once = {}
+    once: dict[str, list[float]] = {}
     for op in predict.once(found, AMP):
         once.setdefault(op.name, []).append(op.bytes)
     assert once.pop("crop_flip") == [5 * images]  # bytes in, float32 out
     assert once.pop("random_start") == [8 * images]
     assert once.pop("batch_sums") == [0]
-    assert (sum(once["sgd"]), len(once.pop("sgd"))) == (pytest.approx(62e6 * 20), 4)  # 62 x 16 parts, 320 a launch
-    assert (sum(once["refresh"]), len(once.pop("refresh"))) == (pytest.approx(62e6 * 6), 4)
+    for name, moved_bytes in (("sgd", 20), ("refresh", 6)):  # of each parameter
+        kernels = once.pop(name)
+        assert len(kernels) == 4  # 62 x 16 parts, 320 a launch
+        assert sum(kernels) == pytest.approx(62e6 * moved_bytes)
     assert not once
     assert "refresh" not in [op.name for op in predict.once(found, F32)]  # the twin shares the weights
     assert [op.bytes for op in predict.update_of_images(found)] == [16 * images]
