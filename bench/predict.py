@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ from rich import box
 from rich.table import Table
 
 from bench.epoch import EPOCH_IMAGES, TABLE_14
-from bench.lib import command, machine, roofline
+from bench.lib import command, machine, pass_ops, roofline
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import PredictedRow
-from bench.lib.roofline import GPUS, Hardware, Op, PassOps
+from bench.lib.pass_ops import PassOps, Target
+from bench.lib.roofline import GPUS, Hardware, Op
 from bench.lib.timing import repeated
 from engine import config, models
 from engine.attacks.twin import Twin
@@ -28,20 +28,35 @@ from engine.system.precision import Precision
 from engine.training import plan
 
 CPU = torch.device("cpu")
+BESIDE_GRAPH = 6  # launches and copies of a step that is one graph: tests/training/test_captured_step.py
 ASSUMPTIONS = (
-    "convolutions reach 60 % of the data sheet's dense peak, and everything else 85 % of its bandwidth",
-    "an op reads its inputs and writes its outputs once, BatchNorm reads twice; nothing stays in a cache",
-    "eager: each op takes at least 5 us to launch; captured: at least 1.6 us, a small kernel of a graph",
-    "lanes: the teachers hide entirely behind the longer of the two lanes, the best that is possible",
+    "convolutions are matrix products in tiles of 256x128, 128x128 or 256x64, whichever is best, and take whole",
+    "waves of tiles over all multiprocessors; gradients of weights fill theirs, since their sums can be divided",
+    "a full wave reaches 60 % of the data sheet's dense peak, others 85 % of its bandwidth (both estimates)",
+    "a kernel moves its inputs and outputs once, and nothing stays in a cache; BatchNorm, addition and ReLU are",
+    "two kernels forward and two backward, or with ENGINE_KERNELS=auto,batch_norm=reference an op of torch each",
+    "eager: the host launches each kernel, in at least 5 us (an estimate)",
+    "captured: the step is one CUDA graph, whose nodes take at least 1.6 us (an estimate), and six launches",
+    "compiled, the default: captured, and pointwise ops in a row are one kernel; nothing else of torch.compile",
+    "and lanes: compiled, and the teachers hide entirely behind the longer lane, the best that is possible",
+    "the loss counts as a cross-entropy of each trained pass, and the telemetry as one kernel",
     "memory: activations, weights, gradients, momentum, twins; no workspace, no fragmentation, no context",
 )
 
 
+class Passes(NamedTuple):
+    """The passes of a configuration, op by op and compiled."""
+
+    op_by_op: PassOps
+    compiled: PassOps
+
+
 class Prediction(NamedTuple):
-    """Seconds of a step by an eager host, by one lane that waits for no launch, and by lanes; MiB; launches."""
+    """Seconds of a step by an eager host, as a graph, compiled, by lanes; MiB; kernels of the compiled step."""
 
     eager_s: float
     device_s: float
+    compiled_s: float
     lanes_s: float
     peak_mib: float
     launches: int
@@ -87,7 +102,7 @@ def predicted_rows(runs: Sequence[RunConfig], hardware: Hardware, precision: Pre
     rows = []
     for run in runs:
         method = assemble.method_of(run)
-        passes = roofline.passes(run.model, run.batch_size, precision, bn=run.attack.bn)
+        passes = gpu_passes(run, run.batch_size, precision)
         step = predict(run, method, passes, hardware, precision)
         steps = math.ceil(EPOCH_IMAGES / run.batch_size)
         rows.append(
@@ -102,6 +117,7 @@ def predicted_rows(runs: Sequence[RunConfig], hardware: Hardware, precision: Pre
                 amp=precision.amp_dtype is not None,
                 eager_epoch_s=steps * step.eager_s,
                 device_epoch_s=steps * step.device_s,
+                compiled_epoch_s=steps * step.compiled_s,
                 lanes_epoch_s=steps * step.lanes_s,
                 peak_mib=step.peak_mib,
                 launches=step.launches,
@@ -111,48 +127,80 @@ def predicted_rows(runs: Sequence[RunConfig], hardware: Hardware, precision: Pre
     return rows
 
 
+def gpu_passes(run: RunConfig, batch_size: int, precision: Precision) -> Passes:
+    """The passes of a run on a GPU, with so many images."""
+
+    def of(*, compiled: bool) -> PassOps:
+        target = Target.gpu(compiled=compiled)
+        return pass_ops.passes(run.model, batch_size, precision, target, bn=run.attack.bn)
+
+    return Passes(of(compiled=False), of(compiled=True))
+
+
 def predict(
-    run: RunConfig, method: Method, passes: PassOps, hardware: Hardware, precision: Precision
+    run: RunConfig, method: Method, passes: Passes, hardware: Hardware, precision: Precision
 ) -> Prediction:
     """Predict a step of the method after its warm-up."""
     count = plan.passes(method, run.attack, run.forwards)
     forwards = plan.forwards(method, run.attack, run.forwards)
     beside_attack, beside_student = len(forwards.before_attack), len(forwards.after_attack)
-    other = count.forward - beside_attack - beside_student  # of the student
-    update = optimizer(passes.parameters)
-
-    def of_passes(seconds: Callable[[Sequence[Op]], float], *, lanes: bool = False) -> float:
-        attack = count.attacked * seconds(passes.attacked)
-        student = count.trained * seconds(passes.trained) + other * seconds(passes.forward)
-        first, second = beside_attack * seconds(passes.forward), beside_student * seconds(passes.forward)
-        whole = max(attack, first) + max(student, second) if lanes else attack + first + student + second
-        return whole + seconds(update)
-
-    def eager(ops: Sequence[Op]) -> float:
-        return roofline.seconds(ops, hardware, launched=True)
-
-    def captured(ops: Sequence[Op]) -> float:
-        return roofline.seconds(ops, hardware, launched=False)
-
-    every = [
-        *passes.attacked * count.attacked,
-        *passes.trained * count.trained,
-        *passes.forward * count.forward,
-        *update,
-    ]
+    every = step_ops(count, passes.compiled, precision)
+    by_op = step_ops(count, passes.op_by_op, precision)
+    beside_graph = BESIDE_GRAPH * hardware.launch
+    compiled = roofline.seconds(every, hardware, launched=False) + beside_graph
+    teacher, attack = (
+        roofline.seconds(ops, hardware, launched=False)
+        for ops in (passes.compiled.forward, [*passes.compiled.attacked, *update_of_images(passes.compiled)])
+    )
+    student = count.trained * roofline.seconds(passes.compiled.trained, hardware, launched=False)
+    student += (count.forward - beside_attack - beside_student) * teacher
+    hidden = min(beside_attack * teacher, count.attacked * attack) + min(beside_student * teacher, student)
     return Prediction(
-        eager_s=of_passes(eager),
-        device_s=of_passes(captured),
-        lanes_s=of_passes(captured, lanes=True),
-        peak_mib=peak_bytes(run, method, count, passes, precision) / 2**20,
+        eager_s=roofline.seconds(by_op, hardware, launched=True),
+        device_s=roofline.seconds(by_op, hardware, launched=False) + beside_graph,
+        compiled_s=compiled,
+        lanes_s=compiled - hidden,
+        peak_mib=peak_bytes(run, method, count, passes.compiled, precision) / 2**20,
         launches=len(every),
         share_of_convolutions=roofline.share_of_convolutions(every, hardware),
     )
 
 
-def optimizer(parameters: int) -> list[Op]:
-    """SGD with momentum reads weight, gradient and momentum, and writes weight and momentum."""
-    return [Op("sgd", 0.0, 5 * 4.0 * parameters, torch.float32)]
+def step_ops(count: plan.Passes, passes: PassOps, precision: Precision) -> list[Op]:
+    """Kernels of a whole step: its passes, the attack's updates, and what is done once."""
+    return [
+        *(passes.attacked + update_of_images(passes)) * count.attacked,
+        *passes.trained * count.trained,
+        *passes.forward * count.forward,
+        *once(passes, precision),
+    ]
+
+
+def update_of_images(passes: PassOps) -> list[Op]:
+    """`pgd_update` reads the adversarial image, the gradient and the image, and writes the first."""
+    return [Op("pgd_update", 0.0, 4 * 4.0 * passes.images, torch.float32)]
+
+
+def once(passes: PassOps, precision: Precision) -> list[Op]:
+    """Augmentation, the attack's start, the telemetry, the update, and the twin's weights in half precision."""
+    images = 4.0 * passes.images
+    ops = [
+        Op("crop_flip", 0.0, images + passes.images, torch.float32),
+        Op("random_start", 0.0, 2 * images, torch.float32),
+        Op("batch_sums", 0.0, 0.0, torch.float32),  # logits of a batch: a kernel's least time
+        *optimizer(passes.sizes),
+    ]
+    if precision.amp_dtype is None:
+        return ops
+    launches = roofline.launches_of_lists(passes.sizes, lists=2)
+    moved = (4.0 + precision.amp_dtype.itemsize) * passes.parameters
+    return ops + [Op("refresh", 0.0, moved / launches, torch.float32)] * launches
+
+
+def optimizer(sizes: Sequence[int]) -> list[Op]:
+    """SGD with momentum reads weight, gradient and momentum, and writes the first and the last."""
+    launches = roofline.launches_of_lists(sizes, lists=3)
+    return [Op("sgd", 0.0, 5 * 4.0 * sum(sizes) / launches, torch.float32)] * launches
 
 
 def peak_bytes(run: RunConfig, method: Method, count: plan.Passes, passes: PassOps, precision: Precision) -> float:
@@ -175,7 +223,7 @@ def table(rows: Sequence[PredictedRow]) -> Table:
     result = Table(box=box.SIMPLE)
     result.add_column("method", no_wrap=True)
     for heading in (
-        "eager s/epoch", "captured", "and lanes", "x first", "launches", "convolutions", "MiB",
+        "eager s/epoch", "captured", "compiled", "and lanes", "x first", "kernels", "convolutions", "MiB",
         "Table 14: s/epoch", "x first", "MiB",
     ):  # fmt: skip
         result.add_column(heading, justify="right")
@@ -187,8 +235,9 @@ def table(rows: Sequence[PredictedRow]) -> Table:
             ratio = f"{paper[0] / paper_first[0]:.3f}" if paper_first is not None else ""
             beside = (f"{paper[0]:.2f}", ratio, f"{paper[1]:,}")
         result.add_row(
-            row.method, f"{row.eager_epoch_s:,.1f}", f"{row.device_epoch_s:,.1f}", f"{row.lanes_epoch_s:,.1f}",
-            f"{row.device_epoch_s / rows[0].device_epoch_s:.3f}", f"{row.launches:,}",
+            row.method, f"{row.eager_epoch_s:,.1f}", f"{row.device_epoch_s:,.1f}",
+            f"{row.compiled_epoch_s:,.1f}", f"{row.lanes_epoch_s:,.1f}",
+            f"{row.compiled_epoch_s / rows[0].compiled_epoch_s:.3f}", f"{row.launches:,}",
             f"{row.share_of_convolutions:.0%}", f"{row.peak_mib:,.0f}", *beside,
         )  # fmt: skip
     return result
@@ -197,7 +246,7 @@ def table(rows: Sequence[PredictedRow]) -> Table:
 def validation(model: str, batch_size: int, precision: Precision) -> Table:
     """Table of each kind of pass on this processor: predicted from its measured peaks, and measured."""
     hardware = roofline.measured_cpu(precision)
-    predicted = roofline.passes(model, batch_size, precision, bn="train")
+    predicted = pass_ops.passes(model, batch_size, precision, Target.cpu(), bn="train")
     student = precision.place(models.build(model, 10))
     attacked, teacher = Twin(student, "train", precision), Twin(student, "eval", precision)
     images = torch.rand(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -224,7 +273,7 @@ def validation(model: str, batch_size: int, precision: Precision) -> Table:
         ("forward, folded", predicted.forward, forward),
     ):
         expected = roofline.seconds(ops, hardware, launched=True)
-        taken = statistics.median(repeated(call))
+        taken = min(repeated(call))  # as the peaks are
         result.add_row(name, f"{expected * 1e3:.1f}", f"{taken * 1e3:.1f}", f"{taken / expected:.2f}")
     return result
 

@@ -43,16 +43,14 @@ class Network(NamedTuple):
 NVLINK, FABRIC = Network(360e9, 10e-6), Network(40e9, 20e-6)
 GPUS_PER_NODE = 8
 LAST_BUCKET = 25 * 2**20  # torch's default: what is sent when the backward is over
-# Counted for IAD-I with ResNet-18 under AMP on a mock of the CUDA runtime, attack captured, nothing compiled:
-# 856 launches beside the graph and 2,481 nodes, where the model of bench.predict sees 465 and 1,430 ops.
-KERNELS_PER_OP = (856 + 2481) / (465 + 1430)
 SCALING_ASSUMPTIONS = (
-    "an op takes its time by the roofline of bench.predict, and at least that of 1.8 kernels: 1.6 us each in the",
-    "graph of the attack, 5 us each elsewhere, launched by the host; ops one after the other, no lanes",
+    "a step is that of bench.predict, compiled, without lanes, as two CUDA graphs, of gradients and of update;",
+    "with synchronised BatchNorm nothing is captured, and the host launches each kernel, in at least 5 us",
     "BatchNorm over each GPU's own images",
     "gradients in float32; within a node each GPU sends 2 (N-1)/N of them over NVLink, 360 GB/s, 10 us a message",
     "between nodes each GPU sends 2 (M-1)/M of its eighth over an adapter of its own, 40 GB/s, 20 us a message",
-    "all but the last bucket (25 MiB) travel beside the backward of the student, two thirds of a trained pass",
+    "they travel in one message between the graphs, beside nothing; with synchronised BatchNorm all but the last",
+    "bucket (25 MiB) beside the backward of the student, two thirds of a trained pass",
     "synchronised BatchNorm adds a message of two latencies for each layer in each direction of each pass",
 )
 
@@ -177,30 +175,23 @@ def predicted_step(
     """Seconds of a step, and of those in which nothing but gradients and statistics travels."""
     at = Precision(torch.device("cpu"), torch.float32, torch.bfloat16)
     method = assemble.method_of(run)
-    passes = roofline.passes(run.model, per_gpu, at, bn=run.attack.bn)
+    hardware = GPUS[gpu]
+    passes = predict.gpu_passes(run, per_gpu, at).compiled
     count = plan.passes(method, run.attack, run.forwards)
-    alone = step_alone(passes, count, GPUS[gpu])
+    ops = predict.step_ops(count, passes, at)
+    alone = roofline.seconds(ops, hardware, launched=sync_bn) + predict.BESIDE_GRAPH * hardware.launch
     if gpus == 1:
         return alone, 0.0
-    whole, last = travel(4.0 * passes.parameters, gpus), travel(min(4.0 * passes.parameters, LAST_BUCKET), gpus)
-    backward = 2 / 3 * roofline.seconds(passes.trained, GPUS[gpu], launched=False)
-    exposed = max(last, whole - backward)
+    exposed = travel(4.0 * passes.parameters, gpus)
     if sync_bn:
+        last = travel(min(4.0 * passes.parameters, LAST_BUCKET), gpus)
+        backward = 2 / 3 * roofline.seconds(passes.trained, hardware, launched=True)
         with torch.device("meta"):
             layers = sum(isinstance(module, nn.BatchNorm2d) for module in models.build(run.model, 10).modules())
         attacked = count.attacked if bn_mode(run.attack.bn).by_batch else 0
         latency = (NVLINK if gpus <= GPUS_PER_NODE else FABRIC).latency
-        exposed += 2 * latency * layers * 2 * (attacked + count.trained)
+        exposed = max(last, exposed - backward) + 2 * latency * layers * 2 * (attacked + count.trained)
     return alone + exposed, exposed
-
-
-def step_alone(passes: roofline.PassOps, count: plan.Passes, hardware: roofline.Hardware) -> float:
-    """Seconds of a step of one GPU: the attack a graph, everything else launched by the host."""
-    attack = passes.attacked * count.attacked
-    rest = passes.trained * count.trained + passes.forward * count.forward + predict.optimizer(passes.parameters)
-    return roofline.seconds_at_least(attack, hardware, KERNELS_PER_OP * hardware.node) + roofline.seconds_at_least(
-        rest, hardware, KERNELS_PER_OP * hardware.launch
-    )
 
 
 def travel(size: float, gpus: int) -> float:

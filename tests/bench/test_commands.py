@@ -82,7 +82,7 @@ def test_what_is_unknown_ends_with_exit_code_2_and_a_line(given: tuple[str, str]
 
 
 def row(method: str) -> PredictedRow:
-    return PredictedRow("2026-01-02", "abc", "2", "L4", method, "resnet8", 1, True, 1, 1, 1, 1, 1, 1)
+    return PredictedRow("2026-01-02", "abc", "2", "L4", method, "resnet8", 1, True, 1, 1, 1, 1, 1, 1, 1)
 
 
 def test_results_lie_in_the_folder_and_are_named_in_the_end(

@@ -220,6 +220,7 @@ class PredictedRow:
     amp: bool
     eager_epoch_s: float
     device_epoch_s: float
+    compiled_epoch_s: float
     lanes_epoch_s: float
     peak_mib: float
     launches: int
