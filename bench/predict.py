@@ -16,7 +16,7 @@ from bench.epoch import EPOCH_IMAGES, TABLE_14
 from bench.lib import command, machine, pass_ops, roofline
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import PredictedRow
-from bench.lib.pass_ops import PassOps, Target
+from bench.lib.pass_ops import Execution, PassOps
 from bench.lib.roofline import GPUS, Hardware, Op
 from bench.lib.timing import repeated
 from engine import config, models
@@ -44,7 +44,7 @@ ASSUMPTIONS = (
 )
 
 
-class Passes(NamedTuple):
+class GpuPasses(NamedTuple):
     """The passes of a configuration, op by op and compiled."""
 
     op_by_op: PassOps
@@ -127,18 +127,18 @@ def predicted_rows(runs: Sequence[RunConfig], hardware: Hardware, precision: Pre
     return rows
 
 
-def gpu_passes(run: RunConfig, batch_size: int, precision: Precision) -> Passes:
+def gpu_passes(run: RunConfig, batch_size: int, precision: Precision) -> GpuPasses:
     """The passes of a run on a GPU, with so many images."""
 
     def of(*, compiled: bool) -> PassOps:
-        target = Target.gpu(compiled=compiled)
-        return pass_ops.passes(run.model, batch_size, precision, target, bn=run.attack.bn)
+        execution = Execution.gpu(compiled=compiled)
+        return pass_ops.passes(run.model, batch_size, precision, execution, bn=run.attack.bn)
 
-    return Passes(of(compiled=False), of(compiled=True))
+    return GpuPasses(of(compiled=False), of(compiled=True))
 
 
 def predict(
-    run: RunConfig, method: Method, passes: Passes, hardware: Hardware, precision: Precision
+    run: RunConfig, method: Method, passes: GpuPasses, hardware: Hardware, precision: Precision
 ) -> Prediction:
     """Predict a step of the method after its warm-up."""
     count = plan.passes(method, run.attack, run.forwards)
@@ -246,7 +246,7 @@ def table(rows: Sequence[PredictedRow]) -> Table:
 def validation(model: str, batch_size: int, precision: Precision) -> Table:
     """Table of each kind of pass on this processor: predicted from its measured peaks, and measured."""
     hardware = roofline.measured_cpu(precision)
-    predicted = pass_ops.passes(model, batch_size, precision, Target.cpu(), bn="train")
+    predicted = pass_ops.passes(model, batch_size, precision, Execution.cpu(), bn="train")
     student = precision.place(models.build(model, 10))
     attacked, teacher = Twin(student, "train", precision), Twin(student, "eval", precision)
     images = torch.rand(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)

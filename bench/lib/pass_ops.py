@@ -1,6 +1,6 @@
 """The kernels of a network's passes, with operations and bytes, as the engine's own twins and layers call them.
 
-Nothing is computed: the passes run on fake tensors. What differs between processor and GPU is in `Target`.
+Nothing is computed: the passes run on fake tensors. What differs between processor and GPU is in `Execution`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Call = tuple[Any, Any, Any]
 """Arguments, keywords and results of an op."""
 
 
-class Target(NamedTuple):
-    """What runs the passes.
+class Execution(NamedTuple):
+    """Implementations that run the passes.
 
     fused_norm: BatchNorm, addition and ReLU are the engine's op. separate_bias: a convolution's bias is added by a
     kernel of its own, as with cuDNN. compiled: pointwise ops in a row, on as many values, are one kernel.
@@ -50,15 +50,15 @@ class Target(NamedTuple):
     compiled: bool
 
     @staticmethod
-    def gpu(*, compiled: bool) -> Target:
+    def gpu(*, compiled: bool) -> Execution:
         """A GPU that is not here, with Triton."""
-        return Target(dispatch.preference("batch_norm") != "reference", separate_bias=True, compiled=compiled)
+        return Execution(dispatch.preference("batch_norm") != "reference", separate_bias=True, compiled=compiled)
 
     @staticmethod
-    def cpu() -> Target:
+    def cpu() -> Execution:
         """The processor at hand, with the implementations that it has."""
         serves = dispatch.choose("batch_norm", torch.device("cpu"))
-        return Target(serves != "reference", separate_bias=False, compiled=False)
+        return Execution(serves != "reference", separate_bias=False, compiled=False)
 
 
 class PassOps(NamedTuple):
@@ -81,13 +81,13 @@ class PassOps(NamedTuple):
 
 
 def passes(
-    model: str, batch_size: int, precision: Precision, target: Target, *, bn: str, size: int = 32
+    model: str, batch_size: int, precision: Precision, execution: Execution, *, bn: str, size: int = 32
 ) -> PassOps:
     """The passes of a model. bn: BatchNorm's mode in the attack; teachers are folded."""
     student = precision.place(models.build(model, 10))
     attacked, teacher = Twin(student, bn, precision), Twin(student, "eval", precision)
     weights = list(student.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), _norm(fused=target.fused_norm):
+    with FakeTensorMode(allow_non_fake_inputs=True), _norm(fused=execution.fused_norm):
         shape = (batch_size, 3, size, size)
         images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch_size, dtype=torch.int64)
@@ -102,16 +102,18 @@ def passes(
             with precision.autocast():
                 return loss(student(images.detach()))
 
-        attacked_ops, kept_attacked = _recorded(target, attack, lambda value: torch.autograd.grad(value, images))
-        trained_ops, kept_trained = _recorded(target, train, lambda value: torch.autograd.grad(value, weights))
+        attacked_ops, kept_attacked = _recorded(
+            execution, attack, lambda value: torch.autograd.grad(value, images)
+        )
+        trained_ops, kept_trained = _recorded(execution, train, lambda value: torch.autograd.grad(value, weights))
         with torch.no_grad():
-            forward_ops, _ = _recorded(target, lambda: teacher(images), lambda _: None)
+            forward_ops, _ = _recorded(execution, lambda: teacher(images), lambda _: None)
     sizes = tuple(value.numel() for value in weights)
     return PassOps(attacked_ops, trained_ops, forward_ops, kept_attacked, kept_trained, sizes, math.prod(shape))
 
 
 def _recorded(
-    target: Target, forward: Callable[[], Tensor], backward: Callable[[Tensor], object]
+    execution: Execution, forward: Callable[[], Tensor], backward: Callable[[Tensor], object]
 ) -> tuple[list[Op], int]:
     """Kernels of both, and the bytes of all memory that the forward left for the backward."""
     kept: dict[int, int] = {}
@@ -122,11 +124,11 @@ def _recorded(
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with _Recorder(target) as recorder:
+    with _Recorder(execution) as recorder:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             value = forward()
         backward(value)
-    kernels = _joined(recorder.kernels) if target.compiled else recorder.kernels
+    kernels = _joined(recorder.kernels) if execution.compiled else recorder.kernels
     return [kernel.op for kernel in kernels], sum(kept.values())
 
 
@@ -145,10 +147,10 @@ class _Kernel(NamedTuple):
 class _Recorder(TorchDispatchMode):
     """Notes the kernels of ops that are called inside."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, execution: Execution) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[_Kernel] = []
-        self._target = target
+        self._execution = execution
         self._alive: list[Any] = []  # so that no storage has the number of an older one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name
         if not func.is_view and name not in FREE:
             self._alive.append((args, kwargs, out))
-            self.kernels += _KERNELS.get(name, _one)(func, (args, kwargs, out), self._target)
+            self.kernels += _KERNELS.get(name, _one)(func, (args, kwargs, out), self._execution)
         return out
 
 
@@ -181,7 +183,7 @@ def _bytes(tensor: Tensor) -> int:
     return int(min(tensor.numel() * tensor.dtype.itemsize, tensor.untyped_storage().nbytes()))
 
 
-def _one(func: Any, call: Call, target: Target) -> list[_Kernel]:
+def _one(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
     """An op of one kernel, which reads its arguments and writes its results, and torch's BatchNorm."""
     args, kwargs, out = call
     name = func._schema.name
@@ -195,12 +197,12 @@ def _one(func: Any, call: Call, target: Target) -> list[_Kernel]:
     return [kernel]
 
 
-def _convolution(func: Any, call: Call, target: Target) -> list[_Kernel]:
+def _convolution(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
     """One matrix product: of each pixel's window with the filters."""
     (x, weight, bias, *_, groups), _, out = call
     pixels = out.numel() // out.shape[1]
     product = Product(pixels, out.shape[1] // groups, groups)
-    own_bias = None if target.separate_bias else bias
+    own_bias = None if execution.separate_bias else bias
     kernel = _kernel(
         func._schema.name, (x, weight, own_bias), out, flops=2.0 * pixels * weight.numel(), product=product
     )
@@ -209,7 +211,7 @@ def _convolution(func: Any, call: Call, target: Target) -> list[_Kernel]:
     return [kernel, _kernel("bias", (out, bias), out)._replace(values=out.numel())]
 
 
-def _convolution_backward(func: Any, call: Call, target: Target) -> list[_Kernel]:
+def _convolution_backward(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
     """A matrix product for the gradient of the images, one for that of the weights, whose sums are over pixels."""
     (grad, x, weight, *_, groups, wanted), _, (grad_x, grad_weight, grad_bias) = call
     pixels = grad.numel() // grad.shape[1]
@@ -228,7 +230,7 @@ def _convolution_backward(func: Any, call: Call, target: Target) -> list[_Kernel
     return kernels
 
 
-def _batch_norm(func: Any, call: Call, target: Target) -> list[_Kernel]:
+def _batch_norm(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
     """Sums of x; then y from x and the residual, the running statistics moved."""
     (x, weight, bias, running_mean, running_var, residual, *_), _, (y, statistics) = call
     running = (running_mean, running_var)
@@ -238,7 +240,7 @@ def _batch_norm(func: Any, call: Call, target: Target) -> list[_Kernel]:
     ]
 
 
-def _batch_norm_backward(func: Any, call: Call, target: Target) -> list[_Kernel]:
+def _batch_norm_backward(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
     """Sums of x and what the ReLU lets through, which is written where y tells it; then the gradient of x."""
     (grad, x, y, weight, bias, statistics, _), _, (grad_x, grad_residual, grad_parameters) = call
     passed = None if y is None else grad_residual
@@ -253,7 +255,7 @@ def _batch_norm_backward(func: Any, call: Call, target: Target) -> list[_Kernel]
     ]
 
 
-_KERNELS: dict[str, Callable[[Any, Call, Target], list[_Kernel]]] = {
+_KERNELS: dict[str, Callable[[Any, Call, Execution], list[_Kernel]]] = {
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     "engine::batch_norm": _batch_norm,

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from bench import predict
 from bench.lib import pass_ops, roofline
-from bench.lib.pass_ops import PassOps, Target
+from bench.lib.pass_ops import Execution, PassOps
 from bench.lib.roofline import GPUS, Hardware, Op, Product
 from engine import config, methods, models
 from engine.system.precision import Precision
@@ -20,7 +20,7 @@ from engine.training.performance.speed import forward_flops
 
 CPU = torch.device("cpu")
 F32, AMP = Precision(CPU, torch.float32), Precision(CPU, torch.float32, torch.bfloat16)
-EAGER, COMPILED = Target(True, True, compiled=False), Target(True, True, compiled=True)
+EAGER, COMPILED = Execution(True, True, compiled=False), Execution(True, True, compiled=True)
 TORCH = EAGER._replace(fused_norm=False)  # ENGINE_KERNELS=auto,batch_norm=reference
 UNIT = Hardware("unit", {torch.float32: 10.0, torch.bfloat16: 20.0}, 2.0, 0.5, 0.1, 0.5, 0.25)
 
@@ -209,7 +209,7 @@ def test_a_strided_gradient_has_the_size_of_the_images() -> None:
 def test_compiled_biases_are_added_with_what_follows() -> None:
     """A folded pass of ResNet-8: of bias, addition and ReLU, a kernel each, one is left, which moves less."""
     eager, compiled = (
-        pass_ops.passes("resnet8", 4, F32, target, bn="eval").forward for target in (EAGER, COMPILED)
+        pass_ops.passes("resnet8", 4, F32, execution, bn="eval").forward for execution in (EAGER, COMPILED)
     )
     large = 4 * 16 * 32 * 32 * 4
     assert moved(eager, "bias")[0] == pytest.approx(2 * large, abs=64)
@@ -226,21 +226,21 @@ def test_compiled_biases_are_added_with_what_follows() -> None:
 def test_the_op_chosen_by_the_environment_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, fused in (("auto", True), ("native", True), ("auto,batch_norm=reference", False)):
         monkeypatch.setenv("ENGINE_KERNELS", value)
-        assert Target.gpu(compiled=True).fused_norm is fused
+        assert Execution.gpu(compiled=True).fused_norm is fused
     monkeypatch.setenv("ENGINE_KERNELS", "reference")
-    assert not Target.cpu().fused_norm
+    assert not Execution.cpu().fused_norm
 
 
 # ---------------------------------------------------------------- a step
 
 
-def passes(attacked: float = 1.0, trained: float = 3.0, forward: float = 0.5, **keys: Any) -> predict.Passes:
+def passes(attacked: float = 1.0, trained: float = 3.0, forward: float = 0.5, **keys: Any) -> predict.GpuPasses:
     """Passes of one op each, of so many seconds on UNIT."""
     attack, train, run = (
         [Op("aten::convolution", 0.0, 0.5 * s, torch.float32)] for s in (attacked, trained, forward)
     )
     found = PassOps(attack, train, run, 10 * 2**20, 30 * 2**20, (0,), 0)._replace(**keys)
-    return predict.Passes(found, found)
+    return predict.GpuPasses(found, found)
 
 
 NODE = UNIT.node
@@ -279,7 +279,7 @@ def test_launches_are_those_of_a_whole_step() -> None:
 
 def test_a_compiled_step_has_the_compiled_passes() -> None:
     slow, fast = passes(attacked=2.0), passes()
-    both = predict.Passes(slow.op_by_op, fast.compiled)
+    both = predict.GpuPasses(slow.op_by_op, fast.compiled)
     step = predict.predict(config.load({"method": "at"}), methods.get("at"), both, UNIT, F32)
     assert step.device_s - step.compiled_s == pytest.approx(10)
 
