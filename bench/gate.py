@@ -38,7 +38,10 @@ MOST_JOBS = 8
 # Everything that a bench asks for, by the device that it is asked for.
 TESTS = {
     "cpu": (
-        *(f"tests/kernels/test_{name}.py" for name in ("distill_loss", "pgd_update", "crop_flip", "table")),
+        *(
+            f"tests/kernels/test_{name}.py"
+            for name in ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "table")
+        ),
         "tests/pipelines/test_contract.py",
         "tests/pipelines/test_tensor.py",
         "tests/training/test_exactness.py",

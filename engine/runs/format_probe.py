@@ -204,7 +204,8 @@ def _passes(config: RunConfig) -> plan.Passes:
 
 
 def _network(config: RunConfig) -> nn.Module:
-    return models.build(config.model, DATASETS[config.dataset].num_classes or 10)
+    with torch.random.fork_rng(devices=[]):
+        return models.build(config.model, DATASETS[config.dataset].num_classes or 10)
 
 
 def measure(config: RunConfig) -> dict[str, float]:

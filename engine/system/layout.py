@@ -22,7 +22,7 @@ def check_channels_last(network: nn.Module) -> None:
 
 
 class _Check:
-    """Forward hook that checks input, output and gradient of a module."""
+    """Forward hook that checks input and output of a module, and the gradient of a convolution."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -30,7 +30,8 @@ class _Check:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         self._look("input", inputs[0])
         self._look("output", out)
-        if out.requires_grad:
+        # That of the last BatchNorm comes from a mean over pixels, in NCHW, and the op turns it.
+        if out.requires_grad and isinstance(module, nn.Conv2d):
             out.register_hook(lambda gradient: self._look("gradient", gradient))
 
     def _look(self, what: str, tensor: Tensor) -> None:

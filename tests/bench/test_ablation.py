@@ -58,7 +58,8 @@ def test_on_a_cpu_what_a_gpu_alone_has_is_left_out() -> None:
 
 
 def test_where_amp_is_float32_it_cannot_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(format_probe, "bfloat16_gain", lambda run: 0.5)
+    gains = {"float32": 1.0, "winograd": 1.0, "bfloat16": 0.5}
+    monkeypatch.setattr(format_probe, "gains_of", lambda run: gains)
     taken, left_out = ablation.there(workload(), ["amp", "folding"])
     assert list(taken) == ["nothing", "folding"]
     assert left_out == ["left out: amp: --amp is float32 here"]

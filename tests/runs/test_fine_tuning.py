@@ -76,7 +76,7 @@ def test_a_run_attacks_with_the_epsilon_of_its_epoch_and_evaluates_with_all_of_i
     crafted = noted(
         monkeypatch,
         "engine.training.step_networks.Adversary.__call__",
-        lambda x_adv, self, batch, epoch, *more: (epoch, float((x_adv - batch.x_nat).abs().max())),
+        lambda x_adv, self, batch, epoch, *more: (int(epoch), float((x_adv - batch.x_nat).abs().max())),
     )
     probed = noted(monkeypatch, "engine.attacks.overfitting.probe", lambda found, *args, **keys: args[3])
     evaluated = noted(monkeypatch, "engine.runs.trainer.evaluate", lambda found, *args, **keys: keys["epsilon"])

@@ -323,7 +323,7 @@ def test_every_key_may_change_or_may_not(name: str) -> None:
     old, new = (config.flat(each.tree())[name] for each in (begun, wanted))
     free = {
         "data", "extra_data", "extra_labels", "teacher.checkpoint", "teacher_st.checkpoint",
-        "workers", "batches_ahead", "lanes", "graphs",
+        "workers", "batches_ahead", "lanes", "graphs", "fast",
         "checkpoint_activations", "masking_guard", "overfitting_guard", "device", "checkpoint_every",
         "snapshot_every", "log_every", "imports", "loggers",
         "amp_dtype",  # which a run that began with "auto" decided
