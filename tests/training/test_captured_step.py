@@ -213,9 +213,10 @@ def test_a_loss_that_looks_at_its_values_is_not_captured(fake_cuda: FakeCuda) ->
     assert "test_captured_step.py" in told
 
 
-def without_memory() -> dict[str, Any]:
+def refused(error: str) -> dict[str, Any]:
+    """Steps where a capture raises an error: of memory where it is not told."""
     training = Training("iad1", graphs="step")
-    refused = mock.Mock(side_effect=torch.OutOfMemoryError)
+    refused = mock.Mock(side_effect=RuntimeError(error) if error else torch.OutOfMemoryError)
     with mock.patch.object(captured_step, "CapturedCall", refused), warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         found = graphs_of(whole(training, 5), training)
@@ -223,10 +224,17 @@ def without_memory() -> dict[str, Any]:
 
 
 def test_without_memory_for_a_graph_nothing_is_captured(fake_cuda: FakeCuda) -> None:
-    seen = fake_cuda.run(without_memory)
+    seen = fake_cuda.run(refused, "")
     assert seen["graphs"] == [0, 0, 0, 0, 0]
     (told,) = [text for text in seen["warnings"] if text.startswith("graphs:")]
     assert "the memory is too small" in told
+
+
+def test_where_a_capture_fails_the_attack_is_captured(fake_cuda: FakeCuda) -> None:
+    seen = fake_cuda.run(refused, "operation not permitted when stream is capturing\nCUDA kernel errors ...")
+    assert seen["graphs"] == [0, 0, 0, 0, 11]
+    (told,) = [text for text in seen["warnings"] if text.startswith("graphs:")]
+    assert "not permitted when stream is capturing), so that the attack alone" in told
 
 
 NOT_CAPTURED: dict[str, dict[str, Any]] = {

@@ -37,10 +37,10 @@ class CapturedStep:
     """A `TrainingStep` that is captured at the third batch of a shape in a row, and replayed for every such batch.
 
     The first two are trained on op by op: what compiles, allocates or chooses an algorithm does so in the first;
-    and where the host waits for the GPU in the second, as for a loss that looks at its values, the attack alone is
-    captured from then on. A batch of another shape, as an odd last one, is trained on op by op. When the method or
+    and where the host waits for the GPU in the second, as for a loss that looks at its values, or the capture fails,
+    the attack alone is captured from then on. A batch of another shape, as an odd last one, is trained on op by op. When the method or
     its attack changes, the graph and its memory go, and the step is captured again.
-    Where the memory is too small for a graph, nothing is captured from then on. Both are told in a warning.
+    Where the memory is too small for a graph, nothing is captured from then on. Each is told in a warning.
 
     Several processes have two graphs, between which their one message is sent.
     step: on whole batches, without an attack on the weights.
@@ -118,11 +118,21 @@ class CapturedStep:
             if self._step.message is not None:
                 self._update = CapturedCall(self._step.update)
         except torch.OutOfMemoryError:
-            self.release()
-            self._step.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            self._is_possible = self._attack_is_possible = False
+            self._give_up()
+            self._attack_is_possible = False
             _warn("the memory is too small for the graph of a step, so that nothing is captured")
+        except RuntimeError as error:  # of a network or a loss of anybody's: a step op by op it has passed
+            self._give_up()
+            _warn(
+                f"a step cannot be captured ({str(error).splitlines()[0]}), so that the attack alone is captured"
+            )
+
+    def _give_up(self) -> None:
+        """Let go of what a failed capture has left."""
+        self.release()
+        self._step.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        self._is_possible = False
 
     def _replay(self, batch: Batch) -> None:
         assert self._graph is not None
