@@ -357,8 +357,6 @@ def test_convolutions_are_cudnns_and_channels_last(hot: Hot) -> None:
 
 # ---------------------------------------------------------------- races
 
-# It sees ops of torch, and no launch of a kernel of ours.
-SANITIZED = {"TORCH_CUDA_SANITIZER": "1", "ENGINE_KERNELS": "reference"}
 FAULTS = ("", "no join", "teachers do not wait", "batch is not awaited", "buffer is refilled early")
 
 
@@ -415,14 +413,20 @@ def races() -> Iterator[list[str]]:
         yield found
 
 
+def checked(fake_cuda: FakeCuda, method: str, fault: str) -> str:
+    """`sanitized`, with the references of the ops: torch's sanitizer sees no launch of a kernel of ours."""
+    found: str = fake_cuda.run(sanitized, method, fault, TORCH_CUDA_SANITIZER="1", ENGINE_KERNELS="reference")
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_there_is_no_race(method: str, fake_cuda: FakeCuda) -> None:
-    assert fake_cuda.run(sanitized, method, "", **SANITIZED) == ""
+    assert checked(fake_cuda, method, "") == ""
 
 
 @pytest.mark.parametrize("fault", FAULTS[1:])
 def test_a_planted_race_is_found(fault: str, fake_cuda: FakeCuda) -> None:
-    found = fake_cuda.run(sanitized, "iad1", fault, **SANITIZED)
+    found = checked(fake_cuda, "iad1", fault)
     assert "CSAN detected a possible data race" in found
 
 

@@ -38,9 +38,9 @@ class CapturedStep:
 
     The first two are trained on op by op: what compiles, allocates or chooses an algorithm does so in the first;
     and where the host waits for the GPU in the second, as for a loss that looks at its values, or the capture
-    fails, the attack alone is captured from then on. Where the memory is too small for a graph, nothing is. Each is
-    told in a warning. A batch of another shape, as an odd last one, is trained on op by op. When the method or its
-    attack changes, the graph and its memory go, and the step is captured again.
+    fails, the attack alone is captured from then on. Where the memory is too small for a graph, nothing is. Each
+    is told in a warning. A batch of another shape, as an odd last one, is trained on op by op. When the method or
+    its attack changes, the graph and its memory go, and the step is captured again.
 
     Several processes have two graphs, between which their one message is sent.
     step: on whole batches, without an attack on the weights.
