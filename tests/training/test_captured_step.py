@@ -77,12 +77,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "layer decay": {"optim": {"layer_decay": 0.5}},
     "float32": {"amp": False},
     "compiled": {"compile": "on"},
-    "one lane": {"lanes": "off"},
     "idle forwards": {"semantics": "official"},
 }
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "one lane"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "compiled" else ()) for name in OPTIONS]
+)
 def test_options_are_in_the_graph(name: str, fake_cuda: FakeCuda) -> None:
     seen = fake_cuda.run(three_and_more, "iad1", OPTIONS[name])
     assert len(of("graph_launch", seen["replayed"])) == 1

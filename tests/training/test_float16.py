@@ -107,6 +107,6 @@ def test_a_resumed_run_is_the_whole_one(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["iad1", "adaad"])
 @pytest.mark.parametrize("keys", [VARIANTS[name] for name in ("plain", "awp", "clipped")], ids=str)
 def test_a_step_on_a_gpu_never_waits_for_it(method: str, keys: dict[str, Any], fake_cuda: FakeCuda) -> None:
-    calls = fake_cuda.run(hot_step, method, {"amp_dtype": "float16", "graphs": "on", **keys})["calls"]
+    calls = fake_cuda.run(hot_step, method, {"amp_dtype": "float16", "graphs": "step", **keys})["calls"]
     assert of("kernel", calls)
     assert not [call for call in calls if call["call"] in ("synchronize", "copy_and_wait")]
