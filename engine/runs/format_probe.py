@@ -91,7 +91,8 @@ def resolve(config: RunConfig, local_rank: int = 0, say: Callable[[str], None] =
     in_float32 = not config.amp or found.get("amp_dtype", config.amp_dtype) == "float32"
     is_used = asks_winograd and in_float32 and gains["winograd"] >= MIN_GAIN
     if is_used:
-        say(f"--winograd: 3x3 convolutions by Winograd's algorithm: {gains['winograd']:.2f}x of the speed without")
+        gain = f"a step with Winograd's algorithm is {gains['winograd']:.2f}x as fast on this processor"
+        say(f"--winograd: {gain}: it is used")
     return config.model_copy(update=found | _winograd(config, wanted=is_used))
 
 

@@ -300,7 +300,7 @@ def test_the_lines_say_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     format_probe.resolve(run_of(**BIG), say=lines.append)
     assert lines == [
         "--amp: bfloat16 is 0.50x of float32 on this processor: float32 is used",
-        "--winograd: 3x3 convolutions by Winograd's algorithm: 1.50x of the speed without",
+        "--winograd: a step with Winograd's algorithm is 1.50x as fast on this processor: it is used",
     ]
 
 
