@@ -74,7 +74,7 @@ def _amp_is_float32(workload: Workload, on: RunConfig) -> str:
 
 def _is_off(key: str) -> Callable[[Workload, RunConfig], str]:
     def absent(workload: Workload, on: RunConfig) -> str:
-        return "it is off unless it is asked for" if getattr(on, key, None) == "off" else ""
+        return "the step does not use it" if getattr(on, key, None) == "off" else ""
 
     return absent
 

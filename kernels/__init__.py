@@ -2,7 +2,7 @@
 
 from engine.kernels.batch_norm import batch_norm
 from engine.kernels.batch_sums import batch_sums
-from engine.kernels.contract import ALPHA_BINS, BatchSums, DistillLoss, MeasuredBatch, Term
+from engine.kernels.contract import ALPHA_BINS, MEASURED_LOGITS, BatchSums, DistillLoss, MeasuredBatch, Term
 from engine.kernels.conv3x3 import conv3x3
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
@@ -12,6 +12,7 @@ from engine.kernels.reference import count_cases, histogram, trust
 
 __all__ = [
     "ALPHA_BINS",
+    "MEASURED_LOGITS",
     "BatchSums",
     "DistillLoss",
     "MeasuredBatch",

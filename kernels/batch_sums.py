@@ -5,11 +5,17 @@ from __future__ import annotations
 import torch
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import ALPHA_BINS, MAX_CLASSES, BatchSums, MeasuredBatch, check_device
+from engine.kernels.contract import (
+    ALPHA_BINS,
+    MAX_CLASSES,
+    MEASURED_LOGITS,
+    BatchSums,
+    MeasuredBatch,
+    check_device,
+)
 
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 _OTHER_TOTALS = 18  # beside the terms
-_VIEWS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")
 
 
 @torch.no_grad()
@@ -26,7 +32,7 @@ def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:
     _check_batch(batch)
     check_device(
         **sums._asdict(), loss=batch.loss, terms=batch.terms, alpha=batch.alpha, labels=batch.labels,
-        step=batch.step, **dict(zip(_VIEWS, batch.logits, strict=True)),
+        step=batch.step, **dict(zip(MEASURED_LOGITS, batch.logits, strict=True)),
     )  # fmt: skip
     fused = (
         batch.loss.dtype == batch.terms.dtype == torch.float32
@@ -64,10 +70,12 @@ def _check_batch(batch: MeasuredBatch) -> None:
         raise ValueError(f"step: expected int64 (), got {batch.step.dtype} of {tuple(batch.step.shape)}")
     if not all(-1 <= source < count for source in batch.sources):
         raise ValueError(f"sources: expected places among {count} terms, or -1, got {batch.sources}")
-    if len(batch.logits) != len(_VIEWS):
-        raise ValueError(f"logits: expected {', '.join(_VIEWS)}, or None for each, got {len(batch.logits)}")
+    if len(batch.logits) != len(MEASURED_LOGITS):
+        raise ValueError(
+            f"logits: expected {', '.join(MEASURED_LOGITS)}, or None for each, got {len(batch.logits)}"
+        )
     if batch.alpha is not None and batch.alpha.shape != labels.shape:
         raise ValueError(f"alpha: expected ({len(labels)},), got {tuple(batch.alpha.shape)}")
-    for name, logits in zip(_VIEWS, batch.logits, strict=True):
+    for name, logits in zip(MEASURED_LOGITS, batch.logits, strict=True):
         if logits is not None and (logits.dim() != 2 or len(logits) != len(labels)):
             raise ValueError(f"logits: {name}: expected ({len(labels)}, C), got {tuple(logits.shape)}")

@@ -104,6 +104,7 @@ class LossAndGradients(NamedTuple):
 
 
 ALPHA_BINS = 20  # equal bins of [0, 1]
+MEASURED_LOGITS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")
 
 
 class BatchSums(NamedTuple):
@@ -125,7 +126,7 @@ class MeasuredBatch(NamedTuple):
     """Input of `batch_sums`, of one batch: loss (), terms (K',) and alpha (B,) of one floating dtype, labels (B,).
 
     sources: for each of the K terms of the sums its place among the batch's, -1 where the batch has none of it.
-    alpha: None where there is none. logits: s_nat, s_adv, t_at_nat and t_at_adv, (B, C); None: not computed.
+    alpha: None where there is none. logits: those of MEASURED_LOGITS, (B, C); None: not computed.
     step: () int64. entries: of the gradients that the attack on one image computes.
     """
 

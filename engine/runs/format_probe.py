@@ -106,7 +106,8 @@ def _may_gain_by_winograd(config: RunConfig, place: torch.device) -> bool:
     if config.winograd != "auto" or config.dtype != "float32" or dispatch.choose("conv3x3", place) != "native":
         return False
     try:
-        return forward_flops(_network(config), (3, *_image(config)))[0] >= _LEAST_OPERATIONS
+        network = models.build_to_fill(config.model, _classes(config))
+        return forward_flops(network, (3, *_image(config)))[0] >= _LEAST_OPERATIONS
     except (
         Exception
     ):  # a network that is not of this package may fail in any way, and that is told in its training
@@ -204,9 +205,9 @@ def _passes(config: RunConfig) -> plan.Passes:
     return plan.passes(method, config.attack, config.forwards)
 
 
-def _network(config: RunConfig) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        return models.build(config.model, DATASETS[config.dataset].num_classes or 10)
+def _classes(config: RunConfig) -> int:
+    """Classes of the run's data, as far as they are known before the data are read."""
+    return DATASETS[config.dataset].num_classes or 10
 
 
 def measure(config: RunConfig) -> dict[str, float]:
@@ -216,7 +217,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     One thread over its share of a batch, timed by its own clock, so that other work of the machine does not count.
     """
     with torch.random.fork_rng(devices=[]), one_thread() as threads:
-        network = _network(config)
+        network = models.build(config.model, _classes(config))
         shape = (3, *_image(config))
         fits = _OPERATIONS / max(forward_flops(network, shape)[0], 1.0)
         images = max(1, min(_MOST_IMAGES, _batch(config) // threads, int(fits)))

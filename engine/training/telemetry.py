@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from engine.attacks.parts import parts
 from engine.attacks.pgd import batch_norm_mode
 from engine.common.lookup import check_known
-from engine.kernels import ALPHA_BINS, BatchSums, MeasuredBatch, batch_sums, count_cases, histogram, trust
+from engine.kernels import (
+    ALPHA_BINS,
+    MEASURED_LOGITS,
+    BatchSums,
+    MeasuredBatch,
+    batch_sums,
+    count_cases,
+    histogram,
+    trust,
+)
 from engine.objectives import TERMS, TRUST
 from engine.system.distributed import World
 from engine.system.precision import full_precision
@@ -27,7 +36,6 @@ SIX_TERMS = tuple(TERMS)[:6]
 """The terms of the paper's Table 1, which earlier checkpoints have sums of, whatever their method."""
 CASES = ("both_right", "only_natural_right", "both_wrong", "only_adversarial_right")
 _ACCURACIES = ("student_natural", "student_adversarial", "teacher_natural", "teacher_adversarial")
-_LOGITS = ("s_nat", "s_adv", "t_at_nat", "t_at_adv")  # of the accuracies, in the order of `MeasuredBatch`
 _SUMS = (
     "alpha", "alpha_samples",
     *(f"{name}_{part}" for name in _ACCURACIES for part in ("right", "samples")),
@@ -102,7 +110,7 @@ class Telemetry:
             terms_K,
             tuple(output.terms.index(name) if name in output.terms else -1 for name in self.terms),
             alpha_B if TRUST in output.logits else None,
-            tuple(output.logits.get(name) for name in _LOGITS),
+            tuple(output.logits.get(name) for name in MEASURED_LOGITS),
             labels,
             step if isinstance(step, Tensor) else torch.full((), step, dtype=torch.int64, device=labels.device),
             self.attack_entries,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from engine.kernels.triton_ops import batch_norm as triton_batch_norm
 from tests.interpreter.device import imitate
 from tests.kernels.holding import assert_no_worse_than_twice_eager
-from tests.kernels.norms import NORM_CASES, NormCase, arguments, check_batch_norm, last
+from tests.kernels.norms import ANY_NORM, NORM_CASES, NormCase, arguments, check_batch_norm, last
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +36,7 @@ def test_numbers() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    case=st.builds(
-        NormCase,
-        shape=st.tuples(st.integers(2, 9), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)),
-        dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-        residual=st.booleans(),
-        relu=st.booleans(),
-        mean=st.floats(-5, 5),
-        std=st.floats(0.5, 50),
-        seed=st.integers(0, 2**32 - 1),
-    ),
+    case=ANY_NORM,
     programs=st.integers(1, 8),
     values=st.sampled_from((256, 4096)),
 )

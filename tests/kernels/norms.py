@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import batch_norm
@@ -37,6 +38,18 @@ class NormCase:
         after = "+residual" * self.residual + "+relu" * self.relu
         size = "x".join(map(str, self.shape))
         return f"{size} {str(self.dtype).removeprefix('torch.')}{after} mean {self.mean:g} std {self.std:g}"
+
+
+ANY_NORM = st.builds(
+    NormCase,
+    shape=st.tuples(st.integers(2, 9), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from((SINGLE, BRAIN)),
+    residual=st.booleans(),
+    relu=st.booleans(),
+    mean=st.floats(-5, 5),
+    std=st.floats(0.5, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
 
 
 def last(numbers: Tensor) -> Tensor:

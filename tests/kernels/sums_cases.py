@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kernels import ALPHA_BINS, BatchSums, MeasuredBatch, batch_sums
@@ -126,3 +127,31 @@ def check(case: SumsCase, loss: float | None = None) -> BatchSums:
         np.testing.assert_array_equal(got.numpy()[exact], right[exact], err_msg=name)
         np.testing.assert_allclose(got.numpy()[~exact], right[~exact], rtol=3e-7, atol=1e-6, err_msg=name)
     return sums
+
+
+def any_case(classes: int, terms: int, dtypes: tuple[torch.dtype, ...]) -> st.SearchStrategy[SumsCase]:
+    """Any batch of so many classes and terms at most."""
+    return st.builds(
+        SumsCase,
+        batch=st.integers(0, 40),
+        classes=st.integers(1, classes),
+        dtype=st.sampled_from(dtypes),
+        given=st.tuples(*[st.booleans()] * 4),
+        terms=st.just(3),
+        sources=st.lists(st.integers(-1, 2), min_size=1, max_size=terms).map(tuple),
+        with_alpha=st.booleans(),
+        strided=st.booleans(),
+        ties=st.booleans(),
+        nans=st.booleans(),
+        seed=st.integers(0, 2**31),
+    )
+
+
+def check_first_record() -> None:
+    """The first loss that is not finite is kept, with its step and the terms that are not."""
+    sums = zero_sums(4)
+    for step, loss in enumerate((1.0, math.nan, math.inf)):
+        batch = make(SumsCase())._replace(loss=torch.tensor(loss), step=torch.tensor(step))
+        batch.terms[1] = loss
+        batch_sums(sums, batch)
+    assert sums.record.tolist() == [1, 1, 0, 0, 0]

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -20,7 +19,7 @@ from torch.library import opcheck
 from engine.kernels import batch_norm, native
 from tests.kernels import norms
 from tests.kernels.holding import assert_no_worse_than_twice_eager, assert_same_bits, serving, threads
-from tests.kernels.norms import NORM_CASES, NormCase, check_batch_norm, last
+from tests.kernels.norms import ANY_NORM, NORM_CASES, NormCase, check_batch_norm, last
 
 measured = functools.cache(check_batch_norm)
 FLAGS = pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, False), (True, True)])
@@ -39,18 +38,7 @@ def test_no_worse_than_twice_eager(fused: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    case=st.builds(
-        NormCase,
-        shape=st.tuples(st.integers(2, 9), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9)),
-        dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-        residual=st.booleans(),
-        relu=st.booleans(),
-        mean=st.floats(-5, 5),
-        std=st.floats(0.5, 50),
-        seed=st.integers(0, 2**32 - 1),
-    )
-)
+@given(case=ANY_NORM)
 def test_numbers_of_any_shape(fused: str, case: NormCase) -> None:
     check_batch_norm(case, fused)
 

@@ -82,10 +82,8 @@ class CapturedStep:
 
     def release(self) -> None:
         """Let go of the graph and its memory; another may be captured later."""
-        self._graph: CapturedCall | None = (
-            None  # of the gradient, and where no message has to be sent of the update
-        )
-        self._update: CapturedCall | None = None  # where one has
+        self._graph: CapturedCall | None = None  # of the gradient and the update, or where a message lies between
+        self._update: CapturedCall | None = None  # them of the gradient alone, and this one of the update
         self._shape: _Shape | None = None  # of the graph
         self._phase: _Phase | None = None
         self._last: _Shape | None = None  # of the batch before
