@@ -6,6 +6,7 @@ from engine.kernels.contract import ALPHA_BINS, MEASURED_LOGITS, BatchSums, Dist
 from engine.kernels.conv3x3 import conv3x3
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
+from engine.kernels.image_conv3x3 import image_conv3x3, image_conv3x3_update
 from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
 from engine.kernels.reference import count_cases, histogram, trust
@@ -24,6 +25,8 @@ __all__ = [
     "crop_flip",
     "distill_loss",
     "histogram",
+    "image_conv3x3",
+    "image_conv3x3_update",
     "pgd_update",
     "random_start",
     "trust",

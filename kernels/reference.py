@@ -247,3 +247,37 @@ def _norm(images: Tensor) -> Tensor:
 def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None) -> Tensor:
     """The convolution of `engine.kernels.conv3x3`, differentiable by autograd."""
     return F.conv2d(images_BCHW, weight_OC33, bias_O, padding=1)
+
+
+# many parameters: those of the op, in one order for all implementations
+def image_conv3x3(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`engine.kernels.image_conv3x3`, differentiable by autograd."""
+    return F.conv2d(_normalised(images, mean, std), weight, bias, padding=1).to(dtype)
+
+
+def _normalised(images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    return images if mean is None or std is None else (images - mean) / std
+
+
+def image_conv3x3_backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> Tensor:
+    """Gradient of the images of `image_conv3x3`."""
+    of_images = F.conv_transpose2d(grad.to(weight.dtype), weight, padding=1)
+    return of_images if std is None else of_images / std
+
+
+def image_conv3x3_weight(
+    grad: Tensor, images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None
+) -> Tensor:
+    """Gradient of the weight of `image_conv3x3`."""
+    one, wanted = [1, 1], [False, True, False]
+    of_weight: Tensor = torch.ops.aten.convolution_backward(
+        grad.to(weight.dtype), _normalised(images, mean, std), weight, None, one, one, one, False, [0, 0], 1, wanted
+    )[1]
+    return of_weight

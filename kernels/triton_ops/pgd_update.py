@@ -43,12 +43,24 @@ def _linf(x_ptr, grad_ptr, nat_ptr, counts_ptr, epsilon, step_size, size, BLOCK:
     inside = offset < size
     grad = _load(grad_ptr, offset, inside)
     x, nat = _load(x_ptr, offset, inside), _load(nat_ptr, offset, inside)
-    # Comparisons with NaN are false: its pixel stays.
-    moved = x + tl.where(grad > 0, step_size, tl.where(grad < 0, -step_size, 0.0))
-    moved = tl.minimum(tl.maximum(moved, nat - epsilon, _NAN), nat + epsilon, _NAN)
-    tl.store(x_ptr + offset, tl.clamp(moved, 0.0, 1.0, _NAN), mask=inside)
+    tl.store(x_ptr + offset, moved(x, grad, nat, epsilon, step_size), mask=inside)
     if counts_ptr is not None:
-        _add(counts_ptr, _zeros(grad, inside), _nonfinites(grad))
+        count(counts_ptr, grad, inside)
+
+
+@triton.jit
+def moved(x, grad, nat, epsilon, step_size):
+    """Images after a step in L-inf."""
+    # Comparisons with NaN are false: its pixel stays.
+    x += tl.where(grad > 0, step_size, tl.where(grad < 0, -step_size, 0.0))
+    x = tl.minimum(tl.maximum(x, nat - epsilon, _NAN), nat + epsilon, _NAN)
+    return tl.clamp(x, 0.0, 1.0, _NAN)
+
+
+@triton.jit
+def count(counts_ptr, grad, inside):
+    """Add the zero and the non-finite entries of a gradient to the counts; outside it is 0."""
+    _add(counts_ptr, _zeros(grad, inside), _nonfinites(grad))
 
 
 @triton.jit
@@ -78,13 +90,13 @@ def _l2(x_ptr, grad_ptr, nat_ptr, counts_ptr, epsilon, step_size, SIZE: tl.const
     square = 0.0
     for first in range(0, SIZE, BLOCK):
         offset = first + tl.arange(0, BLOCK)
-        delta = _moved(x_ptr, grad_ptr, nat_ptr, offset, offset < SIZE, largest, step)
+        delta = _perturbation(x_ptr, grad_ptr, nat_ptr, offset, offset < SIZE, largest, step)
         square += tl.sum(delta * delta)
     shrink = tl.minimum(epsilon / _root(square), 1.0, _NAN)
 
     for first in range(0, SIZE, BLOCK):
         offset = first + tl.arange(0, BLOCK)
-        delta = _moved(x_ptr, grad_ptr, nat_ptr, offset, offset < SIZE, largest, step)
+        delta = _perturbation(x_ptr, grad_ptr, nat_ptr, offset, offset < SIZE, largest, step)
         moved = _load(nat_ptr, offset, offset < SIZE) + shrink * delta
         tl.store(x_ptr + offset, tl.clamp(moved, 0.0, 1.0, _NAN), mask=offset < SIZE)
     if counts_ptr is not None:
@@ -92,7 +104,7 @@ def _l2(x_ptr, grad_ptr, nat_ptr, counts_ptr, epsilon, step_size, SIZE: tl.const
 
 
 @triton.jit
-def _moved(x_ptr, grad_ptr, nat_ptr, offset, inside, largest, step):
+def _perturbation(x_ptr, grad_ptr, nat_ptr, offset, inside, largest, step):
     """The perturbation after the step, before the projection."""
     grad = _load(grad_ptr, offset, inside) / largest
     return _load(x_ptr, offset, inside) + step * grad - _load(nat_ptr, offset, inside)
