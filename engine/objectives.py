@@ -123,6 +123,11 @@ class AttackLoss(NamedTuple):
         """True if the attack needs the robust teacher."""
         return bool(self.reads or self.gradients or self.teacher_in_loop)
 
+    @property
+    def reads_images(self) -> bool:
+        """True if it depends on the images in other ways than by the student's logits."""
+        return bool(self.gradients or self.teacher_in_loop)
+
 
 ATTACK_LOSSES: dict[str, AttackLoss] = {
     "ce": AttackLoss("cross-entropy"),

@@ -278,6 +278,16 @@ def image_conv3x3_weight(
     """Gradient of the weight of `image_conv3x3`."""
     one, wanted = [1, 1], [False, True, False]
     of_weight: Tensor = torch.ops.aten.convolution_backward(
-        grad.to(weight.dtype), _normalised(images, mean, std), weight, None, one, one, one, False, [0, 0], 1, wanted
+        grad.to(weight.dtype),
+        _normalised(images, mean, std),
+        weight,
+        None,
+        one,
+        one,
+        one,
+        False,
+        [0, 0],
+        1,
+        wanted,
     )[1]
     return of_weight

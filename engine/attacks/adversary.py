@@ -37,7 +37,7 @@ class Adversary:
         teacher: Forward | None = None,
         seed: int = 0,
         counts: Tensor | None = None,
-        make_forward: Callable[[nn.Module], Forward] = lambda module: module,
+        make_forward: Callable[[Forward], Forward] = lambda forward: forward,
         capture: bool = False,
     ) -> None:
         self.twin = Twin(student, spec.bn, precision, make_forward)
@@ -85,5 +85,5 @@ class Adversary:
 
     def _climb(self, x_adv: Tensor, x_nat: Tensor, targets: Tensor, t_nat: Tensor | None = None) -> None:
         self.twin.refresh()
-        attacked = Attacked(self.twin, self._teacher, t_nat)
+        attacked = Attacked(self.twin, self._teacher, t_nat, self.twin.division)
         climb(attacked, x_adv, x_nat, targets, self.spec, loss_scale=self._loss_scale, counts=self.counts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,25 +21,41 @@ from torch.profiler import record_function
 from engine.common.lookup import look_up, nearest
 from engine.config import AttackSpec, validated
 from engine.kernels import pgd_update, random_start
-from engine.models.layers import release_cached, running_statistics_stay
+from engine.models.layers import StemNetwork, release_cached, running_statistics_stay
 from engine.objectives import ATTACK_LOSSES
 
 Logits = Callable[[Tensor], Tensor]
 
 
+class Division(NamedTuple):
+    """A student in two parts, of which an attack differentiates the second alone: logits = rest(stem(images)).
+
+    update: a step (x_adv, grad, x_nat, *, epsilon, step_size, counts) by the gradient to what `rest` is given.
+    """
+
+    stem: Callable[[Tensor], Tensor]
+    rest: Logits
+    update: Callable[..., object]
+
+
 class Attacked(NamedTuple):
     """Networks of an attack, frozen and in its mode.
 
-    teacher, t_nat: the robust teacher, and T(x), where the loss needs them.
+    teacher, t_nat: the robust teacher, and T(x), where the loss needs them. division: of the student, where it is
+    divided; its update is of L-inf.
     """
 
     student: Logits
     teacher: Logits | None = None
     t_nat: Tensor | None = None
+    division: Division | None = None
 
 
-Objective = Callable[[Tensor], Tensor]
-"""Loss of images that the attack maximises, a sum over the batch: gradients must not depend on the batch size."""
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""Loss of images x~ and the student's logits S(x~) that the attack maximises.
+
+A sum over the batch: gradients must not depend on the batch size.
+"""
 
 
 PRESETS = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "pgd20-dlr", "cw")
@@ -157,23 +174,28 @@ def pgd(
     """
     x_adv = started(x_nat, spec, seed=seed, counter=counter, sample=sample, start=start)
 
-    def logits_of(network: nn.Module) -> Logits:
-        def logits(images: Tensor) -> Tensor:
+    def passed(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
             with autocast():
-                out: Tensor = network(images)
-            return out if out.dtype == torch.float64 else out.float()
+                return network(inputs)
 
-        return logits
+        return forward
+
+    def logits_of(network: Callable[[Tensor], Tensor]) -> Logits:
+        return lambda inputs: at_least_float(passed(network)(inputs))
 
     loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES)
     if not loss.teacher:
         teacher = None  # it is not asked
     attacked = Attacked(logits_of(model))
+    if isinstance(model, StemNetwork) and model.is_divisible:
+        division = Division(passed(model.stem), logits_of(model.rest), model.stem_update)
+        attacked = attacked._replace(division=division)
     with batch_norm_mode(model, spec.bn), frozen(model), nullcontext() if teacher is None else frozen(teacher):
         if teacher is not None:
             asked = logits_of(teacher)
             with torch.no_grad():
-                attacked = Attacked(attacked.student, asked, asked(x_nat) if loss.reads else None)
+                attacked = attacked._replace(teacher=asked, t_nat=asked(x_nat) if loss.reads else None)
         climb(attacked, x_adv, x_nat, labels, spec, loss_scale=loss_scale, counts=counts)
     return x_adv
 
@@ -220,38 +242,41 @@ def climb(
     if labels.is_floating_point() and look_up("attack.loss", spec.loss, ATTACK_LOSSES).one_label:
         raise ValueError(f"attack.loss: {spec.loss!r} is of one label an image, and these are mixed ones")
     objective = look_up("attack.loss", spec.loss, _OBJECTIVES)(attacked, x_nat, labels, spec)
+    stem, rest, update = _division(attacked, spec)
+    epsilon = spec.epsilon if spec.project else torch.inf
     for _ in range(spec.num_steps):
-        with torch.enable_grad():
-            images = x_adv.detach().requires_grad_()
-            with record_function("attack: forward"):
-                loss = loss_scale * objective(images)
-            with record_function("attack: backward"):
-                (grad,) = torch.autograd.grad(loss, images)
+        with record_function("attack: forward"):
+            with torch.no_grad():
+                inputs = stem(x_adv)
+            with torch.enable_grad():
+                inputs = inputs.detach().requires_grad_()
+                loss = loss_scale * objective(inputs, rest(inputs))
+        with record_function("attack: backward"):
+            (grad,) = torch.autograd.grad(loss, inputs)
         with torch.no_grad(), record_function("attack: update"):
-            pgd_update(
-                x_adv,
-                grad,
-                x_nat,
-                threat_model=spec.threat_model,
-                epsilon=spec.epsilon if spec.project else torch.inf,
-                step_size=spec.step_size,
-                counts=counts,
-            )
+            update(x_adv, grad, x_nat, epsilon=epsilon, step_size=spec.step_size, counts=counts)
+
+
+def _division(attacked: Attacked, spec: AttackSpec) -> Division:
+    """That of the student where the attack can use it; else all of the student is differentiated."""
+    loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES)
+    if attacked.division is not None and spec.threat_model == "Linf" and not loss.reads_images:
+        return attacked.division
+    return Division(lambda images: images, attacked.student, partial(pgd_update, threat_model=spec.threat_model))
 
 
 def _cross_entropy(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
-    return lambda x_adv: F.cross_entropy(attacked.student(x_adv), labels, reduction="sum")
+    return lambda _, logits_BC: F.cross_entropy(logits_BC, labels, reduction="sum")
 
 
 def _carlini_wagner(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
-    return lambda x_adv: -F.relu(_margin(attacked.student(x_adv), labels) + spec.kappa).sum()
+    return lambda _, logits_BC: -F.relu(_margin(logits_BC, labels) + spec.kappa).sum()
 
 
 def _difference_of_logits_ratio(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     """-(z_y - max_{c != y} z_c) / (z_(1) - z_(3)), Croce and Hein (2020); of two classes the margin alone."""
 
-    def ratio(x_adv: Tensor) -> Tensor:
-        logits_BC = attacked.student(x_adv)
+    def ratio(_: Tensor, logits_BC: Tensor) -> Tensor:
         margin_B = _margin(logits_BC, labels)
         if logits_BC.shape[1] < 3:
             return -margin_B.sum()
@@ -264,13 +289,13 @@ def _difference_of_logits_ratio(attacked: Attacked, x_nat: Tensor, labels: Tenso
 def _divergence(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     with torch.no_grad():
         log_target = F.log_softmax(attacked.student(x_nat), dim=1)
-    return lambda x_adv: _kl(log_target, attacked.student(x_adv))
+    return lambda _, logits_BC: _kl(log_target, logits_BC)
 
 
 def _divergence_from_teacher(attacked: Attacked, x_nat: Tensor, labels: Tensor, spec: AttackSpec) -> Objective:
     """KL(T(x) || S(x~)), T(x) fixed: the attack of RSLAD (Zi et al., 2021)."""
     log_target = F.log_softmax(_given("T(x)", attacked.t_nat, spec), dim=1)
-    return lambda x_adv: _kl(log_target, attacked.student(x_adv))
+    return lambda _, logits_BC: _kl(log_target, logits_BC)
 
 
 def _divergence_from_moving_teacher(
@@ -278,7 +303,7 @@ def _divergence_from_moving_teacher(
 ) -> Objective:
     """KL(T(x~) || S(x~)), with the gradient through both networks: the attack of AdaAD (Huang et al., 2023)."""
     teacher = _given("the teacher", attacked.teacher, spec)
-    return lambda x_adv: _kl(F.log_softmax(teacher(x_adv), dim=1), attacked.student(x_adv))
+    return lambda x_adv, logits_BC: _kl(F.log_softmax(teacher(x_adv), dim=1), logits_BC)
 
 
 def _divergence_from_linear_teacher(
@@ -296,13 +321,17 @@ def _divergence_from_linear_teacher(
         (slope,) = torch.autograd.grad(true_B1.sum(), images)
     target_BC, true_B1 = target_BC.detach(), true_B1.detach()
 
-    def divergence(x_adv: Tensor) -> Tensor:
+    def divergence(x_adv: Tensor, logits_BC: Tensor) -> Tensor:
         moved_B1 = true_B1 + spec.slope * (slope * (x_adv - x_nat)).flatten(1).sum(dim=1, keepdim=True)
         p_BC = target_BC.scatter(1, labels[:, None], moved_B1.clamp_min(1e-12))
-        log_q_BC = F.log_softmax(attacked.student(x_adv), dim=1)
-        return F.kl_div(log_q_BC, p_BC, reduction="sum")
+        return F.kl_div(F.log_softmax(logits_BC, dim=1), p_BC, reduction="sum")
 
     return divergence
+
+
+def at_least_float(values: Tensor) -> Tensor:
+    """The values, but none in half precision."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _kl(log_target_BC: Tensor, logits_BC: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
-from engine.attacks.pgd import BatchNormMode, bn_mode
-from engine.models.layers import Conv3x3, ImageConv2d, Resize, Stage, is_plain, release_cached
+from engine.attacks.pgd import BatchNormMode, Division, at_least_float, bn_mode
+from engine.models.layers import Conv3x3, ImageConv2d, Resize, Stage, StemNetwork, is_plain, release_cached
 from engine.models.sync_batch_norm import SyncBatchNorm
 from engine.system.precision import Precision
 
@@ -39,7 +40,7 @@ class Twin:
     network: the original; its mode and flags stay. bn: how BatchNorm runs, as `AttackSpec.bn`. "eval": by running
     statistics, folded into the convolution before it where there is one; "train": by those of the batch, and the
     original's running statistics move; "batch": by those of the batch, and the running ones stay.
-    make_forward: makes the pass of the module, e.g. a compiled one.
+    make_forward: makes of the module, or of its method, the pass that is run, e.g. a compiled one.
     follows: False lets go of the original, of which nothing that is converted or folded is kept in memory.
 
     What is neither converted nor folded is shared with the original; the rest is as it was at the last `refresh`.
@@ -51,7 +52,7 @@ class Twin:
         network: nn.Module,
         bn: str,
         precision: Precision,
-        make_forward: Callable[[nn.Module], Forward] = lambda module: module,
+        make_forward: Callable[[Forward], Forward] = lambda forward: forward,
         *,
         follows: bool = True,
     ) -> None:
@@ -70,12 +71,23 @@ class Twin:
         if not follows:
             self._converted, self._folded = [], []
         self._forward = make_forward(self.module)
+        self.division: Division | None = None
+        """The network as an attack may run it, see `StemNetwork`; None where it is not divisible."""
+        if isinstance(self.module, StemNetwork) and self.module.is_divisible:
+            rest = make_forward(self.module.rest)
+            self.division = Division(
+                partial(self._run, self.module.stem),
+                lambda x: at_least_float(self._run(rest, x)),
+                self.module.stem_update,
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of the images, never in half precision."""
+        return at_least_float(self._run(self._forward, images))
+
+    def _run(self, forward: Forward, inputs: Tensor) -> Tensor:
         with record_function("network"), self._precision.autocast(cached=False):  # nothing is left to convert
-            logits_BC = self._forward(images)
-        return logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+            return forward(inputs)
 
     @torch.no_grad()
     def refresh(self) -> None:

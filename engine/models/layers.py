@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from engine.kernels import batch_norm, conv3x3
+from engine.kernels import batch_norm, conv3x3, image_conv3x3, image_conv3x3_update
+from engine.models.normalize import Normalize
 
 Block = Callable[[int, int, int], nn.Module]
 """Makes a residual block from (in_channels, channels, stride)."""
@@ -60,16 +61,85 @@ class ImageConv2d(nn.Conv2d):
     """The first convolution, in full precision under autocast too, which would round the image itself.
 
     bfloat16 moves a pixel by up to half a grey level, a quarter of the attack's step. What leaves is in autocast's
-    format, as it would be anyway.
+    format, as it would be anyway. 3x3 with stride 1 it is `engine.kernels.image_conv3x3`.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        if not _autocasts(images):
-            return super().forward(images)
-        device = images.device.type
-        with torch.autocast(device, enabled=False):
-            out = super().forward(images)
-        return out.to(torch.get_autocast_dtype(device))
+    def forward(self, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+        """The convolution of the images, or of (images - mean) / std."""
+        autocasts, device = _autocasts(images), images.device.type
+        dtype = torch.get_autocast_dtype(device) if autocasts else images.dtype
+        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+            if self.is_3x3:
+                return image_conv3x3(images, self.weight, self.bias, mean, std, dtype=dtype)
+            normalised = images if mean is None or std is None else (images - mean) / std
+            return super().forward(normalised).to(dtype)
+
+    @property
+    def is_3x3(self) -> bool:
+        """True for a plain convolution 3x3 of three channels with stride 1 and a border of zeros."""
+        numbers = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.in_channels)
+        return numbers == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 3) and self.padding_mode == "zeros"
+
+
+class StemNetwork(nn.Module):
+    """A network of images in [0, 1] that begins with their normalisation and one convolution, its stem.
+
+    logits (B, C) = rest(stem(images)). An attack may run both apart, and step by `stem_update`.
+    """
+
+    normalize: nn.Module
+    first = "conv1"
+    """Name of the convolution."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, C) of images in [0,1]."""
+        return self.rest(self.stem(x_BCHW))
+
+    def stem(self, x_BCHW: Tensor) -> Tensor:
+        """What the convolution gives."""
+        conv, normalize = self.get_submodule(self.first), self.normalize
+        # Another module may be in the place of either.
+        if isinstance(conv, ImageConv2d) and isinstance(normalize, Normalize):
+            out: Tensor = conv(x_BCHW, normalize.mean, normalize.std)
+        else:
+            out = conv(normalize(x_BCHW))
+        return out
+
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives, which stays as it is."""
+        raise NotImplementedError
+
+    @property
+    def is_divisible(self) -> bool:
+        """True if stem and rest may be run apart, and `stem_update` knows the stem: nobody's hook is left out."""
+        conv = self.get_submodule(self.first)
+        hooked = (self, conv, self.normalize)
+        return (
+            type(self).forward is StemNetwork.forward
+            and type(conv) is ImageConv2d
+            and conv.is_3x3
+            and type(self.normalize) in (nn.Identity, Normalize)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in hooked)
+            and not any(module._backward_hooks or module._backward_pre_hooks for module in hooked)
+        )
+
+    def stem_update(
+        self,
+        x_adv: Tensor,
+        grad: Tensor,
+        x_nat: Tensor,
+        *,
+        epsilon: float,
+        step_size: float,
+        counts: Tensor | None = None,
+    ) -> None:
+        """A step of an attack in L-inf, in place in x_adv, by the gradient of `stem`: `image_conv3x3_update`."""
+        conv = self.get_submodule(self.first)
+        assert isinstance(conv, ImageConv2d)
+        std = self.normalize.std if isinstance(self.normalize, Normalize) else None
+        image_conv3x3_update(
+            x_adv, grad, x_nat, conv.weight, std, epsilon=epsilon, step_size=step_size, counts=counts
+        )
 
 
 class Classifier(nn.Linear):
@@ -145,22 +215,25 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+def norm_act(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True, inplace: bool = True
+) -> Tensor:
     """[max(0, .)] of norm(x) [+ residual]: in one op where norm is `BatchNorm2d`.
 
     Another module may be in its place: torch's synchronised one, or none, where it was folded into a convolution.
+    inplace: False where x must stay.
     """
     if isinstance(norm, BatchNorm2d):
         out: Tensor = norm(x, residual=residual, relu=relu)
         return out
-    return added(norm(x), residual, relu=relu)
+    return added(norm(x), residual, relu=relu, inplace=inplace)
 
 
-def added(out: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
-    """[max(0, .)] of out [+ residual], in the memory of `out` where there is no residual."""
+def added(out: Tensor, residual: Tensor | None, *, relu: bool, inplace: bool = True) -> Tensor:
+    """[max(0, .)] of out [+ residual], in the memory of `out` where there is no residual and it need not stay."""
     if residual is not None:
-        out = out + residual
-    return F.relu(out, inplace=True) if relu else out
+        out, inplace = out + residual, True
+    return F.relu(out, inplace=inplace) if relu else out
 
 
 def is_plain(norm: nn.Module) -> bool:

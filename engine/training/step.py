@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from engine import objectives
+from engine.attacks.pgd import at_least_float
 from engine.config import ForwardsConfig, RunConfig
 from engine.kernels import DistillLoss, Term, distill_loss, trust
 from engine.methods import Method
@@ -296,14 +297,14 @@ def by_function(
     has no gradient.
     """
     assert method.function is not None
-    given = {name: _at_least_float(logits[name]) for name in method.function_reads}
+    given = {name: at_least_float(logits[name]) for name in method.function_reads}
     loss_B = method.function(given, labels)
     if not isinstance(loss_B, Tensor) or loss_B.shape != labels.shape or not loss_B.is_floating_point():
         got = tuple(loss_B.shape) if isinstance(loss_B, Tensor) else type(loss_B).__name__
         raise ValueError(f"method: the loss of {method.name} must be a floating ({len(labels)},), got {got}")
     if torch.is_grad_enabled() and not loss_B.requires_grad:
         raise ValueError(f"method: the loss of {method.name} has no gradient to the student's logits")
-    loss_B = _at_least_float(loss_B)
+    loss_B = at_least_float(loss_B)
     if sample_weights is not None:
         loss_B = loss_B * sample_weights
     mean = loss_B.sum() / max(len(labels), 1)
@@ -311,10 +312,6 @@ def by_function(
     if trusted is not None:
         alpha_B = trust(logits[trusted], labels, method.loss.beta)
     return DistillLoss(mean, alpha_B, mean.detach()[None], loss_B.detach())
-
-
-def _at_least_float(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _needed(network: Network | None) -> Network:

@@ -127,8 +127,8 @@ def _in_range(network: Forward) -> Forward:
 
 def forward_maker(
     config: RunConfig, device: torch.device, is_frequent: Callable[[int], bool]
-) -> Callable[[nn.Module], Forward]:
-    """Make the function that makes a module's pass: the module as it is, or compiled.
+) -> Callable[[Forward], Forward]:
+    """Make the function that makes a pass of a module, or of its method: as it is, or compiled.
 
     is_frequent: True if a pass over so many images comes often, and is worth a compilation.
     "auto" compiles on a GPU, unmeasured. On a CPU it takes minutes and gains 1 %: see docs/performance.md.
@@ -137,18 +137,18 @@ def forward_maker(
     if is_on("compile", config.compile, auto=automatic):
         # Passes of one class count together, and one too many would run op by op with nothing but a warning.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
-        return lambda module: _Compiled(module, is_frequent)
-    return lambda module: module
+        return lambda forward: _Compiled(forward, is_frequent)
+    return lambda forward: forward
 
 
 class _Compiled:
     """A pass that is compiled for frequent numbers of images, and run op by op for others."""
 
-    def __init__(self, module: nn.Module, is_frequent: Callable[[int], bool]) -> None:
-        self._module, self._is_frequent = module, is_frequent
-        self._compiled = torch.compile(module, dynamic=False)
+    def __init__(self, forward: Forward, is_frequent: Callable[[int], bool]) -> None:
+        self._forward, self._is_frequent = forward, is_frequent
+        self._compiled = torch.compile(forward, dynamic=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        forward = self._compiled if self._is_frequent(len(images)) else self._module
+        forward = self._compiled if self._is_frequent(len(images)) else self._forward
         logits: Tensor = forward(images)
         return logits

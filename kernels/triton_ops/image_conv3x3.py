@@ -1,4 +1,4 @@
-"""`image_conv3x3` as Triton kernels: products of matrices whose left side is gathered from the maps as it is needed.
+"""`image_conv3x3` as Triton kernels: products of matrices whose left side is gathered from the maps.
 
 A program has some pixels of the batch, in the order of memory. Products are of float32, each of three numbers in
 bfloat16 on tensor cores ("bf16x6"), with about the rounding error of float32.
@@ -88,7 +88,8 @@ def _pixels(pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.const
 @triton.jit
 def _forward(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, y_ptr, pixels,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     p, there, row, column = _pixels(pixels, HEIGHT, WIDTH, BLOCK_P)
     k = tl.arange(0, 32)
@@ -124,9 +125,10 @@ def _places(p, there, c, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C:
 @triton.jit
 def _image_gradient(
     grad_ptr, weight_ptr, std_ptr, pixels,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a program's pixels (P, 16), of which 3 columns are red, green and blue; places, and which."""
+    """The gradient of a program's pixels (P, 16), 3 columns of it red, green and blue; places, and which."""
     p, there, row, column = _pixels(pixels, HEIGHT, WIDTH, BLOCK_P)
     rgb = tl.arange(0, 16)
     sum_P16 = tl.zeros((BLOCK_P, 16), tl.float32)
@@ -150,7 +152,8 @@ def _image_gradient(
 @triton.jit
 def _backward(
     grad_ptr, weight_ptr, std_ptr, images_ptr, pixels,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     gradient, place, inside = _image_gradient(
         grad_ptr, weight_ptr, std_ptr, pixels, CHANNELS, HEIGHT, WIDTH, BLOCK_P, BLOCK_C
@@ -162,7 +165,8 @@ def _backward(
 @triton.jit
 def _update(
     grad_ptr, weight_ptr, std_ptr, x_ptr, nat_ptr, counts_ptr, epsilon, step_size, pixels,
-    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     gradient, place, inside = _image_gradient(
         grad_ptr, weight_ptr, std_ptr, pixels, CHANNELS, HEIGHT, WIDTH, BLOCK_P, BLOCK_C

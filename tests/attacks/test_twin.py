@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.lib.steps.variants import Flops
 from engine import models
 from engine.attacks.pgd import Attacked, batch_norm_mode, climb
-from engine.attacks.twin import Twin, conv_bn_pairs, traced
+from engine.attacks.twin import Forward, Twin, conv_bn_pairs, traced
 from engine.config import AttackSpec
 from engine.system.precision import Precision
 from engine.training.performance.speed import forward_flops
@@ -227,8 +227,8 @@ def test_a_compiled_attack_computes_no_weight_gradient() -> None:
     """torch.compile computes those of parameters that are not frozen, whoever needs them."""
     masks, backend = convolution_gradients()
 
-    def compiled(module: nn.Module) -> Any:
-        return torch.compile(module, backend=backend, fullgraph=True)
+    def compiled(forward: Forward) -> Any:
+        return torch.compile(forward, backend=backend, fullgraph=True)
 
     attack(Twin(network(), "train", F64, compiled), F64, num_steps=1)
     assert len(masks) == 9

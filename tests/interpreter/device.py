@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import triton.language as tl
-from triton._C.libtriton import ir
 from numpy.typing import NDArray
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -87,7 +87,7 @@ def rounded_to_bfloat16(numbers: Array) -> Array:
 
 
 def in_bfloat16(numbers: Array) -> list[Array]:
-    """Three numbers in bfloat16, as float32, whose sum is a number in float32; of an infinite one the first alone."""
+    """Three numbers in bfloat16, as float32, whose sum is a number in float32; 0 after an infinite one."""
     parts = []
     for _ in range(3):
         parts.append((rounded_to_bfloat16(numbers).astype(np.uint32) << 16).view(np.float32))

@@ -103,8 +103,8 @@ def test_a_compiled_pass_is_one_graph(name: str, amp: bool, bf16: None) -> None:
     student = precision.place(models.build(name, 4))
     graphs = CompileCounterWithBackend("eager")
 
-    def run(module: nn.Module) -> Forward:
-        compiled: Forward = torch.compile(module, dynamic=False, backend=graphs)
+    def run(forward: Forward) -> Forward:
+        compiled: Forward = torch.compile(forward, dynamic=False, backend=graphs)
         return compiled
 
     passes: tuple[Forward, ...] = (Twin(student, "train", precision, run), run(student))

@@ -7,11 +7,19 @@ import functools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, image_conv, init_convolutions, norm_act, stage
+from engine.models.layers import (
+    BatchNorm2d,
+    Classifier,
+    StemNetwork,
+    image_conv,
+    init_convolutions,
+    norm_act,
+    stage,
+)
 from engine.models.networks.resnet import BasicBlock, Bottleneck
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(StemNetwork):
     """A ResNet with the ImageNet stem: four stages of so many blocks; H and W shrink by 32.
 
     Blocks (3, 4, 6, 3) are ResNet-34, of bottlenecks ResNet-50. Names are torchvision's, whose checkpoints fit.
@@ -35,9 +43,9 @@ class ImageNetResNet(nn.Module):
         self.fc = Classifier(four, num_classes)
         init_convolutions(self)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = norm_act(self.bn1, self.conv1(self.normalize(x_BCHW)))
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
+        x = norm_act(self.bn1, x, inplace=False)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits_BC: Tensor = self.fc(x.mean((2, 3)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act
+from engine.models.layers import BatchNorm2d, Classifier, StemNetwork, conv, image_conv, norm_act
 
 # Expansion, channels, blocks and first stride, as in the paper's Table 2 but for the second row's stride,
 # which is 1 here: the stem and this row keep the resolution of a 32x32 image.
@@ -43,7 +43,7 @@ class _Block(nn.Module):
         return norm_act(self.bn3, self.conv3(h), skip, relu=False)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(StemNetwork):
     """The CIFAR variant: a stem of stride 1, three halvings of H and W in all, ReLU, projections in the shortcuts.
 
     Initialised as PyTorch does by default.
@@ -66,9 +66,9 @@ class MobileNetV2(nn.Module):
         self.bn2 = BatchNorm2d(1280)
         self.linear = Classifier(1280, num_classes)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = norm_act(self.bn1, self.conv1(self.normalize(x_BCHW)))
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
+        x = norm_act(self.bn1, x, inplace=False)
         x = norm_act(self.bn2, self.conv2(self.layers(x)))
         logits_BC: Tensor = self.linear(x.mean((2, 3)))
         return logits_BC

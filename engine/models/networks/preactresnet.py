@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act, stage
+from engine.models.layers import BatchNorm2d, Classifier, StemNetwork, conv, image_conv, norm_act, stage
 
 
 def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
@@ -60,7 +60,7 @@ class PreActBottleneck(nn.Module):
         return out + skip
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(StemNetwork):
     """A pre-activation CIFAR ResNet: a 3x3 stem of stride 1, four stages, a last BatchNorm and ReLU.
 
     The last BatchNorm, `bn`, is He et al.'s and that of the robust-training literature (Rice et al., 2020; AWP);
@@ -88,9 +88,8 @@ class PreActResNet(nn.Module):
         self.bn = BatchNorm2d(channels[-1]) if last_norm else None
         self.linear = Classifier(channels[-1], num_classes)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = self.conv1(self.normalize(x_BCHW))
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         if self.bn is not None:
             x = norm_act(self.bn, x)

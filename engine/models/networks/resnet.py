@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, norm_act, stage
+from engine.models.layers import BatchNorm2d, Classifier, StemNetwork, conv, image_conv, norm_act, stage
 
 
 def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
         return norm_act(self.bn3, self.conv3(out), self.get_submodule(self.projection)(x))
 
 
-class ResNet(nn.Module):
+class ResNet(StemNetwork):
     """A CIFAR ResNet: a 3x3 stem of stride 1, no max-pool, one stage per width; the later stages halve H and W.
 
     Widths (64, 128, 256, 512) with two blocks a stage are the ResNet-18 of the CIFAR literature; (16, 32, 64) with
@@ -91,10 +91,9 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index}", stage(block, *sides, count, stride=1 if index == 1 else 2))
         self.linear = Classifier(channels[-1], num_classes)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = self.conv1(self.normalize(x_BCHW))
-        x = norm_act(self.bn1, x)
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
+        x = norm_act(self.bn1, x, inplace=False)
         for index in range(1, self.num_stages + 1):
             x = self.get_submodule(f"layer{index}")(x)
         logits_BC: Tensor = self.linear(x.mean((2, 3)))

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, stage
+from engine.models.layers import BatchNorm2d, Classifier, StemNetwork, conv, image_conv, init_convolutions, stage
 from engine.models.networks.wideresnet import num_blocks
 
 MOMENTUM = 0.01
@@ -49,11 +49,13 @@ def _group(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(OrderedDict(block=stage(_Block, in_channels, channels, blocks, stride)))
 
 
-class SiLUWideResNet(nn.Module):
+class SiLUWideResNet(StemNetwork):
     """WRN-depth-width of the DeepMind works: depth = 6 n + 4, three groups of n blocks.
 
     Names are those of published checkpoints. Initialised as `WideResNet`.
     """
+
+    first = "init_conv"
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:
         super().__init__()
@@ -70,9 +72,9 @@ class SiLUWideResNet(nn.Module):
         init_convolutions(self)
         nn.init.zeros_(self.logits.bias)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = self.layer(self.init_conv(self.normalize(x_BCHW)))
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
+        x = self.layer(x)
         x = F.silu(self.batchnorm(x))
         logits_BC: Tensor = self.logits(x.mean((2, 3)))
         return logits_BC

@@ -6,7 +6,16 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from engine.models.layers import BatchNorm2d, Classifier, conv, image_conv, init_convolutions, norm_act, stage
+from engine.models.layers import (
+    BatchNorm2d,
+    Classifier,
+    StemNetwork,
+    conv,
+    image_conv,
+    init_convolutions,
+    norm_act,
+    stage,
+)
 
 
 class _Block(nn.Module):
@@ -41,7 +50,7 @@ def _group(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(OrderedDict(layer=stage(_Block, in_channels, channels, blocks, stride)))
 
 
-class WideResNet(nn.Module):
+class WideResNet(StemNetwork):
     """WRN-depth-width without dropout: depth = 6 n + 4, three groups of n blocks, (16, 32, 64) * width channels.
 
     Initialised as the original: He-normal by fan-out, std sqrt(2 / (k^2 C_out)), for convolutions; a zero bias.
@@ -60,9 +69,8 @@ class WideResNet(nn.Module):
         init_convolutions(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of images in [0,1]."""
-        x = self.conv1(self.normalize(x_BCHW))
+    def rest(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of what the stem gives."""
         x = self.block3(self.block2(self.block1(x)))
         x = norm_act(self.bn1, x)
         logits_BC: Tensor = self.fc(x.mean((2, 3)))
