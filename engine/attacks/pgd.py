@@ -242,19 +242,26 @@ def climb(
     if labels.is_floating_point() and look_up("attack.loss", spec.loss, ATTACK_LOSSES).one_label:
         raise ValueError(f"attack.loss: {spec.loss!r} is of one label an image, and these are mixed ones")
     objective = look_up("attack.loss", spec.loss, _OBJECTIVES)(attacked, x_nat, labels, spec)
-    stem, rest, update = _division(attacked, spec)
+    division = _division(attacked, spec)
     epsilon = spec.epsilon if spec.project else torch.inf
     for _ in range(spec.num_steps):
-        with record_function("attack: forward"):
-            with torch.no_grad():
-                inputs = stem(x_adv)
-            with torch.enable_grad():
-                inputs = inputs.detach().requires_grad_()
-                loss = loss_scale * objective(inputs, rest(inputs))
-        with record_function("attack: backward"):
-            (grad,) = torch.autograd.grad(loss, inputs)
+        grad = _gradient(division, objective, x_adv, loss_scale)
         with torch.no_grad(), record_function("attack: update"):
-            update(x_adv, grad, x_nat, epsilon=epsilon, step_size=spec.step_size, counts=counts)
+            division.update(x_adv, grad, x_nat, epsilon=epsilon, step_size=spec.step_size, counts=counts)
+        del grad  # which else is kept through the passes of the next step
+
+
+def _gradient(division: Division, objective: Objective, x_adv: Tensor, loss_scale: float) -> Tensor:
+    """The gradient of the loss to what the second part of the student is given."""
+    with record_function("attack: forward"):
+        with torch.no_grad():
+            inputs = division.stem(x_adv)
+        with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_()
+            loss = loss_scale * objective(inputs, division.rest(inputs))
+    with record_function("attack: backward"):
+        (grad,) = torch.autograd.grad(loss, inputs)
+    return grad
 
 
 def _division(attacked: Attacked, spec: AttackSpec) -> Division:

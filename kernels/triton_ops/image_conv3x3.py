@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kernels.triton_ops.pgd_update import count, moved
 
-_FORWARD, _BACKWARD = (64, 64), (64, 32)  # pixels of a program, and channels at once, at most
+_FORWARD, _BACKWARD = (32, 64), (64, 32)  # pixels of a program, and channels at once, at most
 _WARPS = 4
 _LEAST = 16  # rows and columns of a product
 _RGB = tl.constexpr(3)
@@ -37,7 +37,7 @@ def image_conv3x3(
     sizes = _sizes(y, _FORWARD)
     grid = (triton.cdiv(batch * height * width, sizes["BLOCK_P"]), triton.cdiv(channels, sizes["BLOCK_C"]))
     with torch.cuda.device_of(images):
-        _forward[grid](images, weight, bias, mean, std, y, batch * height * width, **sizes)
+        _image_conv[grid](images, weight, bias, mean, std, y, batch * height * width, **sizes)
     return y
 
 
@@ -48,7 +48,7 @@ def image_conv3x3_backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> 
     images = torch.empty(shape, dtype=torch.float32, device=grad.device, memory_format=torch.channels_last)
     pixels, sizes = batch * height * width, _sizes(grad, _BACKWARD)
     with torch.cuda.device_of(grad):
-        _backward[(triton.cdiv(pixels, sizes["BLOCK_P"]),)](grad, weight, std, images, pixels, **sizes)
+        _image_gradient[(triton.cdiv(pixels, sizes["BLOCK_P"]),)](grad, weight, std, images, pixels, **sizes)
     return images
 
 
@@ -65,7 +65,7 @@ def image_conv3x3_update(
     """`reference.pgd_update` in L-inf by the gradient of `image_conv3x3_backward`, which is not written."""
     pixels, sizes = grad[:, 0].numel(), _sizes(grad, _BACKWARD)
     with torch.cuda.device_of(grad):
-        _update[(triton.cdiv(pixels, sizes["BLOCK_P"]),)](
+        _image_update[(triton.cdiv(pixels, sizes["BLOCK_P"]),)](
             grad, weight, std, x_adv, x_nat, counts, epsilon, step_size, pixels, **sizes
         )
 
@@ -86,7 +86,7 @@ def _pixels(pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.const
 
 
 @triton.jit
-def _forward(
+def _image_conv(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, y_ptr, pixels,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -123,7 +123,7 @@ def _places(p, there, c, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C:
 
 
 @triton.jit
-def _image_gradient(
+def _gradient(
     grad_ptr, weight_ptr, std_ptr, pixels,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -150,12 +150,12 @@ def _image_gradient(
 
 
 @triton.jit
-def _backward(
+def _image_gradient(
     grad_ptr, weight_ptr, std_ptr, images_ptr, pixels,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    gradient, place, inside = _image_gradient(
+    gradient, place, inside = _gradient(
         grad_ptr, weight_ptr, std_ptr, pixels, CHANNELS, HEIGHT, WIDTH, BLOCK_P, BLOCK_C
     )
     tl.store(images_ptr + place, gradient, mask=inside)
@@ -163,12 +163,12 @@ def _backward(
 
 # many parameters: a kernel takes each tensor and number by itself
 @triton.jit
-def _update(
+def _image_update(
     grad_ptr, weight_ptr, std_ptr, x_ptr, nat_ptr, counts_ptr, epsilon, step_size, pixels,
     CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    gradient, place, inside = _image_gradient(
+    gradient, place, inside = _gradient(
         grad_ptr, weight_ptr, std_ptr, pixels, CHANNELS, HEIGHT, WIDTH, BLOCK_P, BLOCK_C
     )
     x, nat = tl.load(x_ptr + place, mask=inside, other=0), tl.load(nat_ptr + place, mask=inside, other=0)

@@ -176,6 +176,11 @@ def position(calls: list[Call], kind: str, **keys: str) -> list[int]:
     ]
 
 
+def steps_of_attacks(calls: list[Call]) -> list[int]:
+    """Positions of the updates of images, alone or with the gradient of the first convolution."""
+    return sorted(number for name in ("_linf", "_image_update") for number in position(calls, "kernel", name=name))
+
+
 def waits(calls: list[Call], waiting: str, for_stream: str) -> list[tuple[int, int]]:
     """Positions of each record of an event of a stream, and of the wait for it by another."""
     found = []
@@ -196,7 +201,7 @@ def test_teachers_run_on_their_lane_between_the_right_events(
     seen = hot(method, graphs=graphs)
     calls, main, lane = seen["calls"], seen["main"], seen["teachers"]
     mine = position(calls, "kernel", stream=lane)
-    attack = (position(calls, "graph_launch", stream=main) or position(calls, "kernel", name="_linf"))[-1]
+    attack = (position(calls, "graph_launch", stream=main) or steps_of_attacks(calls))[-1]
     starts = waits(calls, lane, main)
     ends = waits(calls, main, lane)
     before, after = [place for place in mine if place < attack], [place for place in mine if place > attack]
@@ -221,7 +226,7 @@ def test_an_attack_that_reads_the_teacher_waits_for_it(graphs: str, hot: Hot) ->
     seen = hot("rslad", graphs=graphs)
     calls, main, lane = seen["calls"], seen["main"], seen["teachers"]
     teacher = position(calls, "kernel", stream=lane)
-    steps = position(calls, "graph_launch", stream=main) or position(calls, "kernel", name="_linf", stream=main)
+    steps = position(calls, "graph_launch", stream=main) or steps_of_attacks(calls)
     assert teacher[-1] < steps[0]
     assert any(teacher[-1] < record < wait < steps[0] for record, wait in waits(calls, main, lane))
 
@@ -253,13 +258,16 @@ def test_a_loss_that_is_a_function_waits_for_its_teacher_and_not_for_the_device(
 def test_a_teacher_in_the_attack_s_loop_is_captured_with_it(method: str, hot: Hot) -> None:
     """As many more convolutions in the graph as the teacher has in forward and backward, in each step."""
     own, plain = launches(method, hot), launches("at", hot)
-    convolutions = 9  # of ResNet-8
+    convolutions, stem = 9, 1  # of ResNet-8; the stem is an op of ours
     assert own.nodes - plain.nodes >= NUM_STEPS * 2 * convolutions
     eager = Counter(call["name"] for call in of("kernel", hot(method, graphs="off")["calls"]))
     without = Counter(call["name"] for call in of("kernel", hot("at", graphs="off")["calls"]))
     extra = eager["cudnn_input_gradient"] - without["cudnn_input_gradient"]
     trained = (2 if method == "adaiad" else 1) - 1  # S(x) of AdaIAD has a gradient, too
-    assert extra == NUM_STEPS * convolutions + trained * (convolutions - 1)
+    assert extra == (NUM_STEPS + trained) * (convolutions - stem)
+    # The attack reads the images, so that both stems have a gradient of its own, and the update is apart.
+    assert (eager["_image_gradient"], eager["_linf"], eager["_image_update"]) == (2 * NUM_STEPS, NUM_STEPS, 0)
+    assert (without["_image_gradient"], without["_linf"], without["_image_update"]) == (0, 0, NUM_STEPS)
 
 
 def test_the_next_batch_is_made_on_its_lane(hot: Hot) -> None:
@@ -310,7 +318,7 @@ def odd_batches(method: str) -> dict[str, Any]:
         seen[name] = {
             "graphs": [int(call["nodes"]) for call in launches],
             "captures": len(of("capture_end", calls)),
-            "updates": len([call for call in of("kernel", calls) if call["name"] == "_linf"]),
+            "updates": len(steps_of_attacks(calls)),
             "kernels": len(of("kernel", calls)),
             "work": sum(len(of(kind, calls)) for kind in ("kernel", "fill", "copy")),
         }
@@ -344,14 +352,15 @@ def test_compiled_passes_are_captured_too(hot: Hot) -> None:
         assert 0.97 * allowed <= mine <= allowed, f"{name}: {mine}; where it is less, lower the budget"
 
 
-def test_convolutions_are_cudnns_and_channels_last(hot: Hot) -> None:
+def test_convolutions_but_the_first_are_cudnns_and_channels_last(hot: Hot) -> None:
     """Compiled or not: what the mock puts in cuDNN's place is what a GPU would be asked for."""
     for wanted in ("off", "on"):
         names = Counter(call["name"] for call in of("kernel", hot("iad1", graphs="off", compile=wanted)["calls"]))
-        convolutions, stem = 9, 1  # of ResNet-8
-        assert names["cudnn_forward"] == convolutions * (NUM_STEPS + 2 + 2)
-        assert names["cudnn_input_gradient"] == convolutions * NUM_STEPS + 2 * (convolutions - stem)
+        convolutions, stem, forwards = 9, 1, NUM_STEPS + 2 + 2  # of ResNet-8
+        assert names["cudnn_forward"] == (convolutions - stem) * forwards
+        assert names["cudnn_input_gradient"] == (convolutions - stem) * (NUM_STEPS + 2)
         assert names["cudnn_weight_gradient"] == 2 * convolutions
+        assert (names["_image_conv"], names["_image_update"]) == (forwards, NUM_STEPS)
         assert not any("nchw" in name.lower() or "im2col" in name for name in names)
 
 
