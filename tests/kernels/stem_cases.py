@@ -110,7 +110,7 @@ def exactly(given: dict[str, Tensor]) -> dict[str, Number]:
     """The formulas in float64, and the sizes of what each result is a sum of."""
     of = {name: value.detach().cpu().double().numpy() for name, value in given.items()}
     grad, mean, std = of["grad"], of.get("mean", np.zeros(())), of.get("std", np.ones(()))
-    batch, channels, height, width = grad.shape
+    channels, height, width = grad.shape[1:]
     border = ((0, 0), (0, 0), (1, 1), (1, 1))
     normalised = np.pad((of["images"] - mean) / std, border)
     bias = of.get("bias", np.zeros(channels))[:, None, None]
@@ -188,7 +188,7 @@ def updated(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_image_conv3x3_update(case: StemCase, implementation: str, device: str = "cpu") -> None:
-    """The step by the sign of the gradient in float64; by any sign where rounding decides it; twice the same bits."""
+    """The step by the gradient's sign in float64, by any sign where rounding decides it; twice the same bits."""
     given = update_arguments(case, device)
     with serving("image_conv3x3", implementation, device), poisoned():
         found, again = updated(given), updated(given)
