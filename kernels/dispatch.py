@@ -28,7 +28,7 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "conv3x3": {"cpu": ("native", "reference")},  # for CUDA cuDNN has its own
-    "image_conv3x3": {"cpu": ("reference",), "cuda": ("triton", "reference")},
+    "image_conv3x3": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "batch_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "batch_sums": {"cpu": ("reference",), "cuda": ("triton", "reference")},
 }

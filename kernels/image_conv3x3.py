@@ -16,8 +16,11 @@ from engine.kernels import dispatch, reference
 from engine.kernels.contract import check_device
 from engine.kernels.pgd_update import pgd_update
 
-# Formats of the output, and of its gradient, that the fused implementations know.
-_FUSED = (torch.float32, torch.bfloat16, torch.float16)
+# Formats of the output, and of its gradient, that the fused implementations know, by type of device.
+_FUSED = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 _MOST_NUMBERS = 2**31  # of images, whose places they count in 32 bits
 
 
@@ -35,7 +38,7 @@ def image_conv3x3(
     n = (images - mean) / std, and 0 outside of the images; n = images where mean and std, (3, 1, 1), are None.
     Computed in the dtype of the images, which is that of the other tensors, too, and rounded once at the end.
     dtype: None: that of the images. Gradients of any order, but none of mean and std, which must not ask for one.
-    Fused for float32 images of a GPU in channels_last: nothing between the images and the output is written.
+    Fused for float32 images in channels_last: nothing between the images and the output is written.
 
     Raises ValueError for other shapes, for several dtypes or devices, and for mean without std.
     """
@@ -122,7 +125,7 @@ def _is_fused(
     dtype: torch.dtype,
 ) -> bool:
     """True for a call that the fused implementations know."""
-    if images.dtype != torch.float32 or dtype not in _FUSED or not len(weight):
+    if images.dtype != torch.float32 or dtype not in _FUSED.get(images.device.type, ()) or not len(weight):
         return False
     if not 0 < images.numel() < _MOST_NUMBERS or not images.is_contiguous(memory_format=torch.channels_last):
         return False

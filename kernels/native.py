@@ -27,7 +27,7 @@ from engine.kernels.contract import (
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 6  # of csrc/library.cpp
+_INTERFACE = 7  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 _MOST_CHANNELS_AT_ONCE = 32  # PANEL of csrc/conv3x3.cpp, of the widest set of instructions
@@ -42,6 +42,9 @@ _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_i
 _CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
 _NORM: list[Any] = [*[c_void_p] * 8, c_int, c_int64, c_int64, c_double, c_double, c_int]
 _NORM_BACKWARD: list[Any] = [*[c_void_p] * 9, c_int, c_int64, c_int64, c_int]
+_IMAGE_CONV: list[Any] = [*[c_void_p] * 6, c_int, *[c_int64] * 4]
+_IMAGE_CONV_BACKWARD: list[Any] = [*[c_void_p] * 4, c_int, *[c_int64] * 4]
+_IMAGE_CONV_UPDATE: list[Any] = [*[c_void_p] * 5, c_float, c_float, c_void_p, c_int, *[c_int64] * 4]
 _START: list[Any] = [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int, c_float, c_uint64, c_uint32]
 
 
@@ -81,6 +84,9 @@ def _library() -> ctypes.CDLL:
     library.engine_cpu_conv3x3.argtypes = [c_char_p]
     library.engine_cpu_batch_norm.argtypes = _NORM
     library.engine_cpu_batch_norm_backward.argtypes = _NORM_BACKWARD
+    library.engine_cpu_image_conv3x3.argtypes = _IMAGE_CONV
+    library.engine_cpu_image_conv3x3_backward.argtypes = _IMAGE_CONV_BACKWARD
+    library.engine_cpu_image_conv3x3_update.argtypes = _IMAGE_CONV_UPDATE
     if hasattr(library, "engine_cuda_error"):
         library.engine_cuda_error.restype = c_char_p
         library.engine_cuda_pgd_update.argtypes = [*_UPDATE, c_void_p]
@@ -337,6 +343,63 @@ def batch_norm_backward(
         relu,
     )
     return grad_x, grad_residual, grad_parameters_2C
+
+
+# many parameters: those of the op, in one order for all implementations
+def image_conv3x3(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.image_conv3x3` of float32 in channels_last on a CPU, into float32 or bfloat16."""
+    batch, _, height, width = images.shape
+    shape = (batch, len(weight), height, width)
+    y = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    tensors = (images, weight, bias, mean, std, y)
+    _call("image_conv3x3", images.device, *map(_pointer, tensors), _dtype(y), *_map_sizes(y))
+    return y
+
+
+def image_conv3x3_backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> Tensor:
+    """Gradient of the images, float32 in channels_last. grad: in channels_last."""
+    batch, _, height, width = grad.shape
+    of_images = torch.empty((batch, 3, height, width), dtype=torch.float32, memory_format=torch.channels_last)
+    tensors = (grad, weight, std, of_images)
+    _call("image_conv3x3_backward", grad.device, *map(_pointer, tensors), _dtype(grad), *_map_sizes(grad))
+    return of_images
+
+
+# many parameters: those of the op, in one order for all implementations
+def image_conv3x3_update(
+    x_adv: Tensor,
+    grad: Tensor,
+    x_nat: Tensor,
+    weight: Tensor,
+    std: Tensor | None,
+    epsilon: float,
+    step_size: float,
+    counts: Tensor | None,
+) -> None:
+    """`reference.pgd_update` in L-inf by the gradient of `image_conv3x3_backward`, which is not written."""
+    _call(
+        "image_conv3x3_update",
+        grad.device,
+        *map(_pointer, (grad, weight, std, x_adv, x_nat)),
+        epsilon,
+        step_size,
+        _pointer(counts),
+        _dtype(grad),
+        *_map_sizes(grad),
+    )
+
+
+def _map_sizes(given: Tensor) -> tuple[int, int, int, int]:
+    """Batch, height, width and channels."""
+    batch, channels, height, width = given.shape
+    return batch, height, width, channels
 
 
 def _dtype(given: Tensor) -> int:

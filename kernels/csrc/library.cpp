@@ -21,6 +21,8 @@ struct InstructionSet {
     int (*conv3x3)(const ConvArguments&);
     int (*batch_norm)(const NormArguments&);
     int (*batch_norm_backward)(const NormGradientArguments&);
+    int (*image_conv3x3)(const ImageConvArguments&);
+    int (*image_conv3x3_backward)(const ImageGradientArguments&);
 };
 
 #ifdef ENGINE_X86_64
@@ -38,12 +40,14 @@ bool has_generic() { return true; }
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
     {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::random_start, avx512::conv3x3, avx512::batch_norm, avx512::batch_norm_backward},
+     avx512::random_start, avx512::conv3x3, avx512::batch_norm, avx512::batch_norm_backward,
+     avx512::image_conv3x3, avx512::image_conv3x3_backward},
     {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start, avx2::conv3x3,
-     avx2::batch_norm, avx2::batch_norm_backward},
+     avx2::batch_norm, avx2::batch_norm_backward, avx2::image_conv3x3, avx2::image_conv3x3_backward},
 #endif
     {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::random_start, generic::conv3x3, generic::batch_norm, generic::batch_norm_backward},
+     generic::random_start, generic::conv3x3, generic::batch_norm, generic::batch_norm_backward,
+     generic::image_conv3x3, generic::image_conv3x3_backward},
 };
 
 // The set of that name, or the best one, that this processor has.
@@ -76,7 +80,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 6; }
+int engine_interface() { return 7; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -139,6 +143,28 @@ int engine_cpu_batch_norm_backward(
     return chosen->batch_norm_backward(
         {grad, x, y, weight, bias, statistics, grad_x, grad_residual, grad_parameters, dtype, rows, channels,
          relu != 0});
+}
+
+int engine_cpu_image_conv3x3(
+    const float* images, const float* weight, const float* bias, const float* mean, const float* std, void* y,
+    int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    return chosen->image_conv3x3(
+        {images, weight, bias, mean, std, y, dtype, batch, height, width, channels});
+}
+
+int engine_cpu_image_conv3x3_backward(
+    const void* grad, const float* weight, const float* std, float* of_images, int dtype, int64_t batch,
+    int64_t height, int64_t width, int64_t channels) {
+    return chosen->image_conv3x3_backward(
+        {grad, weight, std, of_images, nullptr, nullptr, 0, 0, nullptr, dtype, batch, height, width, channels});
+}
+
+int engine_cpu_image_conv3x3_update(
+    const void* grad, const float* weight, const float* std, float* x_adv, const float* x_nat, float epsilon,
+    float step_size, int64_t* counts, int dtype, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    return chosen->image_conv3x3_backward(
+        {grad, weight, std, nullptr, x_adv, x_nat, epsilon, step_size, counts, dtype, batch, height, width,
+         channels});
 }
 
 }  // extern "C"

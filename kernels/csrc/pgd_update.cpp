@@ -3,67 +3,23 @@
 
 #include <math.h>
 
-#include "numbers.h"
+#include "linf.h"
 
 namespace engine {
 namespace ENGINE_SET {
 namespace {
 
 constexpr int64_t GRAIN = 16384;  // pixels that are worth a thread
-constexpr int64_t BLOCK = 4096;   // pixels between two additions to wide counters
 constexpr double TINY = 1.1754943508222875e-38;  // the smallest normal number of float32
-
-// As torch.maximum and torch.minimum: NaN where either is NaN. Without || or |, for which GCC has no vector code.
-template <typename T>
-T maximum(T a, T b) {
-    const T larger = a < b ? b : a;
-    return b != b ? b : larger;
-}
-template <typename T>
-T minimum(T a, T b) {
-    const T smaller = a > b ? b : a;
-    return b != b ? b : smaller;
-}
-
-// Zero and non-finite entries, told by their bits: no compiler flag can remove these tests.
-struct Counts {
-    int64_t zero = 0, not_finite = 0;
-
-    void add_to(int64_t* totals) const {
-        if (!totals) return;
-        __atomic_fetch_add(&totals[0], zero, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&totals[1], not_finite, __ATOMIC_RELAXED);
-    }
-};
-
-inline int is_zero(float value) { return (bits_of(value) & 0x7FFFFFFFu) == 0; }
-inline int is_not_finite(float value) { return (bits_of(value) & 0x7FFFFFFFu) >= 0x7F800000u; }
 
 // ---------------------------------------------------------------- L-inf: one flat pass
 
 template <typename Gradient>
 void step_linf(int64_t begin, int64_t end, void* context) {
     const UpdateArguments& call = *static_cast<const UpdateArguments*>(context);
-    const Gradient* grad = static_cast<const Gradient*>(call.grad);
-    const float *x_nat = call.x_nat, epsilon = call.epsilon, step_size = call.step_size;
-    float* x_adv = call.x_adv;
+    const Gradient* grad = static_cast<const Gradient*>(call.grad) + begin;
     Counts counts;
-    for (int64_t block = begin; block < end; block += BLOCK) {
-        const int64_t stop = block + BLOCK < end ? block + BLOCK : end;
-        int zero = 0, not_finite = 0;
-#pragma omp simd reduction(+ : zero, not_finite)
-        for (int64_t i = block; i < stop; ++i) {
-            const float g = to_float(grad[i]);
-            zero += is_zero(g);
-            not_finite += is_not_finite(g);
-            const float sign = (g > 0 ? 1.0f : 0.0f) - (g < 0 ? 1.0f : 0.0f);  // 0 for NaN, as torch.sign
-            const float moved = x_adv[i] + step_size * sign;
-            const float near = minimum(maximum(moved, x_nat[i] - epsilon), x_nat[i] + epsilon);
-            x_adv[i] = minimum(maximum(near, 0.0f), 1.0f);
-        }
-        counts.zero += zero;
-        counts.not_finite += not_finite;
-    }
+    move_linf(grad, call.x_nat + begin, call.x_adv + begin, end - begin, call.epsilon, call.step_size, counts);
     counts.add_to(call.counts);
 }
 
