@@ -23,7 +23,6 @@ from bench.lib.output.csv_rows import AblationRow
 from bench.lib.steps.variants import Variant, Workload, images_of
 from bench.lib.timing import Call, no_garbage_collection, rotated
 from bench.step import STEP_TESTS, STEPS_PER_ROUND, WARM_UP, SynchronisedClock
-from engine import config
 from engine.attacks import twin
 from engine.config import RunConfig
 from engine.kernels import dispatch
@@ -168,22 +167,11 @@ def there(workload: Workload, wanted: Sequence[str] = ()) -> tuple[dict[str, Fea
     for name, feature in known.items():
         if wanted and name not in wanted:
             continue
-        if reason := feature.absent(workload, on) or refusal(workload, feature):
+        if reason := feature.absent(workload, on):
             left_out.append(f"left out: {name}: {reason}")
         else:
             taken[name] = feature
     return taken, left_out
-
-
-def refusal(workload: Workload, feature: Feature) -> str:
-    """Why this version of the engine cannot turn the part off, "" where it can."""
-    try:
-        config.load({"device": str(workload.device)}, feature.keys)
-        with feature.off():
-            dispatch.preference()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def measure(

@@ -109,7 +109,7 @@ class Bench:
 
 def fused(op: str, device: torch.device) -> list[str]:
     """The implementations that an op has for a device, the reference aside."""
-    return [name for name in dispatch.SERVED_BY[op][device.type] if name != "reference"]
+    return [name for name in dispatch.SERVED_BY[op].get(device.type, ()) if name != "reference"]
 
 
 def absent(ops: Sequence[str], device: torch.device) -> list[str]:

@@ -23,7 +23,7 @@ constexpr int LANES = 4, ROWS = 6;
 #endif
 constexpr int PANEL = 2 * LANES;          // channels out that a product computes at once
 constexpr int DEPTH = 16;                 // channels in whose weights are transformed at once
-constexpr int PAD = 16;                   // floats behind a row, so that rows do not share the sets of a cache
+constexpr int PAD = 16;                   // floats behind a row and a matrix, so that they do not share a cache's sets
 constexpr int64_t CACHED = 4 * 1024 * 1024;  // weights up to this many floats stay in the last cache
 constexpr int64_t SMALL_BLOCK = 28, LARGE_BLOCK = 64;  // most tiles in a block, where they do and where they do not
 
@@ -224,34 +224,34 @@ void transform_back(
 
 // ---------------------------------------------------------------- products
 
-// to (COUNT, PANEL) = images (COUNT, depth) weights (depth, PANEL).
-template <int COUNT>
+// to (COUNT, VECTORS * LANES) = images (COUNT, depth) weights (depth, PANEL), of which it reads as many channels.
+template <int COUNT, int VECTORS>
 void multiply(
     int64_t depth, const float* images, int64_t stride, const float* weights, float* to, int64_t to_stride) {
-    Vector sums[COUNT][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < COUNT; ++i) sums[i][0] = sums[i][1] = Vector{};
+    Vector sums[COUNT][VECTORS] = {};
     for (int64_t k = 0; k < depth; ++k) {
-        const Vector left = load(weights + k * PANEL), right = load(weights + k * PANEL + LANES);
+        Vector weight[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) weight[v] = load(weights + k * PANEL + v * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < COUNT; ++i) {
             const float image = images[i * stride + k];
-            sums[i][0] += image * left;
-            sums[i][1] += image * right;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) sums[i][v] += image * weight[v];
         }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < COUNT; ++i) {
-        store(to + i * to_stride, sums[i][0]);
-        store(to + i * to_stride + LANES, sums[i][1]);
-    }
+    for (int i = 0; i < COUNT; ++i)
+        for (int v = 0; v < VECTORS; ++v) store(to + i * to_stride + v * LANES, sums[i][v]);
 }
 
 using Multiply = void (*)(int64_t, const float*, int64_t, const float*, float*, int64_t);
+template <int VECTORS>
 constexpr Multiply MULTIPLY[] = {
-    nullptr, multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>,
+    nullptr, multiply<1, VECTORS>, multiply<2, VECTORS>, multiply<3, VECTORS>, multiply<4, VECTORS>,
+    multiply<5, VECTORS>, multiply<6, VECTORS>,
 #if defined(__AVX512F__)
-    multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>, multiply<13>, multiply<14>,
+    multiply<7, VECTORS>, multiply<8, VECTORS>, multiply<9, VECTORS>, multiply<10, VECTORS>,
+    multiply<11, VECTORS>, multiply<12, VECTORS>, multiply<13, VECTORS>, multiply<14, VECTORS>,
 #endif
 };
 
@@ -266,8 +266,8 @@ void compute_blocks(int64_t begin, int64_t end, void* context) {
     constexpr int PLACES = Tile::IN * Tile::IN;
     Call& call = *static_cast<Call*>(context);
     const ConvArguments& given = call.given;
-    const int64_t in_stride = given.in + PAD, out_stride = call.padded + PAD;
-    const int64_t in_plane = call.block * in_stride, out_plane = call.block * out_stride;
+    const int64_t in_stride = given.in + PAD, out_stride = given.out + PAD;
+    const int64_t in_plane = call.block * in_stride + PAD, out_plane = call.block * out_stride + PAD;
     float* zeros = static_cast<float*>(
         aligned_alloc(64, sizeof(float) * (in_stride + PLACES * (in_plane + out_plane))));
     if (!zeros) {
@@ -283,9 +283,10 @@ void compute_blocks(int64_t begin, int64_t end, void* context) {
         for (int place = 0; place < PLACES; ++place)
             for (int64_t o = 0; o < call.padded; o += PANEL) {
                 const float* weights = given.transformed + (place * call.padded + o) * given.in;
+                const Multiply* multiply = given.out - o > LANES ? MULTIPLY<2> : MULTIPLY<1>;
                 for (int64_t tile = 0, rows; tile < count; tile += rows) {
                     rows = next_rows(count - tile);
-                    MULTIPLY[rows](
+                    multiply[rows](
                         given.in, images + place * in_plane + tile * in_stride, in_stride, weights,
                         products + place * out_plane + tile * out_stride + o, out_stride);
                 }

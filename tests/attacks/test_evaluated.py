@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import models
 from engine.attacks import evaluated, kinds
 from engine.attacks.evaluated import prepared
 from engine.attacks.twin import Twin
 from engine.evaluation.measure import evaluate
 from engine.models.layers import Conv3x3
 from engine.system.precision import Precision
+from tests.attacks.networks import normalising
 
 CPU = torch.device("cpu")
 F64, F32 = Precision(CPU, torch.float64), Precision(CPU, torch.float32)
@@ -25,16 +25,8 @@ NETWORKS = ("resnet8", "preactresnet18", "mobilenetv2")
 
 
 def network(name: str = "resnet8", precision: Precision = F32) -> nn.Module:
-    """In training mode, with running statistics that folding cannot take for 0 and 1, all classes as likely."""
-    torch.manual_seed(0)
-    net = precision.place(models.build(name, 4))
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.5, 0.5)
-    for _ in range(3):
-        net(pixels(16).to(precision.dtype))
+    """In training mode, all classes as likely."""
+    net = normalising(name, precision, lambda: pixels(16))
     *_, last = (module for module in net.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         last.bias.sub_(net.eval()(pixels(32).to(precision.dtype)).mean(0))

@@ -16,6 +16,7 @@ from engine.attacks.twin import Forward, Twin, conv_bn_pairs, traced
 from engine.config import AttackSpec
 from engine.system.precision import Precision
 from engine.training.performance.speed import forward_flops
+from tests.attacks.networks import normalising
 from tests.compilers import convolution_gradients
 
 CPU = torch.device("cpu")
@@ -25,17 +26,7 @@ SMALL = ("resnet8", "mobilenetv2")
 
 
 def network(name: str = "resnet8", precision: Precision = F64) -> nn.Module:
-    """With running statistics that folding cannot take for 0 and 1."""
-    torch.manual_seed(0)
-    net = precision.place(models.build(name, 4))
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.5, 0.5)
-    for _ in range(3):
-        net(images(16, precision))
-    return net
+    return normalising(name, precision, lambda: images(16, precision))
 
 
 def images(count: int = 6, precision: Precision = F64) -> Tensor:

@@ -78,13 +78,6 @@ def test_a_key_that_is_off_by_itself_is_not_turned_off(default: str, absent: boo
     assert bool(ablation._is_off("key")(workload(), run)) is absent
 
 
-def test_what_this_version_cannot_turn_off_is_left_out() -> None:
-    feature = ablation.Feature("", kernels="nonsense")
-    assert "ENGINE_KERNELS" in ablation.refusal(workload(), feature)
-    assert "no_such_key" in ablation.refusal(workload(), ablation.Feature("", {"no_such_key": 1}))
-    assert ablation.refusal(workload(), ablation.Feature("", {"lanes": "off"})) == ""
-
-
 def test_ops_are_plain_torch_s_while_they_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ENGINE_KERNELS", raising=False)
     cpu = torch.device("cpu")

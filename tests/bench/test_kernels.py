@@ -33,9 +33,12 @@ def test_a_quick_run_times_every_op_in_every_implementation(tmp_path: Path) -> N
     ended = run("--quick", "--out", str(tmp_path))
     assert ended.exit_code == 0, ended.output
     rows = read(tmp_path / "kernels.csv")
-    there = [name for name in ("native",) if not dispatch.missing(name, "cpu")]
+    assert {row["op"] for row in rows} == {*op_cases.OPS}
+    there = [] if dispatch.missing("native", "cpu") else ["native"]
     assert [(row["op"], row["implementation"]) for row in rows] == [
-        (case.op, name) for case in op_cases.table(0, quick=True) for name in ("eager", *there)
+        (case.op, name)
+        for case in op_cases.table(0, quick=True)
+        for name in ("eager", *(there if case.op != "batch_sums" else ()))  # which the reference serves there
     ]
     for row in rows:
         assert row.keys() == {field.name for field in fields(OpRow)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,23 +110,34 @@ def expected(batch: MeasuredBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return START + np.array(totals, dtype=float), START + histogram, record
 
 
-def check(case: SumsCase, loss: float | None = None) -> BatchSums:
+def on(device: str, batch: MeasuredBatch) -> MeasuredBatch:
+    """The batch with its tensors there."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return MeasuredBatch(*map(moved, batch))
+
+
+def check(case: SumsCase, loss: float | None = None, device: str = "cpu") -> BatchSums:
     """One batch by the implementation that serves, against `expected`; in place. loss: in place of the case's."""
     batch = make(case)
     if loss is not None:
         batch = batch._replace(loss=torch.tensor(loss))
         batch.terms[0] = loss
-    sums = zero_sums(len(case.sources))
+    sums = zero_sums(len(case.sources), device)
     places = [tensor.data_ptr() for tensor in sums]
-    batch_sums(sums, batch)
+    batch_sums(sums, on(device, batch))
     assert [tensor.data_ptr() for tensor in sums] == places
     for name, got, right in zip(BatchSums._fields, sums, expected(batch), strict=True):
         # Of the totals the loss, the terms and alpha are sums of float32; the counts are exact.
         exact = np.ones(len(right), dtype=bool)
         if name == "totals":
             exact[1 : 3 + len(case.sources)] = False
-        np.testing.assert_array_equal(got.numpy()[exact], right[exact], err_msg=name)
-        np.testing.assert_allclose(got.numpy()[~exact], right[~exact], rtol=3e-7, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(got.cpu().numpy()[exact], right[exact], err_msg=name)
+        np.testing.assert_allclose(got.cpu().numpy()[~exact], right[~exact], rtol=3e-7, atol=1e-6, err_msg=name)
     return sums
 
 
@@ -147,11 +159,11 @@ def any_case(classes: int, terms: int, dtypes: tuple[torch.dtype, ...]) -> st.Se
     )
 
 
-def check_first_record() -> None:
+def check_first_record(device: str = "cpu") -> None:
     """The first loss that is not finite is kept, with its step and the terms that are not."""
-    sums = zero_sums(4)
+    sums = zero_sums(4, device)
     for step, loss in enumerate((1.0, math.nan, math.inf)):
         batch = make(SumsCase())._replace(loss=torch.tensor(loss), step=torch.tensor(step))
         batch.terms[1] = loss
-        batch_sums(sums, batch)
+        batch_sums(sums, on(device, batch))
     assert sums.record.tolist() == [1, 1, 0, 0, 0]

@@ -18,15 +18,24 @@ from bench.lib.timing import Call
 from engine import kernels, methods, objectives
 from engine.common.numbers import ceil_div
 from engine.kernels import reference
-from engine.kernels.contract import LossInputs, LossSpec, LossTerm
+from engine.kernels.contract import (
+    ALPHA_BINS,
+    MEASURED_LOGITS,
+    BatchSums,
+    LossInputs,
+    LossSpec,
+    LossTerm,
+    MeasuredBatch,
+)
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
-OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm")
+OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "batch_sums", "conv3x3")
 LOSS_SIZES = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
 TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
 PIXELS = (32, 64)  # H = W
 MAPS = ((128, 16, 8), (128, 64, 32), (128, 512, 4))  # B, C, H = W
+CONVOLUTIONS = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (128, 64, 32), (128, 256, 8), (128, 512, 4))
 CHANNELS = 3
 BATCH = 128
 RESIDENT = 20_000  # images of the data set, at least
@@ -66,6 +75,8 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             pgd_update(4, 8),
             crop_flip(4, 8),
             batch_norm(4, 8, 4),
+            batch_sums(4, 10),
+            conv3x3(16, 16, 8),
         ]
     images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
     return [
@@ -81,6 +92,8 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             for dtype in (torch.float32, torch.bfloat16)
             for residual in (False, True)
         ),
+        *(batch_sums(*logits) for logits in LOSS_SIZES[:3]),
+        *(conv3x3(*size) for size in CONVOLUTIONS),
     ]
 
 
@@ -263,6 +276,70 @@ def batch_norm(
     setting = "residual, relu" if residual else "relu"
     name = f"{batch}x{channels}x{pixels}x{pixels}"
     return OpCase("batch_norm", name, setting, dtype, maps * size, arrays * size, calls)
+
+
+def batch_sums(batch: int, classes: int) -> OpCase:
+    """A batch of three terms, alpha and all four logits added to the sums.
+
+    Moved: the logits; of each sample its label and alpha; the sums read and written.
+    """
+    terms = 3
+    sizes = {"totals": 18 + terms, "histogram": ALPHA_BINS, "record": 1 + terms}
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        measured = MeasuredBatch(
+            torch.ones((), device=device),
+            torch.ones(terms, device=device),
+            tuple(range(terms)),
+            torch.rand(batch, generator=generator).to(device),
+            tuple(torch.randn(batch, classes, generator=generator).to(device) for _ in MEASURED_LOGITS),
+            torch.randint(classes, (batch,), generator=generator).to(device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            entries=values(1, PIXELS[0]),
+        )
+        sums = BatchSums(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes.values()))
+        return Calls(
+            functools.partial(reference.batch_sums, sums, measured),
+            functools.partial(compiled(reference.batch_sums), sums, measured),
+            functools.partial(kernels.batch_sums, sums, measured),
+        )
+
+    read = batch * (4 * classes * len(MEASURED_LOGITS) + 8 + 4)
+    held = 8 * sum(sizes.values())
+    name = f"{batch}x{classes}"
+    return OpCase("batch_sums", name, f"{terms} terms", torch.float32, read + 2 * held, read + held, calls)
+
+
+def conv3x3(batch: int, channels: int, pixels: int) -> OpCase:
+    """Forward and gradient of the images with a frozen weight, as in a step of the attack; as many channels out.
+
+    Moved: forward images and weight read and the output written, backward grad and weight read and grad_x written.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        x, grad = (
+            torch.randn(batch, channels, pixels, pixels, generator=generator).to(
+                device, memory_format=torch.channels_last
+            )
+            for _ in range(2)
+        )
+        weight = torch.randn(channels, channels, 3, 3, generator=generator) / (3 * channels**0.5)
+        weight = weight.to(device, memory_format=torch.channels_last)
+        x.requires_grad_()
+
+        def both_ways(forward: Callable[..., Tensor]) -> Call:
+            return lambda: torch.autograd.grad(forward(x, weight, None), x, grad)
+
+        return Calls(
+            both_ways(reference.conv3x3), both_ways(compiled(reference.conv3x3)), both_ways(kernels.conv3x3)
+        )
+
+    map_bytes, weight_bytes = 4 * batch * channels * pixels**2, 4 * 9 * channels**2
+    moved, footprint = 4 * map_bytes + 2 * weight_bytes, 4 * map_bytes + weight_bytes
+    name = f"{batch}x{channels}x{pixels}x{pixels}"
+    return OpCase("conv3x3", name, "of the images", torch.float32, moved, footprint, calls)
 
 
 def copy(footprint: int, device: torch.device) -> Call:

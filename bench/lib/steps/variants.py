@@ -131,9 +131,16 @@ class Workload:
     device: torch.device
 
     def config(self, variant: Variant) -> RunConfig:
-        """Configuration of the run that the variant is a step of, after the warm-up, its format decided."""
+        """Configuration of the run that the variant is a step of, after the warm-up, its format decided.
+
+        As `engine train` decides it: with freed memory kept.
+        """
         given = {"method": self.method, "model": self.model, "batch_size": self.batch_size, "loss": {"warmup": 0}}
-        return format_probe.resolve(config.load(given, variant.keys, {"device": str(self.device)}))
+        host_memory.keep_freed_memory()
+        try:
+            return format_probe.resolve(config.load(given, variant.keys, {"device": str(self.device)}))
+        finally:
+            variant.settle()
 
     def step(self, variant: Variant) -> Callable[[], object]:
         """A step of training on the next batch, parameters updated."""
