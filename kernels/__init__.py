@@ -2,13 +2,23 @@
 
 from engine.kernels.batch_norm import batch_norm
 from engine.kernels.batch_sums import batch_sums
-from engine.kernels.contract import ALPHA_BINS, MEASURED_LOGITS, BatchSums, DistillLoss, MeasuredBatch, Term
+from engine.kernels.contract import (
+    ALPHA_BINS,
+    MEASURED_LOGITS,
+    BatchSums,
+    DistillLoss,
+    MeasuredBatch,
+    SgdNumbers,
+    SgdTensors,
+    Term,
+)
 from engine.kernels.conv3x3 import conv3x3
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
 from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
 from engine.kernels.reference import count_cases, histogram, trust
+from engine.kernels.sgd_update import sgd_update
 
 __all__ = [
     "ALPHA_BINS",
@@ -16,6 +26,8 @@ __all__ = [
     "BatchSums",
     "DistillLoss",
     "MeasuredBatch",
+    "SgdNumbers",
+    "SgdTensors",
     "Term",
     "batch_norm",
     "batch_sums",
@@ -26,5 +38,6 @@ __all__ = [
     "histogram",
     "pgd_update",
     "random_start",
+    "sgd_update",
     "trust",
 ]

@@ -20,6 +20,8 @@ from engine.kernels.contract import (
     LossInputs,
     LossSpec,
     MeasuredBatch,
+    SgdNumbers,
+    SgdTensors,
     check_kinds,
 )
 from engine.kernels.philox import Stream, random_words, uniform
@@ -201,6 +203,36 @@ def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int,
     outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
     crops_BHWC = images_NHWC[index_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
     return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
+
+
+def sgd_update(tensors: SgdTensors, numbers: SgdNumbers) -> None:
+    """`engine.kernels.sgd_update` as torch's fused SGD; other gradients are brought to the weights' format first."""
+    gradients = list(tensors.gradients)
+    other = [
+        place
+        for place, (weight, gradient) in enumerate(zip(tensors.weights, gradients, strict=True))
+        if gradient.dtype != weight.dtype or gradient.stride() != weight.stride()
+    ]
+    if other:
+        brought = [torch.empty_like(tensors.weights[place], requires_grad=False) for place in other]
+        torch._foreach_copy_(brought, [gradients[place] for place in other])
+        for place, gradient in zip(other, brought, strict=True):
+            gradients[place] = gradient
+    torch._fused_sgd_(
+        tensors.weights,
+        gradients,
+        tensors.momenta,
+        **numbers._asdict(),
+        dampening=0.0,
+        maximize=False,
+        is_first_step=False,
+    )
+    pairs = [
+        (half, weight) for half, weight in zip(tensors.halves, tensors.weights, strict=True) if half is not None
+    ]
+    if pairs:
+        halves, weights = zip(*pairs, strict=True)
+        torch._foreach_copy_(halves, weights)
 
 
 def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:

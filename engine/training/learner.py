@@ -16,12 +16,13 @@ from engine.system.data_parallel import OneMessage, RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import averaging, optimizer, plan, schedule, step_networks
+from engine.training import plan, schedule, step_networks
 from engine.training.capture.captured_step import CapturedStep
 from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.micro_batch import MicroBatches
 from engine.training.step import OnDevice, OnOutput, TrainingStep
+from engine.training.weights import averaging, optimizer
 
 _NOTHING = OnDevice(lambda output, labels: None)
 

@@ -39,10 +39,11 @@ from engine.system.data_parallel import OneMessage, RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import awp, optimizer, plan
+from engine.training import plan
 from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.step_networks import Networks
+from engine.training.weights import awp, optimizer
 
 Network = TypeVar("Network")
 

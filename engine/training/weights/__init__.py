@@ -1,0 +1,1 @@
+"""How weights change: the optimizer, their averages, an attack on them, and their copies in half precision."""
