@@ -17,7 +17,7 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers, table: Tensor | None = 
     """G = grad / grad_scale + weight_decay w; m <- momentum m + g; w <- w - lr m; half <- w, rounded; in place.
 
     nesterov: w <- w - lr (g + momentum m). Without momentum: w <- w - lr g. Where found_inf is not 0, all stay as
-    they were, but that a copy may be written again. Weights are floating, gradients and copies of any floating dtype.
+    they were, but that a copy may be written again. Gradients and copies are of any floating dtype.
 
     Returned is the host's memory, None where there is none, in which a fused implementation lists the tensors:
     a CUDA graph that has captured the call reads it at each replay, and it has to stay as it is as long as the
@@ -78,7 +78,7 @@ def _check(tensors: SgdTensors, numbers: SgdNumbers) -> None:
     if not len(gradients) == len(halves) == len(weights) or len(momenta) != expected:
         lengths = ", ".join(f"{len(given)} {name}" for name, given in tensors._asdict().items())
         raise ValueError(
-            f"tensors: expected one of each for every weight, momenta if there are any, got {lengths}"
+            f"tensors: expected one of each for a weight, momenta if momentum is not 0, got {lengths}"
         )
     if numbers.nesterov and not numbers.momentum:
         raise ValueError("nesterov: it needs a momentum, got 0")
@@ -89,9 +89,9 @@ def _check(tensors: SgdTensors, numbers: SgdNumbers) -> None:
             raise ValueError(
                 f"tensors: a weight, its gradient, momentum and copy must have one shape, got {shapes}"
             )
-        if not weight.dtype == momentum.dtype or not all(t.dtype.is_floating_point for t in (weight, *others)):
+        if weight.dtype != momentum.dtype or not all(t.dtype.is_floating_point for t in (weight, *others)):
             dtypes = ", ".join(str(given.dtype) for given in (weight, *others))
-            raise ValueError(f"tensors: a weight and its momentum must have one floating dtype, got {dtypes}")
+            raise ValueError(f"tensors: weight and momentum must have one floating dtype, got {dtypes}")
     if weights:
         scalars = {"lr": numbers.lr, "grad_scale": numbers.grad_scale, "found_inf": numbers.found_inf}
         given = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kernels.contract import SgdNumbers, SgdTensors
 
-_BLOCK = 4096
+_BLOCK = 2048
 _WARPS = 8
 _FORMATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _BEYOND = 2**62  # the first block of no tensor
@@ -37,6 +37,8 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers, table: Tensor | None) -
     others = [tensor for tensor in (*tensors.gradients, *tensors.halves) if tensor is not None]
     half = next((_FORMATS[tensor.dtype] for tensor in others if tensor.dtype in _FORMATS), None)
     blocks = rows[_START][-1] + triton.cdiv(rows[_SIZE][-1], _BLOCK)
+    if not blocks:
+        return host
     with torch.cuda.device_of(tensors.weights[0]):
         _sgd_update[(blocks,)](
             host.to(device, non_blocking=True),
@@ -45,6 +47,7 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers, table: Tensor | None) -
             numbers.found_inf,
             numbers.momentum,
             numbers.weight_decay,
+            LR_ON_DEVICE=isinstance(numbers.lr, Tensor),
             HAS_MOMENTUM=bool(numbers.momentum),
             NESTEROV=numbers.nesterov,
             HALF=half,
@@ -81,6 +84,7 @@ def _sgd_update(
     inf_ptr,
     momentum,
     weight_decay,
+    LR_ON_DEVICE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     HALF: tl.constexpr,
@@ -96,59 +100,60 @@ def _sgd_update(
     size = tl.load(row + _SIZE * PADDED)
     if inf_ptr is not None:
         size = tl.where(tl.load(inf_ptr) == 0, size, 0)
-    if lr.dtype.is_ptr():
+    if LR_ON_DEVICE:
         lr = tl.load(lr)
-    scale = None if scale_ptr is None else tl.load(scale_ptr)
-    numbers = (lr, scale, momentum, weight_decay)
-    offset = first + tl.arange(0, BLOCK)
+    numbers = (lr, momentum, weight_decay)
+    offset = tl.arange(0, BLOCK)
     if first + BLOCK <= size:  # without a mask, which would narrow the accesses
-        _update(row, offset, None, numbers, HAS_MOMENTUM, NESTEROV, HALF, PADDED, ALIGNED)
+        _update(row, first, offset, None, numbers, scale_ptr, HAS_MOMENTUM, NESTEROV, HALF, PADDED, ALIGNED)
     else:
-        _update(row, offset, offset < size, numbers, HAS_MOMENTUM, NESTEROV, HALF, PADDED, ALIGNED)
+        inside = offset < size - first
+        _update(row, first, offset, inside, numbers, scale_ptr, HAS_MOMENTUM, NESTEROV, HALF, PADDED, ALIGNED)
 
 
 # many parameters: of a part of a kernel
 @triton.jit
 def _update(
     row,
+    first,
     offset,
     inside,
     numbers,
+    scale_ptr,
     HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     HALF: tl.constexpr,
     PADDED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    lr, scale, momentum, weight_decay = numbers
-    weights = _pointer(row + _WEIGHT * PADDED, tl.float32, ALIGNED) + offset
+    """Update values at offsets from the first one."""
+    lr, momentum, weight_decay = numbers
+    weights = _pointer(row + _WEIGHT * PADDED, first, tl.float32, ALIGNED) + offset
     w = tl.load(weights, mask=inside)
     if HALF is None:
-        g = tl.load(_pointer(row + _GRADIENT * PADDED, tl.float32, ALIGNED) + offset, mask=inside)
+        g = tl.load(_pointer(row + _GRADIENT * PADDED, first, tl.float32, ALIGNED) + offset, mask=inside)
     else:
         if tl.load(row + _IS_HALF * PADDED) != 0:
-            g = tl.load(_pointer(row + _GRADIENT * PADDED, HALF, ALIGNED) + offset, mask=inside).to(tl.float32)
+            gradients = _pointer(row + _GRADIENT * PADDED, first, HALF, ALIGNED) + offset
+            g = tl.load(gradients, mask=inside).to(tl.float32)
         else:
-            g = tl.load(_pointer(row + _GRADIENT * PADDED, tl.float32, ALIGNED) + offset, mask=inside)
-    if scale is not None:
-        g = tl.div_rn(g, tl.broadcast_to(scale, g.shape))
+            g = tl.load(_pointer(row + _GRADIENT * PADDED, first, tl.float32, ALIGNED) + offset, mask=inside)
+    if scale_ptr is not None:
+        g = tl.div_rn(g, tl.broadcast_to(tl.load(scale_ptr), g.shape))
     g += weight_decay * w
     if HAS_MOMENTUM:
-        momenta = _pointer(row + _MOMENTUM * PADDED, tl.float32, ALIGNED) + offset
+        momenta = _pointer(row + _MOMENTUM * PADDED, first, tl.float32, ALIGNED) + offset
         m = momentum * tl.load(momenta, mask=inside) + g
         tl.store(momenta, m, mask=inside)
         g = g + momentum * m if NESTEROV else m
     w -= lr * g
     tl.store(weights, w, mask=inside)
-    if HALF is not None:
-        address = tl.load(row + _HALF * PADDED)
-        if address != 0:
-            tl.store(_pointer(row + _HALF * PADDED, HALF, ALIGNED) + offset, w.to(HALF), mask=inside)
+    if HALF is not None:  # noqa: SIM102  # known to the compiler, the other one not
+        if tl.load(row + _HALF * PADDED) != 0:
+            tl.store(_pointer(row + _HALF * PADDED, first, HALF, ALIGNED) + offset, w.to(HALF), mask=inside)
 
 
 @triton.jit
-def _pointer(entry, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(entry)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(dtype))
+def _pointer(entry, first, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(entry).to(tl.pointer_type(dtype)) + first
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
