@@ -245,14 +245,18 @@ def _sgd_step(weight: Tensor, gradient: Tensor, momentum: Tensor | None, numbers
     if numbers.grad_scale is not None:
         gradient = gradient / numbers.grad_scale
     direction = gradient + numbers.weight_decay * weight
+    moved = direction
     if momentum is not None:
         moved = numbers.momentum * momentum + direction
         direction = direction + numbers.momentum * moved if numbers.nesterov else moved
     step = numbers.lr * direction
-    is_finite = True if numbers.found_inf is None else numbers.found_inf == 0
-    weight.sub_(step if is_finite is True else torch.where(is_finite, step, 0))
+    if numbers.found_inf is not None:
+        is_finite = numbers.found_inf == 0
+        step = torch.where(is_finite, step, 0)
+        moved = moved if momentum is None else torch.where(is_finite, moved, momentum)
+    weight.sub_(step)
     if momentum is not None:
-        momentum.copy_(moved if is_finite is True else torch.where(is_finite, moved, momentum))
+        momentum.copy_(moved)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -17,7 +17,8 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers, table: Tensor | None = 
     """G = grad / grad_scale + weight_decay w; m <- momentum m + g; w <- w - lr m; half <- w, rounded; in place.
 
     nesterov: w <- w - lr (g + momentum m). Without momentum: w <- w - lr g. Where found_inf is not 0, all stay as
-    they were, but that a copy may be written again. Gradients and copies are of any floating dtype.
+    they were, but that a copy may be written again. Gradients and copies are of any floating dtype; the gradients
+    may be divided in place.
 
     Returned is the host's memory, None where there is none, in which a fused implementation lists the tensors:
     a CUDA graph that has captured the call reads it at each replay, and it has to stay as it is as long as the

@@ -88,9 +88,9 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "a training step and what surrounds it",
         (
             ("plan", "schedule", "factors"),
-            ("weights", "weights.optimizer", "weights.averaging", "weights.awp"),
-            ("weights.half",),
-            ("step_networks",),
+            ("weights", "weights.half_weights", "weights.averaging", "weights.awp", "step_networks"),
+            ("weights.sgd",),
+            ("weights.optimizer",),
             ("capture", "capture.step_numbers", "method_text"),
             ("performance", "performance.profiling", "performance.speed", "step"),
             ("capture.captured_step", "micro_batch", "telemetry"),

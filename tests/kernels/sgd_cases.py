@@ -89,7 +89,7 @@ def check(case: SgdCase) -> None:
     """The op writes what the update written out in float64 gives, in place; each copy is its weight, rounded."""
     tensors, numbers = make(case)
     before = [[value.double().clone() for value in values] for values in (tensors.weights, tensors.momenta)]
-    gradients = [gradient.double() for gradient in tensors.gradients]
+    gradients = [gradient.double().clone() for gradient in tensors.gradients]
     versions = [weight._version for weight in tensors.weights]
     sgd_update(tensors, numbers)
     assert all(weight._version > seen for weight, seen in zip(tensors.weights, versions, strict=True))

@@ -278,8 +278,8 @@ class Sgd:
     registers = 64
 
     def __str__(self) -> str:
-        words = (self.nesterov and "nesterov", self.scaled and "scaled", not self.momentum and "no momentum")
-        return " ".join(["sgd", short(self.half or SINGLE), *filter(None, words)])
+        words = {"nesterov": self.nesterov, "scaled": self.scaled, "no momentum": not self.momentum}
+        return " ".join(["sgd", short(self.half or SINGLE), *(word for word, is_so in words.items() if is_so)])
 
     def launch(self) -> None:
         case = SgdCase(self.shapes, self.half, self.momentum, self.decay, self.nesterov, scaled=self.scaled)
