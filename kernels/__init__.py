@@ -1,7 +1,6 @@
 """The ops of a training step. Imports torch, triton where one of its kernels runs, and nothing else of engine."""
 
 from engine.kernels.batch_norm import batch_norm
-from engine.kernels.batch_sums import batch_sums
 from engine.kernels.contract import (
     ALPHA_BINS,
     MEASURED_LOGITS,
@@ -18,7 +17,8 @@ from engine.kernels.distill_loss import distill_loss
 from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
 from engine.kernels.reference import count_cases, histogram, trust
-from engine.kernels.sgd_update import sgd_update
+from engine.kernels.training.batch_sums import batch_sums
+from engine.kernels.training.sgd_update import sgd_update
 
 __all__ = [
     "ALPHA_BINS",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import config, methods, models
-from engine.attacks.twin import Twin
 from engine.pipelines.base import Batch
 from engine.system import precision
 from engine.system.distributed import World
 from engine.training.learner import Learner
 from engine.training.weights import half_weights
-from engine.training.weights.half_weights import HalfWeights
 
 BATCH, CLASSES, SIDE = 8, 4, 8
 
@@ -29,7 +26,7 @@ def fast_half(bf16: None) -> None:
 
 
 def learner(method: str, *, halves: bool, student: nn.Module | None = None, **keys: Any) -> Learner:
-    """Of a small network; without half weights by autocast alone."""
+    """A learner of a small network; without half weights by autocast alone."""
     base = {
         "method": method, "model": "resnet8", "device": "cpu", "amp": True, "amp_dtype": "bfloat16",
         "batch_size": BATCH, "attack": {"num_steps": 2},

@@ -1,1 +1,1 @@
-"""How weights change: the optimizer, their averages, an attack on them, and their copies in half precision."""
+"""Changes of weights: the optimizer, averages, an attack on them, and copies in half precision."""
