@@ -48,7 +48,8 @@ class Learner:
         self.student, self.method = student, method
         is_captured = _is_captured(student, method, config, precision, world)
         message = OneMessage(student, world) if is_captured and world.size > 1 else None
-        self.halves = half_weights.build(student, config, precision, world)
+        apart = World() if message is not None else world  # who averages by a message needs no replica
+        self.halves = half_weights.build(student, config, precision, apart.size)
         self.optimizer = optimizer.build(student, config, self.halves)
         self.numbers = StepNumbers(self.optimizer, precision.device, schedule.peak(config))
         self.scaler = precision.scaler()
@@ -58,7 +59,6 @@ class Learner:
         self.factors = Factors(config, world, precision.device)
         self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))
         self.micro_batches = MicroBatches(config, world)
-        apart = World() if message is not None else world  # who averages by a message needs no replica
         one_backward = config.micro_batch is None and not config.awp.gamma
         replica = replicate(student, apart, precision.device, every_backward=one_backward)
         self.networks = step_networks.build(

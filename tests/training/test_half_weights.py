@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,9 +17,12 @@ from engine import config, methods, models
 from engine.pipelines.base import Batch
 from engine.system import precision
 from engine.system.distributed import World
+from engine.training import learner as learners
+from engine.training.capture import captured_step
 from engine.training.learner import Learner
 from engine.training.weights import half_weights
 from engine.training.weights.half_weights import HalfWeights
+from tests.processes import together
 
 BATCH, CLASSES, SIDE = 8, 4, 8
 
@@ -29,7 +33,12 @@ def fast_half(bf16: None) -> None:
 
 
 def learner(
-    method: str, *, halves: bool, student: Callable[[], nn.Module] = lambda: network(), **keys: Any
+    method: str,
+    *,
+    halves: bool,
+    student: Callable[[], nn.Module] = lambda: network(),
+    world: World | None = None,
+    **keys: Any,
 ) -> Learner:
     """A learner of a small network; without half weights by autocast alone."""
     base = {
@@ -44,7 +53,7 @@ def learner(
     build = half_weights.build if halves else mock.Mock(return_value=None)
     with mock.patch.object(half_weights, "build", build):
         teachers = {"teacher": at.eval(), "teacher_st": st.eval()}
-        return Learner(student.train(), teachers, row, run, place, World())
+        return Learner(student.train(), teachers, row, run, place, world)
 
 
 def network() -> nn.Module:
@@ -118,7 +127,7 @@ class Conversions(TorchDispatchMode):
     """Shapes of tensors that are converted from one floating format to another."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -257,12 +266,30 @@ def test_elsewhere_autocast_converts_the_weights(keys: dict[str, Any]) -> None:
     assert learner("iad1", halves=True, **keys).halves is None
 
 
-def test_several_processes_have_no_copies() -> None:
-    run = config.load({"method": "at", "amp": True, "amp_dtype": "bfloat16"})
-    world = World()
-    world.size = 2
-    assert half_weights.build(network(), run, precision.choose(run), world) is None
-    assert half_weights.build(network(), run, precision.choose(run), World()) is not None
+def steps_of_two(world: World, out: str) -> None:
+    """Three steps of a process: with messages of torch's, and with one message between the parts of a step."""
+    for name in ("torch", "one message"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learners, "_is_captured", lambda *given, name=name: name == "one message")
+            patch.setattr(captured_step, "_CAPTURED_AT", 100)  # there is no GPU: op by op
+            one = learner("iad1", halves=True, world=world)
+            assert (one.halves is not None) == (name == "one message")
+            for batch in batches(3):
+                own = batch.split(world.size)[world.rank]
+                one.learn(own, one.method, 0.05, epoch=5, global_batch_size=BATCH)
+        torch.save(learn(one, 0), f"{out}-{world.rank}-{name}.pt")
+
+
+def test_processes_that_send_one_message_have_copies(tmp_path: Path) -> None:
+    """Copies' gradients are averaged in float32, as torch's messages average those that autocast has converted."""
+    together(2, steps_of_two, str(tmp_path / "after"))
+    first, *others = (
+        torch.load(tmp_path / f"after-{rank}-{name}.pt", weights_only=True)
+        for rank in range(2)
+        for name in ("torch", "one message")
+    )
+    for other in others:
+        assert_same(first, other)
 
 
 # ---------------------------------------------------------------- networks of others

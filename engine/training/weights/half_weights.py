@@ -19,7 +19,6 @@ from engine.attacks.twin import has_hooks, runs_in_half, traced
 from engine.common.lookup import look_up
 from engine.config import RunConfig
 from engine.config.optimizers import OPTIMIZERS
-from engine.system.distributed import World
 from engine.system.precision import Precision
 
 
@@ -84,11 +83,12 @@ class HalfWeights:
         return [(one.weight.data_ptr(), one.weight._version) for one in self._copied]
 
 
-def build(student: nn.Module, config: RunConfig, precision: Precision, world: World) -> HalfWeights | None:
+def build(student: nn.Module, config: RunConfig, precision: Precision, replicas: int) -> HalfWeights | None:
     """The copies of a student that is trained so, None where autocast converts its weights.
 
-    It does with an optimizer that knows no copies; where gradients are clipped, summed over micro-batches or
-    averaged over processes; where the weights are attacked; and where activations are computed again.
+    It does with an optimizer that knows no copies; where gradients are clipped, or summed over micro-batches;
+    where the weights are attacked; where activations are computed again; and where there are several `replicas`,
+    whose gradients are averaged in each backward.
     """
     optimizer = look_up("optim.implementation", config.optim.implementation, OPTIMIZERS)
     if (
@@ -98,7 +98,7 @@ def build(student: nn.Module, config: RunConfig, precision: Precision, world: Wo
         or config.micro_batch is not None
         or config.awp.gamma > 0
         or config.checkpoint_activations
-        or world.size > 1
+        or replicas > 1
     ):
         return None
     found = HalfWeights(student, precision.amp_dtype)
