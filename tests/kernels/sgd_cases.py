@@ -52,8 +52,8 @@ CASES = [
 ]
 
 
-def make(case: SgdCase) -> tuple[SgdTensors, SgdNumbers]:
-    """The tensors and numbers of a case, on a CPU."""
+def make(case: SgdCase, device: str = "cpu") -> tuple[SgdTensors, SgdNumbers]:
+    """The tensors and numbers of a case, on a device."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def drawn(shape: tuple[int, ...]) -> Tensor:
@@ -75,19 +75,25 @@ def make(case: SgdCase) -> tuple[SgdTensors, SgdNumbers]:
         gradients.append(gradient.to(case.half if is_half else case.dtype))
         halves.append(torch.zeros_like(weight, dtype=case.half).copy_(weight) if is_half else None)
     numbers = SgdNumbers(
-        torch.tensor(LR) if case.lr_on_device else LR,
+        torch.tensor(LR, device=device) if case.lr_on_device else LR,
         case.momentum,
         case.decay,
         case.nesterov,
-        torch.tensor(SCALE) if case.scaled else None,
-        torch.tensor(float(case.found_inf)) if case.scaled else None,
+        torch.tensor(SCALE, device=device) if case.scaled else None,
+        torch.tensor(float(case.found_inf), device=device) if case.scaled else None,
     )
-    return SgdTensors(weights, gradients, momenta, halves), numbers
+    tensors = SgdTensors(
+        [weight.to(device) for weight in weights],
+        [gradient.to(device) for gradient in gradients],
+        [momentum.to(device) for momentum in momenta],
+        [None if half is None else half.to(device) for half in halves],
+    )
+    return tensors, numbers
 
 
-def check(case: SgdCase) -> None:
+def check(case: SgdCase, device: str = "cpu") -> None:
     """The op writes what the update written out in float64 gives, in place; each copy is its weight, rounded."""
-    tensors, numbers = make(case)
+    tensors, numbers = make(case, device)
     before = [[value.double().clone() for value in values] for values in (tensors.weights, tensors.momenta)]
     gradients = [gradient.double().clone() for gradient in tensors.gradients]
     versions = [weight._version for weight in tensors.weights]

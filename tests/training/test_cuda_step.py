@@ -168,6 +168,18 @@ def test_launches_stay_within_their_budget(method: str, hot: Hot) -> None:
         assert 0.97 * allowed <= mine <= allowed, f"{name}: {mine}; where it is less, lower the budget"
 
 
+def test_no_weight_is_converted_and_no_gradient_of_one(hot: Hot) -> None:
+    """With AMP: the update is one kernel, and what is converted is of a pass, at its first and its last layer."""
+    names = [call["name"] for call in of("kernel", hot("iad1", graphs="off")["calls"])]
+    assert names.count("_sgd_update") == 1
+    assert not [name for name in names if "multi_tensor_apply" in name or "FusedSgd" in name]
+    forward, backward = NUM_STEPS + 2 + 2, NUM_STEPS + 2
+    assert sum("bfloat16_copy_kernel" in name for name in names) == forward + backward
+    assert (
+        sum("unrolled_elementwise_kernel<at::native::direct_copy" in name for name in names) == forward + backward
+    )
+
+
 def position(calls: list[Call], kind: str, **keys: str) -> list[int]:
     return [
         number
