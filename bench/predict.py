@@ -182,23 +182,23 @@ def update_of_images(passes: PassOps) -> list[Op]:
 
 
 def once(passes: PassOps, precision: Precision) -> list[Op]:
-    """Augmentation, the attack's start, the telemetry, the update, and the twin's weights in half precision."""
+    """Augmentation, the attack's start, the telemetry, and the update of the weights."""
     images = 4.0 * passes.images
-    ops = [
+    return [
         Op("crop_flip", 0.0, images + passes.images, torch.float32),
         Op("random_start", 0.0, 2 * images, torch.float32),
         Op("batch_sums", 0.0, 0.0, torch.float32),  # logits of a batch: a kernel's least time
-        *optimizer(passes.sizes),
+        *optimizer(passes.sizes, precision),
     ]
-    if precision.amp_dtype is None:
-        return ops
-    launches = roofline.launches_of_lists(passes.sizes, lists=2)
-    moved = (4.0 + precision.amp_dtype.itemsize) * passes.parameters
-    return ops + [Op("refresh", 0.0, moved / launches, torch.float32)] * launches
 
 
-def optimizer(sizes: Sequence[int]) -> list[Op]:
-    """SGD with momentum reads weight, gradient and momentum, and writes the first and the last."""
+def optimizer(sizes: Sequence[int], precision: Precision) -> list[Op]:
+    """SGD with momentum reads weight, gradient and momentum, and writes the first and the last.
+
+    With AMP it is one kernel, which reads gradients and writes weights in the format of the passes.
+    """
+    if precision.amp_dtype is not None:
+        return [Op("sgd", 0.0, (4 * 4.0 + 2 * precision.amp_dtype.itemsize) * sum(sizes), torch.float32)]
     launches = roofline.launches_of_lists(sizes, lists=3)
     return [Op("sgd", 0.0, 5 * 4.0 * sum(sizes) / launches, torch.float32)] * launches
 
@@ -206,15 +206,15 @@ def optimizer(sizes: Sequence[int]) -> list[Op]:
 def peak_bytes(run: RunConfig, method: Method, count: plan.Passes, passes: PassOps, precision: Precision) -> float:
     """The larger of the two peaks: before the backward, all trained passes are kept; in the attack one is.
 
-    Weights and momentum in float32, the student's twin and the teachers in the format of the passes; gradients and
-    autocast's copies where the student is trained.
+    Weights and momentum in float32; copies of the weights, the teachers, and gradients, where the student is
+    trained, in the format of the passes.
     """
     parameters = passes.parameters
     itemsize = (precision.amp_dtype or precision.dtype).itemsize
     teachers = len(plan.teachers(method, run.attack))
-    twin = itemsize if precision.amp_dtype is not None else 0  # else it shares the student's weights
-    always = parameters * (2 * 4 + twin * method.needs_x_adv + itemsize * teachers)
-    training = count.trained * passes.kept_trained + parameters * (4 + twin)
+    copies = 0 if precision.amp_dtype is None else itemsize
+    always = parameters * (2 * 4 + copies + itemsize * teachers)
+    training = count.trained * passes.kept_trained + parameters * itemsize
     return always + max(training, passes.kept_attacked if count.attacked else 0)
 
 

@@ -140,6 +140,33 @@ class MeasuredBatch(NamedTuple):
     entries: int
 
 
+class SgdTensors(NamedTuple):
+    """Input of `sgd_update`: for each weight its gradient, its momentum and its copy in half precision.
+
+    momenta: empty without momentum. halves: None where there is no copy.
+    """
+
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    momenta: list[Tensor]
+    halves: list[Tensor | None]
+
+
+class SgdNumbers(NamedTuple):
+    """Numbers of `sgd_update`. lr: also a () float32 tensor on the device of the weights.
+
+    grad_scale, found_inf: () float32 of a gradient scaler, by which the gradients are divided, and which is not 0
+    where one of them is not finite.
+    """
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 def look_up(argument: str, name: Any, table: Mapping[Any, Entry]) -> Entry:
     """The table's entry of that name. Raises ValueError where it has none."""
     if name not in table:

@@ -31,6 +31,7 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "image_conv3x3": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "batch_norm": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "batch_sums": {"cpu": ("reference",), "cuda": ("triton", "reference")},
+    "sgd_update": {"cpu": ("reference",), "cuda": ("triton", "reference")},
 }
 _ELSEWHERE = ("reference",)  # on devices that have no row
 # By op whose calls consist of terms, and implementation: the kinds that it computes; the reference computes all.

@@ -20,6 +20,8 @@ from engine.kernels.contract import (
     LossInputs,
     LossSpec,
     MeasuredBatch,
+    SgdNumbers,
+    SgdTensors,
     check_kinds,
 )
 from engine.kernels.philox import Stream, random_words, uniform
@@ -201,6 +203,71 @@ def _crops(images_NHWC: Tensor, index_B: Tensor, words_B3: Tensor, padding: int,
     outside_BHW = (y_BH1 < 0) | (y_BH1 >= height) | (x_B1W < 0) | (x_B1W >= width)
     crops_BHWC = images_NHWC[index_B[:, None, None], y_BH1.clamp(0, height - 1), x_B1W.clamp(0, width - 1)]
     return crops_BHWC.masked_fill_(outside_BHW[..., None], 0)
+
+
+def sgd_update(tensors: SgdTensors, numbers: SgdNumbers) -> None:
+    """`engine.kernels.sgd_update` by torch's fused SGD, of gradients that are brought to the weights' format."""
+    weights, gradients, momenta, halves = tensors
+    gradients = list(gradients)
+    other = [
+        place
+        for place, (weight, gradient) in enumerate(zip(weights, gradients, strict=True))
+        if gradient.dtype != weight.dtype or gradient.stride() != weight.stride()
+    ]
+    if other:
+        brought = [torch.empty_like(weights[place], requires_grad=False) for place in other]
+        torch._foreach_copy_(brought, [gradients[place] for place in other])
+        for place, gradient in zip(other, brought, strict=True):
+            gradients[place] = gradient
+    if all(map(_is_dense, weights)) and all(
+        w.stride() == m.stride() for w, m in zip(weights, momenta, strict=False)
+    ):
+        torch._fused_sgd_(
+            weights,
+            gradients,
+            momenta,
+            **numbers._asdict(),
+            dampening=0.0,
+            maximize=False,
+            is_first_step=False,
+        )
+    else:  # whose fused SGD takes memory in its order
+        for place, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+            _sgd_step(weight, gradient, momenta[place] if momenta else None, numbers)
+    pairs = [(half, weight) for half, weight in zip(halves, weights, strict=True) if half is not None]
+    if pairs:
+        copies, originals = zip(*pairs, strict=True)
+        torch._foreach_copy_(copies, originals)
+
+
+def _sgd_step(weight: Tensor, gradient: Tensor, momentum: Tensor | None, numbers: SgdNumbers) -> None:
+    """The update of one weight of any strides."""
+    if numbers.grad_scale is not None:
+        gradient = gradient / numbers.grad_scale
+    direction = gradient + numbers.weight_decay * weight
+    moved = direction
+    if momentum is not None:
+        moved = numbers.momentum * momentum + direction
+        direction = direction + numbers.momentum * moved if numbers.nesterov else moved
+    step = numbers.lr * direction
+    if numbers.found_inf is not None:
+        is_finite = numbers.found_inf == 0
+        step = torch.where(is_finite, step, 0)
+        moved = moved if momentum is None else torch.where(is_finite, moved, momentum)
+    weight.sub_(step)
+    if momentum is not None:
+        momentum.copy_(moved)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """True if its values fill its memory without gaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:

@@ -87,7 +87,10 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "training",
         "a training step and what surrounds it",
         (
-            ("plan", "optimizer", "schedule", "averaging", "awp", "factors", "step_networks"),
+            ("plan", "schedule", "factors"),
+            ("weights", "weights.half_weights", "weights.averaging", "weights.awp", "step_networks"),
+            ("weights.sgd",),
+            ("weights.optimizer",),
             ("capture", "capture.step_numbers", "method_text"),
             ("performance", "performance.profiling", "performance.speed", "step"),
             ("capture.captured_step", "micro_batch", "telemetry"),

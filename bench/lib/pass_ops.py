@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,6 +24,7 @@ from engine.attacks.twin import Twin
 from engine.kernels import dispatch
 from engine.models import layers
 from engine.system.precision import Precision
+from engine.training.weights.half_weights import HalfWeights
 
 # Ops that launch nothing: they only look at memory, or hand it out.
 FREE = (
@@ -86,8 +87,11 @@ def passes(
     """The passes of a model. bn: BatchNorm's mode in the attack; teachers are folded."""
     student = precision.place(models.build(model, 10))
     attacked, teacher = Twin(student, bn, precision), Twin(student, "eval", precision)
-    weights = list(student.parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), _norm(fused=execution.fused_norm):
+    in_half: AbstractContextManager[None] = nullcontext()
+    if precision.amp_dtype is not None:
+        in_half = HalfWeights(student, precision.amp_dtype).in_place()
+    with in_half, FakeTensorMode(allow_non_fake_inputs=True), _norm(fused=execution.fused_norm):
+        weights = list(student.parameters())
         shape = (batch_size, 3, size, size)
         images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch_size, dtype=torch.int64)

@@ -9,7 +9,7 @@ of it stays valid. Whatever is random in train mode, as dropout, is off in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -105,6 +105,13 @@ class Twin:
             mean_C = norm.running_mean if original.bias is None else norm.running_mean - original.bias
             conv.bias.copy_(norm.bias - mean_C * scale_C)
 
+    def share(self, halves: Mapping[Tensor, Tensor]) -> None:
+        """Read these copies of the original's weights, which follow it by themselves, in place of own ones."""
+        for own, original in self._converted:
+            if original in halves:
+                own.data = halves[original].detach()
+        self._converted = [pair for pair in self._converted if pair[1] not in halves]
+
     def _take(self, original: nn.Module, own: nn.Module, mode: BatchNormMode) -> None:
         """Make a module's tensors the original's, or copies in half precision."""
         if isinstance(own, Stage):
@@ -113,7 +120,7 @@ class Twin:
             own.training = mode.by_batch
             own.track_running_stats = own.track_running_stats and mode.tracked
         own._buffers.update(original._buffers)
-        half = self._precision.amp_dtype if _runs_in_half(own) else None
+        half = self._precision.amp_dtype if runs_in_half(own) else None
         for name, value in original.named_parameters(recurse=False):
             taken = nn.Parameter(value.detach() if half is None else value.detach().to(half), requires_grad=False)
             own.register_parameter(name, taken)
@@ -135,7 +142,7 @@ class Twin:
         self._folded.append(_Folded(conv, original, norm))
 
 
-def _runs_in_half(module: nn.Module) -> bool:
+def runs_in_half(module: nn.Module) -> bool:
     """Autocast would convert its weights, and nothing else reads them."""
     return type(module).forward in (nn.Conv2d.forward, Conv3x3.forward, nn.Linear.forward)
 
@@ -144,7 +151,7 @@ def _has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """True where more happens than its forward, which a folded pair would leave out."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -201,8 +208,8 @@ def conv_bn_pairs(network: nn.Module, nodes: list[fx.Node]) -> list[tuple[str, s
             and _rest(norm) is not None
             and norm.track_running_stats
             and norm.affine
-            and not _has_hooks(conv)
-            and not _has_hooks(norm)
+            and not has_hooks(conv)
+            and not has_hooks(norm)
             and calls.count(before.target) == calls.count(node.target) == 1
         ):
             pairs.append((str(before.target), str(node.target)))

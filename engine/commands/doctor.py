@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
     from engine.pipelines.datasets import cache_dir
     from engine.runs import format_probe
     from engine.system import environment, precision
-    from engine.training.optimizer import check_apex
+    from engine.training.weights.optimizer import check_apex
 
     has_gpu, usable = precision.count_gpus() > 0, len(os.sched_getaffinity(0))
     given = [os.environ["ENGINE_DATA"]] if "ENGINE_DATA" in os.environ else []

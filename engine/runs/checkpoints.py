@@ -19,9 +19,9 @@ from engine.common.tensor_files import read_tensors, short_repr, tensor_fault, w
 from engine.config import RunConfig
 from engine.models.weights import FORMAT, Part, Record, check_own, made_by
 from engine.pipelines.selection import PIPELINE_KINDS
-from engine.training import optimizer
 from engine.training.learner import Learner
 from engine.training.telemetry import SIX_TERMS, Totals, totals_of
+from engine.training.weights import optimizer
 
 Natural = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]

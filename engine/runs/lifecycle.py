@@ -43,8 +43,9 @@ from engine.runs.trainer import Trainer, restored
 from engine.system import precision
 from engine.system.distributed import World, is_launched, small_batch_warning
 from engine.system.precision import describe_fast
-from engine.training import optimizer, plan
+from engine.training import plan
 from engine.training.performance.profiling import Profiler
+from engine.training.weights import optimizer
 
 
 @dataclass(frozen=True)

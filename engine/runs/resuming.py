@@ -12,7 +12,7 @@ from typing import Any
 
 from engine import config
 from engine.config import RunConfig, epochs_of
-from engine.training import averaging
+from engine.training.weights import averaging
 
 FRACTIONS = (
     "loss.warmup",

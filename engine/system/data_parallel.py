@@ -82,8 +82,9 @@ class OneMessage:
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Make the gradients and the running statistics the means."""
-        torch._foreach_copy_(self._own_gradients(), self._gradients)
+        """Make the running statistics the means, and the gradients the parts of the message that are."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         if self._running:
             torch._foreach_copy_(self._running, self._statistics)
 

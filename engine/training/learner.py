@@ -16,12 +16,13 @@ from engine.system.data_parallel import OneMessage, RunningStatistics, replicate
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import averaging, optimizer, plan, schedule, step_networks
+from engine.training import plan, schedule, step_networks
 from engine.training.capture.captured_step import CapturedStep
 from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.micro_batch import MicroBatches
 from engine.training.step import OnDevice, OnOutput, TrainingStep
+from engine.training.weights import averaging, half_weights, optimizer
 
 _NOTHING = OnDevice(lambda output, labels: None)
 
@@ -45,7 +46,11 @@ class Learner:
     ) -> None:
         world = world or World()
         self.student, self.method = student, method
-        self.optimizer = optimizer.build(student, config)
+        is_captured = _is_captured(student, method, config, precision, world)
+        message = OneMessage(student, world) if is_captured and world.size > 1 else None
+        apart = World() if message is not None else world  # who averages by a message needs no replica
+        self.halves = half_weights.build(student, config, precision, apart.size)
+        self.optimizer = optimizer.build(student, config, self.halves)
         self.numbers = StepNumbers(self.optimizer, precision.device, schedule.peak(config))
         self.scaler = precision.scaler()
         if self.scaler.is_enabled():
@@ -54,17 +59,17 @@ class Learner:
         self.factors = Factors(config, world, precision.device)
         self.lanes = Lanes(precision.device, wanted=is_on("lanes", config.lanes))
         self.micro_batches = MicroBatches(config, world)
-        is_captured = _is_captured(student, method, config, precision, world)
-        message = OneMessage(student, world) if is_captured and world.size > 1 else None
-        apart = World() if message is not None else world  # who averages by a message needs no replica
         one_backward = config.micro_batch is None and not config.awp.gamma
         replica = replicate(student, apart, precision.device, every_backward=one_backward)
         self.networks = step_networks.build(
             student, teachers, method, config, precision, counts, replica, self.micro_batches.is_frequent
         )
+        if self.halves is not None and self.networks.adversary is not None:
+            self.networks.adversary.twin.share(self.halves.of)
         self.step = TrainingStep(
             networks=self.networks,
             student=student,
+            halves=self.halves,
             replica=replica,
             statistics=RunningStatistics(student, apart),
             message=message,
@@ -109,6 +114,8 @@ class Learner:
         """
         global_batch_size = len(batch.labels) if global_batch_size is None else global_batch_size
         self.numbers.set(lr, epoch, step)
+        if self.halves is not None:
+            self.halves.follow()
         parts = self.micro_batches.split(batch, global_batch_size)
         self._run(parts, method, epoch=epoch, global_batch_size=global_batch_size, on_output=on_output)
         if self.average is not None:

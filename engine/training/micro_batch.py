@@ -13,8 +13,8 @@ from engine.methods import Method
 from engine.pipelines.base import Batch
 from engine.system.data_parallel import no_sync
 from engine.system.distributed import World
-from engine.training.optimizer import IMPLEMENTATIONS
 from engine.training.step import TrainingStep
+from engine.training.weights.optimizer import IMPLEMENTATIONS
 
 
 def count_parts(global_batch_size: int, micro_batch: int | None, processes: int) -> int:

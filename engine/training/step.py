@@ -40,10 +40,12 @@ from engine.system.data_parallel import OneMessage, RunningStatistics, no_sync
 from engine.system.distributed import World
 from engine.system.precision import Precision
 from engine.system.streams import Lanes
-from engine.training import awp, optimizer, plan
+from engine.training import plan
 from engine.training.capture.step_numbers import StepNumbers
 from engine.training.factors import Factors
 from engine.training.step_networks import Networks
+from engine.training.weights import awp, optimizer
+from engine.training.weights.half_weights import HalfWeights
 
 Network = TypeVar("Network")
 
@@ -82,6 +84,7 @@ class TrainingStep:
     """A step of a run: the networks, and what turns their gradients into new weights.
 
     method: the row of the run, after its warm-up. factors: of its terms. numbers: of the step to come.
+    halves: the copies of its weights that it is trained on, if any.
     replica: the student whose backward averages gradients over all processes, see `data_parallel.replicate`.
     statistics: keeps running statistics the same on all of them. message: does both instead, where the step of
     several processes is captured.
@@ -89,6 +92,7 @@ class TrainingStep:
 
     networks: Networks
     student: nn.Module
+    halves: HalfWeights | None
     replica: nn.Module
     statistics: RunningStatistics
     message: OneMessage | None
@@ -126,7 +130,8 @@ class TrainingStep:
             weight = len(part.labels) * self.world.size / global_batch_size
             with nullcontext() if is_last else no_sync(self.replica):
                 teachers = self.attack_and_teach(part, method)
-                with self._perturbed_weights(part, teachers, method, weight, epoch):
+                in_half = nullcontext() if self.halves is None else self.halves.in_place()
+                with self._perturbed_weights(part, teachers, method, weight, epoch), in_half:
                     output = self.loss(part, teachers, method, self.config.forwards, epoch)
                     with self.statistics.averaged(share) if is_last else nullcontext():
                         self.backward(output.loss.loss, weight)

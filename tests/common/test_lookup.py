@@ -34,8 +34,9 @@ from engine.runs.trainer import Trainer
 from engine.system import precision
 from engine.system.distributed import World
 from engine.system.precision import Precision
-from engine.training import averaging, factors, optimizer, plan, schedule, step_networks
+from engine.training import factors, plan, schedule, step_networks
 from engine.training.learner import Learner
+from engine.training.weights import averaging, optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Precision(torch.device("cpu"), torch.float32)

@@ -15,6 +15,8 @@ from engine import methods
 from engine.kernels import (
     BatchSums,
     MeasuredBatch,
+    SgdNumbers,
+    SgdTensors,
     Term,
     batch_norm,
     batch_sums,
@@ -24,6 +26,7 @@ from engine.kernels import (
     native,
     pgd_update,
     random_start,
+    sgd_update,
 )
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda.journal import Call, of, recorded
@@ -255,10 +258,76 @@ def test_a_graph_captures_it_whole(seen: dict[str, Any], implementation: str, op
     assert names(within_capture(seen[f"{op}: captured again"])) == expected
 
 
+# ---------------------------------------------------------------- the update of weights, by tables of addresses
+
+
+def updates() -> dict[str, Any]:
+    """Updates of many weights op by op, with other numbers, on a side stream, by another device, and captured."""
+    first, second = (make_update(device) for device in ("cuda:0", "cuda:1"))
+    for update in (first, second):
+        update(0.5, None)
+    seen: dict[str, Any] = {}
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    seen["side stream"] = str(side.cuda_stream)
+    table = first(0.5, None)
+    with recorded() as seen["captured"], torch.cuda.graph(graph):
+        kept = first(0.5, table)
+    graph.replay()
+    seen["the table is kept"] = kept is table
+    torch.cuda.set_sync_debug_mode("error")
+    with recorded() as seen["plain"]:
+        first(0.5, None)
+    with recorded() as seen["other numbers"]:
+        for number in (1 / 16, 1.0):
+            first(number, None)
+    with recorded() as seen["on side stream"], torch.cuda.stream(side):
+        first(0.5, None)
+    with recorded() as seen["second device"]:
+        second(0.5, None)
+    return seen
+
+
+def make_update(device: str) -> Callable[[float, Tensor | None], Tensor | None]:
+    """`sgd_update` of weights of which each second one has gradient and copy in half precision."""
+    weights = [torch.zeros(64, 3 + number, 3, 3, device=device) for number in range(70)]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    halves = [weight.bfloat16() if number % 2 else None for number, weight in enumerate(weights)]
+    lr = torch.ones((), device=device)
+
+    def update(number: float, table: Tensor | None) -> Tensor | None:
+        gradients = [weight if half is None else half for weight, half in zip(weights, halves, strict=True)]
+        numbers = SgdNumbers(lr, momentum=number, weight_decay=number)
+        return sgd_update(SgdTensors(weights, gradients, momenta, halves), numbers, table)
+
+    return update
+
+
+def test_an_update_of_all_weights_is_one_copy_and_one_launch(fake_cuda: FakeCuda) -> None:
+    """The copy is of addresses, from memory of the host that is pinned: nobody waits for it."""
+    if reason := dispatch.missing("triton", "cuda"):
+        pytest.skip(reason)
+    seen = fake_cuda.run(updates, devices=2)
+    inside = within_capture(seen["captured"])
+    for calls, times in (
+        (inside, 1),
+        (seen["plain"], 1),
+        (seen["other numbers"], 2),
+        (seen["on side stream"], 1),
+        (seen["second device"], 1),
+    ):
+        work = [call for call in calls if call["call"] in ("copy", "kernel", "fill", "synchronize", "module_load")]
+        assert names(work) == times * ["copy", "_sgd_update"]
+        assert {call["host"] for call in of("copy", calls)} == {"pinned"}
+    assert not of("host_malloc", inside)
+    assert seen["the table is kept"]
+    assert {call["stream"] for call in of("kernel", seen["on side stream"])} == {seen["side stream"]}
+    assert {call["device"] for call in of("kernel", seen["second device"])} == {"1"}
+
+
 def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str) -> None:
     expected = {
         "triton": "Kernels: triton",
         "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; "
-        "triton for distill_loss, random_start, batch_norm, batch_sums",
+        "triton for distill_loss, random_start, batch_norm, batch_sums, sgd_update",
     }
     assert seen["describe"] == expected[implementation]

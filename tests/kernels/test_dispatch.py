@@ -170,14 +170,14 @@ def test_the_interpreter_runs_triton_on_any_device(
             ALL,
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "triton for distill_loss, random_start, batch_norm, batch_sums",
+            "triton for distill_loss, random_start, batch_norm, batch_sums, sgd_update",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "reference for distill_loss, random_start, batch_norm, batch_sums; "
+            "reference for distill_loss, random_start, batch_norm, batch_sums, sgd_update; "
             "faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),

@@ -32,7 +32,17 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
-from engine.kernels.triton_ops import batch_norm, batch_sums, crop_flip, distill_loss, image_conv3x3, pgd_update
+from engine.kernels.triton_ops import (
+    batch_norm,
+    batch_sums,
+    crop_flip,
+    distill_loss,
+    image_conv3x3,
+    pgd_update,
+    sgd_update,
+)
+from tests.kernels.sgd_cases import SgdCase
+from tests.kernels.sgd_cases import make as make_sgd
 from tests.kernels.sums_cases import SumsCase, make, zero_sums
 
 TARGETS = {
@@ -291,11 +301,35 @@ class Sums:
         batch_sums.batch_sums(zero_sums(len(batch.sources)), batch)
 
 
+@dataclass(frozen=True)
+class Sgd:
+    """An update of weights. half: of some gradients and copies; None: there are none."""
+
+    half: torch.dtype | None
+    momentum: float = 0.9
+    nesterov: bool = False
+    scaled: bool = False
+    decay: float = 0.1
+    shapes: tuple[tuple[int, ...], ...] = ((64, 64, 3, 3), (64,), (10, 64))
+
+    kernels = ("_sgd_update",)
+    registers = 64
+
+    def __str__(self) -> str:
+        words = {"nesterov": self.nesterov, "scaled": self.scaled, "no momentum": not self.momentum}
+        return " ".join(["sgd", short(self.half or SINGLE), *(word for word, is_so in words.items() if is_so)])
+
+    def launch(self) -> None:
+        case = SgdCase(self.shapes, self.half, self.momentum, self.decay, self.nesterov, scaled=self.scaled)
+        tensors, numbers = make_sgd(case)
+        sgd_update.sgd_update(tensors, numbers, None)
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Launch = Loss | Pgd | Crop | Norm | Stem | Sums
+Launch = Loss | Pgd | Crop | Norm | Stem | Sums | Sgd
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
@@ -317,7 +351,8 @@ NORMS = [
 ]
 STEMS = [Stem(dtype, channels) for dtype in (SINGLE, BRAIN) for channels in (16, 64)]
 SUMS = [Sums(classes, dtype) for classes in SIZES for dtype in (SINGLE, BRAIN)]
-LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS, *STEMS, *SUMS]
+UPDATES = [Sgd(BRAIN), Sgd(None), Sgd(torch.float16, nesterov=True, scaled=True), Sgd(BRAIN, momentum=0.0)]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS, *STEMS, *SUMS, *UPDATES]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
 NEAREST: list[Launch] = [
     *LOSSES[:2],
@@ -330,6 +365,7 @@ NEAREST: list[Launch] = [
     NORMS[-1],
     STEMS[-1],
     SUMS[0],
+    UPDATES[2],
 ]
 QUICK = {target: set(NEAREST) for target in TARGETS}
 QUICK["sm_90"] = {*LAUNCHES} - {*STRIDED[1::2], *NEWER[1::2]}
@@ -499,6 +535,10 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
                 assert binary.count(rf"LDGSTS\.E(\.\w+)*\.128(\.\w+)*|{load}") >= once
     elif isinstance(launch, Sums):
         assert counts["_batch_sums"][1] == 0  # it stores numbers one by one
+    elif isinstance(launch, Sgd):
+        single, half = wide(2048 // 256, 4), wide(2048 // 256, 2) if launch.half is not None else 0
+        written = (1 + bool(launch.momentum)) * single
+        assert counts["_sgd_update"] == (written + single + half, written + half)  # of gradients of either format
     else:
         block, num_warps = pgd_update.blocks(launch.size) if launch.l2 else (1024, 4)
         values = block // (32 * num_warps)
@@ -567,6 +607,10 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (Sums(10, SINGLE), [{"batch": 1}, {"batch": 16}, {"batch": 1000}]),
         (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (
+            Sgd(BRAIN),
+            [{"momentum": 1.0}, {"decay": 0.0}, {"decay": 1.0}, {"shapes": ((3,), (5, 7), (1,), (16, 16))}],
+        ),
         (
             Crop(8),
             [

@@ -20,8 +20,8 @@ from engine.pipelines.base import Batch
 from engine.runs import lifecycle
 from engine.system.distributed import World
 from engine.system.precision import Precision
-from engine.training import awp
 from engine.training.learner import Learner
+from engine.training.weights import awp
 
 F64 = Precision(torch.device("cpu"), torch.float64)
 SIZE = 8

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine import config
-from engine.training import optimizer
+from engine.training.weights import optimizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

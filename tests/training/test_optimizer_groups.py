@@ -12,8 +12,8 @@ from engine import config, methods, models
 from engine.config import RunConfig
 from engine.pipelines.base import Batch
 from engine.system.precision import Precision
-from engine.training import optimizer
 from engine.training.learner import Learner
+from engine.training.weights import optimizer
 
 CPU = Precision(torch.device("cpu"), torch.float32)
 

@@ -17,6 +17,8 @@ from engine.common.lookup import look_up
 from engine.config import RunConfig
 from engine.config.optimizers import OPTIMIZERS
 from engine.models.depth import depths
+from engine.training.weights.half_weights import HalfWeights
+from engine.training.weights.sgd import HalfSGD
 
 Groups = list[dict[str, Any]]
 
@@ -37,14 +39,17 @@ class Implementation:
     counts: tuple[str, ...] = ()
 
 
-def build(network: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def build(network: nn.Module, config: RunConfig, halves: HalfWeights | None = None) -> torch.optim.Optimizer:
     """The optimizer of `optim.implementation` for the parameters of a network, in the groups of `groups`.
 
+    halves: copies that it writes, too, see `half_weights.build`.
     Raises ValueError where apex is wanted and is not there, or PyPI's unrelated package of that name is.
     """
     name = config.optim.implementation
     implementation = look_up("optim.implementation", name, IMPLEMENTATIONS)
     keys = {key: getattr(config.optim, key) for key in OPTIMIZERS[name].keys}
+    if halves is not None:
+        return HalfSGD(groups(network, config), halves, **keys)
     return implementation.make(groups(network, config), keys)
 
 

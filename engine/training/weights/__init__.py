@@ -1,0 +1,1 @@
+"""Changes of weights: the optimizer, averages, an attack on them, and copies in half precision."""
