@@ -83,9 +83,8 @@ def image_conv3x3_update(
     expected = (len(x_adv), len(weight_O333), *x_adv.shape[2:])
     if x_adv.dim() != 4 or grad.shape != expected or x_nat.shape != x_adv.shape:
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
-        raise ValueError(
-            f"x_adv, grad and x_nat: expected (B, 3, H, W), (B, {len(weight_O333)}, H, W) and x_adv's, got {shapes}"
-        )
+        known = f"(B, 3, H, W), (B, {len(weight_O333)}, H, W) and x_adv's"
+        raise ValueError(f"x_adv, grad and x_nat: expected {known}, got {shapes}")
     if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
         raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {counts.dtype} of {counts.shape}")
     check_device(x_adv=x_adv, grad=grad, x_nat=x_nat, weight=weight_O333, std=std, counts=counts)
