@@ -40,7 +40,7 @@ TESTS = {
     "cpu": (
         *(
             f"tests/kernels/test_{name}.py"
-            for name in ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "table")
+            for name in ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "image_conv3x3", "table")
         ),
         "tests/pipelines/test_contract.py",
         "tests/pipelines/test_tensor.py",

@@ -249,7 +249,6 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None) -> 
     return F.conv2d(images_BCHW, weight_OC33, bias_O, padding=1)
 
 
-# many parameters: those of the op, in one order for all implementations
 def image_conv3x3(
     images: Tensor,
     weight: Tensor,
@@ -278,6 +277,16 @@ def image_conv3x3_weight(
     """Gradient of the weight of `image_conv3x3`."""
     one, wanted = [1, 1], [False, True, False]
     of_weight: Tensor = torch.ops.aten.convolution_backward(
-        grad.to(weight.dtype), _normalised(images, mean, std), weight, None, one, one, one, False, [0, 0], 1, wanted
+        grad.to(weight.dtype),
+        _normalised(images, mean, std),
+        weight,
+        None,
+        one,
+        one,
+        one,
+        False,
+        [0, 0],
+        1,
+        wanted,
     )[1]
     return of_weight

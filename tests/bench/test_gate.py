@@ -82,7 +82,7 @@ def test_only_tests_that_name_the_ops_are_asked(tmp_path: Path) -> None:
 def test_the_tests_of_each_op_are_there() -> None:
     names = [path.name for path in gate.checks(op_cases.OPS, "cpu")]
     assert names == [
-        *(f"test_{op}.py" for op in ("distill_loss", "pgd_update", "crop_flip", "batch_norm")),
+        *(f"test_{op}.py" for op in ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "image_conv3x3")),
         "test_table.py",
     ]
     assert all(path.exists() for path in gate.checks(op_cases.OPS, "cpu"))

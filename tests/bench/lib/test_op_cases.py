@@ -30,6 +30,10 @@ CPU = torch.device("cpu")
     # 131,072 values of a map: 3 maps forward and 5 backward; with a residual 4 and 7
     (op_cases.batch_norm(128, 16, 8), 8 * 524_288, 4 * 524_288),
     (op_cases.batch_norm(128, 16, 8, torch.bfloat16, residual=True), 11 * 262_144, 6 * 262_144),
+    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; with a step 3 times images, weight and map again
+    (op_cases.image_conv3x3(128, 16, 8), 98_304 + 1_728 + 524_288, 98_304 + 1_728 + 524_288),
+    (op_cases.image_conv3x3(128, 16, 8, torch.bfloat16, step=True),
+     4 * 98_304 + 2 * 1_728 + 2 * 262_144, 2 * 98_304 + 1_728 + 2 * 262_144),
 ])  # fmt: skip
 def test_bytes(case: OpCase, moved: int, footprint: int) -> None:
     assert (case.bytes_moved, case.footprint) == (moved, footprint)
@@ -57,6 +61,8 @@ def test_the_table_has_every_size() -> None:
         *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
         *(("batch_norm", shape, after, dtype) for shape in ("128x16x8x8", "128x64x32x32", "128x512x4x4")
           for after in ("relu", "residual, relu") for dtype in (torch.float32, torch.bfloat16)),
+        *(("image_conv3x3", shape, part, dtype) for shape in ("128x16x32x32", "128x64x32x32")
+          for part in ("forward", "and a step") for dtype in (torch.float32, torch.bfloat16)),
     }  # fmt: skip
 
 
@@ -73,6 +79,7 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
     op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.distill_loss(6, 5, 3.0, 2.0, name="saad"),
     op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
     op_cases.batch_norm(2, 8, 4), op_cases.batch_norm(2, 8, 4, residual=True),
+    op_cases.image_conv3x3(2, 4, 5), op_cases.image_conv3x3(2, 4, 5, step=True),
 ], ids=lambda case: f"{case.op} {case.setting}")  # fmt: skip
 def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
