@@ -47,6 +47,7 @@ TESTS = {
                 "batch_norm",
                 "batch_sums",
                 "conv3x3",
+                "image_conv3x3",
                 "table",
             )
         ),

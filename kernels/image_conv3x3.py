@@ -115,7 +115,6 @@ def _choose(images: Tensor, *, fused: bool) -> str:
     return dispatch.choose("image_conv3x3", images.device, fused=fused)
 
 
-# many parameters: those of the op, in one order for all implementations
 def _is_fused(
     images: Tensor,
     weight: Tensor,
@@ -125,19 +124,17 @@ def _is_fused(
     dtype: torch.dtype,
 ) -> bool:
     """True for a call that the fused implementations know."""
+    # Transforms, forward derivatives and tensors without memory are torch's.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling() and (type(images) is not Tensor or transformed):
+        return False
     if images.dtype != torch.float32 or dtype not in _FUSED.get(images.device.type, ()) or not len(weight):
         return False
     if not 0 < images.numel() < _MOST_NUMBERS or not images.is_contiguous(memory_format=torch.channels_last):
         return False
     if any(given is not None and (given.requires_grad or not given.is_contiguous()) for given in (mean, std)):
         return False
-    if bias is not None and not bias.is_contiguous():
-        return False
-    # Transforms, forward derivatives and tensors without memory are torch's.
-    if torch.compiler.is_compiling():
-        return True
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return type(images) is Tensor and not transformed
+    return bias is None or bias.is_contiguous()
 
 
 def _serve(function: str, images: Tensor) -> Any:
@@ -148,7 +145,6 @@ def _last(values: Tensor) -> Tensor:
     return values.contiguous(memory_format=torch.channels_last)
 
 
-# many parameters: those of the op, in one order for all implementations
 def _forward(
     images: Tensor,
     weight: Tensor,
@@ -166,7 +162,6 @@ def _backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> Tensor:
     return of_images
 
 
-# many parameters: those of the op, in one order for all implementations
 def _update(
     x_adv: Tensor,
     grad: Tensor,
@@ -186,7 +181,6 @@ def _update(
 class _Fused(torch.autograd.Function):
     """The arguments of `reference.image_conv3x3`. Images are saved where the weight asks for a gradient."""
 
-    # many parameters: those of the op, in one order for all implementations
     @staticmethod
     def forward(
         ctx: Any,
@@ -222,7 +216,6 @@ class _Fused(torch.autograd.Function):
 # ---------------------------------------------------------------- the same as registered ops, for torch.compile
 
 
-# many parameters: the schema of an op is flat
 @torch.library.custom_op("engine::image_conv3x3", mutates_args=())
 def _op(
     images: Tensor,
@@ -252,7 +245,6 @@ def _(grad: Tensor, weight: Tensor, std: Tensor | None) -> Tensor:
     return torch.empty(shape, dtype=weight.dtype, device=grad.device, memory_format=torch.channels_last)
 
 
-# many parameters: the schema of an op is flat
 @torch.library.custom_op("engine::image_conv3x3_update", mutates_args=("x_adv", "counts"))
 def _op_update(
     x_adv: Tensor,

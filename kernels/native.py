@@ -345,7 +345,6 @@ def batch_norm_backward(
     return grad_x, grad_residual, grad_parameters_2C
 
 
-# many parameters: those of the op, in one order for all implementations
 def image_conv3x3(
     images: Tensor,
     weight: Tensor,
@@ -372,7 +371,6 @@ def image_conv3x3_backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> 
     return of_images
 
 
-# many parameters: those of the op, in one order for all implementations
 def image_conv3x3_update(
     x_adv: Tensor,
     grad: Tensor,

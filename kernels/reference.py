@@ -316,7 +316,6 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None) -> 
     return F.conv2d(images_BCHW, weight_OC33, bias_O, padding=1)
 
 
-# many parameters: those of the op, in one order for all implementations
 def image_conv3x3(
     images: Tensor,
     weight: Tensor,

@@ -135,7 +135,7 @@ def exactly(given: dict[str, Tensor]) -> dict[str, Number]:
 
 
 def _shapes(grad: Array) -> tuple[tuple[int, ...], ...]:
-    """Of the output, of the gradients of the padded images and of the weight."""
+    """Shapes of the output, of the gradients of the padded images and of the weight."""
     batch, channels, height, width = grad.shape
     return grad.shape, (batch, 3, height + 2, width + 2), (channels, 3, 3, 3)
 

@@ -328,6 +328,6 @@ def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str)
     expected = {
         "triton": "Kernels: triton",
         "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; "
-        "triton for distill_loss, random_start, batch_norm, batch_sums, sgd_update",
+        "triton for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update",
     }
     assert seen["describe"] == expected[implementation]

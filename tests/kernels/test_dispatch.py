@@ -170,14 +170,14 @@ def test_the_interpreter_runs_triton_on_any_device(
             ALL,
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "triton for distill_loss, random_start, batch_norm, batch_sums, sgd_update",
+            "triton for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "reference for distill_loss, random_start, batch_norm, batch_sums, sgd_update; "
+            "reference for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update; "
             "faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),
@@ -359,8 +359,8 @@ def test_the_line_for_the_user_names_the_kinds_that_the_reference_computes(
     device, kinds = torch.device("cpu"), ("ce", "margin")
     assert dispatch.describe(device, kinds=("ce",)) == "Kernels: native (on cpu)"
     assert dispatch.describe(device, kinds=kinds) == (
-        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, conv3x3, batch_norm; reference for "
-        "distill_loss (the native implementation does not compute margin)"
+        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, conv3x3, image_conv3x3, batch_norm; "
+        "reference for distill_loss (the native implementation does not compute margin)"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was told

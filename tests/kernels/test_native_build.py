@@ -21,7 +21,14 @@ from tests.packages import ROOT, contents, make, run
 SETS = {"generic": "xmm", "avx2": "ymm", "avx512": "zmm"}  # and the widest registers of each
 VECTOR = "#pragma omp simd"  # stands before each loop that is meant to be in vector instructions
 SOURCES = [file.name for file in (ROOT / "kernels" / "csrc").glob("*.cpp") if "ENGINE_SET {" in file.read_text()]
-LOOPS = [name for name in SOURCES if VECTOR in (ROOT / "kernels" / "csrc" / name).read_text()]
+HEADERS = ("linf.h",)  # with loops
+LOOPS = [
+    (name, file)
+    for name in SOURCES
+    for file in (name, *HEADERS)
+    if file == name or f'#include "{file}"' in (ROOT / "kernels" / "csrc" / name).read_text()
+    if VECTOR in (ROOT / "kernels" / "csrc" / file).read_text()
+]
 
 
 def need(*tools: str) -> None:
@@ -94,13 +101,13 @@ def test_each_set_uses_its_registers_and_no_wider_ones(
     for file in objects(instruction_set):
         used = set(re.findall(r"%([xyz]mm)", run("objdump", "--disassemble", file)))
         assert max(used) <= SETS[instruction_set]
-        assert file.stem not in LOOPS or max(used) == SETS[instruction_set]
+        assert file.stem not in dict(LOOPS) or max(used) == SETS[instruction_set]
 
 
-@pytest.mark.parametrize("source", LOOPS)
+@pytest.mark.parametrize(("source", "file"), LOOPS)
 @pytest.mark.parametrize("instruction_set", SETS)
 def test_every_loop_that_is_meant_to_be_is_in_vector_instructions(
-    build: Path, instruction_set: str, source: str
+    build: Path, instruction_set: str, source: str, file: str
 ) -> None:
     """A branch or a possible overlap leaves a loop scalar without a word, and several times slower."""
     if "Free Software Foundation" not in run("c++", "--version"):
@@ -112,11 +119,11 @@ def test_every_loop_that_is_meant_to_be_is_in_vector_instructions(
         pytest.skip(f"a library for this processor has no {instruction_set}")
     command = re.sub(r" -o \S+", f" -o {os.devnull}", command) + " -fopt-info-vec-all"
     told = re.findall(
-        rf"{source}:(\d+):\d+: (optimized: loop|missed: couldn't vectorize)", run(*shlex.split(command))
+        rf"{file}:(\d+):\d+: (optimized: loop|missed: couldn't vectorize)", run(*shlex.split(command))
     )
     done = {int(line) for line, word in told if word.startswith("optimized")}
     done -= {int(line) for line, word in told if word.startswith("missed")}
-    lines = (ROOT / "kernels" / "csrc" / source).read_text().splitlines()
+    lines = (ROOT / "kernels" / "csrc" / file).read_text().splitlines()
     meant = {number + 2 for number, line in enumerate(lines) if line.startswith(VECTOR)}
     # GCC names a loop by its head or by the first line of its body.
     assert not [line for line in meant if not done & {line, line + 1}]

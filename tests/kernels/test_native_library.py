@@ -25,6 +25,7 @@ from tests.kernels.cases import (
 )
 from tests.kernels.holding import assert_same_bits, threads
 from tests.kernels.norms import NORM_CASES, check_batch_norm
+from tests.kernels.stem_cases import STEM_CASES, check_image_conv3x3, check_image_conv3x3_update
 
 SETS = ("AVX-512", "AVX2", "generic")
 CPU = torch.device("cpu")
@@ -86,6 +87,12 @@ def test_crop_flip_of_every_set(instruction_set: str) -> None:
 def test_batch_norm_of_every_set(instruction_set: str) -> None:
     for case in NORM_CASES:
         check_batch_norm(case, "native")
+
+
+def test_image_conv3x3_of_every_set(instruction_set: str) -> None:
+    for case in STEM_CASES:
+        check_image_conv3x3(case, "native")
+        check_image_conv3x3_update(case, "native")
 
 
 def test_every_float16_and_every_exponent_of_bfloat16_has_its_sign(instruction_set: str) -> None:

@@ -562,7 +562,8 @@ def test_addresses_do_not_overflow(compiled: Compiled) -> None:
         allowed |= dict.fromkeys(Norm.kernels, counted)
         # Numbers of images and of a weight, of which there are fewer than 2^31.
         of_images = {"32x32", "1x32", "1x16", "1x64", "64x1", "16x1", "32x1"}
-        allowed |= dict.fromkeys(Stem.kernels, {"i32", *(f"tensor<{shape}xi32>" for shape in of_images)})
+        counted = {"i32", *(f"tensor<{shape}xi32>" for shape in of_images)}
+        allowed |= dict.fromkeys(Stem.kernels, counted)
         assert set(products) <= allowed.get(binary.kernel, set()), binary.kernel
 
 

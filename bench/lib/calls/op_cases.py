@@ -30,12 +30,13 @@ from engine.kernels.contract import (
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
-OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "batch_sums", "conv3x3")
+OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "batch_sums", "conv3x3", "image_conv3x3")
 LOSS_SIZES = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
 TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
 PIXELS = (32, 64)  # H = W
 MAPS = ((128, 16, 8), (128, 64, 32), (128, 512, 4))  # B, C, H = W
 CONVOLUTIONS = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (128, 64, 32), (128, 256, 8), (128, 512, 4))
+STEMS = ((128, 16, 32), (128, 64, 32))  # B, C, H = W
 CHANNELS = 3
 BATCH = 128
 RESIDENT = 20_000  # images of the data set, at least
@@ -77,6 +78,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             batch_norm(4, 8, 4),
             batch_sums(4, 10),
             conv3x3(16, 16, 8),
+            image_conv3x3(2, 8, 8, step=True),
         ]
     images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
     return [
@@ -94,6 +96,12 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
         ),
         *(batch_sums(*logits) for logits in LOSS_SIZES[:3]),
         *(conv3x3(*size) for size in CONVOLUTIONS),
+        *(
+            image_conv3x3(*size, dtype, step=step)
+            for size in STEMS
+            for dtype in (torch.float32, torch.bfloat16)
+            for step in (False, True)
+        ),
     ]
 
 
@@ -340,6 +348,53 @@ def conv3x3(batch: int, channels: int, pixels: int) -> OpCase:
     moved, footprint = 4 * map_bytes + 2 * weight_bytes, 4 * map_bytes + weight_bytes
     name = f"{batch}x{channels}x{pixels}x{pixels}"
     return OpCase("conv3x3", name, "of the images", torch.float32, moved, footprint, calls)
+
+
+def image_conv3x3(
+    batch: int, channels: int, pixels: int, dtype: torch.dtype = torch.float32, *, step: bool = False
+) -> OpCase:
+    """The first convolution of normalised images; with `step` also a step of the attack in L-inf by its gradient.
+
+    Moved: images and weight read, the output written; with the step its gradient, weight, x_adv and x_nat read,
+    and x_adv written. dtype: of the output and its gradient.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        sizes = (batch, CHANNELS, pixels, pixels)
+        x_adv, x_nat, grad, weight = (
+            torch.rand(shape, generator=generator).to(device, memory_format=torch.channels_last)
+            for shape in (sizes, sizes, (batch, channels, pixels, pixels), (channels, CHANNELS, 3, 3))
+        )
+        grad = (grad - 0.5).to(dtype)
+        mean, std = torch.full((2, CHANNELS, 1, 1), 0.5, device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        epsilon, step_size = 8 / 255, 2 / 255
+
+        def by_reference() -> Tensor:
+            y = reference.image_conv3x3(x_adv, weight, None, mean, std, dtype)
+            if step:
+                of_images = reference.image_conv3x3_backward(grad, weight, std)
+                reference.pgd_update(x_adv, of_images, x_nat, False, epsilon, step_size, counts)
+            return y
+
+        def public() -> Tensor:
+            y = kernels.image_conv3x3(x_adv, weight, None, mean, std, dtype=dtype)
+            if step:
+                kernels.image_conv3x3_update(
+                    x_adv, grad, x_nat, weight, std, epsilon=epsilon, step_size=step_size, counts=counts
+                )
+            return y
+
+        return Calls(by_reference, compiled(by_reference), public)
+
+    images, weights = 4 * values(batch, pixels), 4 * channels * CHANNELS * 9
+    map_bytes = batch * channels * pixels**2 * dtype.itemsize
+    moved = footprint = images + weights + map_bytes
+    if step:
+        moved, footprint = moved + 3 * images + weights + map_bytes, footprint + images + map_bytes
+    name = f"{batch}x{channels}x{pixels}x{pixels}"
+    return OpCase("image_conv3x3", name, "and a step" if step else "forward", dtype, moved, footprint, calls)
 
 
 def copy(footprint: int, device: torch.device) -> Call:

@@ -34,6 +34,10 @@ CPU = torch.device("cpu")
     (op_cases.batch_sums(128, 10), 20_480 + 1_536 + 2 * 360, 20_480 + 1_536 + 360),
     # 131,072 values of a map, two maps in each direction, and 2,304 of the weight in each
     (op_cases.conv3x3(128, 16, 8), 4 * 524_288 + 2 * 9_216, 4 * 524_288 + 9_216),
+    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; with a step 3 times images, weight and map again
+    (op_cases.image_conv3x3(128, 16, 8), 98_304 + 1_728 + 524_288, 98_304 + 1_728 + 524_288),
+    (op_cases.image_conv3x3(128, 16, 8, torch.bfloat16, step=True),
+     4 * 98_304 + 2 * 1_728 + 2 * 262_144, 2 * 98_304 + 1_728 + 2 * 262_144),
 ])  # fmt: skip
 def test_bytes(case: OpCase, moved: int, footprint: int) -> None:
     assert (case.bytes_moved, case.footprint) == (moved, footprint)
@@ -64,6 +68,8 @@ def test_the_table_has_every_size() -> None:
         *(("batch_sums", shape, "3 terms", torch.float32) for shape in logits[:3]),
         *(("conv3x3", f"128x{size}", "of the images", torch.float32)
           for size in ("16x32x32", "32x16x16", "64x8x8", "64x32x32", "256x8x8", "512x4x4")),
+        *(("image_conv3x3", shape, part, dtype) for shape in ("128x16x32x32", "128x64x32x32")
+          for part in ("forward", "and a step") for dtype in (torch.float32, torch.bfloat16)),
     }  # fmt: skip
 
 
@@ -81,6 +87,7 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
     op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
     op_cases.batch_norm(2, 8, 4), op_cases.batch_norm(2, 8, 4, residual=True),
     op_cases.batch_sums(3, 4), op_cases.conv3x3(2, 4, 5),
+    op_cases.image_conv3x3(2, 4, 5), op_cases.image_conv3x3(2, 4, 5, step=True),
 ], ids=lambda case: f"{case.op} {case.setting}")  # fmt: skip
 def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
