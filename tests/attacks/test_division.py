@@ -192,11 +192,9 @@ def test_the_stem_is_in_full_precision_and_its_output_in_that_of_the_passes(auto
     x = batch(F32)[0]
     with torch.autocast("cpu", torch.bfloat16) if autocasts else nullcontext(), torch.no_grad():
         h = net.stem(x)
-    exact = torch.nn.functional.conv2d(
-        (x.double() - net.normalize.mean) / net.normalize.std,
-        net.get_parameter("conv1.weight").double(),
-        padding=1,
-    )
+    mean, std = net.get_buffer("normalize.mean"), net.get_buffer("normalize.std")
+    weight = net.get_parameter("conv1.weight").double()
+    exact = torch.nn.functional.conv2d((x.double() - mean) / std, weight, padding=1)
     assert h.dtype == (torch.bfloat16 if autocasts else torch.float32)
     expected = exact.to(h.dtype)
     assert (h != expected).float().mean() < (0.01 if autocasts else 1)

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
     (op_cases.batch_sums(128, 10), 20_480 + 1_536 + 2 * 360, 20_480 + 1_536 + 360),
     # 131,072 values of a map, two maps in each direction, and 2,304 of the weight in each
     (op_cases.conv3x3(128, 16, 8), 4 * 524_288 + 2 * 9_216, 4 * 524_288 + 9_216),
-    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; with a step 3 times images, weight and map again
+    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; a step has 3 x images, weight and map
     (op_cases.image_conv3x3(128, 16, 8), 98_304 + 1_728 + 524_288, 98_304 + 1_728 + 524_288),
     (op_cases.image_conv3x3(128, 16, 8, torch.bfloat16, step=True),
      4 * 98_304 + 2 * 1_728 + 2 * 262_144, 2 * 98_304 + 1_728 + 2 * 262_144),
