@@ -21,7 +21,7 @@ class SgdCase:
 
     half: of the gradients and copies of each second weight; None: all are float32, and there are no copies.
     scaled: with a gradient scaler, which has divided nothing yet. found_inf: it has found what is not finite.
-    strided: gradients in another order of memory. gaps: weights with gaps.
+    strided: gradients in another order of memory. turned: momenta in another one. gaps: weights with gaps.
     """
 
     shapes: tuple[tuple[int, ...], ...] = SHAPES
@@ -33,6 +33,7 @@ class SgdCase:
     found_inf: bool = False
     lr_on_device: bool = False
     strided: bool = False
+    turned: bool = False
     gaps: bool = False
     dtype: torch.dtype = SINGLE
     seed: int = 0
@@ -45,6 +46,7 @@ CASES = [
     SgdCase(momentum=0.0, decay=0.0),
     SgdCase(scaled=True, found_inf=True, half=HALF),
     SgdCase(strided=True),
+    SgdCase(turned=True),
     SgdCase(gaps=True, nesterov=True),
     SgdCase(shapes=((3, 4, 3, 3),)),
     SgdCase(shapes=((0, 4),)),
@@ -65,6 +67,8 @@ def make(case: SgdCase, device: str = "cpu") -> tuple[SgdTensors, SgdNumbers]:
 
     weights = [drawn(shape) for shape in case.shapes]
     momenta = [drawn(shape) for shape in case.shapes] if case.momentum else []
+    if case.turned:
+        momenta = [momentum.contiguous() for momentum in momenta]
     gradients: list[Tensor] = []
     halves: list[Tensor | None] = []
     for number, weight in enumerate(weights):
@@ -143,6 +147,7 @@ def any_case(dtypes: tuple[torch.dtype, ...]) -> st.SearchStrategy[SgdCase]:
         found_inf=st.booleans(),
         lr_on_device=st.booleans(),
         strided=st.booleans(),
+        turned=st.booleans(),
         gaps=st.booleans(),
         dtype=st.sampled_from(dtypes),
         seed=st.integers(0, 2**31),
