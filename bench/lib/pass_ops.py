@@ -6,8 +6,9 @@ Nothing is computed: the passes run on fake tensors. What differs between proces
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.lib.roofline import Op, Product
 from engine import models
 from engine.attacks.twin import Twin
-from engine.kernels import dispatch
+from engine.kernels import dispatch, image_conv3x3
 from engine.models import layers
 from engine.system.precision import Precision
 from engine.training.weights.half_weights import HalfWeights
@@ -42,24 +43,28 @@ Call = tuple[Any, Any, Any]
 class Execution(NamedTuple):
     """Implementations that run the passes.
 
-    fused_norm: BatchNorm, addition and ReLU are the engine's op. separate_bias: a convolution's bias is added by a
+    fused_norm: BatchNorm, addition and ReLU are the engine's op. stem: format of the products of its op of the
+    normalisation and the first convolution; None: torch's run. separate_bias: a convolution's bias is added by a
     kernel of its own, as with cuDNN. compiled: pointwise ops in a row, on as many values, are one kernel.
     """
 
     fused_norm: bool
+    stem: torch.dtype | None
     separate_bias: bool
     compiled: bool
 
     @staticmethod
     def gpu(*, compiled: bool) -> Execution:
         """A GPU that is not here, with Triton."""
-        return Execution(dispatch.preference("batch_norm") != "reference", separate_bias=True, compiled=compiled)
+        norm, stem = (dispatch.preference(op) != "reference" for op in ("batch_norm", "image_conv3x3"))
+        return Execution(norm, torch.bfloat16 if stem else None, separate_bias=True, compiled=compiled)
 
     @staticmethod
     def cpu() -> Execution:
         """The processor at hand, with the implementations that it has."""
-        serves = dispatch.choose("batch_norm", torch.device("cpu"))
-        return Execution(serves != "reference", separate_bias=False, compiled=False)
+        device = torch.device("cpu")
+        norm, stem = (dispatch.choose(op, device) != "reference" for op in ("batch_norm", "image_conv3x3"))
+        return Execution(norm, torch.float32 if stem else None, separate_bias=False, compiled=False)
 
 
 class PassOps(NamedTuple):
@@ -90,7 +95,7 @@ def passes(
     in_half: AbstractContextManager[None] = nullcontext()
     if precision.amp_dtype is not None:
         in_half = HalfWeights(student, precision.amp_dtype).in_place()
-    with in_half, FakeTensorMode(allow_non_fake_inputs=True), _norm(fused=execution.fused_norm):
+    with in_half, FakeTensorMode(allow_non_fake_inputs=True), _own_ops(execution):
         weights = list(student.parameters())
         shape = (batch_size, 3, size, size)
         images = torch.empty(shape).contiguous(memory_format=torch.channels_last)
@@ -259,11 +264,36 @@ def _batch_norm_backward(func: Any, call: Call, execution: Execution) -> list[_K
     ]
 
 
+def _image_conv3x3(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
+    """A product with windows of 27 values."""
+    (images, weight, *rest, _), _, y = call
+    return [_of_windows(func, (images, weight, rest), y, 2.0 * 27 * y.numel(), 32 / 27, execution)]
+
+
+def _image_conv3x3_backward(func: Any, call: Call, execution: Execution) -> list[_Kernel]:
+    """Nine products for the three channels of an image."""
+    (grad, weight, std), _, of_images = call
+    return [_of_windows(func, (grad, weight, std), of_images, 2.0 * 27 * grad.numel(), 16 / 3, execution)]
+
+
+def _of_windows(
+    func: Any, reads: Any, writes: Tensor, flops: float, padding: float, execution: Execution
+) -> _Kernel:
+    """A product of float32; on tensor cores six of bfloat16, of matrices that are larger by `padding`."""
+    dtype = execution.stem
+    assert dtype is not None
+    more = 6 * padding if dtype == torch.bfloat16 else 1
+    kernel = _kernel(func._schema.name, reads, writes, flops=more * flops)
+    return kernel._replace(op=kernel.op._replace(dtype=dtype))
+
+
 _KERNELS: dict[str, Callable[[Any, Call, Execution], list[_Kernel]]] = {
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     "engine::batch_norm": _batch_norm,
     "engine::batch_norm_backward": _batch_norm_backward,
+    "engine::image_conv3x3": _image_conv3x3,
+    "engine::image_conv3x3_backward": _image_conv3x3_backward,
 }
 
 
@@ -297,16 +327,20 @@ def _as_one(run: Sequence[_Kernel], end: int, last_read: dict[int, int]) -> list
     return [_Kernel(Op("pointwise", 0.0, moved, run[-1].op.dtype), reads, writes, run[-1].values)]
 
 
-# ---------------------------------------------------------------- the engine's BatchNorm on fake tensors
+# ---------------------------------------------------------------- the engine's ops on fake tensors
 
 
 @contextmanager
-def _norm(*, fused: bool) -> Iterator[None]:
-    """Networks call the engine's op on fake tensors too, which it leaves to torch otherwise."""
-    if not fused:
-        yield
-        return
-    with mock.patch.object(layers, "batch_norm", _fused_norm):
+def _own_ops(execution: Execution) -> Iterator[None]:
+    """Networks call the engine's ops on fake tensors too, which they leave to torch otherwise."""
+    stem: Any = sys.modules[image_conv3x3.__module__]
+    with ExitStack() as patched:
+        if execution.fused_norm:
+            patched.enter_context(mock.patch.object(layers, "batch_norm", _fused_norm))
+        if execution.stem is not None:
+            ops = {"_forward": stem._op, "_backward": stem._op_backward}
+            fused = {"_choose": lambda *_, **__: "fused", "_is_fused": lambda *_: True}
+            patched.enter_context(mock.patch.multiple(stem, **ops, **fused))
         yield
 
 

@@ -112,7 +112,7 @@ _TENSORS_AT_ONCE = {2: 64, 3: 48}  # by the number of lists, from torch's ATen/n
 
 def share_of_convolutions(ops: Sequence[Op], hardware: Hardware) -> float:
     """Part of the time that goes into convolutions."""
-    convolutions = [op for op in ops if "convolution" in op.name]
+    convolutions = [op for op in ops if "convolution" in op.name or "image_conv3x3" in op.name]
     return seconds(convolutions, hardware, launched=False) / seconds(ops, hardware, launched=False)
 
 

@@ -20,7 +20,7 @@ from engine.training.performance.speed import forward_flops
 
 CPU = torch.device("cpu")
 F32, AMP = Precision(CPU, torch.float32), Precision(CPU, torch.float32, torch.bfloat16)
-EAGER, COMPILED = Execution(True, True, compiled=False), Execution(True, True, compiled=True)
+EAGER, COMPILED = (Execution(True, None, True, compiled=compiled) for compiled in (False, True))
 TORCH = EAGER._replace(fused_norm=False)  # ENGINE_KERNELS=auto,batch_norm=reference
 UNIT = Hardware("unit", {torch.float32: 10.0, torch.bfloat16: 20.0}, 2.0, 0.5, 0.1, 0.5, 0.25)
 
@@ -206,6 +206,27 @@ def test_a_strided_gradient_has_the_size_of_the_images() -> None:
     assert Product(4 * 16 * 16, 32) in [op.product for op in trained if op.name == "aten::convolution"]
 
 
+@pytest.mark.parametrize(("precision", "itemsize"), [(F32, 4), (AMP, 2)], ids=["float32", "amp"])
+def test_the_stem_as_one_op(precision: Precision, itemsize: int, bf16: None) -> None:
+    """3 to 16 channels on 4 images of 32x32: forward and gradient of the images one kernel each, in bytes."""
+    images, map_, weight = 4 * 3 * 32 * 32 * 4, 4 * 16 * 32 * 32 * itemsize, 16 * 27 * 4
+    operations = 2 * 4 * 32 * 32 * 16 * 27
+    for stem, forward, backward in (
+        (torch.float32, 1.0, 1.0),
+        (torch.bfloat16, 6 * 32 / 27, 6 * 16 / 3),  # six products, of matrices that are padded
+    ):
+        found = pass_ops.passes("resnet8", 4, precision, EAGER._replace(stem=stem), bn="train")
+        before = pass_ops.passes("resnet8", 4, precision, EAGER, bn="train")
+        name = "engine::image_conv3x3"
+        moved = images + weight + map_
+        assert [op for op in found.attacked if op.name.startswith(name)] == [
+            Op(name, pytest.approx(forward * operations), moved, stem),
+            Op(f"{name}_backward", pytest.approx(backward * operations), moved, stem),
+        ]
+        assert [op.name for op in found.trained if op.name.startswith(name)] == [name]
+        assert len(before.attacked) - len(found.attacked) == (2 if precision is AMP else 0)  # conversions
+
+
 def test_compiled_biases_are_added_with_what_follows() -> None:
     """A folded pass of ResNet-8: of bias, addition and ReLU, a kernel each, one is left, which moves less."""
     eager, compiled = (
@@ -214,7 +235,8 @@ def test_compiled_biases_are_added_with_what_follows() -> None:
     large = 4 * 16 * 32 * 32 * 4
     assert moved(eager, "bias")[0] == pytest.approx(2 * large, abs=64)
     assert len(moved(eager, "bias")) == 9
-    assert len(moved(eager, "aten::relu_")) == 7
+    assert len(moved(eager, "aten::relu_")) == 6
+    assert len(moved(eager, "aten::relu")) == 1  # after the stem, whose output stays
     joined = moved(compiled, "pointwise")
     assert joined[0] == pytest.approx(2 * large, abs=64)  # bias and ReLU
     assert joined[2] == pytest.approx(3 * large, abs=64)  # bias, addition and ReLU
@@ -227,8 +249,11 @@ def test_the_op_chosen_by_the_environment_is_predicted(monkeypatch: pytest.Monke
     for value, fused in (("auto", True), ("native", True), ("auto,batch_norm=reference", False)):
         monkeypatch.setenv("ENGINE_KERNELS", value)
         assert Execution.gpu(compiled=True).fused_norm is fused
+        assert Execution.gpu(compiled=True).stem is torch.bfloat16
+    monkeypatch.setenv("ENGINE_KERNELS", "auto,image_conv3x3=reference")
+    assert Execution.gpu(compiled=True)[:2] == (True, None)
     monkeypatch.setenv("ENGINE_KERNELS", "reference")
-    assert not Execution.cpu().fused_norm
+    assert Execution.cpu()[:2] == (False, None)
 
 
 # ---------------------------------------------------------------- a step
