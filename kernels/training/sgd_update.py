@@ -14,7 +14,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @torch.no_grad()
 def sgd_update(tensors: SgdTensors, numbers: SgdNumbers, table: Tensor | None = None) -> Tensor | None:
-    """G = grad / grad_scale + weight_decay w; m <- momentum m + g; w <- w - lr m; half <- w, rounded; in place.
+    """Update in place: g = grad / grad_scale + weight_decay w; m <- momentum m + g; w <- w - lr m; half <- w.
 
     nesterov: w <- w - lr (g + momentum m). Without momentum: w <- w - lr g. Where found_inf is not 0, all stay as
     they were, but that a copy may be written again. Gradients and copies are of any floating dtype; the gradients

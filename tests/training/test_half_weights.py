@@ -351,6 +351,32 @@ def test_a_network_that_no_tracer_sees_has_no_copies() -> None:
     assert learner("at", halves=True, student=Branching).halves is None
 
 
+class Keeping(nn.Module):
+    """Keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, CLASSES, 3)
+        self.seen: list[object] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        logits: Tensor = self.second(self.first(x)).mean((2, 3))
+        return logits
+
+
+def test_a_network_is_not_run_to_find_its_weights() -> None:
+    net = Keeping()
+    assert len(HalfWeights(net, torch.bfloat16).of) == 4
+    assert not net.seen
+
+
+def test_what_cannot_be_copied_has_no_copies() -> None:
+    net = Keeping()
+    net.seen.append(_ for _ in ())
+    assert not HalfWeights(net, torch.bfloat16).of
+
+
 def test_after_an_error_the_network_has_its_weights() -> None:
     net = network()
     before = dict(net.named_parameters())

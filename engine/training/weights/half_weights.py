@@ -7,13 +7,14 @@ gradients go to the optimizer as they are.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from engine.attacks.twin import has_hooks, runs_in_half, traced
 from engine.common.lookup import look_up
@@ -111,7 +112,7 @@ def _converted(network: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     A network may read a weight itself, to normalise it say: that one is none of them. Where no tracer sees the
     network, nothing is.
     """
-    nodes = traced(network)
+    nodes = _operations(network)
     if nodes is None:
         return []
     read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
@@ -126,3 +127,12 @@ def _converted(network: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
         for name, weight in module._parameters.items()
         if weight is not None and count[weight] == 1
     ]
+
+
+def _operations(network: nn.Module) -> list[fx.Node] | None:
+    """As `traced`, of a copy: a forward may keep what it is given, and so what traces it."""
+    try:
+        own = copy.deepcopy(network)
+    except Exception:  # modules of anybody may hold what cannot be copied
+        return None
+    return traced(own)
