@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
     # 131,072 values of a map: 3 maps forward and 5 backward; with a residual 4 and 7
     (op_cases.batch_norm(128, 16, 8), 8 * 524_288, 4 * 524_288),
     (op_cases.batch_norm(128, 16, 8, torch.bfloat16, residual=True), 11 * 262_144, 6 * 262_144),
-    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; with a step 3 times images, weight and map again
+    # 24,576 numbers of images, 432 of the weight, 131,072 of a map; for a step 3 times images, weight and map
     (op_cases.image_conv3x3(128, 16, 8), 98_304 + 1_728 + 524_288, 98_304 + 1_728 + 524_288),
     (op_cases.image_conv3x3(128, 16, 8, torch.bfloat16, step=True),
      4 * 98_304 + 2 * 1_728 + 2 * 262_144, 2 * 98_304 + 1_728 + 2 * 262_144),
