@@ -334,7 +334,8 @@ def _normalised(images: Tensor, mean: Tensor | None, std: Tensor | None) -> Tens
 
 def image_conv3x3_backward(grad: Tensor, weight: Tensor, std: Tensor | None) -> Tensor:
     """Gradient of the images of `image_conv3x3`."""
-    of_images = F.conv_transpose2d(grad.to(weight.dtype), weight, padding=1)
+    images = grad.new_empty(grad.shape[0], 3, *grad.shape[2:], dtype=weight.dtype)  # for its shape alone
+    of_images = _gradients(grad, images, weight, [True, False, False])[0]
     return of_images if std is None else of_images / std
 
 
@@ -342,18 +343,13 @@ def image_conv3x3_weight(
     grad: Tensor, images: Tensor, weight: Tensor, mean: Tensor | None, std: Tensor | None
 ) -> Tensor:
     """Gradient of the weight of `image_conv3x3`."""
-    one, wanted = [1, 1], [False, True, False]
-    of_weight: Tensor = torch.ops.aten.convolution_backward(
-        grad.to(weight.dtype),
-        _normalised(images, mean, std),
-        weight,
-        None,
-        one,
-        one,
-        one,
-        False,
-        [0, 0],
-        1,
-        wanted,
-    )[1]
-    return of_weight
+    return _gradients(grad, _normalised(images, mean, std), weight, [False, True, False])[1]
+
+
+def _gradients(grad: Tensor, images: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    """Of the images, the weight and the bias of a convolution 3x3."""
+    one = [1, 1]
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad.to(weight.dtype), images, weight, None, one, one, one, False, [0, 0], 1, wanted
+    )
+    return found

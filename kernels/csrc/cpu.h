@@ -122,34 +122,34 @@ struct NormGradientArguments {
 
 // One forward call of image_conv3x3. weight: (channels, 3, 3, RGB).
 struct ImageConvArguments {
-    const float *images, *weight;      // images: (B, H, W, RGB)
-    const float *bias, *mean, *std;    // (channels,), (RGB,), (RGB,), or null
-    void* y;                           // (B, H, W, channels)
+    const float *images, *weight;    // images: (B, H, W, RGB)
+    const float *bias, *mean, *std;  // (channels,), (RGB,), (RGB,), or null
+    void* y;                         // (B, H, W, channels)
     int64_t dtype, batch, height, width, channels;
 };
 
 // One backward call of image_conv3x3, or where of_images is null an attack's step by that gradient.
 struct ImageGradientArguments {
-    const void* grad;                  // (B, H, W, channels)
+    const void* grad;  // (B, H, W, channels)
     const float *weight, *std;
-    float* of_images;                  // (B, H, W, RGB)
+    float* of_images;  // (B, H, W, RGB)
     float* x_adv;
     const float* x_nat;
     float epsilon, step_size;
-    int64_t* counts;                   // of zero and of non-finite entries, or null
+    int64_t* counts;  // of zero and of non-finite entries, or null
     int64_t dtype, batch, height, width, channels;
 };
 
-#define ENGINE_DECLARE(SET)                                \
-    namespace SET {                                        \
-    int distill_loss(const LossArguments&);                \
-    void pgd_update(const UpdateArguments&);               \
-    int crop_flip(const CropArguments&);                   \
-    void random_start(const StartArguments&);              \
-    int conv3x3(const ConvArguments&);                     \
-    int batch_norm(const NormArguments&);                  \
-    int batch_norm_backward(const NormGradientArguments&); \
-    int image_conv3x3(const ImageConvArguments&);          \
+#define ENGINE_DECLARE(SET)                                    \
+    namespace SET {                                            \
+    int distill_loss(const LossArguments&);                    \
+    void pgd_update(const UpdateArguments&);                   \
+    int crop_flip(const CropArguments&);                       \
+    void random_start(const StartArguments&);                  \
+    int conv3x3(const ConvArguments&);                         \
+    int batch_norm(const NormArguments&);                      \
+    int batch_norm_backward(const NormGradientArguments&);     \
+    int image_conv3x3(const ImageConvArguments&);              \
     int image_conv3x3_backward(const ImageGradientArguments&); \
     }
 

@@ -1,8 +1,9 @@
-// The first convolution of a network, 3x3 on images in channels-last, with their normalisation: kernels/image_conv3x3.py.
+// The first convolution of a network, 3x3 on images in channels-last, with the normalisation of the images, and its
+// gradient to them: kernels/image_conv3x3.py.
 //
-// Forward a vector holds channels of a pixel, and sums 27 products of them with a number of the image each. Backward a
-// vector holds the products of a colour of a pixel with some channels, and is summed over its lanes once at the end.
-// Every result is computed by one sequence of operations, whatever block or thread it falls into.
+// Forward a vector holds channels of a pixel, each a sum of 27 products. Backward a vector holds parts of the gradient
+// of one colour of a pixel, by channels, and is summed over its lanes once at the end. Every result is computed by one
+// sequence of operations, whatever block or thread it falls into.
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,7 +14,8 @@ namespace engine {
 namespace ENGINE_SET {
 namespace {
 
-// AT_ONCE pixels backward: with three sums each, three vectors of weights and one of gradients they fill the registers.
+// SUMS vectors of sums forward. Backward AT_ONCE pixels, whose sums of three colours fill the registers with three
+// vectors of weights and one of the gradient.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, AT_ONCE = 8, SUMS = 16;
 #elif defined(__AVX2__)
@@ -39,7 +41,8 @@ constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1
 struct Buffer {
     float* floats;
 
-    explicit Buffer(int64_t size) : floats(static_cast<float*>(aligned_alloc(64, sizeof(float) * round_up(size, 16)))) {}
+    explicit Buffer(int64_t size)
+        : floats(static_cast<float*>(aligned_alloc(64, sizeof(float) * round_up(size, 16)))) {}
     ~Buffer() { free(floats); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -89,31 +92,29 @@ void pack_forward(const Forward& call) {
     }
 }
 
-// One row (width + 2, RGB) of normalised images between zeros; all zeros for a row outside.
+// One row (1 + width + 1, RGB) of normalised images between zeros, which the buffer holds beside it; 0 outside.
 void normalise(const ImageConvArguments& given, int64_t sample, int64_t row, float* to) {
     const int64_t size = given.width * RGB;
+    to += RGB;
     if (row < 0 || row >= given.height) {
-        memset(to, 0, sizeof(float) * (size + 2 * RGB));
+        memset(to, 0, sizeof(float) * size);
         return;
     }
     const float* from = given.images + (sample * given.height + row) * size;
-    memset(to, 0, sizeof(float) * RGB);
-    to += RGB;
     if (!given.std) {
         memcpy(to, from, sizeof(float) * size);
-    } else {
-        float mean[RGB * LANES], std[RGB * LANES];
-        for (int i = 0; i < RGB * LANES; ++i) mean[i] = given.mean[i % RGB], std[i] = given.std[i % RGB];
-        for (int64_t first = 0; first < size; first += RGB * LANES) {
-            const int64_t count = size - first < RGB * LANES ? size - first : RGB * LANES;
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) to[first + i] = (from[first + i] - mean[i]) / std[i];
-        }
+        return;
     }
-    memset(to + size, 0, sizeof(float) * RGB);
+    float mean[RGB * LANES], std[RGB * LANES];
+    for (int i = 0; i < RGB * LANES; ++i) mean[i] = given.mean[i % RGB], std[i] = given.std[i % RGB];
+    for (int64_t first = 0; first < size; first += RGB * LANES) {
+        const int64_t count = size - first < RGB * LANES ? size - first : RGB * LANES;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) to[first + i] = (from[first + i] - mean[i]) / std[i];
+    }
 }
 
-// VECTORS vectors of channels, from the channel `first`, of a row's outputs. window: (3, stride) of normalised rows.
+// VECTORS vectors of channels, from the channel `first`, of a row's outputs. window: (3, stride), normalised rows.
 template <typename T, int VECTORS>
 void convolve(const Forward& call, const float* window, int64_t stride, int64_t first, T* y) {
     constexpr int PIXELS = SUMS / VECTORS, WIDTH = VECTORS * LANES;
@@ -182,7 +183,7 @@ void forward_bands(int64_t begin, int64_t end, void* context) {
 
 using Backward = Call<ImageGradientArguments>;
 
-// (TAPS, RGB, padded): the weights between a pixel and the outputs around it, which are those of the taps in reverse.
+// (TAPS, RGB, padded): the weights between a pixel and the outputs around it, which are the taps in reverse.
 void pack_backward(const Backward& call) {
     for (int k = 0; k < PRODUCTS; ++k) {
         const int place = (TAPS - 1 - k / RGB) * RGB + k % RGB;
@@ -310,8 +311,8 @@ void backward_bands(int64_t begin, int64_t end, void* context) {
                 memcpy(given.of_images + first, row_buffer.floats, sizeof(float) * size);
             } else {
                 move_linf(
-                    row_buffer.floats, given.x_nat + first, given.x_adv + first, size, given.epsilon, given.step_size,
-                    counts);
+                    row_buffer.floats, given.x_nat + first, given.x_adv + first, size, given.epsilon,
+                    given.step_size, counts);
             }
         }
     }
