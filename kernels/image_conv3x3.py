@@ -83,7 +83,7 @@ def image_conv3x3_update(
     expected = (len(x_adv), len(weight_O333), *x_adv.shape[2:])
     if x_adv.dim() != 4 or grad.shape != expected or x_nat.shape != x_adv.shape:
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
-        wanted = f"(B, 3, H, W), (B, {len(weight_O333)}, H, W), (B, 3, H, W)"
+        wanted = f"(B, 3, H, W), (B, {len(weight_O333)}, H, W) and x_adv's"
         raise ValueError(f"x_adv, grad and x_nat: expected {wanted}, got {shapes}")
     if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
         raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {counts.dtype} of {counts.shape}")
