@@ -1,6 +1,5 @@
 """The ops of a training step. Imports torch, triton where one of its kernels runs, and nothing else of engine."""
 
-from engine.kernels.batch_norm import batch_norm
 from engine.kernels.contract import (
     ALPHA_BINS,
     MEASURED_LOGITS,
@@ -11,10 +10,11 @@ from engine.kernels.contract import (
     SgdTensors,
     Term,
 )
-from engine.kernels.conv3x3 import conv3x3
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
-from engine.kernels.image_conv3x3 import image_conv3x3, image_conv3x3_update
+from engine.kernels.layers.batch_norm import batch_norm
+from engine.kernels.layers.conv3x3 import conv3x3
+from engine.kernels.layers.image_conv3x3 import image_conv3x3, image_conv3x3_update
 from engine.kernels.pgd_update import pgd_update
 from engine.kernels.random_start import random_start
 from engine.kernels.reference import count_cases, histogram, trust

@@ -347,7 +347,7 @@ def image_conv3x3_weight(
 
 
 def _gradients(grad: Tensor, images: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-    """Of the images, the weight and the bias of a convolution 3x3."""
+    """Gradients of the images, the weight and the bias of a 3x3 convolution."""
     one = [1, 1]
     found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         grad.to(weight.dtype), images, weight, None, one, one, one, False, [0, 0], 1, wanted

@@ -338,9 +338,10 @@ def _own_ops(execution: Execution) -> Iterator[None]:
         if execution.fused_norm:
             patched.enter_context(mock.patch.object(layers, "batch_norm", _fused_norm))
         if execution.stem is not None:
-            ops = {"_forward": stem._op, "_backward": stem._op_backward}
-            fused = {"_choose": lambda *_, **__: "fused", "_is_fused": lambda *_: True}
-            patched.enter_context(mock.patch.multiple(stem, **ops, **fused))
+            own: dict[str, Any] = {"_forward": stem._op, "_backward": stem._op_backward}
+            own |= {"_choose": lambda *_, **__: "fused", "_is_fused": lambda *_: True}
+            for name, value in own.items():
+                patched.enter_context(mock.patch.object(stem, name, value))
         yield
 
 

@@ -265,7 +265,7 @@ def _gradient(division: Division, objective: Objective, x_adv: Tensor, loss_scal
 
 
 def _division(attacked: Attacked, spec: AttackSpec) -> Division:
-    """That of the student where the attack can use it; else all of the student is differentiated."""
+    """The student's where the attack can use it; else all of the student is differentiated."""
     loss = look_up("attack.loss", spec.loss, ATTACK_LOSSES)
     if attacked.division is not None and spec.threat_model == "Linf" and not loss.reads_images:
         return attacked.division

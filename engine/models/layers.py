@@ -96,7 +96,7 @@ class StemNetwork(nn.Module):
         return self.rest(self.stem(x_BCHW))
 
     def stem(self, x_BCHW: Tensor) -> Tensor:
-        """What the convolution gives."""
+        """The convolution of the normalised images."""
         conv, normalize = self.get_submodule(self.first), self.normalize
         # Another module may be in the place of either.
         if isinstance(conv, ImageConv2d) and isinstance(normalize, Normalize):

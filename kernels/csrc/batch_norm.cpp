@@ -1,4 +1,4 @@
-// BatchNorm by the statistics of the batch, with the addition and the ReLU after it: kernels/batch_norm.py.
+// BatchNorm by the statistics of the batch, with the addition and the ReLU after it: kernels/layers/batch_norm.py.
 //
 // A map is read as rows of all channels, in chunks whose size depends on nothing but the shape. Each chunk has sums of
 // its own, which are joined in their order: so the bits do not depend on the number of threads.

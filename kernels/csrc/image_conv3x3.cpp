@@ -1,5 +1,5 @@
 // The first convolution of a network, 3x3 on images in channels-last, with the normalisation of the images, and its
-// gradient to them: kernels/image_conv3x3.py.
+// gradient to them: kernels/layers/image_conv3x3.py.
 //
 // Forward a vector holds channels of a pixel, each a sum of 27 products. Backward a vector holds parts of the gradient
 // of one colour of a pixel, by channels, and is summed over its lanes once at the end. Every result is computed by one

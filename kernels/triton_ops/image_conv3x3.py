@@ -85,6 +85,7 @@ def _pixels(pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.const
     return p, p < pixels, p // WIDTH % HEIGHT, p % WIDTH
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit
 def _image_conv(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, y_ptr, pixels,
@@ -122,6 +123,7 @@ def _places(p, there, c, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C:
     return p[:, None].to(tl.int64) * CHANNELS + c[None, :], inside
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit
 def _gradient(
     grad_ptr, weight_ptr, std_ptr, pixels,
@@ -149,6 +151,7 @@ def _gradient(
     return sum_P16, p[:, None] * _RGB + rgb[None, :], there[:, None] & (rgb < _RGB)[None, :]
 
 
+# many parameters: a kernel takes each tensor and number by itself
 @triton.jit
 def _image_gradient(
     grad_ptr, weight_ptr, std_ptr, images_ptr, pixels,

@@ -51,13 +51,6 @@ def imitate(patch: pytest.MonkeyPatch, *, asserting: bool = True) -> None:
         exact = x.data.astype(np.float64) * y.data + z.data  # but for the last bit of a float64
         return TensorHandle(exact.astype(np.float32), tl.float32)
 
-    def dot(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle, *how: Any) -> TensorHandle:
-        assert how[0] == ir.INPUT_PRECISION.BF16x6, "another precision than the kernels have asked for so far"
-        (x1, x2, x3), (y1, y2, y3) = in_bfloat16(x.data), in_bfloat16(y.data)
-        with np.errstate(invalid="ignore"):
-            rest = sum(left @ right for left, right in ((x2, y2), (x1, y3), (x3, y1), (x1, y2), (x2, y1)))
-            return TensorHandle(z.data + np.nan_to_num(rest, nan=0) + x1 @ y1, tl.float32)
-
     def exp(_: InterpreterBuilder, x: TensorHandle) -> TensorHandle:
         power = x.data * np.float32(math.log2(math.e))
         return TensorHandle(np.exp2(power.astype(np.float64)).astype(np.float32), tl.float32)
@@ -71,7 +64,7 @@ def imitate(patch: pytest.MonkeyPatch, *, asserting: bool = True) -> None:
     patch.setattr(InterpreterBuilder, "binary_op", operation)
     patch.setattr(InterpreterBuilder, "create_fma", fma)
     patch.setattr(InterpreterBuilder, "create_exp", exp)
-    patch.setattr(InterpreterBuilder, "create_dot", dot)
+    patch.setattr(InterpreterBuilder, "create_dot", _dot)
     patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
     options = interpreter.InterpreterOptions(
         debug=asserting, sanitize_overflow=False, allowed_dot_input_precisions=("bf16x6",)
@@ -94,3 +87,12 @@ def in_bfloat16(numbers: Array) -> list[Array]:
         with np.errstate(invalid="ignore"):
             numbers = np.where(np.isfinite(parts[-1]), numbers - parts[-1], np.float32(0))
     return parts
+
+
+def _dot(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle, *how: Any) -> TensorHandle:
+    """x y + z, of float32, in "bf16x6"."""
+    assert how[0] == ir.INPUT_PRECISION.BF16x6, "another precision than the kernels have asked for so far"
+    (x1, x2, x3), (y1, y2, y3) = in_bfloat16(x.data), in_bfloat16(y.data)
+    with np.errstate(invalid="ignore"):
+        rest = sum(left @ right for left, right in ((x2, y2), (x1, y3), (x3, y1), (x1, y2), (x2, y1)))
+        return TensorHandle(z.data + np.nan_to_num(rest, nan=0) + x1 @ y1, tl.float32)
