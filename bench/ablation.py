@@ -26,6 +26,8 @@ from bench.step import STEP_TESTS, STEPS_PER_ROUND, WARM_UP, SynchronisedClock
 from engine.attacks import twin
 from engine.config import RunConfig
 from engine.kernels import dispatch
+from engine.models.layers import StemNetwork
+from engine.training.weights import half_weights
 
 ALL_ON = "nothing"
 PREFERENCE = "ENGINE_KERNELS"
@@ -90,12 +92,22 @@ def _unfolded() -> AbstractContextManager[object]:
     return mock.patch.object(twin, "conv_bn_pairs", return_value=[])
 
 
+def _converted() -> AbstractContextManager[object]:
+    return mock.patch.object(half_weights, "build", return_value=None)
+
+
+def _undivided() -> AbstractContextManager[object]:
+    return mock.patch.object(StemNetwork, "is_divisible", False)
+
+
 def features() -> dict[str, Feature]:
     """Every part by the name of its row; the first row is the step with all of them."""
     return {
         ALL_ON: Feature("everything on, as `engine train --amp` runs it"),
         "amp": Feature("passes in float32", {"amp": False}, absent=_amp_is_float32),
         "folding": Feature("teachers keep their BatchNorm", without=_unfolded),
+        "half weights": Feature("autocast converts the weights", without=_converted, absent=_amp_is_float32),
+        "division": Feature("the attack differentiates the first convolution, too", without=_undivided),
         **{f"op {name}": _op(name) for name in dispatch.SERVED_BY},
         "ops": Feature("all ops by plain torch", kernels="reference"),
         "kept memory": Feature(

@@ -99,6 +99,18 @@ def test_teachers_keep_batch_norm_where_folding_is_off(bf16: None) -> None:
     assert norms("nothing") == 0
 
 
+def test_autocast_converts_weights_and_the_attack_takes_the_whole_network_where_asked(bf16: None) -> None:
+    def found(name: str) -> tuple[bool, bool]:
+        feature = ablation.features()[name]
+        with feature.off():
+            step: Any = workload().step(feature.variant)
+        return step.learner.halves is not None, step.learner.networks.adversary.twin.division is not None
+
+    assert found("nothing") == (True, True)
+    assert found("half weights") == (False, True)
+    assert found("division") == (True, False)
+
+
 def test_kept_memory_is_given_back_where_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: said.append("keep"))
