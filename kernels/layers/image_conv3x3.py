@@ -37,8 +37,9 @@ def image_conv3x3(
 
     n = (images - mean) / std, and 0 outside of the images; n = images where mean and std, (3, 1, 1), are None.
     Computed in the dtype of the images, which is that of the other tensors, too, and rounded once at the end.
-    dtype: None: that of the images. Gradients of any order, but none of mean and std, which must not ask for one.
-    Fused for float32 images in channels_last: nothing between the images and the output is written.
+    dtype: None: that of the images. Gradients of any order.
+    Fused for float32 images in channels_last, where mean and std ask for no gradient: nothing between images and
+    output is written. Torch's where a network is exported or traced: who runs it may not have the op.
 
     Raises ValueError for other shapes, for several dtypes or devices, and for mean without std.
     """
@@ -124,6 +125,8 @@ def _is_fused(
     dtype: torch.dtype,
 ) -> bool:
     """True for a call that the fused implementations know."""
+    if torch.compiler.is_exporting() or torch._C._is_tracing():
+        return False
     # Transforms, forward derivatives and tensors without memory are torch's.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if not torch.compiler.is_compiling() and (type(images) is not Tensor or transformed):

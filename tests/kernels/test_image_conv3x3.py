@@ -16,6 +16,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from engine import models
 from engine.kernels import image_conv3x3, image_conv3x3_update, native
 from tests.kernels import exact, stem_cases
 from tests.kernels.holding import assert_no_worse_than_twice_eager, assert_same_bits, numpy, serving, threads
@@ -284,6 +285,22 @@ def test_a_compiled_step_is_one_op_with_the_bits_of_the_eager_one() -> None:
         outcomes.append((call(x_adv, counts), x_adv, counts))
     assert all(map(torch.equal, *outcomes))
     assert graphs[0].count("torch.ops.engine.image_conv3x3_update.default") == 1
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*")
+@pytest.mark.usefixtures("fused", "fresh_compiler")
+def test_a_network_that_is_exported_or_traced_has_no_op_of_ours() -> None:
+    network = (
+        models.build("resnet8", 4, normalize=True, dataset="cifar10").eval().to(memory_format=torch.channels_last)
+    )
+    images = last(torch.rand(2, 3, 8, 8))
+    expected = network(images)
+    exported = torch.export.export(network, (images,))
+    assert not any("engine" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(images), expected)
+    script = torch.jit.trace(network, images)
+    assert not any("Python" in node.kind() for node in script.inlined_graph.nodes())
+    torch.testing.assert_close(script(images), expected)
 
 
 def test_autocast_leaves_it_as_it_is(implementation: str) -> None:
