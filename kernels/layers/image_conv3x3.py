@@ -125,12 +125,14 @@ def _is_fused(
     dtype: torch.dtype,
 ) -> bool:
     """True for a call that the fused implementations know."""
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
+    # torch.compiler.is_exporting() is always true in a compiled function of torch 2.11.
+    if torch.compiler._is_exporting_flag:
         return False
-    # Transforms, forward derivatives and tensors without memory are torch's.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if not torch.compiler.is_compiling() and (type(images) is not Tensor or transformed):
-        return False
+    if not torch.compiler.is_compiling():
+        # Transforms, forward derivatives and tensors without memory are torch's.
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if type(images) is not Tensor or transformed or torch._C._is_tracing():
+            return False
     if images.dtype != torch.float32 or dtype not in _FUSED.get(images.device.type, ()) or not len(weight):
         return False
     if not 0 < images.numel() < _MOST_NUMBERS or not images.is_contiguous(memory_format=torch.channels_last):

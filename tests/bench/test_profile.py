@@ -99,7 +99,7 @@ def test_kernels_are_counted_wherever_they_are_launched_from() -> None:
 def test_a_step_of_iad2_has_the_ops_that_its_definition_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the reference, whose ops are known; convolutions lie in the networks alone."""
+    """By the reference, whose ops are known; convolutions lie in the networks, and in the attack's step."""
     monkeypatch.setenv("ENGINE_KERNELS", "reference")
     arguments = ["--model", "resnet8", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path)]
     ended = CliRunner().invoke(profile.main, arguments)
@@ -120,7 +120,9 @@ def test_a_step_of_iad2_has_the_ops_that_its_definition_needs(
     steps = load({"method": "iad2"}).attack.num_steps
     layers = sum(isinstance(module, torch.nn.Conv2d) for module in models.build("resnet8", 10).modules())
     assert calls[NETWORK, "forward", "aten::conv2d"] == (steps + 4) * layers  # S(x~), S(x), T_at(x~), T_st(x~)
-    assert calls[NETWORK, "backward", "aten::convolution_backward"] == (steps + 2) * layers
+    # The attack's gradient ends before the first layer, and its step begins with that layer's.
+    assert calls[NETWORK, "backward", "aten::convolution_backward"] == steps * (layers - 1) + 2 * layers
+    assert calls["pgd_update", "forward", "aten::convolution_backward"] == steps
     assert calls["distill_loss", "forward", "aten::kl_div"] == 3
     assert calls["distill_loss", "forward", "aten::cross_entropy_loss"] == 1
     assert calls["distill_loss", "backward", "aten::nll_loss_backward"] == 1
@@ -131,7 +133,7 @@ def test_a_step_of_iad2_has_the_ops_that_its_definition_needs(
     assert calls["random_start", "forward", "aten::copy_"] == 1
     assert not any(name == "aten::argsort" for *_, name in calls)  # the order of the epoch is there already
     places = {key[:2] for key in calls if "conv" in key[2] or "batch_norm" in key[2]}
-    assert places == {(NETWORK, "forward"), (NETWORK, "backward")}
+    assert places == {(NETWORK, "forward"), (NETWORK, "backward"), ("pgd_update", "forward")}
 
 
 def test_every_region_is_that_of_a_range() -> None:

@@ -88,8 +88,9 @@ class Convolutions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_timed_are_the_passes_of_the_step(dtype: torch.dtype) -> None:
+def test_what_is_timed_are_the_passes_of_the_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first of nine convolutions are in the format; in the attack no weight has a gradient."""
+    monkeypatch.setenv("ENGINE_KERNELS", "auto,image_conv3x3=reference")  # torch's, which is seen
     run = run_of()
     way = format_probe.WAYS[str(dtype).removeprefix("torch.")]
     step = format_probe._step(models.build("resnet8", 10), torch.rand(2, 3, 32, 32), run, way)

@@ -173,11 +173,12 @@ def test_no_weight_is_converted_and_no_gradient_of_one(hot: Hot) -> None:
     names = [call["name"] for call in of("kernel", hot("iad1", graphs="off")["calls"])]
     assert names.count("_sgd_update") == 1
     assert not [name for name in names if "multi_tensor_apply" in name or "FusedSgd" in name]
-    forward, backward = NUM_STEPS + 2 + 2, NUM_STEPS + 2
-    assert sum("bfloat16_copy_kernel" in name for name in names) == forward + backward
-    assert (
-        sum("unrolled_elementwise_kernel<at::native::direct_copy" in name for name in names) == forward + backward
-    )
+    forward, trained = NUM_STEPS + 2 + 2, 2
+    backward = NUM_STEPS + trained
+    # Of the last layer's gradient; of its input, and of the gradient that the first one's weight has.
+    assert sum("bfloat16_copy_kernel" in name for name in names) == backward
+    of_layers = sum("unrolled_elementwise_kernel<at::native::direct_copy" in name for name in names)
+    assert of_layers == forward + trained
 
 
 def position(calls: list[Call], kind: str, **keys: str) -> list[int]:
