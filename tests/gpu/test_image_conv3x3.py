@@ -23,7 +23,7 @@ measured = functools.cache(check_image_conv3x3)
 
 @by_case
 def test_numbers(fused: str, device: str, case: StemCase) -> None:
-    """Of products in bfloat16 on tensor cores; cuDNN's in float32 are not rounded to TF32 beside them."""
+    """Products in bfloat16 on tensor cores, beside those of cuDNN in float32, which are not rounded to TF32."""
     with full_precision():
         measured(case, fused, device)
 
