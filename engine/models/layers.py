@@ -98,8 +98,9 @@ class StemNetwork(nn.Module):
     def stem(self, x_BCHW: Tensor) -> Tensor:
         """The convolution of the normalised images."""
         conv, normalize = self.get_submodule(self.first), self.normalize
-        # Another module may be in the place of either.
-        if isinstance(conv, ImageConv2d) and isinstance(normalize, Normalize):
+        # Another module may be in the place of either, and a hook wants to see what comes between them.
+        is_plain = type(normalize) is Normalize and not (normalize._forward_hooks or normalize._forward_pre_hooks)
+        if isinstance(conv, ImageConv2d) and is_plain:
             out: Tensor = conv(x_BCHW, normalize.mean, normalize.std)
         else:
             out = conv(normalize(x_BCHW))

@@ -14,6 +14,7 @@ from engine.attacks.pgd import Attacked, climb, pgd
 from engine.attacks.twin import Twin
 from engine.config import AttackSpec
 from engine.models.layers import ImageConv2d, StemNetwork
+from engine.models.normalize import Normalize
 from engine.objectives import ATTACK_LOSSES
 from engine.system.precision import Precision
 
@@ -173,6 +174,23 @@ def network_with(change: str) -> StemNetwork:
     net = network()
     CHANGES[change](net)
     return net
+
+
+def test_a_hook_of_the_normalisation_and_one_of_another_kind_are_run() -> None:
+    net, x = network(), batch()[0]
+    expected = net.stem(x)
+    seen: list[Tensor] = []
+    handle = net.normalize.register_forward_hook(lambda module, given, out: seen.append(out))
+    torch.testing.assert_close(net.stem(x), expected)
+    handle.remove()
+    assert torch.equal(seen[0], net.normalize(x))
+
+    class Halved(Normalize):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            return super().forward(x_BCHW) / 2
+
+    net.normalize.__class__ = Halved
+    torch.testing.assert_close(net.stem(x), expected / 2)
 
 
 @pytest.mark.parametrize("name", DIVISIBLE)
