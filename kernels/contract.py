@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Entry = TypeVar("Entry")
 
@@ -212,6 +213,21 @@ def check_device(**given: Tensor | None) -> None:
     for name, other in devices.items():
         if other != device:
             raise ValueError(f"{name} is on {other}, and {first} on {device}: one device is needed")
+
+
+def check_step(x_adv: Tensor, counts: Tensor | None) -> None:
+    """Raise ValueError for images that cannot change in place, and for `counts` of another kind."""
+    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
+        kind = f"{counts.dtype} of {tuple(counts.shape)}, strides {counts.stride()}"
+        raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {kind}")
+    if torch.is_grad_enabled() and x_adv.requires_grad:
+        raise ValueError("x_adv asks for a gradient and would change in place: call under torch.no_grad()")
+
+
+def is_transformed(values: Tensor) -> bool:
+    """True for what has no memory of its own, in transforms and in forward derivatives: it is torch's."""
+    in_transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return type(values) is not Tensor or in_transform
 
 
 def dense_layout(images: Tensor) -> torch.memory_format | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device, dense_layout, look_up
+from engine.kernels.contract import check_device, check_step, dense_layout, look_up
 
 # True where a step goes along the gradient divided by its L2 norm, False where along its sign.
 IS_L2 = {"Linf": False, "L2": True}
@@ -46,12 +46,8 @@ def pgd_update(
     if x_adv.dtype != x_nat.dtype or not (x_adv.dtype.is_floating_point and grad.dtype.is_floating_point):
         dtypes = ", ".join(str(given.dtype) for given in (x_adv, grad, x_nat))
         raise ValueError(f"x_adv and x_nat must have one floating dtype and grad a floating one, got {dtypes}")
-    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
-        kind = f"{counts.dtype} of {tuple(counts.shape)}, strides {counts.stride()}"
-        raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {kind}")
     check_device(x_adv=x_adv, grad=grad, x_nat=x_nat, counts=counts)
-    if torch.is_grad_enabled() and x_adv.requires_grad:
-        raise ValueError("x_adv asks for a gradient and would change in place: call under torch.no_grad()")
+    check_step(x_adv, counts)
     update = _op if torch.compiler.is_compiling() else _update
     update(x_adv, grad, x_nat, l2, epsilon, step_size, counts)
     return x_adv

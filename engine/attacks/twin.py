@@ -19,7 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
 from engine.attacks.pgd import BatchNormMode, Division, at_least_float, bn_mode
-from engine.models.layers import Conv3x3, ImageConv2d, Resize, Stage, StemNetwork, is_plain, release_cached
+from engine.models.layers import (
+    Conv3x3,
+    ImageConv2d,
+    Resize,
+    Stage,
+    StemNetwork,
+    has_hooks,
+    is_plain,
+    release_cached,
+)
 from engine.models.sync_batch_norm import SyncBatchNorm
 from engine.system.precision import Precision
 
@@ -149,11 +158,6 @@ def runs_in_half(module: nn.Module) -> bool:
 
 def _has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in network.modules())
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """True where more happens than its forward, which a folded pair would leave out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(conv: nn.Module) -> bool:

@@ -99,8 +99,7 @@ class StemNetwork(nn.Module):
         """The convolution of the normalised images."""
         conv, normalize = self.get_submodule(self.first), self.normalize
         # Another module may be in the place of either, and a hook wants to see what comes between them.
-        is_plain = type(normalize) is Normalize and not (normalize._forward_hooks or normalize._forward_pre_hooks)
-        if isinstance(conv, ImageConv2d) and is_plain:
+        if isinstance(conv, ImageConv2d) and type(normalize) is Normalize and not has_hooks(normalize):
             out: Tensor = conv(x_BCHW, normalize.mean, normalize.std)
         else:
             out = conv(normalize(x_BCHW))
@@ -120,7 +119,7 @@ class StemNetwork(nn.Module):
             and type(conv) is ImageConv2d
             and conv.is_3x3
             and type(self.normalize) in (nn.Identity, Normalize)
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in hooked)
+            and not any(map(has_hooks, hooked))
             and not any(module._backward_hooks or module._backward_pre_hooks for module in hooked)
         )
 
@@ -235,6 +234,11 @@ def added(out: Tensor, residual: Tensor | None, *, relu: bool, inplace: bool = T
     if residual is not None:
         out, inplace = out + residual, True
     return F.relu(out, inplace=inplace) if relu else out
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where more happens than its forward, which is left out where another op takes its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_plain(norm: nn.Module) -> bool:

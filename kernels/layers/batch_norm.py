@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device
+from engine.kernels.contract import check_device, is_transformed
 
 # Formats of maps that the fused implementations take, by type of device.
 _FUSED = {
@@ -81,9 +80,7 @@ def _is_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Te
             return False
     if torch.compiler.is_compiling():
         return x.device.type == "cpu" or x.numel() > _FEW * x.shape[1]
-    # Transforms, forward derivatives and tensors without memory are torch's.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return type(x) is Tensor and not transformed
+    return not is_transformed(x)
 
 
 def _is_map(x: Tensor) -> bool:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device
+from engine.kernels.contract import check_device, check_step, is_transformed
 from engine.kernels.pgd_update import pgd_update
 
 # Formats of the output, and of its gradient, that the fused implementations know, by type of device.
@@ -86,11 +85,8 @@ def image_conv3x3_update(
         shapes = ", ".join(str(tuple(given.shape)) for given in (x_adv, grad, x_nat))
         wanted = f"(B, 3, H, W), (B, {len(weight_O333)}, H, W) and x_adv's"
         raise ValueError(f"x_adv, grad and x_nat: expected {wanted}, got {shapes}")
-    if counts is not None and (counts.shape != (2,) or counts.dtype != torch.int64 or not counts.is_contiguous()):
-        raise ValueError(f"counts: expected int64 of shape (2,), contiguous, got {counts.dtype} of {counts.shape}")
     check_device(x_adv=x_adv, grad=grad, x_nat=x_nat, weight=weight_O333, std=std, counts=counts)
-    if torch.is_grad_enabled() and x_adv.requires_grad:
-        raise ValueError("x_adv asks for a gradient and would change in place: call under torch.no_grad()")
+    check_step(x_adv, counts)
     fused = _is_fused(x_adv, weight_O333, None, std, std, grad.dtype) and x_nat.dtype == x_adv.dtype
     if _choose(x_adv, fused=fused) == "reference":
         of_images = reference.image_conv3x3_backward(grad, weight_O333, std)
@@ -128,11 +124,8 @@ def _is_fused(
     # torch.compiler.is_exporting() is always true in a compiled function of torch 2.11.
     if torch.compiler._is_exporting_flag:
         return False
-    if not torch.compiler.is_compiling():
-        # Transforms, forward derivatives and tensors without memory are torch's.
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if type(images) is not Tensor or transformed or torch._C._is_tracing():
-            return False
+    if not torch.compiler.is_compiling() and (is_transformed(images) or torch._C._is_tracing()):
+        return False
     if images.dtype != torch.float32 or dtype not in _FUSED.get(images.device.type, ()) or not len(weight):
         return False
     if not 0 < images.numel() < _MOST_NUMBERS or not images.is_contiguous(memory_format=torch.channels_last):
@@ -196,7 +189,6 @@ class _Fused(torch.autograd.Function):
         std: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dtype = dtype
         ctx.save_for_backward(weight, mean, std, images if weight.requires_grad else None)
         serve = _op if torch.compiler.is_compiling() else _forward
         y: Tensor = serve(images, weight, bias, mean, std, dtype)

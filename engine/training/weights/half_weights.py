@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from engine.attacks.twin import has_hooks, runs_in_half, traced
+from engine.attacks.twin import runs_in_half, traced
 from engine.common.lookup import look_up
 from engine.config import RunConfig
 from engine.config.optimizers import OPTIMIZERS
+from engine.models.layers import has_hooks
 from engine.system.precision import Precision
 
 
