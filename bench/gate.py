@@ -26,6 +26,7 @@ import torch
 from bench.lib import command, passed_tests
 from engine.common import optional
 from engine.common.files import replacing
+from engine.kernels import dispatch
 from engine.system import environment
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -38,19 +39,8 @@ MOST_JOBS = 8
 # Everything that a bench asks for, by the device that it is asked for.
 TESTS = {
     "cpu": (
-        *(
-            f"tests/kernels/test_{name}.py"
-            for name in (
-                "distill_loss",
-                "pgd_update",
-                "crop_flip",
-                "batch_norm",
-                "batch_sums",
-                "conv3x3",
-                "image_conv3x3",
-                "table",
-            )
-        ),
+        *(f"tests/kernels/test_{op}.py" for op in dispatch.SERVED_BY),
+        "tests/kernels/test_table.py",
         "tests/pipelines/test_contract.py",
         "tests/pipelines/test_tensor.py",
         "tests/training/test_exactness.py",

@@ -219,9 +219,10 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers) -> None:
         torch._foreach_copy_(brought, [gradients[place] for place in other])
         for place, gradient in zip(other, brought, strict=True):
             gradients[place] = gradient
-    if all(map(_is_dense, weights)) and all(
+    in_order = all(map(_is_dense, weights)) and all(
         w.stride() == m.stride() for w, m in zip(weights, momenta, strict=False)
-    ):
+    )
+    if in_order and not torch.compiler.is_compiling():
         torch._fused_sgd_(
             weights,
             gradients,
@@ -231,7 +232,7 @@ def sgd_update(tensors: SgdTensors, numbers: SgdNumbers) -> None:
             maximize=False,
             is_first_step=False,
         )
-    else:  # whose fused SGD takes memory in its order
+    else:  # torch's fused SGD takes memory in its order, and torch.compile does not know it
         for place, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
             _sgd_step(weight, gradient, momenta[place] if momenta else None, numbers)
     pairs = [(half, weight) for half, weight in zip(halves, weights, strict=True) if half is not None]

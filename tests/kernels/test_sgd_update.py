@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from engine.kernels import SgdNumbers, SgdTensors, dispatch, sgd_update
+from engine.kernels import SgdNumbers, SgdTensors, dispatch, reference, sgd_update
 from tests.kernels.sgd_cases import CASES, SgdCase, any_case, check, make
 
 
@@ -38,6 +38,16 @@ def test_in_float32_the_bits_are_those_of_torch_s_optimizer(nesterov: bool) -> N
     torch_s.step()
     for weight, other in zip(tensors.weights, others, strict=True):
         assert torch.equal(weight, other)
+
+
+def test_the_reference_can_be_compiled() -> None:
+    """In one graph, though torch's fused SGD cannot be: the benchmark compares with it."""
+    eager, numbers = make(SgdCase(half=torch.bfloat16))
+    traced = make(SgdCase(half=torch.bfloat16))[0]
+    reference.sgd_update(eager, numbers)
+    torch.compile(reference.sgd_update, backend="aot_eager", fullgraph=True)(traced, numbers)
+    for mine, expected in zip((*traced.weights, *traced.momenta), (*eager.weights, *eager.momenta), strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 def changed(**fields: Any) -> SgdTensors:

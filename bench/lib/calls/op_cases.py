@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from bench.lib.timing import Call
 from engine import kernels, methods, objectives
 from engine.common.numbers import ceil_div
-from engine.kernels import reference
+from engine.kernels import dispatch, reference
 from engine.kernels.contract import (
     ALPHA_BINS,
     MEASURED_LOGITS,
@@ -26,17 +27,20 @@ from engine.kernels.contract import (
     LossSpec,
     LossTerm,
     MeasuredBatch,
+    SgdNumbers,
+    SgdTensors,
 )
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
-OPS = ("distill_loss", "pgd_update", "crop_flip", "batch_norm", "batch_sums", "conv3x3", "image_conv3x3")
+OPS = tuple(dispatch.SERVED_BY)
 LOSS_SIZES = ((128, 10), (128, 100), (1024, 100), (1024, 1000), (4096, 1000))  # B, C
 TEMPERATURES = ((1.0, 1.0), (5.0, 2.0))  # tau, tau_self
 PIXELS = (32, 64)  # H = W
 MAPS = ((128, 16, 8), (128, 64, 32), (128, 512, 4))  # B, C, H = W
 CONVOLUTIONS = ((128, 16, 32), (128, 32, 16), (128, 64, 8), (128, 64, 32), (128, 256, 8), (128, 512, 4))
 STEMS = ((128, 16, 32), (128, 64, 32))  # B, C, H = W
+WIDTHS = (16, 64)  # channels of the first convolutions that SGD updates
 CHANNELS = 3
 BATCH = 128
 RESIDENT = 20_000  # images of the data set, at least
@@ -73,18 +77,21 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
     if quick:
         return [
             *(distill_loss(8, 10, 1.0, 1.0, name=name) for name in ("iad2", "saad")),
+            random_start(4, 8),
             pgd_update(4, 8),
             crop_flip(4, 8),
             batch_norm(4, 8, 4),
             batch_sums(4, 10),
             conv3x3(16, 16, 8),
             image_conv3x3(2, 8, 8, step=True),
+            sgd_update(4),
         ]
     images = [(batch, pixels) for pixels in PIXELS for batch in (BATCH, batch_beyond(cache_bytes, pixels))]
     return [
         *(distill_loss(*logits, *taus) for logits in LOSS_SIZES for taus in TEMPERATURES),
         distill_loss(1024, 1000, 1.0, 1.0, torch.bfloat16),
         *(distill_loss(*logits, 1.0, 1.0, name="saad") for logits in LOSS_SIZES[1:4:2]),
+        *(random_start(*size) for size in images),
         *(pgd_update(*size) for size in images),
         pgd_update(BATCH, 32, torch.bfloat16),
         *(crop_flip(*size) for size in images),
@@ -102,6 +109,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             for dtype in (torch.float32, torch.bfloat16)
             for step in (False, True)
         ),
+        *(sgd_update(channels) for channels in WIDTHS),
     ]
 
 
@@ -208,6 +216,28 @@ def pgd_update(batch: int, pixels: int, dtype: torch.dtype = torch.float32) -> O
     footprint = values(batch, pixels) * (4 + 4 + dtype.itemsize)
     moved = footprint + values(batch, pixels) * 4
     return OpCase("pgd_update", shape(batch, pixels), "Linf", dtype, moved, footprint, calls)
+
+
+def random_start(batch: int, pixels: int) -> OpCase:
+    """The uniform start of an attack in L-inf. Moved: the noise written, and the index of each image read."""
+
+    def calls(device: torch.device) -> Calls:
+        x_nat = torch.empty(batch, CHANNELS, pixels, pixels, device=device)
+        x_nat = x_nat.contiguous(memory_format=torch.channels_last)
+        sample_B = torch.arange(batch, device=device)
+        epsilon, seed, counter = 8 / 255, 0, 0
+        fill = compiled(reference.random_start)
+        return Calls(
+            lambda: reference.random_start(torch.empty_like(x_nat), sample_B, epsilon, seed, counter),
+            lambda: fill(torch.empty_like(x_nat), sample_B, epsilon, seed, counter),
+            functools.partial(
+                kernels.random_start, x_nat, sample_B,
+                kind="uniform", threat_model="Linf", epsilon=epsilon, seed=seed, counter=counter,
+            ),
+        )  # fmt: skip
+
+    moved = 4 * values(batch, pixels) + 8 * batch
+    return OpCase("random_start", shape(batch, pixels), "Linf", torch.float32, moved, moved, calls)
 
 
 def crop_flip(batch: int, pixels: int) -> OpCase:
@@ -395,6 +425,36 @@ def image_conv3x3(
         moved, footprint = moved + 3 * images + weights + map_bytes, footprint + images + map_bytes
     name = f"{batch}x{channels}x{pixels}x{pixels}"
     return OpCase("image_conv3x3", name, "and a step" if step else "forward", dtype, moved, footprint, calls)
+
+
+def sgd_update(channels: int) -> OpCase:
+    """SGD with momentum of sixteen 3x3 convolutions, nearly those of a ResNet-18 with 64 channels.
+
+    channels: of the first four; four each with 2, 4 and 8 times as many follow. Moved: weight and momentum read
+    and written, the gradient read and the copy written, both in bfloat16.
+    """
+    sizes = [(factor * channels, factor * channels, 3, 3) for factor in (1, 2, 4, 8) for _ in range(4)]
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        layout = torch.channels_last
+        weights, gradients, momenta = (
+            [torch.randn(size, generator=generator).to(device, memory_format=layout) for size in sizes]
+            for _ in range(3)
+        )
+        gradients, halves = ([tensor.bfloat16() for tensor in tensors] for tensors in (gradients, weights))
+        given = SgdTensors(weights, gradients, momenta, [*halves])
+        numbers = SgdNumbers(torch.tensor(1e-6, device=device), momentum=0.9, weight_decay=2e-4)
+        return Calls(
+            functools.partial(reference.sgd_update, given, numbers),
+            functools.partial(compiled(reference.sgd_update), given, numbers),
+            functools.partial(kernels.sgd_update, given, numbers),
+        )
+
+    count = sum(map(math.prod, sizes))
+    moved, footprint = (2 * 4 + 2 * 4 + 2 + 2) * count, (4 + 4 + 2 + 2) * count
+    name = f"{len(sizes)}x{channels}"
+    return OpCase("sgd_update", name, "momentum", torch.bfloat16, moved, footprint, calls)
 
 
 def copy(footprint: int, device: torch.device) -> Call:

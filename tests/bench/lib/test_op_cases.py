@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
     (op_cases.distill_loss(128, 10, 1.0, 1.0, torch.bfloat16), 15_360 + 2_048, 17_408),
     # nine arrays; two factors of each sample, too
     (op_cases.distill_loss(128, 10, 1.0, 1.0, name="saad"), 46_080 + 3_072, 49_152),
+    # 393,216 pixels, and an index of each image
+    (op_cases.random_start(128, 32), 1_572_864 + 1_024, 1_572_864 + 1_024),
     # 393,216 pixels of three arrays, one of them written as well
     (op_cases.pgd_update(128, 32), 6_291_456, 4_718_592),
     (op_cases.pgd_update(128, 32, torch.bfloat16), 5_505_024, 3_932_160),
@@ -38,6 +40,8 @@ CPU = torch.device("cpu")
     (op_cases.image_conv3x3(128, 16, 8), 98_304 + 1_728 + 524_288, 98_304 + 1_728 + 524_288),
     (op_cases.image_conv3x3(128, 16, 8, torch.bfloat16, step=True),
      4 * 98_304 + 2 * 1_728 + 2 * 262_144, 2 * 98_304 + 1_728 + 2 * 262_144),
+    # 4 x 9 x (16 + 64 + 256 + 1,024) weights
+    (op_cases.sgd_update(4), 48_960 * 20, 48_960 * 12),
 ])  # fmt: skip
 def test_bytes(case: OpCase, moved: int, footprint: int) -> None:
     assert (case.bytes_moved, case.footprint) == (moved, footprint)
@@ -60,7 +64,7 @@ def test_the_table_has_every_size() -> None:
           for taus in ("1, tau_self 1", "5, tau_self 2")),
         ("distill_loss", "1024x1000", "tau 1, tau_self 1", torch.bfloat16),
         *(("distill_loss", shape, "saad", torch.float32) for shape in ("128x100", "1024x1000")),
-        *(("pgd_update", shape, "Linf", torch.float32) for shape in images),
+        *((op, shape, "Linf", torch.float32) for op in ("random_start", "pgd_update") for shape in images),
         ("pgd_update", "128x3x32x32", "Linf", torch.bfloat16),
         *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
         *(("batch_norm", shape, after, dtype) for shape in ("128x16x8x8", "128x64x32x32", "128x512x4x4")
@@ -70,6 +74,7 @@ def test_the_table_has_every_size() -> None:
           for size in ("16x32x32", "32x16x16", "64x8x8", "64x32x32", "256x8x8", "512x4x4")),
         *(("image_conv3x3", shape, part, dtype) for shape in ("128x16x32x32", "128x64x32x32")
           for part in ("forward", "and a step") for dtype in (torch.float32, torch.bfloat16)),
+        *(("sgd_update", shape, "momentum", torch.bfloat16) for shape in ("16x16", "16x64")),
     }  # fmt: skip
 
 
@@ -84,10 +89,10 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
 
 @pytest.mark.parametrize("case", [
     op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.distill_loss(6, 5, 3.0, 2.0, name="saad"),
-    op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
+    op_cases.random_start(2, 8), op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
     op_cases.batch_norm(2, 8, 4), op_cases.batch_norm(2, 8, 4, residual=True),
     op_cases.batch_sums(3, 4), op_cases.conv3x3(2, 4, 5),
-    op_cases.image_conv3x3(2, 4, 5), op_cases.image_conv3x3(2, 4, 5, step=True),
+    op_cases.image_conv3x3(2, 4, 5), op_cases.image_conv3x3(2, 4, 5, step=True), op_cases.sgd_update(2),
 ], ids=lambda case: f"{case.op} {case.setting}")  # fmt: skip
 def test_the_three_ways_are_the_same_work(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """All end in the reference, with the same tensors and numbers; one of them through torch.compile."""
