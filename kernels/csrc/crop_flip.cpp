@@ -44,12 +44,13 @@ struct View {
 
 View view_of(int64_t sample, const CropArguments& call) {
     if (!call.augment) return {};
-    const Words words = philox(0, static_cast<uint32_t>(sample), call.epoch, AUGMENT, call.seed);
+    uint32_t words[4][1];
+    philox(words, 0, static_cast<uint32_t>(sample), call.epoch, AUGMENT, call.seed);
     const uint64_t offsets = 2 * static_cast<uint64_t>(call.padding) + 1;
     View view;
-    view.top = static_cast<int64_t>(words.values[0] * offsets >> 32) - call.padding;
-    view.left = static_cast<int64_t>(words.values[1] * offsets >> 32) - call.padding;
-    view.flip = call.flip && words.values[2] >> 31;
+    view.top = static_cast<int64_t>(words[0][0] * offsets >> 32) - call.padding;
+    view.left = static_cast<int64_t>(words[1][0] * offsets >> 32) - call.padding;
+    view.flip = call.flip && words[2][0] >> 31;
     return view;
 }
 

@@ -33,12 +33,13 @@ struct View {
 
 __device__ View view_of(int64_t sample, const Augmentation& augmentation) {
     if (!augmentation.enabled) return {};
-    const Words words = philox(0, static_cast<uint32_t>(sample), augmentation.epoch, AUGMENT, augmentation.seed);
+    uint32_t words[4][1];
+    philox(words, 0, static_cast<uint32_t>(sample), augmentation.epoch, AUGMENT, augmentation.seed);
     const uint64_t offsets = 2 * augmentation.padding + 1;
     return {
-        static_cast<int>(words.values[0] * offsets >> 32) - augmentation.padding,
-        static_cast<int>(words.values[1] * offsets >> 32) - augmentation.padding,
-        augmentation.flip && words.values[2] >> 31,
+        static_cast<int>(words[0][0] * offsets >> 32) - augmentation.padding,
+        static_cast<int>(words[1][0] * offsets >> 32) - augmentation.padding,
+        augmentation.flip && words[2][0] >> 31,
     };
 }
 

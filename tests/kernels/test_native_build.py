@@ -28,7 +28,7 @@ LOOPS = [
     for file in (name, *HEADERS)
     if file == name or f'#include "{file}"' in (ROOT / "kernels" / "csrc" / name).read_text()
     if VECTOR in (ROOT / "kernels" / "csrc" / file).read_text()
-]
+] + [("random_start.cpp", "philox.h")]  # which crop_flip.cpp includes too, for one counter at a time
 
 
 def need(*tools: str) -> None:
