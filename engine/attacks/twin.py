@@ -186,10 +186,16 @@ class _Tracer(fx.Tracer):
 
 def traced(network: nn.Module) -> list[fx.Node] | None:
     """The operations of a network in order; None where no tracer sees them, as its way depends on values."""
+    tracer = _Tracer()
     try:
-        return list(_Tracer().trace(network).nodes)
+        return list(tracer.trace(network).nodes)
     except Exception:  # a forward that is not of this package may do anything with what is no tensor
         return None
+    finally:
+        # The tracer and its graph refer to each other: until they are collected it would keep the weights.
+        tracer.root = nn.Module()
+        tracer.submodule_paths = None
+        tracer.tensor_attrs = {}
 
 
 def conv_bn_pairs(network: nn.Module, nodes: list[fx.Node]) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -121,6 +123,22 @@ def test_what_cannot_be_folded_is_run_as_it_is(decides: bool) -> None:
     assert twin.module.get_submodule("norm") is not net.norm
     assert isinstance(twin.module.get_submodule("norm"), nn.BatchNorm2d)
     assert torch.equal(twin(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_tracing_keeps_no_network(decides: bool) -> None:
+    """Its memory is free when the network is gone, and not only after the next garbage collection."""
+    net = Tangled(decides=decides)
+    weight = weakref.ref(net.conv.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        nodes = traced(net)
+        assert (nodes is None) == decides
+        del net
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- how it follows its original
