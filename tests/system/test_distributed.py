@@ -230,7 +230,7 @@ def steps_of_two(world: World, out: str) -> None:
     for name in ("torch", "one message"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(learners, "_is_captured", lambda *given, name=name: name == "one message")
-            patch.setattr(captured_step, "_CAPTURED_AT", 100)  # there is no GPU: op by op
+            patch.setattr(captured_step, "CAPTURED_AT", 100)  # there is no GPU: op by op
             learner = learner_of(world, "iad1", optim={"clip_norm": 0.5})
             part = part_of(images(7), world.rank, world.size)
             for _ in range(3):

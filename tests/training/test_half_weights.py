@@ -271,7 +271,7 @@ def steps_of_two(world: World, out: str) -> None:
     for name in ("torch", "one message"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(learners, "_is_captured", lambda *given, name=name: name == "one message")
-            patch.setattr(captured_step, "_CAPTURED_AT", 100)  # there is no GPU: op by op
+            patch.setattr(captured_step, "CAPTURED_AT", 100)  # there is no GPU: op by op
             one = learner("iad1", halves=True, world=world)
             assert (one.halves is not None) == (name == "one message")
             for batch in batches(3):

@@ -33,6 +33,7 @@ from engine.pipelines import datasets
 from engine.pipelines.splits import Split
 from engine.runs import assemble, format_probe
 from engine.system import precision
+from engine.training.capture.captured_step import CAPTURED_AT
 
 TEXTBOOK = "textbook"
 RANDOM = "random"
@@ -235,12 +236,15 @@ def _compile_all() -> None:
 
 
 def peak_mebibytes(workload: Workload, variant: Variant) -> float:
-    """Peak memory of two steps and the networks: what the process grows by, or what a GPU's allocator gave out."""
+    """Peak memory of the steps until all is captured, and of the networks.
+
+    On a CPU what the process grows by, on a GPU what its allocator gave out at most.
+    """
     torch.optim.SGD([torch.zeros(1)], lr=0.1)  # imports torch's compiler: 150 MiB, which are no variant's
     with variant.conditions():
         metered = memory.Meter(workload.device)
         step = workload.step(variant)
-        for _ in range(2):
+        for _ in range(CAPTURED_AT):
             step()
         return metered.peak()
 

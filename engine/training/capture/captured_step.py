@@ -15,7 +15,8 @@ from engine.pipelines.base import Batch, Mixture
 from engine.system.graphs import CapturedCall, waits_noted
 from engine.training.step import OnDevice, OnOutput, TrainingStep
 
-_CAPTURED_AT = 3  # the batch of a shape in a row
+CAPTURED_AT = 3
+"""The batch of a shape in a row at which a step is captured, from 1."""
 
 
 class _Phase(NamedTuple):
@@ -71,11 +72,11 @@ class CapturedStep:
             op_by_op(batch)
             return
         shape = self._count(self._phase_of(method, epoch, on_output), batch, global_batch_size)
-        if self._graph is None and self._in_a_row == _CAPTURED_AT:
+        if self._graph is None and self._in_a_row == CAPTURED_AT:
             self._capture(differentiate, batch, shape)
         if self._graph is not None and shape == self._shape:
             self._replay(batch)
-        elif self._graph is None and self._in_a_row == _CAPTURED_AT - 1:
+        elif self._graph is None and self._in_a_row == CAPTURED_AT - 1:
             self._watch(op_by_op, batch)
         else:
             op_by_op(batch)
