@@ -207,48 +207,40 @@ def peaks_of_a_process(workload: Workload, variant: str) -> Peaks:
 
 
 def table(method: str, rows: Sequence[StepRow]) -> Table:
-    """Table of a method's rows."""
+    """Table of a method's rows, without the columns that none of them has."""
+    mine = [row for row in rows if row.method == method]
     result = Table(
-        title=f"{method}, {rows[-1].model}, batch of {rows[-1].batch_size}", title_justify="left", box=box.SIMPLE
+        title=f"{method}, {mine[0].model}, batch of {mine[0].batch_size}", title_justify="left", box=box.SIMPLE
     )
-    result.add_column("variant", no_wrap=True)
-    for heading in (
-        "s/step",
-        "10 %",
-        "90 %",
-        "images/s",
-        "x textbook",
-        "x expert",
-        "of expert-fp32",
-        "10 % to 90 %",
-        "GFLOP",
-        "GFLOP/s",
-        "of convolutions",
-        "MiB",
-        "reserved",
-        "nvidia-smi",
-        "of textbook",
-    ):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        if row.method == method:
-            result.add_row(
-                row.variant, f"{row.median_s:.3f}", f"{row.q10_s:.3f}", f"{row.q90_s:.3f}",
-                f"{row.images_per_s:,.1f}", f"{row.speedup:.2f}",
-                *("" if value is None else form.format(value) for form, value in (
-                    ("{:.2f}", row.speedup_over_expert), ("{:.3f}", row.of_expert_fp32),
-                    ("{}", _spread(row)), ("{:,.0f}", row.gflop), ("{:,.0f}", row.gflop_per_s),
-                    ("{:.0%}", row.share_of_convolutions), ("{:,.0f}", row.peak_mib),
-                    ("{:,.0f}", row.reserved_mib), ("{:,.0f}", row.smi_mib),
-                    ("{:.0%}", row.share_of_textbook_memory),
-                )),
-            )  # fmt: skip
+    columns = {
+        "variant": [row.variant for row in mine],
+        "s/step": [f"{row.median_s:.3f}" for row in mine],
+        "10 %": [f"{row.q10_s:.3f}" for row in mine],
+        "90 %": [f"{row.q90_s:.3f}" for row in mine],
+        "images/s": [f"{row.images_per_s:,.1f}" for row in mine],
+        "x textbook": [f"{row.speedup:.2f}" for row in mine],
+        "x expert": [_number("{:.2f}", row.speedup_over_expert) for row in mine],
+        "of expert-fp32": [_number("{:.3f}", row.of_expert_fp32) for row in mine],
+        "from": [_number("{:.3f}", row.q10_of_expert_fp32) for row in mine],
+        "to": [_number("{:.3f}", row.q90_of_expert_fp32) for row in mine],
+        "GFLOP": [_number("{:,.0f}", row.gflop) for row in mine],
+        "GFLOP/s": [_number("{:,.0f}", row.gflop_per_s) for row in mine],
+        "of convolutions": [f"{row.share_of_convolutions:.0%}" for row in mine],
+        "MiB": [_number("{:,.0f}", row.peak_mib) for row in mine],
+        "reserved": [_number("{:,.0f}", row.reserved_mib) for row in mine],
+        "nvidia-smi": [_number("{:,.0f}", row.smi_mib) for row in mine],
+        "of textbook": [_number("{:.0%}", row.share_of_textbook_memory) for row in mine],
+    }
+    shown = {heading: cells for heading, cells in columns.items() if any(cells)}
+    for heading in shown:
+        result.add_column(heading, justify="left" if heading == "variant" else "right")
+    for cells in zip(*shown.values(), strict=True):
+        result.add_row(*cells)
     return result
 
 
-def _spread(row: StepRow) -> str | None:
-    low, high = row.q10_of_expert_fp32, row.q90_of_expert_fp32
-    return None if low is None else f"{low:.3f} to {high:.3f}"
+def _number(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from bench.lib.calls import convolutions
 from bench.lib.calls.convolutions import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Layer, Work
 from bench.lib.machine import Facts
 from bench.lib.memory import Peaks
-from bench.lib.output import csv_rows, targets
+from bench.lib.output import chart, csv_rows, targets
 from bench.lib.output.csv_rows import EpochRow, MeasuredRow, StepRow
 from bench.lib.steps import real_epoch, variants
 from engine import config, methods, models
@@ -197,6 +197,21 @@ def test_without_an_expert_nothing_is_said_of_one() -> None:
         None,
     )
     assert targets.expert_verdict([textbook, amp]).startswith("not measured: the engine over the best expert")
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_memory_that_was_not_measured_is_not_shown(
+    is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr(chart, "_bars", lambda axes, labels, values, *_: shown.append(values))
+    gone: dict[str, Any] = {} if is_measured else {"peak_mib": None, "reserved_mib": None, "smi_mib": None}
+    found = [dataclasses.replace(row, **gone) for row in rows(textbook=(2.0, 2.0, 2.0), amp=(1.0, 1.0, 1.0))]
+    chart.draw_steps(tmp_path / "step.png", found)
+    assert shown == [[1.0, 2.0], [1000.0, 300.0]][: 1 + is_measured]
+    headings = [column.header for column in step.table("iad1", found).columns]
+    assert ("MiB" in headings, "nvidia-smi" in headings) == (is_measured, is_measured)
+    assert "x expert" not in headings
 
 
 @pytest.mark.parametrize(("amp", "word"), [(4.0, "reached"), (4.1, "not reached")])

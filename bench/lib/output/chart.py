@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.lib.calls.op_cases import EAGER
 from bench.lib.output.csv_rows import MeasuredRow, OpRow, PipelineRow, StepRow
+from engine.common.numbers import ceil_div
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,21 +16,25 @@ if TYPE_CHECKING:
 COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
 PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple", "image": "tab:orange"}
 STEP_COLOURS = {"textbook": "tab:gray", "expert": "tab:orange"}
+ACROSS = 3
+"""Panels of ops in a line."""
 TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
 
 
 def draw(path: Path, rows: Sequence[OpRow]) -> None:
-    """Draw a panel for each op, a line of panels for each mode."""
+    """Draw a panel for each op and mode, three to a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    modes, ops = (list(dict.fromkeys(names)) for names in zip(*((row.mode, row.op) for row in rows), strict=True))
-    figure = Figure(figsize=(4.6 * len(ops), 4.8 * len(modes)), layout="constrained")
-    grid = figure.subplots(len(modes), len(ops), squeeze=False)
-    for mode, line in zip(modes, grid, strict=True):
-        for op, axes in zip(ops, line, strict=True):
-            _panel(axes, [row for row in rows if (row.mode, row.op) == (mode, op)])
-            axes.set(title=TITLES[mode].format(op), xlabel="times faster than eager")
+    panels = list(dict.fromkeys((row.mode, row.op) for row in rows))
+    lines = ceil_div(len(panels), ACROSS)
+    figure = Figure(figsize=(4.6 * ACROSS, 4.8 * lines), layout="constrained")
+    grid = figure.subplots(lines, ACROSS, squeeze=False).flatten()
+    for (mode, op), axes in zip(panels, grid, strict=False):
+        _panel(axes, [row for row in rows if (row.mode, row.op) == (mode, op)])
+        axes.set(title=TITLES[mode].format(op), xlabel="times faster than eager")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     first = rows[0]
     figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
@@ -59,25 +64,30 @@ def draw_pipelines(path: Path, rows: Sequence[PipelineRow]) -> None:
 
 
 def draw_steps(path: Path, rows: Sequence[StepRow]) -> None:
-    """Draw for each method a panel of speed-ups over the textbook, and one of peak memory."""
+    """Draw for each method its speed-ups over the textbook, and beside them peak memory where it was measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.method for row in rows))
-    figure = Figure(figsize=(9, 2.8 * len(names)), layout="constrained")
-    for name, (speeds, peaks) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
-        shown = [row for row in rows if row.method == name]
-        labels = [f"{row.variant}\n{row.images_per_s:,.1f} images/s" for row in shown]
-        for axes, values, heading, form in (
-            (speeds, [row.speedup for row in shown], "times the speed of the textbook's step", "%.2f"),
-            (peaks, [row.peak_mib or 0 for row in shown], "peak memory, MiB", "%.0f"),
-        ):
-            colours = [STEP_COLOURS.get(row.variant.partition("-")[0], "tab:blue") for row in shown]
-            _bars(axes, labels, values, colours, form)
-            axes.set_title(f"{name}, {shown[0].model}, batch {shown[0].batch_size}: {heading}", fontsize=8)
+    across = 1 + any(row.peak_mib is not None for row in rows)
+    figure = Figure(figsize=(3 + 3 * across, 2.8 * len(names)), layout="constrained")
+    for name, (speeds, *peaks) in zip(names, figure.subplots(len(names), across, squeeze=False), strict=True):
+        mine = [row for row in rows if row.method == name]
+        _step_panel(speeds, mine, [row.speedup for row in mine], "times the speed of the textbook's step", "%.2f")
+        measured = {row: row.peak_mib for row in mine if row.peak_mib is not None}
+        for axes in peaks:
+            _step_panel(axes, list(measured), list(measured.values()), "peak memory, MiB", "%.0f")
     first = rows[0]
     figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _step_panel(axes: Axes, rows: Sequence[StepRow], values: Sequence[float], heading: str, form: str) -> None:
+    labels = [f"{row.variant}\n{row.images_per_s:,.1f} images/s" for row in rows]
+    _bars(
+        axes, labels, values, [STEP_COLOURS.get(row.variant.partition("-")[0], "tab:blue") for row in rows], form
+    )
+    axes.set_title(f"{rows[0].method}, {rows[0].model}, batch {rows[0].batch_size}: {heading}", fontsize=8)
 
 
 def _hardware(row: MeasuredRow) -> str:
