@@ -19,7 +19,13 @@ _RIGHT, _CASES, _CASE_SAMPLES, _ENTRIES = (tl.constexpr(place) for place in (4, 
 def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:
     """`reference.batch_sums` of a loss, terms and alpha in float32, and logits of at most 32 bits."""
     size = len(batch.labels)
-    classes = max((logits.shape[1] for logits in batch.logits if logits is not None), default=1)
+    given: list[Tensor] = []
+    places = []
+    for logits in batch.logits:
+        places.append(-1 if logits is None else len(given))
+        if logits is not None:
+            given.append(logits)
+    classes = max((logits.shape[1] for logits in given), default=1)
     rows, columns, num_warps = tile(classes)
     with torch.cuda.device_of(sums.totals):
         _batch_sums[(max(triton.cdiv(size, rows), 1),)](
@@ -29,19 +35,16 @@ def batch_sums(sums: BatchSums, batch: MeasuredBatch) -> None:
             batch.step,
             None if batch.alpha is None else (batch.alpha, batch.alpha.stride(0)),
             (batch.labels, batch.labels.stride(0)),
-            tuple([_strided(logits) for logits in batch.logits]),
+            tuple([(logits, logits.shape[1], *logits.stride()) for logits in given]),
             size,
             batch.entries,
             SOURCES=batch.sources,
+            PLACES=tuple(places),
             BLOCK_B=rows,
             BLOCK_C=columns,
             BLOCK=_BLOCK,
             num_warps=num_warps,
         )
-
-
-def _strided(logits: Tensor | None) -> tuple[Tensor | int, ...] | None:
-    return None if logits is None else (logits, logits.shape[1], *logits.stride())
 
 
 # many parameters: pointers, numbers and constants of a kernel
@@ -59,11 +62,15 @@ def _batch_sums(
     size: tl.int32,
     entries: tl.int64,
     SOURCES: tl.constexpr,
+    PLACES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts are added by atomics, in any order: sums of integers below 2^53 are exact in float64."""
+    """Counts are added by atomics, in any order: sums of integers below 2^53 are exact in float64.
+
+    logits: those that there are. PLACES: of each of the measured logits its place among them, -1 for none.
+    """
     is_first = tl.program_id(0) == 0
     place = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside, row = place < size, place.to(tl.int64)
@@ -74,15 +81,15 @@ def _batch_sums(
         _add(after_terms + _ENTRIES, size * entries)
 
     right = ()
-    for k in tl.static_range(len(logits)):
-        if logits[k] is None:
+    for k in tl.static_range(len(PLACES)):
+        if PLACES[k] < 0:
             right = _appended(right, tl.zeros((BLOCK_B,), tl.int1))
         else:
-            right = _appended(right, _right(logits[k], row, label, inside, BLOCK_B, BLOCK_C))
+            right = _appended(right, _right(logits[PLACES[k]], row, label, inside, BLOCK_B, BLOCK_C))
             _count(after_terms + _RIGHT + 2 * k, right[k])
             if is_first:
                 _add(after_terms + _RIGHT + 2 * k + 1, size)
-    if logits[2] is not None and logits[3] is not None:
+    if PLACES[2] >= 0 and PLACES[3] >= 0:
         _count_cases(after_terms + _CASES, right, inside)
         if is_first:
             _add(after_terms + _CASE_SAMPLES, size)

@@ -40,6 +40,7 @@ SHARED = {
     "norm both": ["_statistics", "_apply", "_sums", "_gradient"],
     "norm of a sum both": ["_statistics", "_apply", "_sums", "_gradient"],
     "sums": ["_batch_sums"],
+    "sums of one": ["_batch_sums"],
 }
 KERNELS: dict[str, dict[str, list[str]]] = {
     "triton": {
@@ -140,6 +141,7 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
         ),
         "start": start,
         "sums": adding(loss.detach(), (*logits[:3], None), labels[:8]),
+        "sums of one": adding(loss.detach(), (None, logits[0], None, None), labels[:8]),
         "loss": forward,
         "loss backward": lambda _: torch.autograd.grad(loss, student, scale, retain_graph=True),
         "loss both": lambda number: torch.autograd.grad(*forward(number), scale),
