@@ -18,7 +18,7 @@ from rich.table import Table
 from bench.lib import command, machine
 from bench.lib.memory import Peaks
 from bench.lib.output import csv_rows
-from bench.lib.output.csv_rows import EpochRow
+from bench.lib.output.csv_rows import EpochRow, cell
 from bench.lib.steps import real_epoch
 from bench.lib.steps.variants import TEXTBOOK, VARIANTS, Workload, images_of
 from bench.lib.timing import no_garbage_collection, rotated
@@ -231,7 +231,7 @@ def table(rows: Sequence[EpochRow]) -> Table:
     for row in rows:
         result.add_row(
             row.variant, row.method, f"{row.images:,}", f"{row.epoch_s:,.1f}",
-            *("" if value is None else form.format(value) for form, value in (
+            *(cell(form, value) for form, value in (
                 ("{:,.1f}", row.evaluation_s), ("{:.3f}", row.relative_to_ard), ("{:,.0f}", row.peak_mib),
                 ("{:,.0f}", row.reserved_mib), ("{:,.0f}", row.smi_mib),
             )),

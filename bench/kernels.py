@@ -16,7 +16,7 @@ from bench.lib import command, machine
 from bench.lib.calls import op_cases
 from bench.lib.calls.op_cases import COMPILE, COPY, EAGER, OpCase
 from bench.lib.output import chart, csv_rows, targets
-from bench.lib.output.csv_rows import OpRow
+from bench.lib.output.csv_rows import OpRow, cell
 from bench.lib.timing import Candidate, Clock, CudaClock, HostClock, captured, interleaved, preferring, warm_up
 from engine.kernels import dispatch
 
@@ -130,9 +130,9 @@ def table(op: str, rows: Sequence[OpRow]) -> Table:
             result.add_row(
                 row.shape, row.variant, row.implementation + ("" if row.mode == "call" else f", {row.mode}"),
                 *map(duration, (row.median_s, row.q10_s, row.q90_s)),
-                number(row.speedup_over_eager), number(row.speedup_over_compile),
+                cell("{:.2f}", row.speedup_over_eager), cell("{:.2f}", row.speedup_over_compile),
                 f"{row.gb_per_s:.3g}", f"{row.share_of_copy:.0%}",
-                "" if row.images_per_s is None else f"{row.images_per_s:,.0f}",
+                cell("{:,.0f}", row.images_per_s),
             )  # fmt: skip
     return result
 
@@ -140,11 +140,6 @@ def table(op: str, rows: Sequence[OpRow]) -> Table:
 def duration(seconds: float) -> str:
     """Text of a duration: microseconds below a millisecond."""
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def number(value: float | None) -> str:
-    """Text of a number: two decimals, empty for None."""
-    return "" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

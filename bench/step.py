@@ -20,7 +20,7 @@ from bench.lib.calls import convolutions
 from bench.lib.calls.convolutions import Work
 from bench.lib.memory import Peaks
 from bench.lib.output import chart, csv_rows, targets
-from bench.lib.output.csv_rows import StepRow
+from bench.lib.output.csv_rows import StepRow, cell
 from bench.lib.steps.variants import (
     ON_CPU,
     ON_CUDA,
@@ -219,17 +219,17 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
         "90 %": [f"{row.q90_s:.3f}" for row in mine],
         "images/s": [f"{row.images_per_s:,.1f}" for row in mine],
         "x textbook": [f"{row.speedup:.2f}" for row in mine],
-        "x expert": [_number("{:.2f}", row.speedup_over_expert) for row in mine],
-        "of expert-fp32": [_number("{:.3f}", row.of_expert_fp32) for row in mine],
-        "from": [_number("{:.3f}", row.q10_of_expert_fp32) for row in mine],
-        "to": [_number("{:.3f}", row.q90_of_expert_fp32) for row in mine],
-        "GFLOP": [_number("{:,.0f}", row.gflop) for row in mine],
-        "GFLOP/s": [_number("{:,.0f}", row.gflop_per_s) for row in mine],
+        "x expert": [cell("{:.2f}", row.speedup_over_expert) for row in mine],
+        "of expert-fp32": [cell("{:.3f}", row.of_expert_fp32) for row in mine],
+        "from": [cell("{:.3f}", row.q10_of_expert_fp32) for row in mine],
+        "to": [cell("{:.3f}", row.q90_of_expert_fp32) for row in mine],
+        "GFLOP": [cell("{:,.0f}", row.gflop) for row in mine],
+        "GFLOP/s": [cell("{:,.0f}", row.gflop_per_s) for row in mine],
         "of convolutions": [f"{row.share_of_convolutions:.0%}" for row in mine],
-        "MiB": [_number("{:,.0f}", row.peak_mib) for row in mine],
-        "reserved": [_number("{:,.0f}", row.reserved_mib) for row in mine],
-        "nvidia-smi": [_number("{:,.0f}", row.smi_mib) for row in mine],
-        "of textbook": [_number("{:.0%}", row.share_of_textbook_memory) for row in mine],
+        "MiB": [cell("{:,.0f}", row.peak_mib) for row in mine],
+        "reserved": [cell("{:,.0f}", row.reserved_mib) for row in mine],
+        "nvidia-smi": [cell("{:,.0f}", row.smi_mib) for row in mine],
+        "of textbook": [cell("{:.0%}", row.share_of_textbook_memory) for row in mine],
     }
     shown = {heading: cells for heading, cells in columns.items() if any(cells)}
     for heading in shown:
@@ -237,10 +237,6 @@ def table(method: str, rows: Sequence[StepRow]) -> Table:
     for cells in zip(*shown.values(), strict=True):
         result.add_row(*cells)
     return result
-
-
-def _number(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)
 
 
 if __name__ == "__main__":

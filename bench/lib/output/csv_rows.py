@@ -296,6 +296,11 @@ class PredictedScalingRow:
 Rows = Sequence[MeasuredRow] | Sequence[PredictedRow] | Sequence[PredictedScalingRow]
 
 
+def cell(form: str, value: float | None) -> str:
+    """Text of a row's number in a table, empty where there is none."""
+    return "" if value is None else form.format(value)
+
+
 def rows(
     facts: Facts, case: OpCase, mode: str, samples: Mapping[str, Sequence[float]], cache_bytes: int
 ) -> list[OpRow]:
