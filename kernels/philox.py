@@ -30,6 +30,11 @@ class Stream(enum.IntEnum):
     COLOUR_JITTER = 6
     EXTRA = 7
     DROPOUT = 8
+    APGD_CE = 9
+    APGD_DLR = 10
+    APGD_T = 11
+    SQUARE = 12
+    FAST = 13
 
 
 def random_words(seed: int, stream: Stream, epoch: int | Tensor, sample_B: Tensor, count: int) -> Tensor:
@@ -37,7 +42,7 @@ def random_words(seed: int, stream: Stream, epoch: int | Tensor, sample_B: Tenso
 
     The counter of word 4 j + w of a sample is (j, sample, epoch, stream), and its key the seed.
 
-    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32, or an int64 scalar on the device of sample_B.
+    seed: 0 <= seed < 2**64. epoch: 0 <= epoch < 2**32, or int64 on the device of sample_B: a scalar, or (B, 1).
     sample_B: int64, of which the low 32 bits count.
     Returns int64 of shape (B, count) with values in [0, 2**32), on the device of sample_B.
     """
