@@ -27,11 +27,10 @@ def fab_step(
     """x_adv <- clamp((1 - alpha) (x_adv + eta p) + alpha (x_nat + eta p_nat)), in place, and returned.
 
     p: the shortest way, in the norm of the threat model and in the box [0, 1], from x_adv to the plane
-    {v: difference + <grad, v - x_adv> = 0}, the farthest in the box where it does not reach the plane; p_nat: the same
-    from x_nat. alpha = min(|p| / (|p| + |p_nat|), alpha_max), each norm at least 1e-8. clamp: to [0, 1].
-    A sample whose gradient or difference is not finite stays where it is. In L2 entries of grad below 1e-8 count as
-    zero. Exact up to roundings, at a cost that grows as the number of pixels. Computed in float64, so that grad may have
-    any scale.
+    {v: difference + <grad, v - x_adv> = 0}, or to the corner nearest to it where the box does not reach it; p_nat:
+    the same from x_nat. alpha = min(|p| / (|p| + |p_nat|), alpha_max), each norm at least 1e-8.
+    A sample whose gradient or difference is not finite stays. In L2 entries of grad below 1e-8 count as
+    zero. Exact but for roundings, without sorting; computed in float64, so that grad may have any scale.
 
     x_adv, x_nat: (B, ...) of one floating dtype and any strides, x_adv without overlaps, in [0, 1].
     grad: gradient at x_adv of a difference of two logits. difference_B: (B,), that difference.

@@ -169,11 +169,11 @@ def fab_step(
 
 
 def box_projection(points_BN: Tensor, normal_BN: Tensor, distance_B: Tensor, l2: bool) -> Tensor:
-    """Shortest p with <normal, p> = -distance and points + p in [0, 1], in L2 or L-inf; the farthest where none.
+    """Shortest p with <normal, p> = -distance and points + p in [0, 1], in L2 or L-inf, else to a corner.
 
-    A pixel moves against the normal by min(m s_i, room_i), s_i = |normal_i| in L2 and 1 in L-inf, room_i its way to
-    the border. Newton's method finds the m at which sum |normal_i| min(m s_i, room_i) = |distance|, from below: that
-    function is concave, increasing and piecewise linear.
+    A pixel moves against the normal by min(m s_i, room_i), s_i = |normal_i| in L2 and 1 in L-inf, room_i the way
+    to its border. Newton's method, from below, finds the m with sum |normal_i| min(m s_i, room_i) = |distance|:
+    that sum is concave, increasing and piecewise linear in m.
     """
     towards_BN = torch.where(distance_B < 0, -1.0, 1.0)[:, None] * normal_BN
     weight_BN = normal_BN.abs()

@@ -1,4 +1,4 @@
-"""`fab_step` as one Triton kernel. A program goes over one image, block by block, once for each step of a projection."""
+"""`fab_step` as one Triton kernel. A program reads its image once for each step of a projection."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _fab_step(
         nat_m = _multiplier(grad_ptr, nat_ptr, nat_sign, tl.abs(nat_distance), SIZE, BLOCK, L2)
         norm = _norm(grad_ptr, x_ptr, sign, m, SIZE, BLOCK, L2)
         nat_norm = _norm(grad_ptr, nat_ptr, nat_sign, nat_m, SIZE, BLOCK, L2)
-        alpha = tl.minimum(norm / (norm + nat_norm), alpha_max.to(tl.float64))
+        alpha = tl.minimum(norm / (norm + nat_norm), alpha_max)
         for first in range(0, SIZE, BLOCK):
             offset = first + tl.arange(0, BLOCK)
             inside = offset < SIZE
