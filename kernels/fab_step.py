@@ -35,7 +35,7 @@ def fab_step(
     x_adv, x_nat: (B, ...) of one floating dtype and any strides, x_adv without overlaps, in [0, 1].
     grad: gradient at x_adv of a difference of two logits. difference_B: (B,), that difference.
     Raises ValueError for other shapes, dtypes and devices, and an unknown threat_model.
-    Source: Croce & Hein, arXiv:1907.02044, Section 3 and Algorithm 1.
+    Source: Croce & Hein, arXiv:1907.02044, Algorithm 1.
     """
     l2 = look_up("threat_model", threat_model, IS_L2)
     if not x_adv.shape == x_nat.shape == grad.shape:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.kernels import fab_step
 from tests.gpu.stage import by_implementation, captured, needs_two_devices, no_wait, on_a_busy_stream
-from tests.kernels.fab_cases import FAB_CASES, FabCase, arguments, check_fab_step, uneven
+from tests.kernels.fab_cases import FAB_CASES, FabCase, arguments, check_fab_step, check_many_corners, uneven
 
 pytestmark = by_implementation("fab_step")
 each_norm = pytest.mark.parametrize("threat_model", ["Linf", "L2"])
@@ -28,6 +28,11 @@ def test_images_of_many_blocks(implementation: str, device: str, threat_model: s
     check_fab_step(
         FabCase((4, 3, 224, 224), threat_model, uneven, layout=torch.channels_last), implementation, device
     )
+
+
+@each_norm
+def test_pixels_that_reach_the_border_one_by_one(implementation: str, device: str, threat_model: str) -> None:
+    check_many_corners(threat_model, implementation, device)
 
 
 @each_norm

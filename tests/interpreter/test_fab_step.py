@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.interpreter.device import imitate
-from tests.kernels.fab_cases import ANY_FAB, FAB_CASES, FabCase, check_fab_step, uneven
+from tests.kernels.fab_cases import ANY_FAB, FAB_CASES, FabCase, check_fab_step, check_many_corners, uneven
 
 # numpy's, of entries that are not finite or that a mask then drops
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -41,3 +41,8 @@ def test_any_step(case: FabCase) -> None:
 @pytest.mark.parametrize("threat_model", ["Linf", "L2"])
 def test_images_of_many_blocks(threat_model: str) -> None:
     check_fab_step(FabCase((1, 3, 224, 224), threat_model, uneven, layout=torch.channels_last), "triton")
+
+
+@pytest.mark.parametrize("threat_model", ["Linf", "L2"])
+def test_pixels_that_reach_the_border_one_by_one(threat_model: str) -> None:
+    check_many_corners(threat_model, "triton")

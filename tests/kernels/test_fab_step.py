@@ -22,6 +22,7 @@ from tests.kernels.fab_cases import (
     FabCase,
     arguments,
     check_fab_step,
+    check_many_corners,
     exact_step,
     projection,
     uneven,
@@ -153,16 +154,15 @@ def test_an_linf_projection_is_as_short_as_a_linear_program_finds(given: Planes)
 
 
 @by_norm
-def test_newtons_method_ends_where_pixels_reach_the_border_one_by_one(threat_model: str) -> None:
-    """Rooms and weights over many decades, at every distance: the steps that there are suffice."""
-    size = 400
-    room = torch.logspace(0, -12, size, dtype=torch.float64)
-    normals = torch.logspace(-7, 5, size, dtype=torch.float64)
-    points, normals = room.expand(60, -1), normals.expand(60, -1)
-    distance = torch.logspace(-14, 3, 60, dtype=torch.float64)
-    ways = reference.box_projection(points, normals, distance, threat_model == "L2")
-    farthest = (points * normals).sum(dim=1)
-    torch.testing.assert_close(-(ways * normals).sum(dim=1), distance.minimum(farthest), rtol=1e-9, atol=0)
+def test_the_steps_that_there_are_suffice(threat_model: str) -> None:
+    """Rooms over 100 decades, weights over 90: 30 steps in L-inf, 48 in L2."""
+    size, rows = 3000, 12
+    points, normals = (torch.logspace(0, last, size, dtype=torch.float64).expand(rows, -1) for last in (-100, 90))
+    farthest_B = (points * normals).sum(dim=1)
+    distance_B = torch.logspace(-4, 1, rows, dtype=torch.float64) * farthest_B
+    ways = reference.box_projection(points, normals, distance_B, threat_model == "L2")
+    reached_B = -(ways * normals).sum(dim=1)
+    torch.testing.assert_close(reached_B, distance_B.minimum(farthest_B), rtol=1e-12, atol=0)
 
 
 def test_an_l2_projection_whose_plane_touches_the_box_is_its_corner() -> None:
@@ -196,6 +196,11 @@ def test_a_step_equals_numpy_image_by_image(implementation: str, case: FabCase) 
 @given(case=ANY_FAB)
 def test_any_step(implementation: str, case: FabCase) -> None:
     check_fab_step(case, implementation)
+
+
+@by_norm
+def test_a_step_whose_pixels_reach_the_border_one_by_one(implementation: str, threat_model: str) -> None:
+    check_many_corners(threat_model, implementation)
 
 
 @by_norm

@@ -97,7 +97,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
         *(random_start(*size) for size in images),
         *(pgd_update(*size) for size in images),
         pgd_update(BATCH, 32, torch.bfloat16),
-        *(fab_step(EVALUATED, pixels, norm) for pixels in PIXELS for norm in IS_L2),
+        *(fab_step(EVALUATED, 32, norm) for norm in IS_L2),  # one size: its steps take minutes to compile
         *(crop_flip(*size) for size in images),
         *(
             batch_norm(*size, dtype, residual=residual)
