@@ -121,7 +121,8 @@ def _tiles(seed: int, sample_B: Tensor, x_nat: Tensor, epsilon: float) -> Tensor
     turned_BHW = signs_BCT[:, 0, tile_HW] > 0
     shape_BHW = torch.where(turned_BHW, both_2HW[1], both_2HW[0])
     delta = shape_BHW[:, None] * signs_BCT[:, 1:, tile_HW]
-    return _on_sphere(x_nat, delta.contiguous(memory_format=torch.channels_last), epsilon)
+    delta = delta.contiguous(memory_format=torch.channels_last)
+    return _moved(x_nat, delta, _to_length(delta, epsilon))
 
 
 def _two_windows(state: SquareState, window: Window, epsilon: float) -> Tensor:
@@ -140,10 +141,12 @@ def _two_windows(state: SquareState, window: Window, epsilon: float) -> Tensor:
     unused = (epsilon**2 - squared.sum(dim=(1, 2, 3), keepdim=True)).clamp_(min=0)
     length = (unused / channels + (squared * (first | second)).sum(dim=(2, 3), keepdim=True)).sqrt_()
     old = delta * first
-    fresh = torch.addcmul(old / (_plane_norms(old) + _TINY), signs.to(dtype), _placed(state, window) * first)
+    old *= 1 / (_plane_norms(old) + _TINY)
+    fresh = old.addcmul_(signs.to(dtype), _placed(state, window) * first)
     fresh *= length / (_plane_norms(fresh) + _TINY)
     delta = delta.masked_fill_(first | second, 0).add_(fresh)
-    return torch.where(per_image(window.size_B > 0), _on_sphere(state.x_nat, delta, epsilon), state.x_best)
+    factor = torch.where(per_image(window.size_B > 0), _to_length(delta, epsilon), 1.0)
+    return _moved(state.x_nat, delta, factor)
 
 
 def _placed(state: SquareState, window: Window) -> Tensor:
@@ -170,9 +173,13 @@ def _plane_norms(images: Tensor) -> Tensor:
     return values
 
 
-def _on_sphere(x_nat: Tensor, delta: Tensor, epsilon: float) -> Tensor:
-    """A perturbation of length epsilon in this direction, then into [0, 1]."""
-    return (x_nat + delta / (norms(delta) + _TINY) * epsilon).clamp_(0, 1)
+def _to_length(delta: Tensor, epsilon: float) -> Tensor:
+    """Factor of each image that makes the length of a perturbation epsilon, (B, 1, 1, 1)."""
+    return epsilon / (norms(delta) + _TINY)
+
+
+def _moved(x_nat: Tensor, delta: Tensor, factor: Tensor) -> Tensor:
+    return torch.addcmul(x_nat, delta, factor).clamp_(0, 1)
 
 
 # By threat model.
