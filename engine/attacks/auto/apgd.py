@@ -173,7 +173,8 @@ def _uniform(seed: int, stream: Stream, rank_B1: Tensor, sample_B: Tensor, count
 def _direction(seed: int, stream: Stream, rank_B1: Tensor, sample_B: Tensor, count: int) -> Tensor:
     """A uniform direction."""
     noise_BN = normal(seed, stream, rank_B1, sample_B, count)
-    return noise_BN / (torch.linalg.vector_norm(noise_BN, dim=1, keepdim=True) + _TINY)
+    length_B1: Tensor = torch.linalg.vector_norm(noise_BN, dim=1, keepdim=True)
+    return noise_BN / (length_B1 + _TINY)
 
 
 def _into_box(images: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:

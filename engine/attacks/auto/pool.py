@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engine.attacks.auto.search import Found, Passes, S, Search, Start, put, taken
 
-FEWEST_SLOTS = 16
-"""A batch of fewer images may be computed by other algorithms, whose last bits differ; the slots are filled up."""
+FEWEST_SLOTS = 64
+"""A smaller batch may be computed by other algorithms, whose last bits differ: slots are filled up to so many."""
 _SHRINK = 0.75  # the images are moved together where they fill no more of the slots
 _STEPS_BETWEEN_LOOKS = {"cpu": 1}  # on other devices the host waits for the hits
 _USUAL_STEPS = 16

@@ -65,7 +65,8 @@ class AutoAttack:
     ) -> None:
         parameter = next(network.parameters(), torch.empty(0))
         self._network = network
-        self._attacked = prepared(network, Precision(parameter.device, parameter.dtype))
+        on_cpu = parameter.device.type == "cpu"
+        self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
         self._targets = count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
         self.flags = 0
@@ -144,7 +145,7 @@ def inside(x_adv: Tensor, x_nat: Tensor, ball: Ball) -> Tensor:
 def outside(x_adv: Tensor, x_nat: Tensor, ball: Ball) -> Tensor:
     """True for images that are not in the ball or not in [0, 1], computed in float64. NaN is outside."""
     away_BN = (x_adv.double() - x_nat.double()).flatten(1)
-    length_B = torch.linalg.vector_norm(away_BN, NORMS[ball.threat_model].order, dim=1)
+    length_B: Tensor = torch.linalg.vector_norm(away_BN, NORMS[ball.threat_model].order, dim=1)
     in_range_B = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
     return ~((length_B <= ball.epsilon) & in_range_B)
 
@@ -180,17 +181,19 @@ _SEARCHES: dict[str, Callable[[Logits, Ball, int], Search[Any]]] = {
 def _gradients_noted() -> Iterator[list[str]]:
     """A list that is not empty once torch was asked for gradients inside."""
     noted: list[str] = []
-    kept = (torch.autograd.grad, torch.autograd.backward)
+    kept: list[tuple[str, Any]] = [(name, getattr(torch.autograd, name)) for name in ("grad", "backward")]
 
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(name: str, function: Any) -> Any:
         def call(*given: Any, **named: Any) -> Any:
-            noted.append(function.__name__)
+            noted.append(name)
             return function(*given, **named)
 
         return call
 
-    torch.autograd.grad, torch.autograd.backward = map(noting, kept)  # type: ignore[assignment]
+    for name, function in kept:
+        setattr(torch.autograd, name, noting(name, function))
     try:
         yield noted
     finally:
-        torch.autograd.grad, torch.autograd.backward = kept  # type: ignore[assignment]
+        for name, function in kept:
+            setattr(torch.autograd, name, function)
