@@ -78,8 +78,10 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "attacks on images",
         (
             ("parts", "pgd"),
-            ("autoattack", "masking", "overfitting", "twin"),
-            ("adversary", "evaluated", "kinds"),
+            ("autoattack", "masking", "overfitting", "twin", "auto", "auto.losses", "auto.search", "auto.windows"),
+            ("adversary", "evaluated", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
+            ("auto.standard",),
+            ("kinds",),
             ("table",),
         ),
     ),
@@ -102,7 +104,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "accuracy under attacks",
         (
             ("dataset_items", "partial_results", "reports", "results", "intervals"),
-            ("arguments", "batches"),
+            ("arguments", "batches", "whole_set"),
             ("measure", "candidates", "robustbench"),
             ("candidate_plots", "pseudo_labels"),
             ("evaluate_checkpoint",),
