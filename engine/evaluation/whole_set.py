@@ -80,7 +80,7 @@ class _Note(NamedTuple):
 
 
 class _Table:
-    """What is known of all images under all parts. seconds, flags: of this process."""
+    """Results of all images under all parts, as far as they are known. seconds, flags: of this process."""
 
     def __init__(self, parts: Sequence[str], count: int) -> None:
         self._status_PN = torch.full((len(parts), count), _WAITS, dtype=torch.int8)

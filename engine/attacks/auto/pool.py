@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an attack found for an image. x_adv: CHW, that of the lowest rank that broke it; None: it stood.
+    """Result of an attack on an image. x_adv: CHW, that of the lowest rank that broke it; None: it stood.
 
     passes: that were needed: of the ranks up to that one.
     """

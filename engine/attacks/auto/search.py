@@ -1,4 +1,4 @@
-"""What an attack of AutoAttack is: a state of some images, and one step of all of them.
+"""Attacks of AutoAttack, each as a state of some images and one step of all of them.
 
 Every image of a state is at a step of its own, and what is random of it depends on the seed, the attack and its
 sample alone. So images may come, go and change places at any time, and each goes the way it would go alone.
@@ -40,7 +40,7 @@ class Start(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a step has seen. hit: the attack's aim is reached by x. x: images that were looked at, BCHW.
+    """Result of one step of each image. hit: the attack's aim is reached by x. x: images that were looked at, BCHW.
 
     finite: the logits are.
     """

@@ -40,7 +40,7 @@ class Window(NamedTuple):
 
 
 def level(step: int) -> int:
-    """How often the share of the image has halved before a step. step: from 1 on."""
+    """Times that the share of the image has halved before a step. step: from 1 on."""
     return sum(step > last for last in _LAST_STEPS)
 
 
@@ -99,7 +99,7 @@ def at_step(windows_BKN: Tensor, step_B: Tensor) -> Window:
 
 
 def inside(first_B: Tensor, size_B: Tensor, length: int) -> Tensor:
-    """Which of `length` rows a window covers, (B, length)."""
+    """True for those of `length` rows that a window covers, (B, length)."""
     offset_BH = torch.arange(length, device=first_B.device) - first_B[:, None]
     return (offset_BH >= 0) & (offset_BH < size_B[:, None])
 
