@@ -86,10 +86,11 @@ def evaluate(
     precision: of the network passes, as in a training's; None: the dtype of the parameters, float32 or float64,
     without autocast and TF32.
 
-    Runs in eval mode, with BatchNorm folded into convolutions as `prepared` does it; a function gets the model
-    itself. Every mode and flag and the global random state come back. A random start depends on the seed, the
-    attack and the sample's index in data alone, so neither on the batch nor on the limit. AutoAttack, its parts
-    and functions draw their numbers batch by batch.
+    Runs in eval mode. Attacks differentiate the model in the form of `prepared`, on a CPU with Winograd's
+    convolutions. The model itself classifies, unless a precision is given, and a function gets it too. Every mode
+    and flag and the global random state come back. A random start depends on the seed, the attack and the sample's
+    index in data alone, so neither on the batch nor on the limit; so does AutoAttack. Its package and functions
+    draw their numbers batch by batch.
 
     Raises ValueError for bad arguments, bad data, unknown attacks, and attacks that are not installed or not
     defined for the model's classes; FloatingPointError where logits are not finite; RunFailed where an attack
@@ -114,12 +115,14 @@ def evaluate(
         size, num_classes = size_of_batch(batch_size, *first.shape[2:]), count_classes(model, first, labels_N)
         task = Task(model, num_classes, ball, seed, _class_names(data), world.heartbeat)
         # All attacks are made, and refused, before the first batch.
-        as_run = task._replace(model=prepared(model, precision or Precision(where, dtype)))
+        at = precision or Precision(where, dtype, winograd=where.type == "cpu")
+        as_run = task._replace(model=prepared(model, at))
+        classifier = model if precision is None else as_run.model
         about = f"{len(sample_N)} images, batch {size}"
         wanted = [
             _made_for_set(attack, task, about)
             if isinstance(attack, AutoAttackPart)
-            else _made(attack, as_run if attack.takes_any_form else task, about)
+            else _made(attack, as_run if attack.takes_any_form else task, classifier, about)
             for attack in chosen
         ]
         whole = SetRunner(batch, on_batch, runner.stop, world, partial)
@@ -135,14 +138,14 @@ def _class_names(data: Data) -> tuple[str, ...] | None:
     return tuple(getattr(data, "class_names", ())) or None
 
 
-def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
-    """The attack on the model. Raises ValueError where it cannot be made."""
+def _made(attack: EvaluationAttack, task: Task, classifier: nn.Module, size: str) -> Attack:
+    """The attack on the model of the task, whose images the classifier gets. Raises ValueError where it has none."""
     table.check_defined(attack, task.num_classes, task.ball[1])
     return Attack(
         attack.name,
         attack.describe(task, size),
         attack.make(task),
-        task.model,
+        classifier,
         attack.crafts_on(task),
         attack.parts(task.num_classes),
         attack.takes_whole_batches,

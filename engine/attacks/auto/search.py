@@ -40,9 +40,9 @@ class Start(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Result of one step of each image. hit: the attack's aim is reached by x. x: images that were looked at, BCHW.
+    """Result of one step of each image. x: images that were looked at, BCHW.
 
-    finite: the logits are.
+    hit: the attack's aim is reached by x. finite: the logits are.
     """
 
     hit_B: Tensor
