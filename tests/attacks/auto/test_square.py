@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -227,6 +227,8 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
     epsilon=st.sampled_from([0.0, 0.03, 0.5, 2.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(threat_model="L2", shape=(1, 10, 1), epsilon=0.5, dtype=torch.float32)
+@example(threat_model="L2", shape=(3, 1, 1), epsilon=0.5, dtype=torch.float64)
 def test_every_image_stays_in_the_ball(
     threat_model: str, shape: tuple[int, int, int], epsilon: float, dtype: torch.dtype
 ) -> None:
