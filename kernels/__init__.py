@@ -12,6 +12,7 @@ from engine.kernels.contract import (
 )
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
+from engine.kernels.fab_step import fab_step
 from engine.kernels.layers.batch_norm import batch_norm
 from engine.kernels.layers.conv3x3 import conv3x3
 from engine.kernels.layers.image_conv3x3 import image_conv3x3, image_conv3x3_update
@@ -36,6 +37,7 @@ __all__ = [
     "count_cases",
     "crop_flip",
     "distill_loss",
+    "fab_step",
     "histogram",
     "image_conv3x3",
     "image_conv3x3_update",

@@ -26,6 +26,7 @@ SERVED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "distill_loss": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "random_start": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "pgd_update": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "fab_step": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "crop_flip": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "conv3x3": {"cpu": ("native", "reference")},  # for CUDA cuDNN has its own
     "image_conv3x3": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},

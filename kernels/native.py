@@ -27,7 +27,7 @@ from engine.kernels.contract import (
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 7  # of csrc/library.cpp
+_INTERFACE = 8  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 _MOST_CHANNELS_AT_ONCE = 32  # PANEL of csrc/conv3x3.cpp, of the widest set of instructions
@@ -39,6 +39,7 @@ _CONV = struct.Struct("2P4qq3P5q2q")  # ConvArguments of csrc/cpu.h
 _LOSS, _VIEW = "5q2d2Pq2Pq4P", "P3qP"
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
+_FAB: list[Any] = [*[c_void_p] * 4, c_int64, c_int64, c_int, c_double, c_double]
 _CROP: list[Any] = [*[c_void_p] * 6, c_int64, c_int64, *[c_int] * 3, c_uint64, c_uint32, *[c_int] * 3]
 _NORM: list[Any] = [*[c_void_p] * 8, c_int, c_int64, c_int64, c_double, c_double, c_int]
 _NORM_BACKWARD: list[Any] = [*[c_void_p] * 9, c_int, c_int64, c_int64, c_int]
@@ -79,6 +80,7 @@ def _library() -> ctypes.CDLL:
     library.engine_instruction_set.restype = c_char_p
     library.engine_cpu_distill_loss.argtypes = [c_char_p]
     library.engine_cpu_pgd_update.argtypes = _UPDATE
+    library.engine_cpu_fab_step.argtypes = _FAB
     library.engine_cpu_crop_flip.argtypes = _CROP
     library.engine_cpu_random_start.argtypes = _START
     library.engine_cpu_conv3x3.argtypes = [c_char_p]
@@ -201,6 +203,15 @@ def pgd_update(
         step_size,
         _pointer(counts),
     )
+
+
+def fab_step(
+    x_adv: Tensor, x_nat: Tensor, grad: Tensor, difference_B: Tensor, l2: bool, alpha_max: float, eta: float
+) -> None:
+    """`reference.fab_step` of dense tensors of one layout on a CPU, all in float32."""
+    batch = x_adv.shape[0]
+    pointers = map(_pointer, (x_adv, x_nat, grad, difference_B))
+    _call("fab_step", x_adv.device, *pointers, batch, x_adv.numel() // max(batch, 1), l2, alpha_max, eta)
 
 
 # many parameters: those of the op, in one order for all implementations

@@ -138,6 +138,64 @@ def pgd_update(
     x_adv.copy_(torch.clamp(x_nat + delta * (epsilon / _norm(delta).clamp_min(tiny)).clamp_max(1), 0, 1))
 
 
+NEWTON_STEPS = 50
+"""Most steps of a projection: each leaves at most a quarter of what is missing times the slope."""
+LEAST_NORM = 1e-8
+"""Norm of a projection, at least: of two that do not move at all each has the same share."""
+NO_WEIGHT = 1e-8
+"""Weights below it do not move a pixel in L2, as in the published implementation of FAB."""
+
+
+def fab_step(
+    x_adv: Tensor, x_nat: Tensor, grad: Tensor, difference_B: Tensor, l2: bool, alpha_max: float, eta: float
+) -> None:
+    """`engine.kernels.fab_step`, into x_adv, computed in float64."""
+    if not x_adv.numel():
+        return
+    x_BN, nat_BN, w_BN = (given.flatten(1).double() for given in (x_adv, x_nat, grad))
+    distance_B = difference_B.double()
+    nat_distance_B = distance_B + (w_BN * (nat_BN - x_BN)).sum(dim=1)
+    p_BN = box_projection(x_BN, w_BN, distance_B, l2)
+    nat_p_BN = box_projection(nat_BN, w_BN, nat_distance_B, l2)
+    order = 2.0 if l2 else torch.inf
+    norm_B1, nat_norm_B1 = (
+        torch.linalg.vector_norm(p, order, dim=1, keepdim=True).clamp_min(LEAST_NORM) for p in (p_BN, nat_p_BN)
+    )
+    alpha_B1 = (norm_B1 / (norm_B1 + nat_norm_B1)).clamp_max(alpha_max)
+    moved_BN = (1 - alpha_B1) * (x_BN + eta * p_BN) + alpha_B1 * (nat_BN + eta * nat_p_BN)
+    # Not finite where the gradient, the difference or an image is not.
+    is_finite_B1 = nat_distance_B.isfinite()[:, None]
+    x_adv.copy_(torch.where(is_finite_B1, moved_BN.clamp(0, 1), x_BN).view(x_adv.shape))
+
+
+def box_projection(points_BN: Tensor, normal_BN: Tensor, distance_B: Tensor, l2: bool) -> Tensor:
+    """Shortest p with <normal, p> = -distance and points + p in [0, 1], in L2 or L-inf, else to a corner.
+
+    A pixel moves against the normal by min(m s_i, room_i), s_i = |normal_i| in L2 and 1 in L-inf, room_i the way
+    to its border. Newton's method, from below, finds the m with sum |normal_i| min(m s_i, room_i) = |distance|:
+    that sum is concave, increasing and piecewise linear in m.
+    """
+    towards_BN = torch.where(distance_B < 0, -1.0, 1.0)[:, None] * normal_BN
+    weight_BN = normal_BN.abs()
+    if l2:
+        weight_BN = torch.where(weight_BN < NO_WEIGHT, 0.0, weight_BN)
+    speed_BN = weight_BN if l2 else (weight_BN > 0).to(weight_BN.dtype)
+    room_BN = torch.where(towards_BN > 0, points_BN, 1 - points_BN)
+    slope_BN, whole_BN, wanted_B1 = weight_BN * speed_BN, weight_BN * room_BN, distance_B.abs()[:, None]
+    # A host that reads memory of its own does not wait; elsewhere, and in a graph, all steps are taken.
+    stops = points_BN.device.type == "cpu" and not torch.compiler.is_compiling()
+    m_B1 = torch.zeros_like(wanted_B1)
+    for _ in range(NEWTON_STEPS):
+        is_full_BN = m_B1 * speed_BN >= room_BN
+        slope_B1 = slope_BN.masked_fill(is_full_BN, 0).sum(dim=1, keepdim=True)
+        missing_B1 = wanted_B1 - whole_BN.masked_fill(~is_full_BN, 0).sum(dim=1, keepdim=True)
+        next_B1 = torch.where(slope_B1 > 0, missing_B1 / slope_B1, 0).clamp_max(torch.finfo(m_B1.dtype).max)
+        if stops and not (next_B1 > m_B1).any():
+            break
+        m_B1 = torch.maximum(m_B1, next_B1)
+    return -towards_BN.sign() * torch.minimum(m_B1 * speed_BN, room_BN) * (weight_BN > 0)
+
+
 def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, counter: int | Tensor) -> None:
     """`engine.kernels.random_start` of the kind "uniform" in an L-inf ball, into `noise`.
 

@@ -21,6 +21,8 @@ from engine.attacks.pgd import NORMS
 from engine.common import optional
 
 NO_ATTACK = "natural"
+WHOLE, PACKAGE = "aa", ":package"
+"""Name of the whole, and what follows an attack's name where the package is to run it."""
 AA_PARTS = (NO_ATTACK, "apgd-ce", "apgd-t", "fab-t", "square")
 """No attack, and those of version "standard", in the order in which an image has to stand them."""
 

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.attacks.auto.search import Ball
+from engine.attacks.auto.standard import AutoAttack, Batch
 from engine.attacks.autoattack import (
     AA_PARTS,
     NO_ATTACK,
+    PACKAGE,
     PARTS,
+    WHOLE,
     Outcome,
     PackagedAttack,
     defined_parts,
@@ -166,8 +170,8 @@ class Preset(EvaluationAttack):
         )
 
 
-class Packaged(EvaluationAttack):
-    """One of `autoattack.PARTS`, on the images that are classified correctly."""
+class AutoAttackPart(EvaluationAttack):
+    """One of `autoattack.PARTS`, on the images that are classified correctly. It depends on no batch."""
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return describe_part(self.name, num_classes, ball[1], ball[0])
@@ -176,15 +180,95 @@ class Packaged(EvaluationAttack):
         return (NO_ATTACK, self.name)
 
     def describe(self, task: Task, size: str) -> str:
+        return f"{self.numbers(task.num_classes, task.ball)}, {size}, seed {task.seed}"
+
+    def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
+        return _version(self.parts(task.num_classes), task.ball) | {"implementation": "engine"}
+
+    def on(self, task: Task) -> AutoAttack:
+        """Its attacks on the network."""
+        epsilon, threat_model = task.ball
+        ball = Ball(threat_model, epsilon)
+        return AutoAttack(task.model, task.num_classes, ball, seed=task.seed, heartbeat=task.heartbeat)
+
+    def make(self, task: Task) -> Perturb:
+        attack, parts = self.on(task), self.parts(task.num_classes)
+        return lambda x_nat, labels_B, sample_B: _attacked(attack, parts, Images(x_nat, labels_B, sample_B))
+
+
+class WholeAutoAttack(AutoAttackPart):
+    """Version "standard"; for few classes those of its parts that are defined, and named so."""
+
+    def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
+        return describe_autoattack(num_classes, ball[1], ball[0])
+
+    def parts(self, num_classes: int) -> tuple[str, ...]:
+        return defined_parts(num_classes)
+
+    def title_of(self, parts: Collection[str]) -> str:
+        without = ", ".join(PARTS[part].title for part in AA_PARTS[1:] if part not in parts)
+        return f"{self.title} without {without}" if without else self.title
+
+
+class Images(NamedTuple):
+    """Images BCHW, labels, and indices in the data."""
+
+    x_nat: Tensor
+    labels_B: Tensor
+    sample_B: Tensor
+
+
+def _attacked(attack: AutoAttack, parts: tuple[str, ...], images: Images) -> Outcome:
+    """One batch after all parts."""
+    x_nat, labels_B, sample_B = images
+    look = attack.look(x_nat, labels_B)
+    attack.check(x_nat)
+    x_adv = x_nat.clone()
+    survived_B = look.correct_B.to(torch.int8)
+
+    def batch(rows: Sequence[int]) -> Batch:
+        rows_R = torch.tensor(rows, device=x_nat.device)
+        return Batch(x_nat[rows_R], labels_B[rows_R], sample_B[rows_R], look.targets_BT[rows_R])
+
+    for number, part in enumerate(parts[1:], 1):
+        left = (survived_B == number).nonzero().flatten().tolist()
+        for found in attack.run(part, left, batch, len(x_nat)):
+            if found.x_adv is None:
+                survived_B[found.image] += 1
+            else:
+                x_adv[found.image] = found.x_adv
+    return Outcome(x_adv, survived_B, attack.flags)
+
+
+def _version(parts: tuple[str, ...], ball: tuple[float, str]) -> dict[str, Any]:
+    """Ball and version, with its parts where it is not the whole."""
+    own = {"threat_model": ball[1], "epsilon": ball[0], "version": "standard"}
+    return own if parts == AA_PARTS else own | {"parts": list(parts)}
+
+
+class Packaged(EvaluationAttack):
+    """An attack by AutoAttack's package, batch by batch."""
+
+    @property
+    def inner(self) -> str:
+        """Its name without that it is the package's."""
+        return self.name.removesuffix(PACKAGE)
+
+    def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
+        if self.inner == WHOLE:
+            return describe_autoattack(num_classes, ball[1], ball[0])
+        return describe_part(self.inner, num_classes, ball[1], ball[0])
+
+    def parts(self, num_classes: int) -> tuple[str, ...]:
+        return defined_parts(num_classes) if self.inner == WHOLE else (NO_ATTACK, self.inner)
+
+    def describe(self, task: Task, size: str) -> str:
         package, version = package_version()
         return f"{self.numbers(task.num_classes, task.ball)}, {package} {version}, {size}, seed {task.seed}"
 
     def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
-        epsilon, threat_model = task.ball
         package, version = package_version()
-        own = {"threat_model": threat_model, "epsilon": epsilon, "version": "standard"}
-        if (parts := self.parts(task.num_classes)) != AA_PARTS:
-            own["parts"] = list(parts)
+        own = _version(self.parts(task.num_classes), task.ball)
         return own | {"batch_size": batch_size, package: version}
 
     def make(self, task: Task) -> Perturb:
@@ -201,20 +285,6 @@ class Packaged(EvaluationAttack):
 
     def check_installed(self) -> None:
         installed(self.name)
-
-
-class WholeAutoAttack(Packaged):
-    """Version "standard"; for few classes those of its parts that are defined, and named so."""
-
-    def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
-        return describe_autoattack(num_classes, ball[1], ball[0])
-
-    def parts(self, num_classes: int) -> tuple[str, ...]:
-        return defined_parts(num_classes)
-
-    def title_of(self, parts: Collection[str]) -> str:
-        without = ", ".join(PARTS[part].title for part in AA_PARTS[1:] if part not in parts)
-        return f"{self.title} without {without}" if without else self.title
 
 
 @dataclass(frozen=True, eq=False)

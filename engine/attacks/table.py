@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine.attacks.autoattack import NO_ATTACK, PARTS
+from engine.attacks.autoattack import NO_ATTACK, PACKAGE, PARTS, WHOLE
 from engine.attacks.kinds import (
     AttackFunction,
+    AutoAttackPart,
     ByFunction,
     EvaluationAttack,
     NoAttack,
@@ -46,8 +47,9 @@ ATTACKS: dict[str, EvaluationAttack] = {
     for attack in (
         NoAttack(NO_ATTACK, "Natural", "", least_classes=1),
         *map(_preset, PRESETS),
-        *(Packaged(name, part.title, part.source, part.least_classes) for name, part in PARTS.items()),
-        WholeAutoAttack("aa", "AA", "Croce and Hein (2020)"),
+        *(AutoAttackPart(name, part.title, part.source, part.least_classes) for name, part in PARTS.items()),
+        WholeAutoAttack(WHOLE, "AA", "Croce and Hein (2020)"),
+        Packaged(WHOLE + PACKAGE, "AA (package)", "Croce and Hein (2020)"),
     )
 }
 """The built-in attacks that have one name."""
@@ -203,7 +205,7 @@ def _transferred(name: str) -> Transferred:
     if not place:
         raise ValueError(f"attack: {name!r} names no checkpoint; expected {' or '.join(_TRANSFERS)}")
     inner = find(inner_name)
-    if isinstance(inner, Transferred | NoAttack | WholeAutoAttack):
+    if isinstance(inner, Transferred | NoAttack | WholeAutoAttack | Packaged):
         raise ValueError(f"attack: {name!r}: {inner_name} crafts nothing that is transferred; take e.g. pgd20")
     return Transferred(
         name,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.attacks import table
 from engine.attacks.evaluated import prepared
-from engine.attacks.kinds import AttackFunction, EvaluationAttack, Task
+from engine.attacks.kinds import AttackFunction, AutoAttackPart, EvaluationAttack, Task
 from engine.attacks.pgd import batch_norm_mode, frozen, presets
 from engine.common.stopping import Stop
 from engine.evaluation.arguments import (
@@ -28,6 +28,7 @@ from engine.evaluation.arguments import (
 from engine.evaluation.batches import Attack, BatchRunner, batch_of, size_of_batch
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance
+from engine.evaluation.whole_set import SetAttack, SetRunner
 from engine.pipelines.splits import limited
 from engine.system.distributed import World
 from engine.system.precision import Precision, full_precision
@@ -115,8 +116,19 @@ def evaluate(
         # All attacks are made, and refused, before the first batch.
         as_run = task._replace(model=prepared(model, precision or Precision(where, dtype)))
         about = f"{len(sample_N)} images, batch {size}"
-        wanted = [_made(attack, as_run if attack.takes_any_form else task, about) for attack in chosen]
-        return {attack.name: runner.result(attack, sample_N, size) for attack in wanted}
+        wanted = [
+            _made_for_set(attack, task, about)
+            if isinstance(attack, AutoAttackPart)
+            else _made(attack, as_run if attack.takes_any_form else task, about)
+            for attack in chosen
+        ]
+        whole = SetRunner(batch, on_batch, runner.stop, world, partial)
+        return {
+            attack.name: whole.result(attack, sample_N, size)
+            if isinstance(attack, SetAttack)
+            else runner.result(attack, sample_N, size)
+            for attack in wanted
+        }
 
 
 def _class_names(data: Data) -> tuple[str, ...] | None:
@@ -135,6 +147,12 @@ def _made(attack: EvaluationAttack, task: Task, size: str) -> Attack:
         attack.parts(task.num_classes),
         attack.takes_whole_batches,
     )
+
+
+def _made_for_set(attack: AutoAttackPart, task: Task, size: str) -> SetAttack:
+    """The same of an attack that is one of the whole set, on the network as it is."""
+    table.check_defined(attack, task.num_classes, task.ball[1])
+    return SetAttack(attack.name, attack.describe(task, size), attack.on(task), attack.parts(task.num_classes))
 
 
 @contextmanager

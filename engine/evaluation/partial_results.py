@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from engine.common.stopping import RunFailed
 
@@ -63,21 +63,29 @@ class PartialResults:
         return sum(path.name not in mine for path in self._root.iterdir())
 
     def known(self, attack: str) -> dict[int, Measured]:
-        """Results of all processes, by number of the batch. Lines that were cut off are left out."""
-        found: dict[int, Measured] = {}
+        """Results of all processes, by number of the batch."""
+        return {note.pop("batch"): Measured(**note) for note in self.notes(attack)}
+
+    def notes(self, attack: str) -> list[dict[str, Any]]:
+        """All notes of all processes. Lines that were cut off are left out."""
+        found = []
         for path in sorted(self._folders[attack].glob("*.jsonl")):
             for line in path.read_bytes().split(b"\n") if path.is_file() else ():
                 if (note := read_note(line)) is not None:
-                    found[note[0]] = note[1]
+                    found.append(note)
         return found
 
     def add(self, attack: str, batch: int, measured: Measured) -> None:
-        """Note a batch: on the disk when this returns. Raises RunFailed where that cannot be."""
+        """Note a batch, as `add_note` does."""
+        self.add_note(attack, {"batch": batch, **measured._asdict()})
+
+    def add_note(self, attack: str, note: Mapping[str, Any]) -> None:
+        """Put a note on the disk: it is there when this returns. Raises RunFailed where that cannot be."""
         try:
             if attack not in self._files:
                 self._files[attack] = (self._folders[attack] / self._name).open("ab")
             file = self._files[attack]
-            file.write(note_of(batch, measured) + b"\n")
+            file.write(note_of(note) + b"\n")
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
@@ -119,19 +127,19 @@ def _held(folder: Path) -> int:
     raise FileNotFoundError(2, os.strerror(2), str(folder))
 
 
-def note_of(batch: int, measured: Measured) -> bytes:
-    """The line of a batch: a SHA-256, and the JSON that it is of."""
-    text = json.dumps({"batch": batch, **measured._asdict()}).encode()
+def note_of(note: Mapping[str, Any]) -> bytes:
+    """The line of a note: a SHA-256, and the JSON that it is of."""
+    text = json.dumps(note).encode()
     return _digest(text) + b" " + text
 
 
-def read_note(line: bytes) -> tuple[int, Measured] | None:
-    """Number of the batch and what was measured; None of a line that was cut off or changed."""
+def read_note(line: bytes) -> dict[str, Any] | None:
+    """The note of a line; None where that was cut off or changed."""
     digest, _, text = line.partition(b" ")
     if digest != _digest(text):
         return None
-    note = json.loads(text)
-    return note.pop("batch"), Measured(**note)
+    note: dict[str, Any] = json.loads(text)
+    return note
 
 
 def _digest(text: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,19 @@ FEW = 100
 """Below so many images the standard error of an accuracy may exceed 5 percentage points."""
 
 
+class PartResult(NamedTuple):
+    """One part of AutoAttack: images that came to it and that stood it, passes of one image each, and seconds.
+
+    forward, backward: that the verdicts took, without those of images that filled a batch.
+    """
+
+    images: int
+    stood: int
+    forward: int
+    backward: int
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Result:
     """Samples classified correctly under one attack; description holds the numbers of the attack.
@@ -26,7 +39,8 @@ class Result:
     seconds: of all processes together. zero_gradients, non_finite_gradients: shares of the entries of all the
     attack's gradients; None: it has none. masked: share of the samples that kept their class although most entries
     of their gradients were zero or NaN: the accuracy may be that much too high; None: not known.
-    parts: accuracies after each part of an attack that has several. warnings: what makes the accuracy doubtful.
+    parts: accuracies after each part of an attack that has several; details: more of each.
+    warnings: what makes the accuracy doubtful.
     samples: ascending indices in the data, int64 (n,). verdicts: True if classified correctly, bool (n,).
     """
 
@@ -39,6 +53,7 @@ class Result:
     non_finite_gradients: float | None = None
     masked: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, PartResult] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     samples: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False, compare=False)
     verdicts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), repr=False, compare=False)
@@ -58,7 +73,8 @@ class Result:
         numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
         numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
         numbers |= {"zero_gradients": self.zero_gradients, "non_finite_gradients": self.non_finite_gradients}
-        return numbers | {"masked": self.masked, "parts": dict(self.parts), "warnings": list(self.warnings)}
+        numbers |= {"masked": self.masked, "parts": dict(self.parts), "warnings": list(self.warnings)}
+        return numbers | {"details": {part: detail._asdict() for part, detail in self.details.items()}}
 
 
 def further(results: Mapping[str, Result]) -> list[str]:

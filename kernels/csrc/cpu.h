@@ -73,6 +73,16 @@ struct UpdateArguments {
     int64_t* counts;  // of zero and of non-finite entries, or null
 };
 
+// One call of fab_step.
+struct FabArguments {
+    float* x_adv;
+    const float *x_nat, *grad;
+    const float* difference;  // (B,)
+    int64_t batch, per_sample;
+    bool l2;
+    double alpha_max, eta;
+};
+
 // One call of random_start: uniform in an L-inf ball.
 struct StartArguments {
     float* noise;           // (B, C, pixels), or (B, pixels, C) where channels are last
@@ -144,6 +154,7 @@ struct ImageGradientArguments {
     namespace SET {                                            \
     int distill_loss(const LossArguments&);                    \
     void pgd_update(const UpdateArguments&);                   \
+    void fab_step(const FabArguments&);                        \
     int crop_flip(const CropArguments&);                       \
     void random_start(const StartArguments&);                  \
     int conv3x3(const ConvArguments&);                         \

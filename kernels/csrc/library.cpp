@@ -16,6 +16,7 @@ struct InstructionSet {
     bool (*is_supported)();
     int (*distill_loss)(const LossArguments&);
     void (*pgd_update)(const UpdateArguments&);
+    void (*fab_step)(const FabArguments&);
     int (*crop_flip)(const CropArguments&);
     void (*random_start)(const StartArguments&);
     int (*conv3x3)(const ConvArguments&);
@@ -39,14 +40,14 @@ bool has_generic() { return true; }
 // The best first.
 constexpr InstructionSet SETS[] = {
 #ifdef ENGINE_X86_64
-    {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::crop_flip,
-     avx512::random_start, avx512::conv3x3, avx512::batch_norm, avx512::batch_norm_backward,
+    {"AVX-512", has_avx512, avx512::distill_loss, avx512::pgd_update, avx512::fab_step,
+     avx512::crop_flip, avx512::random_start, avx512::conv3x3, avx512::batch_norm, avx512::batch_norm_backward,
      avx512::image_conv3x3, avx512::image_conv3x3_backward},
-    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::crop_flip, avx2::random_start, avx2::conv3x3,
-     avx2::batch_norm, avx2::batch_norm_backward, avx2::image_conv3x3, avx2::image_conv3x3_backward},
+    {"AVX2", has_avx2, avx2::distill_loss, avx2::pgd_update, avx2::fab_step, avx2::crop_flip, avx2::random_start,
+     avx2::conv3x3, avx2::batch_norm, avx2::batch_norm_backward, avx2::image_conv3x3, avx2::image_conv3x3_backward},
 #endif
-    {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::crop_flip,
-     generic::random_start, generic::conv3x3, generic::batch_norm, generic::batch_norm_backward,
+    {"generic", has_generic, generic::distill_loss, generic::pgd_update, generic::fab_step,
+     generic::crop_flip, generic::random_start, generic::conv3x3, generic::batch_norm, generic::batch_norm_backward,
      generic::image_conv3x3, generic::image_conv3x3_backward},
 };
 
@@ -80,7 +81,7 @@ extern "C" {
 using namespace engine;
 
 // To be raised with every change of what kernels/native.py calls: a library of other sources is not called.
-int engine_interface() { return 7; }
+int engine_interface() { return 8; }
 
 void engine_use_threads(ParallelFor torch_parallel_for) { parallel_for = torch_parallel_for; }
 
@@ -104,6 +105,13 @@ int engine_cpu_pgd_update(
     float epsilon, float step_size, int64_t* counts) {
     chosen->pgd_update(
         {x_adv, grad, grad_dtype, x_nat, batch, per_sample, l2 != 0, epsilon, step_size, counts});
+    return OK;
+}
+
+int engine_cpu_fab_step(
+    float* x_adv, const float* x_nat, const float* grad, const float* difference, int64_t batch,
+    int64_t per_sample, int l2, double alpha_max, double eta) {
+    chosen->fab_step({x_adv, x_nat, grad, difference, batch, per_sample, l2 != 0, alpha_max, eta});
     return OK;
 }
 

@@ -109,9 +109,9 @@ def test_a_step_of_iad2_has_the_ops_that_its_definition_needs(
     facts = documented("kernels.csv")[: len(Facts.__annotations__)]
     assert list(rows[0]) == [*facts, *documented("profile-METHOD-MODEL.csv")]
     assert rows[0]["served"] == (
-        "distill_loss reference, random_start reference, pgd_update reference, crop_flip reference, "
-        "conv3x3 reference, image_conv3x3 reference, batch_norm reference, batch_sums reference, "
-        "sgd_update reference"
+        "distill_loss reference, random_start reference, pgd_update reference, fab_step reference, "
+        "crop_flip reference, conv3x3 reference, image_conv3x3 reference, batch_norm reference, "
+        "batch_sums reference, sgd_update reference"
     )
     calls: dict[tuple[str, str, str], int] = defaultdict(int)
     for row in rows:

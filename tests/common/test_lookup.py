@@ -22,7 +22,17 @@ from engine.attacks.twin import Twin
 from engine.common import lookup
 from engine.config import RunConfig, semantics
 from engine.config.optimizers import OPTIMIZERS
-from engine.kernels import Term, contract, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels import (
+    Term,
+    contract,
+    dispatch,
+    distill_loss,
+    fab_step,
+    native,
+    pgd_update,
+    random_start,
+    reference,
+)
 from engine.kernels.contract import LossInputs, LossSpec, LossTerm
 from engine.kernels.pgd_update import IS_L2
 from engine.kernels.random_start import STARTS
@@ -202,6 +212,9 @@ CONSUMERS: dict[str, Callable[[], object]] = {
     "attack.threat_model in words": lambda: attack.describe(unknown(attack__threat_model=UNKNOWN).attack),
     "threat model of a step": lambda: pgd_update(
         IMAGES.clone(), IMAGES, IMAGES, threat_model=UNKNOWN, epsilon=1, step_size=1
+    ),
+    "threat model of a step of FAB": lambda: fab_step(
+        IMAGES.clone(), IMAGES, IMAGES, torch.zeros(2), threat_model=UNKNOWN
     ),
     "threat model of presets": lambda: attack.presets(threat_model=UNKNOWN),
     "preset": lambda: attack.preset(UNKNOWN, 0.1),

@@ -23,6 +23,7 @@ from engine.kernels import (
     crop_flip,
     dispatch,
     distill_loss,
+    fab_step,
     native,
     pgd_update,
     random_start,
@@ -37,6 +38,8 @@ SHARED = {
     "loss backward": ["_scale"],
     "loss both": ["_loss", "_means", "_scale"],
     "start": ["_random_start"],
+    "fab linf": ["_fab_step"],
+    "fab l2": ["_fab_step"],
     "norm both": ["_statistics", "_apply", "_sums", "_gradient"],
     "norm of a sum both": ["_statistics", "_apply", "_sums", "_gradient"],
     "sums": ["_batch_sums"],
@@ -84,7 +87,7 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
     shape = (8, 3, 32, 32)
     x_adv, x_nat = (torch.rand(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2))
     grad = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-    half_grad = grad.bfloat16()
+    half_grad, difference = grad.bfloat16(), torch.randn(8, device=device)
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     images = torch.zeros(50, 32, 32, 3, dtype=torch.uint8, device=device)
     labels, sample = torch.zeros(50, dtype=torch.int64, device=device), torch.arange(8, device=device)
@@ -131,6 +134,12 @@ def make_ops(device: str) -> dict[str, Callable[[float], Any]]:
         ),
         "l2": lambda number: pgd_update(
             x_adv, half_grad, x_nat, threat_model="L2", epsilon=number, step_size=number / 4
+        ),
+        "fab linf": lambda number: fab_step(
+            x_adv, x_nat, grad, difference, threat_model="Linf", alpha_max=number, eta=number
+        ),
+        "fab l2": lambda number: fab_step(
+            x_adv, x_nat, grad, difference, threat_model="L2", alpha_max=number, eta=number
         ),
         "crop": lambda number: crop_flip(
             images, labels, sample, seed=int(number * 2**60), epoch=int(number * 100)
@@ -330,6 +339,6 @@ def test_the_user_is_told_what_serves(seen: dict[str, Any], implementation: str)
     expected = {
         "triton": "Kernels: triton",
         "native": "Kernels: native (CUDA C++) for pgd_update, crop_flip; "
-        "triton for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update",
+        "triton for distill_loss, random_start, fab_step, image_conv3x3, batch_norm, batch_sums, sgd_update",
     }
     assert seen["describe"] == expected[implementation]

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import Term, crop_flip, dispatch, distill_loss, native, pgd_update, random_start, reference
+from engine.kernels import (
+    Term,
+    crop_flip,
+    dispatch,
+    distill_loss,
+    fab_step,
+    native,
+    pgd_update,
+    random_start,
+    reference,
+)
 from engine.kernels.contract import KINDS, LossInputs, LossSpec, LossTerm
 
 NOT_BUILT = "it is not built"
@@ -170,14 +180,15 @@ def test_the_interpreter_runs_triton_on_any_device(
             ALL,
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "triton for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update",
+            "triton for distill_loss, random_start, fab_step, image_conv3x3, batch_norm, batch_sums, sgd_update",
         ),
         (
             "auto",
             ("native cuda",),
             "cuda",
             "Kernels: native (on cuda) for pgd_update, crop_flip; "
-            "reference for distill_loss, random_start, image_conv3x3, batch_norm, batch_sums, sgd_update; "
+            "reference for distill_loss, random_start, fab_step, image_conv3x3, batch_norm, "
+            "batch_sums, sgd_update; "
             "faster with triton: triton is not installed (pip install triton)",
         ),
         ("auto", ALL, "mps", "Kernels: reference"),
@@ -209,7 +220,7 @@ def served(installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> l
 
         monkeypatch.setattr(native, name, recorded)
 
-    for name in ("pgd_update", "crop_flip", "random_start"):
+    for name in ("pgd_update", "crop_flip", "random_start", "fab_step"):
         record(name)
     return calls
 
@@ -239,6 +250,25 @@ def test_pgd_update_is_fused_for_dense_images_in_float32(
     x_adv, grad = change(torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
     pgd_update(x_adv, grad, x_adv.clone(), threat_model="Linf", epsilon=0.1, step_size=0.1)
     assert served == ["pgd_update"] * fused
+
+
+@pytest.mark.parametrize(
+    ("change", "fused"),
+    [
+        (lambda x, grad: (x, grad), True),
+        (lambda x, grad: (channels_last(x), grad[:, :, ::2].repeat_interleave(2, 2)), True),
+        (lambda x, grad: (x[:, 0], grad[:, 0]), False),  # with gaps
+        (lambda x, grad: (x.double(), grad), False),
+        (lambda x, grad: (x, grad.half()), False),
+    ],
+)
+def test_fab_step_is_fused_for_dense_tensors_in_float32(
+    served: list[str], change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], fused: bool
+) -> None:
+    x_adv, grad = change(torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
+    fab_step(x_adv, x_adv.clone(), grad, torch.ones(6)[::2], threat_model="Linf")
+    fab_step(x_adv, x_adv.clone(), grad, torch.ones(3).double(), threat_model="Linf")
+    assert served == ["fab_step"] * fused
 
 
 def test_a_fused_pgd_update_gets_all_tensors_in_one_layout(
@@ -359,7 +389,8 @@ def test_the_line_for_the_user_names_the_kinds_that_the_reference_computes(
     device, kinds = torch.device("cpu"), ("ce", "margin")
     assert dispatch.describe(device, kinds=("ce",)) == "Kernels: native (on cpu)"
     assert dispatch.describe(device, kinds=kinds) == (
-        "Kernels: native (on cpu) for random_start, pgd_update, crop_flip, conv3x3, image_conv3x3, batch_norm; "
+        "Kernels: native (on cpu) for random_start, pgd_update, fab_step, crop_flip, conv3x3, image_conv3x3, "
+        "batch_norm; "
         "reference for distill_loss (the native implementation does not compute margin)"
     )
     with warnings.catch_warnings():

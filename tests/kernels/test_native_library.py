@@ -23,6 +23,7 @@ from tests.kernels.cases import (
     check_pgd_update,
     table_loss,
 )
+from tests.kernels.fab_cases import FAB_CASES, check_fab_step
 from tests.kernels.holding import assert_same_bits, threads
 from tests.kernels.norms import NORM_CASES, check_batch_norm
 from tests.kernels.stem_cases import STEM_CASES, check_image_conv3x3, check_image_conv3x3_update
@@ -77,6 +78,11 @@ def test_distill_loss_of_every_set(instruction_set: str) -> None:
 def test_pgd_update_of_every_set(instruction_set: str) -> None:
     for case in PGD_CASES[::2]:
         check_pgd_update(case, "native")
+
+
+def test_fab_step_of_every_set(instruction_set: str) -> None:
+    for case in FAB_CASES:
+        check_fab_step(case, "native")
 
 
 def test_crop_flip_of_every_set(instruction_set: str) -> None:

@@ -37,6 +37,7 @@ from engine.kernels.triton_ops import (
     batch_sums,
     crop_flip,
     distill_loss,
+    fab_step,
     image_conv3x3,
     pgd_update,
     sgd_update,
@@ -197,6 +198,27 @@ class Pgd:
 
 
 @dataclass(frozen=True)
+class Fab:
+    """A step of FAB on samples of a size."""
+
+    l2: bool
+    size: int
+    batch: int = 4
+    alpha_max: float = 0.1
+    eta: float = 1.05
+
+    kernels = ("_fab_step",)
+    registers = 80
+
+    def __str__(self) -> str:
+        return f"fab {'L2' if self.l2 else 'Linf'} {self.size}"
+
+    def launch(self) -> None:
+        x_adv, x_nat, grad = (torch.zeros(self.batch, self.size) for _ in range(3))
+        fab_step.fab_step(x_adv, x_nat, grad, torch.zeros(self.batch), self.l2, self.alpha_max, self.eta)
+
+
+@dataclass(frozen=True)
 class Crop:
     """Views of square images of three channels."""
 
@@ -329,7 +351,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Launch = Loss | Pgd | Crop | Norm | Stem | Sums | Sgd
+Launch = Loss | Pgd | Fab | Crop | Norm | Stem | Sums | Sgd
 SIZES = (10, 100, 200, 1000, 4096)
 LOSSES = [Loss(row, dtype, classes) for row in (ALL, IAD2) for dtype in (SINGLE, BRAIN) for classes in SIZES]
 NEWER = [Loss(row, dtype, classes) for row in (SAAD, MART) for dtype in (SINGLE, BRAIN) for classes in SIZES]
@@ -342,6 +364,7 @@ STEPS = [
     *(Pgd(False, dtype, 3072, counting) for dtype in (SINGLE, BRAIN) for counting in (False, True)),
     *(Pgd(True, dtype, size) for dtype in (SINGLE, BRAIN) for size in (3072, 12288, 150528)),
 ]
+FABS = [Fab(l2, size) for l2 in (False, True) for size in (784, 3072, 150528)]
 CROPS = [Crop(32), Crop(64), Crop(32, indexed=True)]
 NORMS = [
     Norm(dtype, channels, residual)
@@ -352,7 +375,7 @@ NORMS = [
 STEMS = [Stem(dtype, channels) for dtype in (SINGLE, BRAIN) for channels in (16, 64)]
 SUMS = [Sums(classes, dtype) for classes in SIZES for dtype in (SINGLE, BRAIN)]
 UPDATES = [Sgd(BRAIN), Sgd(None), Sgd(torch.float16, nesterov=True, scaled=True), Sgd(BRAIN, momentum=0.0)]
-LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *CROPS, *NORMS, *STEMS, *SUMS, *UPDATES]
+LAUNCHES: list[Launch] = [*LOSSES, *NEWER, *STRIDED, *STEPS, *FABS, *CROPS, *NORMS, *STEMS, *SUMS, *UPDATES]
 # The rest is slow. On one device nearly all, on the others what comes nearest to the budgets.
 NEAREST: list[Launch] = [
     *LOSSES[:2],
@@ -361,6 +384,7 @@ NEAREST: list[Launch] = [
     LOSSES[9],
     LOSSES[17],
     *STEPS[3:5],
+    *FABS[1::3],
     *CROPS[::2],
     NORMS[-1],
     STEMS[-1],
@@ -494,6 +518,8 @@ def test_nothing_spills_and_registers_and_shared_memory_are_few(compiled: Compil
     if TARGETS[compiled.target].backend == "hip":
         most = max(most, 200 if OLD_TRITON else 168)  # it has twice as many for each thread
     spilled = 10 if OLD_TRITON and isinstance(compiled.launch, Sums) else 0  # of a kernel that runs once a step
+    if isinstance(compiled.launch, Fab):
+        spilled = 24  # bytes, around the calls of a division in float64, of which a projection has one a step
     for binary in compiled.binaries:
         assert binary.spilled <= spilled, binary.kernel
         assert binary.registers <= most, (binary.kernel, binary.registers)
@@ -519,6 +545,13 @@ def test_memory_is_moved_16_bytes_at_a_time(compiled: Compiled) -> None:
             assert counts["_loss"][0] == loads
         assert counts["_loss"][1] == launch.objective.students * wide(launch.values, 4, launch.classes)
         assert counts["_scale"] == (wide(8, 4), wide(8, itemsize))
+    elif isinstance(launch, Fab):
+        loads, stores = counts["_fab_step"]
+        if lanes == 32:  # with 64 a thread has two values
+            (binary,) = compiled.binaries
+            assert stores > 0
+            assert binary.count(r"LDG\..*") == loads + 1  # the difference
+            assert binary.count(r"STG\..*") == stores
     elif isinstance(launch, Crop):
         assert counts["_crop_flip"][1] == wide(8, 4)
     elif isinstance(launch, Norm):
@@ -569,7 +602,7 @@ def test_addresses_do_not_overflow(compiled: Compiled) -> None:
 
 
 def test_arithmetic_stays_in_single_precision(compiled: Compiled) -> None:
-    if isinstance(compiled.launch, Sums):  # which adds to float64
+    if isinstance(compiled.launch, (Sums, Fab)):  # which add in float64
         return
     for binary in compiled.binaries:
         assert binary.count(r"D(ADD|MUL|FMA|SETP)\b.*|F2F\.F64.*|v_\w+_f64\w*") == 0, binary.kernel
@@ -607,6 +640,10 @@ def test_what_is_not_asked_for_costs_nothing(compiled: Compiled) -> None:
         (Stem(BRAIN, 64), [{"batch": 16}, {"batch": 3}, {"epsilon": 1.0}]),
         (Norm(BRAIN, 64), [{"batch": 16}, {"batch": 48}, {"momentum": 1.0}]),
         (Pgd(False, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
+        (
+            Fab(False, 3072),
+            [{"batch": 1}, {"batch": 33}, {"alpha_max": 1.0}, {"alpha_max": 0.0}, {"eta": 1.0}],
+        ),
         (Sums(10, SINGLE), [{"batch": 1}, {"batch": 16}, {"batch": 1000}]),
         (Pgd(True, SINGLE, 3072), [{"batch": 1}, {"batch": 33}, {"epsilon": 1.0}]),
         (

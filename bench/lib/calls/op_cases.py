@@ -30,6 +30,7 @@ from engine.kernels.contract import (
     SgdNumbers,
     SgdTensors,
 )
+from engine.kernels.pgd_update import IS_L2
 
 COPY, EAGER, COMPILE = "copy", "eager", "compile"
 """Candidates beside the implementations."""
@@ -43,6 +44,7 @@ STEMS = ((128, 16, 32), (128, 64, 32))  # B, C, H = W
 WIDTHS = (16, 64)  # channels of the first convolutions that SGD updates
 CHANNELS = 3
 BATCH = 128
+EVALUATED = 250  # images of a batch under AutoAttack
 RESIDENT = 20_000  # images of the data set, at least
 
 
@@ -79,6 +81,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
             *(distill_loss(8, 10, 1.0, 1.0, name=name) for name in ("iad2", "saad")),
             random_start(4, 8),
             pgd_update(4, 8),
+            *(fab_step(4, 8, norm) for norm in IS_L2),
             crop_flip(4, 8),
             batch_norm(4, 8, 4),
             batch_sums(4, 10),
@@ -94,6 +97,7 @@ def table(cache_bytes: int, *, quick: bool) -> list[OpCase]:
         *(random_start(*size) for size in images),
         *(pgd_update(*size) for size in images),
         pgd_update(BATCH, 32, torch.bfloat16),
+        *(fab_step(EVALUATED, 32, norm) for norm in IS_L2),  # one size: its steps take minutes to compile
         *(crop_flip(*size) for size in images),
         *(
             batch_norm(*size, dtype, residual=residual)
@@ -216,6 +220,38 @@ def pgd_update(batch: int, pixels: int, dtype: torch.dtype = torch.float32) -> O
     footprint = values(batch, pixels) * (4 + 4 + dtype.itemsize)
     moved = footprint + values(batch, pixels) * 4
     return OpCase("pgd_update", shape(batch, pixels), "Linf", dtype, moved, footprint, calls)
+
+
+def fab_step(batch: int, pixels: int, threat_model: str) -> OpCase:
+    """One step of FAB, in place; every second image on either side of its boundary.
+
+    Moved: x_adv, x_nat and the gradient read, x_adv written, and of each image its difference read.
+    """
+
+    def calls(device: torch.device) -> Calls:
+        generator = torch.Generator().manual_seed(0)
+        x_adv, x_nat, grad = (
+            torch.rand(batch, CHANNELS, pixels, pixels, generator=generator).to(
+                device, memory_format=torch.channels_last
+            )
+            for _ in range(3)
+        )
+        grad = grad - 0.5
+        difference_B = (torch.arange(batch, device=device) % 2 - 0.5) * math.sqrt(values(1, pixels))
+        alpha_max, eta = 0.1, 1.05
+        by_reference = (x_adv, x_nat, grad, difference_B, IS_L2[threat_model], alpha_max, eta)
+        return Calls(
+            functools.partial(reference.fab_step, *by_reference),
+            functools.partial(compiled(reference.fab_step), *by_reference),
+            functools.partial(
+                kernels.fab_step, x_adv, x_nat, grad, difference_B,
+                threat_model=threat_model, alpha_max=alpha_max, eta=eta,
+            ),
+        )  # fmt: skip
+
+    footprint = 3 * 4 * values(batch, pixels) + 4 * batch
+    moved = footprint + 4 * values(batch, pixels)
+    return OpCase("fab_step", shape(batch, pixels), threat_model, torch.float32, moved, footprint, calls)
 
 
 def random_start(batch: int, pixels: int) -> OpCase:

@@ -65,6 +65,7 @@ class Apgd(Search[ApgdState]):
 
     network: images to logits, differentiable. stream, seed: of the random starts, one for each sample and rank.
     num_steps: after the start, the first of 2 epsilon.
+    zero_gradients: starts whose gradient is zero in every pixel.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Apgd(Search[ApgdState]):
         self._step = look_up("threat_model", ball.threat_model, _STEPS)
         self._project = look_up("threat_model", ball.threat_model, _PROJECTIONS)
         self._checks = checks(num_steps)
+        self.zero_gradients = torch.zeros((), dtype=torch.int64)
 
     def begin(self, start: Start) -> ApgdState:
         x_nat = start.x_nat
@@ -109,8 +111,11 @@ class Apgd(Search[ApgdState]):
         seen, logits_BC = x_adv.detach(), logits_BC.detach()
         found = Found(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
         if not last:
-            (grad,) = torch.autograd.grad(loss_B.sum(), x_adv)
-            self._learn(state, loss_B.detach(), grad.nan_to_num_(nan=0.0))
+            (grad,) = torch.autograd.grad(loss_B, x_adv, torch.ones_like(loss_B))
+            grad.nan_to_num_(nan=0.0)
+            zero_B = (grad == 0).flatten(1).all(dim=1) & (state.step_B == 0)
+            self.zero_gradients = self.zero_gradients.to(grad.device) + zero_B.sum()
+            self._learn(state, loss_B.detach(), grad)
             self._move(state, grad)
         state.step_B += 1
         return found
@@ -168,7 +173,7 @@ def _uniform(seed: int, stream: Stream, rank_B1: Tensor, sample_B: Tensor, count
 def _direction(seed: int, stream: Stream, rank_B1: Tensor, sample_B: Tensor, count: int) -> Tensor:
     """A uniform direction."""
     noise_BN = normal(seed, stream, rank_B1, sample_B, count)
-    return noise_BN / (noise_BN.norm(dim=1, keepdim=True) + _TINY)
+    return noise_BN / (torch.linalg.vector_norm(noise_BN, dim=1, keepdim=True) + _TINY)
 
 
 def _into_box(images: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:

@@ -27,8 +27,10 @@ class Ball(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Images to begin with. x_nat: BCHW in [0, 1]. sample: indices in the data. rank: from 2 on, 2 for the likeliest
-    of the wrong classes; target: that class."""
+    """Images to begin with. x_nat: BCHW in [0, 1]. sample: indices in the data.
+
+    rank: from 2 on, 2 for the likeliest of the wrong classes; target: that class.
+    """
 
     x_nat: Tensor
     labels_B: Tensor
@@ -114,4 +116,5 @@ def per_image(values_B: Tensor) -> Tensor:
 
 def norms(images: Tensor) -> Tensor:
     """L2 norm of each image, (B, 1, 1, 1)."""
-    return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    norms_B: Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return norms_B

@@ -27,6 +27,8 @@ CPU = torch.device("cpu")
     # 393,216 pixels of three arrays, one of them written as well
     (op_cases.pgd_update(128, 32), 6_291_456, 4_718_592),
     (op_cases.pgd_update(128, 32, torch.bfloat16), 5_505_024, 3_932_160),
+    # 768,000 pixels of three arrays, one of them written as well, and a difference of each image
+    (op_cases.fab_step(250, 32, "L2"), 12_288_000 + 1_000, 9_216_000 + 1_000),
     # a byte and a float for each of 1,572,864 pixels; three integers for each image
     (op_cases.crop_flip(128, 64), 7_864_320 + 3_072, 7_867_392),
     # 131,072 values of a map: 3 maps forward and 5 backward; with a residual 4 and 7
@@ -66,6 +68,7 @@ def test_the_table_has_every_size() -> None:
         *(("distill_loss", shape, "saad", torch.float32) for shape in ("128x100", "1024x1000")),
         *((op, shape, "Linf", torch.float32) for op in ("random_start", "pgd_update") for shape in images),
         ("pgd_update", "128x3x32x32", "Linf", torch.bfloat16),
+        *(("fab_step", "250x3x32x32", norm, torch.float32) for norm in ("Linf", "L2")),
         *(("crop_flip", shape, "padding 4", torch.float32) for shape in images),
         *(("batch_norm", shape, after, dtype) for shape in ("128x16x8x8", "128x64x32x32", "128x512x4x4")
           for after in ("relu", "residual, relu") for dtype in (torch.float32, torch.bfloat16)),
@@ -90,6 +93,7 @@ def test_the_copy_has_the_footprint_and_fills_it() -> None:
 @pytest.mark.parametrize("case", [
     op_cases.distill_loss(6, 5, 3.0, 2.0), op_cases.distill_loss(6, 5, 3.0, 2.0, name="saad"),
     op_cases.random_start(2, 8), op_cases.pgd_update(2, 8, torch.bfloat16), op_cases.crop_flip(3, 8),
+    op_cases.fab_step(2, 8, "Linf"), op_cases.fab_step(2, 8, "L2"),
     op_cases.batch_norm(2, 8, 4), op_cases.batch_norm(2, 8, 4, residual=True),
     op_cases.batch_sums(3, 4), op_cases.conv3x3(2, 4, 5),
     op_cases.image_conv3x3(2, 4, 5), op_cases.image_conv3x3(2, 4, 5, step=True), op_cases.sgd_update(2),

@@ -1,0 +1,196 @@
+"""Version "standard" of AutoAttack: its four attacks on a network, each on the images that stood those before.
+
+Shape suffixes: B or R images, C classes, T target classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.attacks.auto.apgd import Apgd
+from engine.attacks.auto.fab import FabT
+from engine.attacks.auto.pool import FEWEST_SLOTS, Item, Outcome, attack_all
+from engine.attacks.auto.search import Ball, Logits, Search, Start
+from engine.attacks.auto.square import Square
+from engine.attacks.autoattack import count_targets
+from engine.attacks.evaluated import prepared
+from engine.attacks.pgd import NORMS
+from engine.common.lookup import look_up
+from engine.kernels.philox import Stream
+from engine.system.precision import Precision
+
+_UNTARGETED = 2
+_TARGETED = ("apgd-t", "fab-t")
+_RATIOS = ("apgd-t", "apgd-dlr")  # whose loss no factor on the logits changes, so that a zero gradient says much
+_SHRINK = 1 - 2.0**-20  # of a perturbation that rounding has put outside the ball
+_DRAWS, _ALIKE = 5, 1e-4  # passes of the check for random networks, and the distance of their normalised logits
+_RANDOM, _PROBABILITIES, _DYNAMIC, _ZERO_GRADIENTS = 1, 2, 4, 8  # in the order of `autoattack.FLAGS`
+
+
+class Look(NamedTuple):
+    """Images as they are. correct: by the network itself. targets: the wrong classes, the likeliest first, BT.
+
+    finite: the logits are.
+    """
+
+    correct_B: Tensor
+    targets_BT: Tensor
+    finite_B: Tensor
+
+
+class Batch(NamedTuple):
+    """Images BCHW in [0, 1], labels, indices in the data, and target classes as of `Look`."""
+
+    x_nat: Tensor
+    labels_B: Tensor
+    sample_B: Tensor
+    targets_BT: Tensor
+
+
+class AutoAttack:
+    """The attacks of version "standard" on a network, in float32, every hit verified by the network as it is.
+
+    network: in evaluation mode, its parameters frozen. It is attacked in the form of `prepared`.
+    heartbeat: called all the time, since an attack may take hours.
+    flags: a bit for each of `autoattack.FLAGS`, of what was seen so far.
+    """
+
+    def __init__(
+        self, network: nn.Module, num_classes: int, ball: Ball, *, seed: int, heartbeat: Callable[[], None]
+    ) -> None:
+        parameter = next(network.parameters(), torch.empty(0))
+        self._network = network
+        self._attacked = prepared(network, Precision(parameter.device, parameter.dtype))
+        self._targets = count_targets(num_classes)
+        self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
+        self.flags = 0
+
+    def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
+        """Classify images as they are."""
+        logits_BC = self._logits(x_nat)
+        order_BC = logits_BC.argsort(dim=1)  # as published: ties by this order
+        targets_BT = order_BC[:, -1 - self._targets : -1].flip(1)
+        correct_B = logits_BC.argmax(dim=1) == labels_B
+        return Look(correct_B, targets_BT, logits_BC.isfinite().all(dim=1))
+
+    def check(self, x_nat: Tensor) -> None:
+        """Note in `flags` a network that is random, gives probabilities, or takes gradients as it classifies."""
+        draws = [self._logits(x_nat) for _ in range(_DRAWS - 1)]
+        with _gradients_noted() as noted:
+            draws.append(self._logits(x_nat))
+        logits_BC = draws[0]
+        unit = [each / (each.norm(dim=1, keepdim=True) + 1e-10) for each in draws]
+        if any((each - unit[0]).norm(dim=1).max() > _ALIKE for each in unit):
+            self.flags |= _RANDOM
+        sums_B = logits_BC.sum(dim=1)
+        if logits_BC.min() > -1e-5 and logits_BC.max() < 1 + 1e-5 and ((sums_B - 1).abs() < 1e-5).all():
+            self.flags |= _PROBABILITIES
+        if noted:
+            self.flags |= _DYNAMIC
+
+    def run(
+        self, part: str, images: Sequence[int], batch: Callable[[Sequence[int]], Batch], size: int
+    ) -> Iterator[Outcome]:
+        """Attack images with one part; the outcome of each as soon as it is known.
+
+        images: numbers that `batch` knows. size: images per pass at most.
+        Raises FloatingPointError where the network's logits are not finite.
+        """
+        search: Search[Any] = look_up("attack", part, _SEARCHES)(self._attacked, self.ball, self._seed)
+        ranks = range(2, 2 + self._targets) if part in _TARGETED else (_UNTARGETED,)
+        items = [Item(image, rank) for rank in ranks for image in images]
+
+        def start(wanted: Sequence[Item]) -> Start:
+            x_nat, labels_B, sample_B, targets_BT = batch([item.image for item in wanted])
+            rank_B = torch.tensor([item.rank for item in wanted], device=x_nat.device)
+            target_B = targets_BT.gather(1, (rank_B - 2)[:, None]).squeeze(1)
+            return Start(x_nat, labels_B, sample_B, rank_B, target_B)
+
+        def confirm(wanted: Sequence[Item], found: Tensor) -> tuple[Tensor, Tensor]:
+            x_nat, labels_R, *_ = batch([item.image for item in wanted])
+            return self.verified(found, x_nat, labels_R)
+
+        yield from attack_all(search, start, items, size, confirm, self._heartbeat)
+        if isinstance(search, Apgd) and part in _RATIOS and search.zero_gradients > 0:
+            self.flags |= _ZERO_GRADIENTS
+
+    def verified(self, x_adv: Tensor, x_nat: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The images in the ball and in [0, 1] exactly, and True for those that the network itself gets wrong."""
+        x_adv = inside(x_adv, x_nat, self.ball)
+        logits_BC = self._logits(x_adv)
+        wrong_B = (logits_BC.argmax(dim=1) != labels_B) & logits_BC.isfinite().all(dim=1)
+        return x_adv, wrong_B & ~outside(x_adv, x_nat, self.ball)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits of the network itself, in batches no smaller than the attacks'."""
+        self._heartbeat()
+        missing = FEWEST_SLOTS - len(images)
+        filled = torch.cat((images, images[:1].expand(missing, -1, -1, -1))) if missing > 0 else images
+        logits_BC: Tensor = self._network(filled.contiguous(memory_format=torch.channels_last))
+        return logits_BC[: len(images)].float()
+
+
+def inside(x_adv: Tensor, x_nat: Tensor, ball: Ball) -> Tensor:
+    """The images in the ball and in [0, 1] in exact arithmetic, moved by rounding errors at most."""
+    x_adv = x_adv.clamp(0, 1)
+    return look_up("threat_model", ball.threat_model, _INSIDE)(x_adv, x_nat, ball.epsilon)
+
+
+def outside(x_adv: Tensor, x_nat: Tensor, ball: Ball) -> Tensor:
+    """True for images that are not in the ball or not in [0, 1], computed in float64. NaN is outside."""
+    away_BN = (x_adv.double() - x_nat.double()).flatten(1)
+    length_B = torch.linalg.vector_norm(away_BN, NORMS[ball.threat_model].order, dim=1)
+    in_range_B = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+    return ~((length_B <= ball.epsilon) & in_range_B)
+
+
+def _inside_box(x_adv: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
+    low, high = x_nat.double() - epsilon, x_nat.double() + epsilon
+    nearest_low, nearest_high = low.to(x_adv.dtype), high.to(x_adv.dtype)
+    up, down = torch.full_like(x_adv, torch.inf), torch.full_like(x_adv, -torch.inf)
+    inner_low = torch.where(nearest_low.double() < low, nearest_low.nextafter(up), nearest_low)
+    inner_high = torch.where(nearest_high.double() > high, nearest_high.nextafter(down), nearest_high)
+    return torch.clamp(x_adv, inner_low, inner_high)
+
+
+def _inside_sphere(x_adv: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
+    away = x_adv.double() - x_nat.double()
+    length = torch.linalg.vector_norm(away, dim=(1, 2, 3), keepdim=True)
+    moved = x_nat.double() + away * (epsilon / length.clamp(min=epsilon) * _SHRINK)
+    return torch.where(length > epsilon, moved.to(x_adv.dtype).clamp(0, 1), x_adv)
+
+
+_INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside_box, "L2": _inside_sphere}
+_SEARCHES: dict[str, Callable[[Logits, Ball, int], Search[Any]]] = {
+    "apgd-ce": lambda network, ball, seed: Apgd(network, "ce", ball, seed=seed, stream=Stream.APGD_CE),
+    "apgd-dlr": lambda network, ball, seed: Apgd(network, "dlr", ball, seed=seed, stream=Stream.APGD_DLR),
+    "apgd-t": lambda network, ball, seed: Apgd(network, "dlr-targeted", ball, seed=seed, stream=Stream.APGD_T),
+    "fab-t": lambda network, ball, seed: FabT(network, ball),
+    "square": lambda network, ball, seed: Square(network, ball, seed=seed),
+}
+"""The attacks by the names of `autoattack.PARTS`."""
+
+
+@contextmanager
+def _gradients_noted() -> Iterator[list[str]]:
+    """A list that is not empty once torch was asked for gradients inside."""
+    noted: list[str] = []
+    kept = (torch.autograd.grad, torch.autograd.backward)
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            noted.append(function.__name__)
+            return function(*given, **named)
+
+        return call
+
+    torch.autograd.grad, torch.autograd.backward = map(noting, kept)  # type: ignore[assignment]
+    try:
+        yield noted
+    finally:
+        torch.autograd.grad, torch.autograd.backward = kept  # type: ignore[assignment]

@@ -1,0 +1,227 @@
+"""Measurement of AutoAttack on a whole set of images, shared by all processes, each image's result on the disk.
+
+Shape suffixes: P parts of the attack, N images of the set, R some of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.attacks.auto.pool import Outcome
+from engine.attacks.auto.search import Passes
+from engine.attacks.auto.standard import AutoAttack, Batch
+from engine.attacks.autoattack import complaints
+from engine.common.stopping import Stop
+from engine.evaluation.partial_results import PartialResults
+from engine.evaluation.results import PartResult, Result
+from engine.system.distributed import World
+
+_SECONDS_BETWEEN_NOTES = 1.0
+_WAITS, _FELL, _STOOD = 0, 1, 2
+
+
+class SetAttack(NamedTuple):
+    """AutoAttack that is made. parts: to survive, in order, the first without an attack."""
+
+    name: str
+    description: str
+    attack: AutoAttack
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SetRunner:
+    """Runs AutoAttack on images, of which each process takes every world.size-th of those that are left.
+
+    batch: images and labels of samples, on the device. The others are as of `BatchRunner`.
+    """
+
+    batch: Callable[[Tensor], tuple[Tensor, Tensor]]
+    on_batch: Callable[[str, int, int], object] | None
+    stop: Stop
+    world: World
+    partial: PartialResults | None
+
+    def result(self, attack: SetAttack, sample_N: Tensor, size: int) -> Result:
+        """The accuracy under an attack. Raises FloatingPointError where logits are not finite."""
+        table = _Table(attack.parts, len(sample_N))
+        partial, world = self.partial, self.world
+        if partial is not None:
+            for note in world.broadcast_from_main(lambda: partial.notes(attack.name)):
+                table.enter(_Note(**note), mine=world.is_main)
+        share = _Share(self, attack, sample_N, table, table.unfinished()[world.rank :: world.size])
+        try:
+            share.attack_all(size)
+        finally:
+            share.flush()
+        world.barrier(self.stop)
+        return table.gathered(world, attack, sample_N)
+
+
+class _Note(NamedTuple):
+    """Results of a part for some images, by their places in the set. stood: a digit for each, 1 if it stood.
+
+    seconds: that went by since the note before. flags: of `AutoAttack` until then.
+    """
+
+    part: int
+    images: list[int]
+    stood: str
+    forward: list[int]
+    backward: list[int]
+    seconds: float
+    flags: int
+
+
+class _Table:
+    """What is known of all images under all parts. seconds, flags: of this process."""
+
+    def __init__(self, parts: Sequence[str], count: int) -> None:
+        self._status_PN = torch.full((len(parts), count), _WAITS, dtype=torch.int8)
+        self._passes_PN2 = torch.zeros(len(parts), count, 2, dtype=torch.int64)
+        self._seconds_P = torch.zeros(len(parts), dtype=torch.float64)
+        self._flags = 0
+
+    def enter(self, note: _Note, *, mine: bool = True) -> None:
+        """Add a note. mine: its seconds are to be counted by this process."""
+        status_R = torch.tensor([_STOOD if digit == "1" else _FELL for digit in note.stood], dtype=torch.int8)
+        self._status_PN[note.part, note.images] = status_R
+        self._passes_PN2[note.part, note.images] = torch.tensor([note.forward, note.backward], dtype=torch.int64).T
+        self._seconds_P[note.part] += note.seconds * mine
+        self._flags |= note.flags
+
+    def unfinished(self) -> list[int]:
+        """Images that have neither fallen nor stood all."""
+        over_N = (self._status_PN == _FELL).any(dim=0) | (self._status_PN[-1] == _STOOD)
+        return (~over_N).nonzero().flatten().tolist()
+
+    def waiting(self, part: int, images: Iterable[int]) -> list[int]:
+        """Those of the images that have stood the parts before, and have no result of this one."""
+        before_N = self._status_PN[part - 1] == _STOOD if part else torch.ones_like(self._status_PN[0]) > 0
+        waits_N = before_N & (self._status_PN[part] == _WAITS)
+        return [image for image in images if waits_N[image]]
+
+    def share_done(self) -> float:
+        """Part of the work that is done, in [0, 1], as if all parts cost the same."""
+        fell_N = (self._status_PN == _FELL).any(dim=0)
+        done_N = (self._status_PN != _WAITS).double().mean(dim=0)
+        return float(done_N.where(~fell_N, 1.0).mean())
+
+    def gathered(self, world: World, attack: SetAttack, sample_N: Tensor) -> Result:
+        """The result of all processes."""
+        status_PN = world.gather(self._status_PN).amax(0)
+        passes_P2 = world.gather(self._passes_PN2).amax(0).sum(1)
+        seconds_P = world.gather(self._seconds_P).sum(0)
+        flags = 0
+        for each in world.gather(torch.tensor(self._flags)).tolist():
+            flags |= each
+        stood_P = (status_PN == _STOOD).sum(1).tolist()
+        n = len(sample_N)
+        details = {}
+        entering = n
+        for row, part in enumerate(attack.parts):
+            forward, backward = passes_P2[row].tolist()
+            details[part] = PartResult(entering, stood_P[row], forward, backward, float(seconds_P[row]))
+            entering = stood_P[row]
+        stood = dict(zip(attack.parts, stood_P, strict=True))
+        return Result(
+            attack=attack.name,
+            correct=stood_P[-1],
+            n=n,
+            description=attack.description,
+            seconds=float(seconds_P.sum()),
+            parts={part: count / n for part, count in stood.items()},
+            details=details,
+            warnings=tuple(complaints(attack.name, flags, stood)),
+            samples=sample_N,
+            verdicts=status_PN[-1] == _STOOD,
+        )
+
+
+class _Share:
+    """The images that this process attacks."""
+
+    def __init__(
+        self, runner: SetRunner, attack: SetAttack, sample_N: Tensor, table: _Table, images: list[int]
+    ) -> None:
+        self._runner, self._attack, self._table = runner, attack, table
+        self._sample_N, self._images = sample_N, images
+        self._targets: dict[int, Tensor] = {}
+        self._part = 0
+        self._fresh: list[Outcome] = []
+        self._begin = time.perf_counter()
+
+    def attack_all(self, size: int) -> None:
+        """Attack them with all parts."""
+        auto = self._attack.attack
+        if self._images:
+            auto.check(self._batch(self._images[:size])[0])
+        for images in _split(self._images, size):
+            self._look(images)
+        for part in range(1, len(self._attack.parts)):
+            self.flush()
+            self._part = part
+            for outcome in auto.run(
+                self._attack.parts[part], self._table.waiting(part, self._images), self._with_targets, size
+            ):
+                self._add(outcome)
+
+    def flush(self) -> None:
+        """Put what was found since the last time into the table and on the disk."""
+        now = time.perf_counter()
+        note = _Note(
+            self._part,
+            [found.image for found in self._fresh],
+            "".join(str(int(found.x_adv is None)) for found in self._fresh),
+            [found.passes.forward for found in self._fresh],
+            [found.passes.backward for found in self._fresh],
+            now - self._begin,
+            self._attack.attack.flags,
+        )
+        self._fresh, self._begin = [], now
+        self._table.enter(note)
+        if self._runner.partial is not None and note.images:
+            self._runner.partial.add_note(self._attack.name, note._asdict())
+        if self._runner.on_batch is not None:
+            n = len(self._sample_N)
+            self._runner.on_batch(self._attack.name, int(n * self._table.share_done()), n)
+
+    def _look(self, images: list[int]) -> None:
+        """Classify images as they are."""
+        x_nat, labels_R = self._batch(images)
+        correct_R, targets_RT, finite_R = self._attack.attack.look(x_nat, labels_R)
+        if lost := int((~finite_R).sum()):
+            raise FloatingPointError(
+                f"{self._attack.name}: the logits of {lost:,} of {len(images):,} images are NaN or infinite; "
+                "no result"
+            )
+        self._targets |= dict(zip(images, targets_RT, strict=True))
+        new = set(self._table.waiting(0, images))
+        for image, x, correct in zip(images, x_nat, correct_R.tolist(), strict=True):
+            if image in new:
+                self._add(Outcome(image, None if correct else x, None, Passes(1, 0)))
+
+    def _add(self, outcome: Outcome) -> None:
+        self._fresh.append(outcome)
+        if time.perf_counter() - self._begin > _SECONDS_BETWEEN_NOTES:
+            self.flush()
+        self._runner.world.check(self._runner.stop)
+
+    def _batch(self, images: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._runner.batch(self._sample_N[torch.tensor(images)])
+
+    def _with_targets(self, images: Sequence[int]) -> Batch:
+        x_nat, labels_R = self._batch(images)
+        sample_R = self._sample_N[torch.tensor(images)].to(x_nat.device)
+        return Batch(x_nat, labels_R, sample_R, torch.stack([self._targets[image] for image in images]))
+
+
+def _split(images: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(images), size):
+        yield images[first : first + size]
