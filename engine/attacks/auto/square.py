@@ -126,7 +126,10 @@ def _tiles(seed: int, sample_B: Tensor, x_nat: Tensor, epsilon: float) -> Tensor
 
 
 def _two_windows(state: SquareState, window: Window, epsilon: float) -> Tensor:
-    """The perturbation of the second window goes into the first, with a new pattern; onto the sphere."""
+    """The perturbation of the second window goes into the first, with a new pattern; onto the sphere.
+
+    Where both are empty, what goes there is as long as the root of a rounding error, as published.
+    """
     channels, height, width = state.x_best.shape[1:]
     dtype = state.x_best.dtype
     first, second = (
