@@ -139,7 +139,7 @@ def _class_names(data: Data) -> tuple[str, ...] | None:
 
 
 def _made(attack: EvaluationAttack, task: Task, classifier: nn.Module, size: str) -> Attack:
-    """The attack on the model of the task, whose images the classifier gets. Raises ValueError where it has none."""
+    """The attack, whose images the classifier gets. Raises ValueError where it cannot be made."""
     table.check_defined(attack, task.num_classes, task.ball[1])
     return Attack(
         attack.name,

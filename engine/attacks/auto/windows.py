@@ -40,7 +40,7 @@ class Window(NamedTuple):
 
 
 def level(step: int) -> int:
-    """Times that the share of the image has halved before a step. step: from 1 on."""
+    """Number of times that the share of the image has halved before a step. step: from 1 on."""
     return sum(step > last for last in _LAST_STEPS)
 
 
@@ -70,9 +70,7 @@ def draw(seed: int, sample_B: Tensor, sizes_L: list[int], shape: torch.Size, num
 
 def _draw(seed: int, sample_B: Tensor, sizes_L: list[int], shape: torch.Size, num_steps: int) -> Tensor:
     height, width = shape[-2:]
-    levels = [level(step) for step in range(1, num_steps + 1)]
-    level_K = torch.tensor(levels, device=sample_B.device)
-    size_K = torch.tensor([sizes_L[level] for level in levels], device=sample_B.device)
+    level_K, size_K = _schedule(tuple(sizes_L), num_steps, sample_B.device)
     words_BK4 = random_words(seed, Stream.SQUARE, _SQUARES, sample_B, 4 * num_steps).unflatten(1, (num_steps, 4))
     # A place needs the upper 24 bits of a word, and the signs what is left of the words.
     row_BK, column_BK, second_row_BK, second_column_BK = (words_BK4 >> 8).unbind(2)
@@ -91,6 +89,13 @@ def _draw(seed: int, sample_B: Tensor, sizes_L: list[int], shape: torch.Size, nu
     return torch.cat((torch.zeros_like(windows[:, :1]), windows), dim=1)
 
 
+@lru_cache(maxsize=16)
+def _schedule(sizes_L: tuple[int, ...], num_steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Level and size of steps 1 to num_steps, int64."""
+    levels = [level(step) for step in range(1, num_steps + 1)]
+    return torch.tensor(levels, device=device), torch.tensor([sizes_L[level] for level in levels], device=device)
+
+
 def at_step(windows_BKN: Tensor, step_B: Tensor) -> Window:
     """Windows of each image at its step; beyond the last step, those of the last."""
     step_B = step_B.clamp(max=windows_BKN.shape[1] - 1)
@@ -99,7 +104,7 @@ def at_step(windows_BKN: Tensor, step_B: Tensor) -> Window:
 
 
 def inside(first_B: Tensor, size_B: Tensor, length: int) -> Tensor:
-    """True for those of `length` rows that a window covers, (B, length)."""
+    """Mask of those of `length` rows that a window covers, (B, length)."""
     offset_BH = torch.arange(length, device=first_B.device) - first_B[:, None]
     return (offset_BH >= 0) & (offset_BH < size_B[:, None])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +93,18 @@ def published_draws(attack: Square, state: SquareState, start: Start, row: int) 
         yield signs(2 * bits - 1, *shape)
 
 
+def empty_windows(state: SquareState) -> Tensor:
+    """Mask of the images whose two windows of the next step are empty, but for roots of rounding errors."""
+    window = windows.at_step(state.windows_BKN, state.step_B)
+    empty = []
+    for row, delta in enumerate(state.x_best - state.x_nat):
+        size = int(window.size_B[row])
+        places = ((window.top_B, window.left_B), (window.second_top_B, window.second_left_B))
+        parts = [delta[:, top[row] : top[row] + size, left[row] : left[row] + size] for top, left in places]
+        empty.append(size > 0 and all(bool(part.norm() < 1e-5) for part in parts))
+    return torch.tensor(empty)
+
+
 class Published:
     """The package's attack on one image, with draws that are given: the images it looks at, and their margins."""
 
@@ -125,39 +137,45 @@ class Published:
 
 
 @pytest.mark.parametrize(
-    ("threat_model", "epsilon", "falls"), [("Linf", 0.02, 0), ("Linf", 0.22, 3), ("L2", 0.4, 0), ("L2", 4.4, 3)]
+    ("threat_model", "epsilon", "falls"),
+    [("Linf", 0.02, False), ("Linf", 0.22, True), ("L2", 0.4, False), ("L2", 4.4, True)],
 )
 def test_goes_the_way_of_the_package(
-    monkeypatch: pytest.MonkeyPatch, threat_model: str, epsilon: float, falls: int
+    monkeypatch: pytest.MonkeyPatch, threat_model: str, epsilon: float, falls: bool
 ) -> None:
     queries, start, network = 600, start_of(), Network()
     attack = Square(network, Ball(threat_model, epsilon), seed=0, num_queries=queries)
     state = attack.begin(start)
     draws = [list(published_draws(attack, state, start, row)) for row in range(len(start.x_nat))]
-    best, accepted = [], 0
-    for step in range(attack.steps):
+    best, empty, accepted = [], [], []
+    for _ in range(attack.steps):
         before = state.x_best.clone()
+        empty.append(empty_windows(state) if threat_model == "L2" else torch.zeros(4, dtype=torch.bool))
         attack.advance(state, last=False)
-        accepted += int(step > 0 and not torch.equal(before, state.x_best))
+        accepted.append((before != state.x_best).flatten(1).any(dim=1))
         best.append(state.margin_best_B.clone())
-    ours, best_KB = torch.stack(network.seen), torch.stack(best)
-    assert accepted > 20
+    ours, best_KB, empty_KB, accepted_KB = (
+        torch.stack(values) for values in (network.seen, best, empty, accepted)
+    )
+    assert accepted_KB.sum(dim=0).min() > 15
 
-    # In L2, epsilon^2 - |delta|^2 is zero but for its rounding, and a root of it is the length of an empty window.
-    tolerance = {"Linf": 1e-12, "L2": 1e-9}[threat_model]
-    package, fallen = Published(monkeypatch, attack, queries), 0
+    package, compared, fallen = Published(monkeypatch, attack, queries), 0, 0
     for row, numbers in enumerate(draws):
         label = start.labels_B[row : row + 1]
         theirs = torch.cat(package.run(start.x_nat[row : row + 1], label, iter(numbers)))
-        torch.testing.assert_close(ours[: len(theirs), row], theirs, rtol=0, atol=tolerance)
-        margins = margin(Network()(theirs), label.expand(len(theirs)))
-        torch.testing.assert_close(
-            best_KB[: len(theirs), row], margins.cummin(0).values, rtol=0, atol=100 * tolerance
-        )
+        # Into empty windows goes the root of a rounding error, and if taken, each goes its own way from then on.
+        astray_K = (empty_KB & accepted_KB)[: len(theirs), row].cumsum(0) > 0
+        sound_K = ~(astray_K | empty_KB[: len(theirs), row])
+        compared += int(sound_K.sum())
+        own = ours[: len(theirs), row]
+        torch.testing.assert_close(own[sound_K], theirs[sound_K], rtol=0, atol=1e-12)
+        margin_K = margin(Network()(theirs), label.expand(len(theirs))).cummin(0).values
+        torch.testing.assert_close(best_KB[: len(theirs), row][sound_K], margin_K[sound_K], rtol=0, atol=1e-12)
         fell = len(theirs) <= queries
-        assert fell == bool(best_KB[-1, row] <= 0)
+        assert fell == bool(best_KB[-1, row] <= 0) or astray_K[-1]
         fallen += fell
-    assert fallen == falls
+    assert compared > 1000
+    assert (fallen > 0) == falls
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (8, 8), (28, 28), (64, 64), (20, 31)], ids=str)
@@ -227,6 +245,8 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
     epsilon=st.sampled_from([0.0, 0.03, 0.5, 2.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(threat_model="L2", shape=(1, 10, 1), epsilon=0.5, dtype=torch.float32)
+@example(threat_model="L2", shape=(3, 1, 1), epsilon=0.5, dtype=torch.float64)
 def test_every_image_stays_in_the_ball(
     threat_model: str, shape: tuple[int, int, int], epsilon: float, dtype: torch.dtype
 ) -> None:
