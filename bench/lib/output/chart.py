@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.lib.calls.op_cases import EAGER
-from bench.lib.output.csv_rows import MeasuredRow, OpRow, PipelineRow, StepRow
+from bench.lib.output.csv_rows import EvaluationRow, MeasuredRow, OpRow, PipelineRow, StepRow
 from engine.common.numbers import ceil_div
 
 if TYPE_CHECKING:
@@ -35,6 +35,26 @@ def draw(path: Path, rows: Sequence[OpRow]) -> None:
         axes.set(title=TITLES[mode].format(op), xlabel="times faster than eager")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
+    first = rows[0]
+    figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def draw_evaluations(path: Path, rows: Sequence[EvaluationRow]) -> None:
+    """Draw for each network a panel of speed-ups over the published attacks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    networks = list(dict.fromkeys(row.network for row in rows))
+    figure = Figure(figsize=(4.6 * len(networks), 0.5 + 0.35 * len(rows) / len(networks)), layout="constrained")
+    for name, axes in zip(networks, figure.subplots(1, len(networks), squeeze=False)[0], strict=True):
+        own = [row for row in rows if row.network == name][::-1]
+        labels = [f"{row.attack}, {row.variant}" for row in own]
+        bars = axes.barh(labels, [row.speedup for row in own], color="tab:blue")
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.axvline(1, color="tab:gray", linewidth=1)
+        axes.set(title=f"{name}, {own[0].images} images", xlabel="times faster than published")
+        axes.margins(x=0.15)
     first = rows[0]
     figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)

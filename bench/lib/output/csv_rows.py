@@ -248,6 +248,23 @@ class ScalingRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class EvaluationRow(MeasuredRow):
+    """One line of evaluation.csv; README.md describes the columns."""
+
+    network: str
+    attack: str
+    shorter: int
+    variant: str
+    images: int
+    stood: int
+    other_verdicts: int
+    forward: int
+    backward: int
+    seconds: float
+    speedup: float
+
+
+@dataclass(frozen=True)
 class ImagenetRow(MeasuredRow):
     """One line of imagenet.csv; README.md describes the columns."""
 

@@ -32,6 +32,18 @@ _DRAWS, _ALIKE = 5, 1e-4  # passes of the check for random networks, and the dis
 _RANDOM, _PROBABILITIES, _DYNAMIC, _ZERO_GRADIENTS = 1, 2, 4, 8  # in the order of `autoattack.FLAGS`
 
 
+class Steps(NamedTuple):
+    """Steps of APGD and FAB for each target class, and queries of Square."""
+
+    apgd: int
+    fab: int
+    square: int
+
+
+STANDARD = Steps(apgd=100, fab=100, square=5000)
+_MakeSearch = Callable[[Logits, Ball, int, Steps], Search[Any]]
+
+
 class Look(NamedTuple):
     """Images as they are. correct: by the network itself. targets: the wrong classes, the likeliest first, BT.
 
@@ -102,7 +114,7 @@ class AutoAttack:
         images: numbers that `batch` knows. size: images per pass at most.
         Raises FloatingPointError where the network's logits are not finite.
         """
-        search: Search[Any] = look_up("attack", part, _SEARCHES)(self._attacked, self.ball, self._seed)
+        search = look_up("attack", part, _SEARCHES)(self._attacked, self.ball, self._seed, STANDARD)
         ranks = range(2, 2 + self._targets) if part in _TARGETED else (_UNTARGETED,)
         items = [Item(image, rank) for rank in ranks for image in images]
 
@@ -167,14 +179,22 @@ def _inside_sphere(x_adv: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
 
 
 _INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside_box, "L2": _inside_sphere}
-_SEARCHES: dict[str, Callable[[Logits, Ball, int], Search[Any]]] = {
-    "apgd-ce": lambda network, ball, seed: Apgd(network, "ce", ball, seed=seed, stream=Stream.APGD_CE),
-    "apgd-dlr": lambda network, ball, seed: Apgd(network, "dlr", ball, seed=seed, stream=Stream.APGD_DLR),
-    "apgd-t": lambda network, ball, seed: Apgd(network, "dlr-targeted", ball, seed=seed, stream=Stream.APGD_T),
-    "fab-t": lambda network, ball, seed: FabT(network, ball),
-    "square": lambda network, ball, seed: Square(network, ball, seed=seed),
+
+
+def _apgd(loss: str, stream: Stream) -> _MakeSearch:
+    return lambda network, ball, seed, steps: Apgd(
+        network, loss, ball, seed=seed, stream=stream, num_steps=steps.apgd
+    )
+
+
+# By the names of `autoattack.PARTS`.
+_SEARCHES: dict[str, _MakeSearch] = {
+    "apgd-ce": _apgd("ce", Stream.APGD_CE),
+    "apgd-dlr": _apgd("dlr", Stream.APGD_DLR),
+    "apgd-t": _apgd("dlr-targeted", Stream.APGD_T),
+    "fab-t": lambda network, ball, seed, steps: FabT(network, ball, num_steps=steps.fab),
+    "square": lambda network, ball, seed, steps: Square(network, ball, seed=seed, num_queries=steps.square),
 }
-"""The attacks by the names of `autoattack.PARTS`."""
 
 
 @contextmanager

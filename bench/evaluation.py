@@ -1,0 +1,120 @@
+"""Time evaluations beside the published AutoAttack: `python -m bench.evaluation`; see README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+from rich import box
+from rich.table import Table
+
+from bench.lib import command, machine
+from bench.lib.output import chart
+from bench.lib.output.csv_rows import EvaluationRow
+from bench.lib.steps import attacks_timed
+from bench.lib.steps.attacks_timed import TEXTBOOK, VARIANTS, Subject, TimedAttack
+from engine.common.files import checkpoint_of
+from engine.evaluation.evaluate_checkpoint import EvaluationConfig
+from engine.evaluation.measure import batch_of
+from engine.models.weights import load_model
+from engine.pipelines import datasets
+from engine.pipelines.splits import Request, limited
+
+ATTACKS = ("pgd20", "cw", "aa")
+
+
+# many parameters: one for each option
+@command.command
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(ATTACKS)}]")
+@click.option("--images", default=100, show_default=True, type=click.IntRange(min=1), help="Test images.")
+@click.option(
+    "--shorter", default=1, show_default=True, type=click.IntRange(1, 20), help="Divides AutoAttack's steps."
+)
+@click.option("--data", type=click.Path(), help="Where the data set lies.")
+@command.device_option()
+@command.out_option()
+def main(
+    checkpoints: Sequence[Path],
+    attacks: Sequence[str],
+    images: int,
+    shorter: int,
+    data: str | None,
+    device: torch.device,
+    out: Path | None,
+) -> None:
+    """Attack the networks of checkpoints, each attack by all variants in turn, on the same images."""
+    with command.refused():
+        subjects = [subject_of(path, images, shorter, data, device) for path in checkpoints]
+    with command.results(device, out) as results:
+        rows: list[EvaluationRow] = []
+        for name, subject in subjects:
+            for attack in attacks or ATTACKS:
+                found: dict[str, TimedAttack] = {}
+                for variant in VARIANTS:
+                    with command.refused():
+                        found[variant] = attacks_timed.timed(variant, attack, subject)
+                    rows.append(row_of(results.facts, name, attack, subject, variant, found))
+                    results.write("evaluation.csv", rows)
+        results.console.print(table(rows))
+        chart.draw_evaluations(results.path("evaluation.png"), rows)
+
+
+def subject_of(
+    path: Path, images: int, shorter: int, data: str | None, device: torch.device
+) -> tuple[str, Subject]:
+    """Name and network of a checkpoint, and so many test images of the data set that it was trained on."""
+    loaded = load_model(checkpoint_of(str(path)))
+    wanted = EvaluationConfig([], data=data).completed(loaded)
+    found = datasets.find(wanted.dataset, wanted.data, Request(limit_test=images, only_test=True))
+    loaded = loaded.for_classes(found.class_names)
+    network = loaded.module.to(device).eval().requires_grad_(False)
+    sample_N = limited(found.test.labels, images, 0, "--images")
+    x_nat, labels_N = batch_of(found.test.images, found.test.labels, sample_N, device, torch.float32)
+    return f"{loaded.name}, {wanted.dataset}", Subject(network, x_nat, labels_N, wanted.attack.epsilon, shorter)
+
+
+# many parameters: each is a fact of the row
+def row_of(
+    facts: machine.Facts, name: str, attack: str, subject: Subject, variant: str, found: dict[str, TimedAttack]
+) -> EvaluationRow:
+    """The row of one variant. found: of the variants so far, the published one first."""
+    timed, published = found[variant], found[TEXTBOOK]
+    return EvaluationRow(
+        **facts,
+        network=name,
+        attack=attack,
+        shorter=subject.shorter,
+        variant=variant,
+        images=len(subject.x_nat),
+        stood=int(timed.stood_N.sum()),
+        other_verdicts=int((timed.stood_N != published.stood_N).sum()),
+        forward=timed.forward,
+        backward=timed.backward,
+        seconds=timed.seconds,
+        speedup=published.seconds / timed.seconds,
+    )
+
+
+def table(rows: Sequence[EvaluationRow]) -> Table:
+    """Table of all rows."""
+    first = rows[0]
+    steps = "" if first.shorter == 1 else f", AutoAttack with 1/{first.shorter} of its steps"
+    title = f"Evaluation of {first.images} images{steps}, {first.processor}"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for heading in ("network", "attack", "variant"):
+        result.add_column(heading)
+    for heading in ("stood", "other verdicts", "forward", "backward", "seconds", "x"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(
+            row.network, row.attack, row.variant, f"{row.stood:,}", f"{row.other_verdicts:,}", f"{row.forward:,}",
+            f"{row.backward:,}", f"{row.seconds:.1f}", f"{row.speedup:.2f}",
+        )  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The evaluations that `bench.evaluation` times: the published package, textbook loops, and the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.attacks.auto import standard
+from engine.attacks.evaluated import prepared
+from engine.attacks.pgd import preset
+from engine.common import optional
+from engine.common.lookup import look_up
+from engine.evaluation.measure import evaluate
+from engine.system.precision import Precision
+
+TEXTBOOK, EXPERT, ENGINE = "published", "published, expert", "engine"
+"""As its README or a script of the field calls it; on a frozen, folded, channels-last network; the engine's."""
+_PACKAGE_STEPS = {"apgd": "n_iter", "apgd_targeted": "n_iter", "fab": "n_iter", "square": "n_queries"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Network in evaluation mode, and images. shorter: AutoAttack has 1/shorter of its steps."""
+
+    network: nn.Module
+    x_nat: Tensor
+    labels_N: Tensor
+    epsilon: float
+    shorter: int = 1
+
+
+@dataclass(frozen=True)
+class TimedAttack:
+    """Outcome of an evaluation. forward, backward: passes of single images that it ran."""
+
+    stood_N: Tensor
+    forward: int
+    backward: int
+    seconds: float
+
+
+class _Counted(nn.Module):
+    """A network that counts the images of its passes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.forwards = self.backwards = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        self.forwards += len(images)
+        if images.requires_grad and torch.is_grad_enabled():
+            images.register_hook(self._count)
+        logits: Tensor = self.network(images)
+        return logits
+
+    def _count(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+def timed(variant: str, attack: str, subject: Subject) -> TimedAttack:
+    """Run an attack in one variant. Raises ValueError for unknown names, and without the package."""
+    return look_up("variant", variant, _VARIANTS)(attack, subject)
+
+
+def _textbook(attack: str, subject: Subject) -> TimedAttack:
+    network = subject.network.requires_grad_(True)
+    try:
+        return _published(attack, subject, network)
+    finally:
+        network.requires_grad_(False)
+
+
+def _expert(attack: str, subject: Subject) -> TimedAttack:
+    parameter = next(subject.network.parameters())
+    return _published(attack, subject, prepared(subject.network, Precision(parameter.device, parameter.dtype)))
+
+
+def _published(attack: str, subject: Subject, network: nn.Module) -> TimedAttack:
+    counted = _Counted(network).eval()
+    x_nat, labels_N = subject.x_nat, subject.labels_N
+    begin = _now(x_nat)
+    if attack == "aa":
+        x_adv = _package(counted, subject)
+    else:
+        x_adv = _steps(counted, attack, subject)
+    seconds = _now(x_nat) - begin
+    with torch.no_grad():
+        stood_N = network(x_adv).argmax(dim=1) == labels_N
+    return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds)
+
+
+def _package(network: nn.Module, subject: Subject) -> Tensor:
+    """AutoAttack as its README calls it, all images in one batch."""
+    module: Any = optional.load("pyautoattack", missing="pyautoattack is not installed; pip install pyautoattack")
+    images = subject.x_nat.contiguous()
+    attack = module.AutoAttack(
+        network, norm="Linf", eps=subject.epsilon, version="standard", seed=0, device=images.device
+    )
+    for name, steps in _PACKAGE_STEPS.items():
+        part = getattr(attack, name)
+        setattr(part, steps, getattr(part, steps) // subject.shorter)
+    for part in (attack.apgd, attack.apgd_targeted):  # its constructor computes when the step size is looked at
+        part.n_iter_2, part.n_iter_min, part.size_decr = (
+            max(int(share * part.n_iter), 1) for share in (0.22, 0.06, 0.03)
+        )
+    x_adv, _ = attack.run_standard_evaluation(images, subject.labels_N, batch_size=len(images))
+    found: Tensor = x_adv
+    return found
+
+
+def _steps(network: nn.Module, attack: str, subject: Subject) -> Tensor:
+    """PGD as scripts have it: x~ <- clamp(project(x~ + step sign(grad)))."""
+    spec = preset(attack, subject.epsilon)
+    x_nat, labels_N = subject.x_nat, subject.labels_N
+    x_adv = (x_nat + torch.empty_like(x_nat).uniform_(-spec.epsilon, spec.epsilon)).clamp(0, 1)
+    for _ in range(spec.num_steps):
+        x_adv.requires_grad_()
+        logits_NC = network(x_adv)
+        if spec.loss == "ce":
+            loss = F.cross_entropy(logits_NC, labels_N)
+        else:
+            true_N1 = F.one_hot(labels_N, logits_NC.shape[1])
+            margin_N = (logits_NC * true_N1).sum(1) - (logits_NC - 1e4 * true_N1).amax(1)
+            loss = -(margin_N + spec.kappa).clamp(min=0).mean()
+        loss.backward()
+        assert x_adv.grad is not None
+        x_adv = x_adv.detach() + spec.step_size * x_adv.grad.sign()
+        x_adv = x_adv.clamp(min=x_nat - spec.epsilon, max=x_nat + spec.epsilon).clamp(0, 1)
+    return x_adv
+
+
+def _engine(attack: str, subject: Subject) -> TimedAttack:
+    x_nat = subject.x_nat
+    begin = _now(x_nat)
+    with _shortened(subject.shorter):
+        result = evaluate(
+            subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon, batch_size=len(x_nat)
+        )[attack]
+    seconds = _now(x_nat) - begin
+    forward = sum(part.forward for part in result.details.values())
+    backward = sum(part.backward for part in result.details.values())
+    if not result.details:
+        steps = preset(attack, subject.epsilon).num_steps
+        forward, backward = len(x_nat) * (steps + 1), len(x_nat) * steps
+    return TimedAttack(result.verdicts, forward, backward, seconds)
+
+
+@contextmanager
+def _shortened(shorter: int) -> Iterator[None]:
+    """The engine's AutoAttack with 1/shorter of its steps."""
+    steps = standard.Steps(*(each // shorter for each in standard.STANDARD))
+    with mock.patch.object(standard, "STANDARD", steps):
+        yield
+
+
+def _now(images: Tensor) -> float:
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter()
+
+
+_VARIANTS: Mapping[str, Callable[[str, Subject], TimedAttack]] = {
+    TEXTBOOK: _textbook,
+    EXPERT: _expert,
+    ENGINE: _engine,
+}
+VARIANTS = tuple(_VARIANTS)
