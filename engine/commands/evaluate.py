@@ -78,6 +78,12 @@ from engine.common.files import checkpoint_of
     help="Where the JSON of the results goes. [beside each checkpoint]",
 )
 @click.option(
+    "--save-adversarial",
+    type=FILE,
+    metavar="FILE",
+    help="Write the images that aa or one of its parts has broken, as safetensors; see `engine verify`.",
+)
+@click.option(
     "--robustbench-json",
     type=FILE,
     metavar="FILE",
@@ -118,6 +124,8 @@ def evaluate(
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
     entry = robustbench.asked(robustbench_json, robustbench_info, checkpoints, options["limit_aa"])
+    if options["save_adversarial"] is not None and len(checkpoints) > 1:
+        raise ValueError(f"--save-adversarial: one checkpoint is expected, got {len(checkpoints)}")
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
