@@ -89,13 +89,14 @@ def write(
 def _metadata(
     results: Mapping[str, Result], hits: Mapping[str, Hits], parameters: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
+    # One key: the order of several in the file is random, and equal results are to give equal files.
     told = [
         {"attack": attack, "parts": list(results[attack].parts), "parameters": parameters[attack]}
         for attack in hits
     ]
     first = parameters[next(iter(hits))]
     shared = {key: first[key] for key in ("checkpoint", "weights", "data", "epsilon", "threat_model")}
-    return {"format": "pt", "engine_adversarial": json.dumps({"format": FORMAT, **shared, "results": told})}
+    return {"engine_adversarial": json.dumps({"format": FORMAT, **shared, "results": told})}
 
 
 def rows_of(content: Content, entry: Mapping[str, Any]) -> Rows:

@@ -190,7 +190,7 @@ def _of_images(rows: Rows, told: Told, measurement: Measurement, reporter: Repor
     """Whatever is wrong with the images that are said to be adversarial."""
     n, rounded = len(measurement.opened.images.test.labels), 0
     reporter.begin(f"{measurement.name}: adversarial images", len(rows.samples))
-    for chosen in torch.arange(len(rows.samples)).split(measurement.size):
+    for chosen in _parts(torch.arange(len(rows.samples)), measurement.size):
         samples = rows.samples[chosen]
         if not ((samples >= 0) & (samples < n)).all() or rows.images.shape[1] != 3:
             yield "there are images of no sample of the data"
@@ -235,7 +235,7 @@ def _of_those_that_stood(
     ball = (measurement.ball.epsilon, measurement.ball.threat_model)
     task = Task(network, measurement.opened.loaded.num_classes, ball, choices.seed)
     reporter.begin(f"{measurement.name}: images that stood, by {attack.title}", len(chosen))
-    for samples in chosen.split(measurement.size):
+    for samples in _parts(chosen, measurement.size):
         x_nat, labels_R = measurement.batch(samples)
         clean_R, _ = classified(network, x_nat)
         x_adv = craft(attack, task, x_nat, labels_R, samples.to(x_nat.device))
@@ -246,3 +246,8 @@ def _of_those_that_stood(
         for sample in samples[flipped_R.cpu()].tolist():
             yield f"found an adversarial image that the report missed, of sample {sample}, by {attack.title}"
     reporter.end()
+
+
+def _parts(numbers: Tensor, size: int) -> Iterator[Tensor]:
+    """At most so many of them at a time."""
+    yield from (numbers.split(size) if len(numbers) else ())
