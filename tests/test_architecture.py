@@ -111,7 +111,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("measure", "candidates", "robustbench"),
             ("files.candidate_plots", "pseudo_labels"),
             ("evaluate_checkpoint",),
-            ("files.verification",),
+            ("files.verification", "files.epsilons"),
         ),
     ),
     (

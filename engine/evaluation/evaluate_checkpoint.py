@@ -324,7 +324,7 @@ class _Evaluation:
             if entry["attack"] in told:
                 entry["adversarial"] = told[entry["attack"]]
         try:
-            return [*_written(out, entries), f"Written: {path}"]
+            return [*_written(out, entries), *adversarial.doubts(results), f"Written: {path}"]
         except BaseException:
             path.unlink()
             raise

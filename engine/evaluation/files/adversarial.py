@@ -86,6 +86,18 @@ def write(
     }
 
 
+def doubts(results: Mapping[str, Result]) -> list[str]:
+    """Warnings of images that are classified correctly when the network sees them in another batch."""
+    told = []
+    for attack, result in results.items():
+        if result.hits is not None and (count := int((result.hits.predicted == result.hits.labels).sum())):
+            told.append(
+                f"Warning: {attack}: {count} of the images that broke are classified correctly in another batch; "
+                "engine verify will name them"
+            )
+    return told
+
+
 def _metadata(
     results: Mapping[str, Result], hits: Mapping[str, Hits], parameters: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, str]:
