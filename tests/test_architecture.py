@@ -104,10 +104,12 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "accuracy under attacks",
         (
             ("dataset_items", "partial_results", "reports", "results", "intervals"),
+            ("files", "files.hits", "files.adversarial"),
             ("arguments", "batches", "whole_set"),
             ("measure", "candidates", "robustbench"),
-            ("candidate_plots", "pseudo_labels"),
+            ("files.candidate_plots", "pseudo_labels"),
             ("evaluate_checkpoint",),
+            ("files.verification", "files.epsilons"),
         ),
     ),
     (
@@ -135,7 +137,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("completion", "tables", "seeds"),
             ("options",),
             ("key_options",),
-            ("train", "evaluate", "teachers", "data", "report", "doctor", "lists"),
+            ("train", "evaluate", "teachers", "data", "reports", "doctor", "lists"),
             ("inspect",),
             ("cli",),
         ),

@@ -136,8 +136,8 @@ class PackagedAttack:
                 survived_B[left] += 1
                 if not len(left):
                     break
-        raised = (any(flag.phrase in text for text in warnings) for flag in FLAGS.values())
-        return Outcome(x_adv, survived_B, sum(bit << place for place, bit in enumerate(raised)))
+        heard = (any(flag.phrase in text for text in warnings) for flag in FLAGS.values())
+        return Outcome(x_adv, survived_B, sum(bit << place for place, bit in enumerate(heard)))
 
     def _logits(self, dtype: torch.dtype, images: Tensor) -> Tensor:
         self._heartbeat()
@@ -190,9 +190,14 @@ def package_version() -> tuple[str, str | None]:
     return package, optional.version(package)
 
 
+def raised(flags: int) -> tuple[str, ...]:
+    """Those of `FLAGS` whose bits are set."""
+    return tuple(name for place, name in enumerate(FLAGS) if flags >> place & 1)
+
+
 def complaints(name: str, flags: int, stood: Mapping[str, int]) -> list[str]:
     """Warnings of the checks, in words. stood: images that stood each part of the attack and those before."""
-    found = [flag.meaning for place, flag in enumerate(FLAGS.values()) if flags >> place & 1]
+    found = [FLAGS[flag].meaning for flag in raised(flags)]
     if len(stood) > 2 and [*stood][-1] == "square":
         n, *_, before, square = stood.values()
         by_square = before - square

@@ -13,7 +13,8 @@ from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.inspect import inspect
 from engine.commands.lists import list_attacks, list_datasets, list_methods, list_models, list_recipes
-from engine.commands.report import report
+from engine.commands.reports.report import report
+from engine.commands.reports.verify import verify
 from engine.commands.teachers import rank_teachers
 from engine.commands.train import train
 from engine.common import errors, standard_streams
@@ -71,6 +72,7 @@ def _say(message: str) -> None:
     commands=[
         train,
         evaluate,
+        verify,
         rank_teachers,
         inspect,
         data,

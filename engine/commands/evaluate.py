@@ -46,7 +46,10 @@ from engine.common.files import checkpoint_of
 )
 @weights_option
 @normalisation_options
-@click.option("--epsilon", help="Radius of the attacks, e.g. 8/255. [as in training, else 8/255]")
+@click.option(
+    "--epsilon",
+    help="Radius of the attacks, e.g. 8/255, or several: 2/255,4/255,8/255. [as in training, else 8/255]",
+)
 @click.option(
     "--threat-model",
     type=one_of("Linf", "L2"),
@@ -78,6 +81,12 @@ from engine.common.files import checkpoint_of
     help="Where the JSON of the results goes. [beside each checkpoint]",
 )
 @click.option(
+    "--save-adversarial",
+    type=FILE,
+    metavar="FILE",
+    help="Write the images that aa or one of its parts has broken, as safetensors; see `engine verify`.",
+)
+@click.option(
     "--robustbench-json",
     type=FILE,
     metavar="FILE",
@@ -105,10 +114,11 @@ def evaluate(
     Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
     goes on where it was.
     """
-    from engine.commands.tables import print_accuracies
+    from engine.commands.tables import print_accuracies, print_by_radius
     from engine.common.console import ConsoleReporter, Reporter
     from engine.config import load
     from engine.evaluation import evaluate_checkpoint, reports, robustbench
+    from engine.evaluation.files import epsilons
     from engine.models import normalize
     from engine.system import distributed, launcher
 
@@ -118,6 +128,11 @@ def evaluate(
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
     entry = robustbench.asked(robustbench_json, robustbench_info, checkpoints, options["limit_aa"])
+    if options["save_adversarial"] is not None and len(checkpoints) > 1:
+        raise ValueError(f"--save-adversarial: one checkpoint is expected, got {len(checkpoints)}")
+    radii = epsilons.asked(options["epsilon"])
+    if radii and (options["save_adversarial"] or entry is not None):
+        raise ValueError("--epsilon: one radius is expected with --save-adversarial and with --robustbench-json")
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
@@ -125,16 +140,25 @@ def evaluate(
 
     folder = None if out is None else Path(out)
     paths = {path: reports.path_of(path, folder) for path in map(checkpoint_of, checkpoints)}
-    found = {}
+    found, curves = {}, {}
     with distributed.joined(config, processes.timeout) as world:
         reporter = ConsoleReporter() if world.is_main else Reporter()
         for path, report_path in paths.items():
+            if radii:
+                curves[path] = epsilons.evaluated(path, wanted, radii, reporter, out=report_path, world=world)
+                continue
             report = evaluate_checkpoint.run(path, wanted, reporter, out=report_path, world=world)
             found[f"{report.title}  {path}"] = report.results
     if isinstance(reporter, ConsoleReporter):
-        print_accuracies(reporter, found)
+        for path, each in curves.items():
+            title = next(iter(each.reports.values())).title
+            print_by_radius(reporter, f"{title}  {path}", each.results())
+        if found:
+            print_accuracies(reporter, found)
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
+            if radii:
+                reporter.message(f"Written: {epsilons.picture_of(report_path)}")
         if entry is not None and report.benchmark is not None:
             for line in entry.write(reports.read(report_path), report.sha256, report.benchmark):
                 reporter.message(line)

@@ -46,6 +46,23 @@ def print_accuracies(reporter: ConsoleReporter, results: dict[str, dict[str, dic
         reporter.message("* may be too high: see the warnings")
 
 
+def print_by_radius(reporter: ConsoleReporter, title: str, found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print results by attack and by radius of one network, and each attack with its numbers at the largest."""
+    from engine.attacks import table as attacks
+
+    radii = list(dict.fromkeys(radius for results in found.values() for radius in results))
+    heads = (Text(title), Text("n"), *(Text(f"epsilon\n{radius}") for radius in radii))
+    table = Table(*map(Column, heads), box=box.SIMPLE)
+    for attack, results in found.items():
+        last = results[max(results, key=radii.index)]
+        cells = (_accuracy(results[radius]) if radius in results else "" for radius in radii)
+        table.add_row(Text(attacks.title(attack, last)), f"{last['n']:,}", *cells)
+        reporter.message(f"{attacks.title(attack, last)}: {last['description']}")
+    reporter.table(table)
+    if any(result.get("warnings") for results in found.values() for result in results.values()):
+        reporter.message("* may be too high: see the warnings")
+
+
 def _accuracy(result: dict[str, Any]) -> str:
     return f"{result['accuracy']:.2%}{'*' * bool(result.get('warnings'))}"
 

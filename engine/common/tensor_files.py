@@ -148,10 +148,16 @@ def read_tensors(path: str | Path) -> Content:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, atomically."""
-    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    content = safetensors.torch.save(plain, dict(metadata))
+    content = safetensors_bytes(tensors, metadata)
     with replacing(path) as beside:
         beside.write_bytes(content)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file."""
+    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    content: bytes = safetensors.torch.save(plain, dict(metadata))
+    return content
 
 
 def kind_of(data: bytes) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attacks.autoattack import Outcome, complaints
+from engine.attacks.autoattack import Outcome, complaints, raised
 from engine.attacks.kinds import Perturb
 from engine.attacks.masking import MOST_ZEROS
 from engine.attacks.parts import most_images
@@ -225,7 +225,7 @@ class _BatchTable:
         )
         flags = reduce(or_, map(int, sums[-1].tolist()))
         of_parts = complaints(name, flags, dict(zip(attack.parts, survived, strict=True)))
-        return replace(result, warnings=(*gradient_warnings(result), *of_parts))
+        return replace(result, flags=raised(flags), warnings=(*gradient_warnings(result), *of_parts))
 
 
 def _excess(x_adv: Tensor, x_nat: Tensor, epsilon: float, threat_model: str) -> Tensor:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.attacks import table
 from engine.attacks.kinds import EvaluationAttack, Task
@@ -18,6 +18,7 @@ from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import reports, robustbench
 from engine.evaluation.batches import size_of_batch
+from engine.evaluation.files import adversarial
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, further, is_chance
@@ -33,6 +34,10 @@ Results = dict[str, dict[str, Any]]
 """By attack, as in `Result.as_dict`."""
 
 _SLOW = "aa"  # has a limit of its own
+_TO_OPEN = (
+    *("limit", "limit_aa", "dataset", "model", "weights", "normalize", "epsilon", "threat_model"),
+    *("batch_size", "seed", "image_size", "on_bad_image"),
+)
 _AS_IN_TRAINING = ("dataset", "data", "image_size", "on_bad_image", "attack")
 
 
@@ -43,6 +48,7 @@ class EvaluationConfig:
     attacks: as of `evaluate`.
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
     for_robustbench: refuse, before anything is measured, what is no benchmark of RobustBench's leaderboards.
+    save_adversarial: file for the images that AutoAttack or its parts have broken.
     weights, normalize: of the file, as in `load_model`. epsilon: in [0, 1], or a fraction such as "8/255".
     """
 
@@ -62,6 +68,17 @@ class EvaluationConfig:
     image_size: int | None = None
     on_bad_image: str | None = None
     for_robustbench: bool = False
+    save_adversarial: str | None = None
+
+    def as_dict(self, wanted: RunConfig) -> dict[str, Any]:
+        """What is needed to open the same network and images again, for JSON. wanted: of `completed`."""
+        told: dict[str, Any] = {name: getattr(self, name) for name in _TO_OPEN}
+        found = None if wanted.data is None else str(Path(wanted.data).absolute())
+        return told | {"data": found, "attacks": [attack.name for attack in table.resolve(self.attacks)]}
+
+    def limit_of(self, name: str) -> int | None:
+        """Images at most, of those that are read, under the attack of that name."""
+        return self.limit_aa if name == _SLOW else None
 
     def images_read(self, attacks: Sequence[EvaluationAttack]) -> int | None:
         """Test images that are needed at most; None: all of them."""
@@ -114,12 +131,9 @@ def run(
     disk, in one line.
     """
     attacks = table.resolve(config.attacks)
-    loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
-    wanted = config.completed(loaded)
     world = world or World()
-    at = precision.choose(wanted, world.local_rank)
-    images = _read(loaded, wanted, config.images_read(attacks))
-    loaded = loaded.for_classes(images.class_names)
+    world.broadcast_from_main(lambda: _check_saving(config, attacks, out))
+    loaded, wanted, images, at = opened(checkpoint, config, attacks, world.local_rank)
     benchmark = _benchmark(images, wanted) if config.for_robustbench else None
     for attack in attacks:
         table.check_defined(attack, loaded.num_classes, wanted.attack.threat_model)
@@ -127,9 +141,8 @@ def run(
     if images.held_out and (warning := images.held_out.difference(checkpoint.parent / TEST_SPLIT)):
         reporter.message(f"Warning: {warning}")
     reporter.skipped("test", images.test.skipped)
-    network = loaded.module.to(at.device)
-    at = replace(at, dtype=next(network.parameters()).dtype)
-    record = _record(loaded, images, wanted, at) | {"processes": world.size}
+    network = loaded.module
+    record = _record(loaded, images, wanted, at) | {"processes": world.size, "options": config.as_dict(wanted)}
     identity = {
         "checkpoint": loaded.sha256,
         "weights": weights_sha256(network),
@@ -150,6 +163,37 @@ def run(
         _suggest_normalisation(reporter, natural, loaded)
     method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
     return Report(f"{method}{loaded.name}", measured, out, loaded.sha256, benchmark)
+
+
+class Opened(NamedTuple):
+    """What an evaluation is of: the network, on its device; its configuration, the test images and the device."""
+
+    loaded: LoadedModel
+    wanted: RunConfig
+    images: datasets.AnyDataset
+    at: precision.Precision
+
+
+def opened(
+    checkpoint: Path, config: EvaluationConfig, attacks: Sequence[EvaluationAttack], local_rank: int = 0
+) -> Opened:
+    """Read the checkpoint and the images that the attacks need. Raises ValueError, in one line."""
+    loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    wanted = config.completed(loaded)
+    at = precision.choose(wanted, local_rank)
+    images = _read(loaded, wanted, config.images_read(attacks))
+    loaded = loaded.for_classes(images.class_names)
+    network = loaded.module.to(at.device)
+    return Opened(loaded, wanted, images, replace(at, dtype=next(network.parameters()).dtype))
+
+
+def _check_saving(config: EvaluationConfig, attacks: Sequence[EvaluationAttack], out: Path | None) -> None:
+    """Raise ValueError where the images that break cannot be kept as it is asked for."""
+    if config.save_adversarial is None:
+        return
+    if out is None:
+        raise ValueError("--save-adversarial: needs a report (`out`), which tells of the file")
+    adversarial.check(Path(config.save_adversarial), attacks)
 
 
 def _read(loaded: LoadedModel, wanted: RunConfig, limit: int | None) -> datasets.AnyDataset:
@@ -208,7 +252,7 @@ class _Subject:
 
     def limit(self, name: str) -> int | None:
         """Images at most under this attack."""
-        return self.config.limit_aa if name == _SLOW else None
+        return self.config.limit_of(name)
 
     def count(self, name: str) -> int:
         """Images that an attack gets. Raises ValueError where the limit is below the number of classes."""
@@ -226,6 +270,7 @@ class _Subject:
         """
         also = {"batch_size": self.batch_size, "device": next(self.task.model.parameters()).device.type}
         also |= {"code": code_hash(), "versions": record["versions"], "kernels": record["kernels"]}
+        also |= {"with_images": self.config.save_adversarial is not None}
         found = {}
         for name, of_attack in parameters.items():
             decisive = [of_attack, also]
@@ -258,14 +303,31 @@ class _Evaluation:
         try:
             if others := self.world.broadcast_from_main(lambda: _prepared(out, partial)):
                 self.reporter.message(f"Note: {folder} has notes of {others} attacks with other settings as well")
-            found = {name: result.as_dict() for name, result in self._measured(attacks, partial).items()}
+            results = self._measured(attacks, partial)
+            found = {name: result.as_dict() for name, result in results.items()}
             entries = [{**record, **result, "parameters": parameters[name]} for name, result in found.items()]
-            for line in self.world.broadcast_from_main(lambda: _written(out, entries)):
+            for line in self.world.broadcast_from_main(lambda: self._written(out, entries, results)):
                 self.reporter.message(line)
             done = True
         finally:
             partial.release(done=done)
         return found
+
+    def _written(self, out: Path, entries: list[dict[str, Any]], results: Mapping[str, Result]) -> list[str]:
+        """Lines about the report, after it and the adversarial images are written: both or neither."""
+        if self.subject.config.save_adversarial is None:
+            return _written(out, entries)
+        path = Path(self.subject.config.save_adversarial)
+        parameters = {entry["attack"]: entry["parameters"] for entry in entries}
+        told = adversarial.write(path, results, parameters, out.parent)
+        for entry in entries:
+            if entry["attack"] in told:
+                entry["adversarial"] = told[entry["attack"]]
+        try:
+            return [*_written(out, entries), *adversarial.doubts(results), f"Written: {path}"]
+        except BaseException:
+            path.unlink()
+            raise
 
     def _measured(self, attacks: Sequence[EvaluationAttack], partial: PartialResults | None) -> dict[str, Result]:
         found: dict[str, Result] = {}
@@ -304,6 +366,7 @@ class _Evaluation:
                 stop=stop,
                 world=self.world,
                 partial=partial,
+                keeps_images=subject.config.save_adversarial is not None,
             )
         except FloatingPointError as error:
             raise RunFailed(f"{self.checkpoint}: {error}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from engine.evaluation.arguments import (
 )
 from engine.evaluation.batches import Attack, BatchRunner, batch_of, size_of_batch
 from engine.evaluation.partial_results import PartialResults
-from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance
+from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance, per_class
 from engine.evaluation.whole_set import SetAttack, SetRunner
 from engine.pipelines.splits import limited
 from engine.system.distributed import World
@@ -69,6 +70,7 @@ def evaluate(
     world: World | None = None,
     partial: PartialResults | None = None,
     precision: Precision | None = None,
+    keeps_images: bool = False,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -85,6 +87,8 @@ def evaluate(
     which are those of one process. partial: batches on the disk, not measured again.
     precision: of the network passes, as in a training's; None: the dtype of the parameters, float32 or float64,
     without autocast and TF32.
+    keeps_images: of AutoAttack and its parts the images that broke are in the main process's results (`hits`);
+    until then they lie beside the notes of partial, which is needed for it.
 
     Runs in eval mode. Attacks differentiate the model in the form of `prepared`, on a CPU with Winograd's
     convolutions. The model itself classifies, unless a precision is given, and a function gets it too. Every mode
@@ -102,6 +106,8 @@ def evaluate(
     presets(epsilon, threat_model)  # refuses a bad ball
     chosen = table.resolve(attacks)
     check_whole("seed", seed, least=0)
+    if keeps_images and partial is None:
+        raise ValueError("keeps_images: the images are kept beside the notes of partial, which is not given")
     sample_N = limited(labels_N, limit, 0, "limit")
     where, dtype = check_place(model, device)
     world, ball = world or World(), (epsilon, threat_model)
@@ -125,13 +131,15 @@ def evaluate(
             else _made(attack, as_run if attack.takes_any_form else task, classifier, about)
             for attack in chosen
         ]
-        whole = SetRunner(batch, on_batch, runner.stop, world, partial)
-        return {
+        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images)
+        results = {
             attack.name: whole.result(attack, sample_N, size)
             if isinstance(attack, SetAttack)
             else runner.result(attack, sample_N, size)
             for attack in wanted
         }
+    names = _class_names(data)
+    return {name: replace(each, per_class=per_class(each, labels_N, names)) for name, each in results.items()}
 
 
 def _class_names(data: Data) -> tuple[str, ...] | None:

@@ -9,13 +9,18 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
 
 from engine.common.stopping import RunFailed
 
 _TRIES = 100
+_LENGTH, _DIGEST = 8, 32
+"""Bytes before a record of tensors: its length, and its SHA-256."""
 
 
 class Measured(NamedTuple):
@@ -47,8 +52,8 @@ class PartialResults:
         """identities: of each attack, a hash of all that decides its numbers."""
         self._root = root
         self._folders = {attack: root / identity[:16] for attack, identity in identities.items()}
-        self._name = f"{rank}-{secrets.token_hex(8)}.jsonl"
-        self._files: dict[str, BinaryIO] = {}
+        self._name = f"{rank}-{secrets.token_hex(8)}"
+        self._files: dict[Path, BinaryIO] = {}
         self._held: dict[Path, int] = {}
 
     def hold(self) -> None:
@@ -81,16 +86,32 @@ class PartialResults:
 
     def add_note(self, attack: str, note: Mapping[str, Any]) -> None:
         """Put a note on the disk: it is there when this returns. Raises RunFailed where that cannot be."""
+        self._append(self._folders[attack] / f"{self._name}.jsonl", note_of(note) + b"\n")
+
+    def add_tensors(self, attack: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put a record of tensors on the disk, as `add_note` does."""
+        content = safetensors.torch.save(dict(tensors))
+        before = len(content).to_bytes(_LENGTH, "little") + hashlib.sha256(content).digest()
+        self._append(self._folders[attack] / f"{self._name}.tensors", before + content)
+
+    def tensors(self, attack: str) -> Iterator[dict[str, Tensor]]:
+        """All records of tensors of all processes. One that was cut off or changed is left out."""
+        for path in sorted(self._folders[attack].glob("*.tensors")):
+            if path.is_file():
+                yield from _records(path)
+
+    def _append(self, path: Path, content: bytes) -> None:
+        """Put bytes at the end of a file of this process: they are on the disk when this returns."""
         try:
-            if attack not in self._files:
-                self._files[attack] = (self._folders[attack] / self._name).open("ab")
-            file = self._files[attack]
-            file.write(note_of(note) + b"\n")
+            if path not in self._files:
+                self._files[path] = path.open("ab")
+            file = self._files[path]
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
             raise RunFailed(
-                f"{self._folders[attack]}: {error.strerror}; what was measured is kept: the same command goes on"
+                f"{path.parent}: {error.strerror}; what was measured is kept: the same command goes on"
             ) from None
 
     def release(self, *, done: bool) -> None:
@@ -127,20 +148,35 @@ def _held(folder: Path) -> int:
     raise FileNotFoundError(2, os.strerror(2), str(folder))
 
 
+def _records(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The whole records of a file."""
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        while left > _LENGTH + _DIGEST:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            digest = file.read(_DIGEST)
+            left -= _LENGTH + _DIGEST + length
+            if left < 0:
+                return
+            content = file.read(length)
+            if hashlib.sha256(content).digest() == digest:
+                yield safetensors.torch.load(content)
+
+
 def note_of(note: Mapping[str, Any]) -> bytes:
     """The line of a note: a SHA-256, and the JSON that it is of."""
     text = json.dumps(note).encode()
-    return _digest(text) + b" " + text
+    return _sha256(text) + b" " + text
 
 
 def read_note(line: bytes) -> dict[str, Any] | None:
     """The note of a line; None where that was cut off or changed."""
     digest, _, text = line.partition(b" ")
-    if digest != _digest(text):
+    if digest != _sha256(text):
         return None
     note: dict[str, Any] = json.loads(text)
     return note
 
 
-def _digest(text: bytes) -> bytes:
+def _sha256(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode()

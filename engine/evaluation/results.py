@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,31 @@ UNMASKED = "pgd20-dlr"
 """The attack whose loss no factor on the logits changes."""
 FEW = 100
 """Below so many images the standard error of an accuracy may exceed 5 percentage points."""
+
+
+class ClassAccuracy(NamedTuple):
+    """Share in [0, 1] of the n images of a class that are classified correctly."""
+
+    accuracy: float
+    n: int
+
+
+class Hits(NamedTuple):
+    """The images that attacks broke, N', in the order of their samples, judged by the network once more.
+
+    images: (N', C, H, W). part: number of the attack's part that broke it, from 1 on. rank: of the target class,
+    from 2 on. rounded: True if it is a hit still when it is rounded to n/255. fell: of all n images of the
+    result, the number of the part that broke it, 0 for no attack, -1 where it stood all.
+    """
+
+    images: Tensor
+    samples: Tensor
+    labels: Tensor
+    predicted: Tensor
+    part: Tensor
+    rank: Tensor
+    rounded: Tensor
+    fell: Tensor
 
 
 class PartResult(NamedTuple):
@@ -40,7 +65,9 @@ class Result:
     attack's gradients; None: it has none. masked: share of the samples that kept their class although most entries
     of their gradients were zero or NaN: the accuracy may be that much too high; None: not known.
     parts: accuracies after each part of an attack that has several; details: more of each.
-    warnings: what makes the accuracy doubtful.
+    per_class: by the class's name, else its number. flags: of AutoAttack's checks, those of `autoattack.FLAGS`
+    that have found something. warnings: what makes the accuracy doubtful. hits: where they were asked for, in the
+    main process.
     samples: ascending indices in the data, int64 (n,). verdicts: True if classified correctly, bool (n,).
     """
 
@@ -54,7 +81,10 @@ class Result:
     masked: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, PartResult] = field(default_factory=dict)
+    per_class: Mapping[str, ClassAccuracy] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    hits: Hits | None = field(default=None, repr=False, compare=False)
     samples: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False, compare=False)
     verdicts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), repr=False, compare=False)
 
@@ -73,8 +103,21 @@ class Result:
         numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
         numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
         numbers |= {"zero_gradients": self.zero_gradients, "non_finite_gradients": self.non_finite_gradients}
-        numbers |= {"masked": self.masked, "parts": dict(self.parts), "warnings": list(self.warnings)}
+        numbers |= {"masked": self.masked, "parts": dict(self.parts)}
+        numbers |= {"flags": list(self.flags), "warnings": list(self.warnings)}
+        numbers |= {"per_class": {name: of_class._asdict() for name, of_class in self.per_class.items()}}
         return numbers | {"details": {part: detail._asdict() for part, detail in self.details.items()}}
+
+
+def per_class(result: Result, labels_N: Tensor, names: Sequence[str] | None) -> dict[str, ClassAccuracy]:
+    """Accuracies of the classes that have images. labels_N: of all the data. names: of the classes, if known."""
+    of_samples = labels_N[result.samples]
+    found = {}
+    for label in of_samples.unique().tolist():
+        correct = result.verdicts[of_samples == label]
+        name = str(label) if names is None else names[label]
+        found[name] = ClassAccuracy(int(correct.sum()) / len(correct), len(correct))
+    return found
 
 
 def further(results: Mapping[str, Result]) -> list[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torch import Tensor
 from engine.attacks.auto.pool import Outcome
 from engine.attacks.auto.search import Passes
 from engine.attacks.auto.standard import AutoAttack, Batch
-from engine.attacks.autoattack import complaints
+from engine.attacks.autoattack import complaints, raised
 from engine.common.stopping import Stop
+from engine.evaluation.files.hits import Hit, HitNotes, in_parts, judged
 from engine.evaluation.partial_results import PartialResults
-from engine.evaluation.results import PartResult, Result
+from engine.evaluation.results import Hits, PartResult, Result
 from engine.system.distributed import World
 
 _SECONDS_BETWEEN_NOTES = 1.0
@@ -39,7 +40,8 @@ class SetAttack(NamedTuple):
 class SetRunner:
     """Runs AutoAttack on images, of which each process takes every world.size-th of those that are left.
 
-    batch: images and labels of samples, on the device. The others are as of `BatchRunner`.
+    batch: images and labels of samples, on the device. keeps_images: the images that broke are kept on the disk,
+    and are in the result. The others are as of `BatchRunner`.
     """
 
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -47,13 +49,18 @@ class SetRunner:
     stop: Stop
     world: World
     partial: PartialResults | None
+    keeps_images: bool = False
+
+    def hit_notes(self, attack: SetAttack) -> HitNotes | None:
+        """Where the images that broke are kept."""
+        return HitNotes(self.partial, attack.name) if self.keeps_images and self.partial is not None else None
 
     def result(self, attack: SetAttack, sample_N: Tensor, size: int) -> Result:
         """The accuracy under an attack. Raises FloatingPointError where logits are not finite."""
         table = _Table(attack.parts, len(sample_N))
         partial, world = self.partial, self.world
         if partial is not None:
-            for note in world.broadcast_from_main(lambda: partial.notes(attack.name)):
+            for note in world.broadcast_from_main(lambda: self._notes(attack, partial)):
                 table.enter(_Note(**note), mine=world.is_main)
         share = _Share(self, attack, sample_N, table, table.unfinished()[world.rank :: world.size])
         try:
@@ -61,7 +68,40 @@ class SetRunner:
         finally:
             share.flush()
         world.barrier(self.stop)
-        return table.gathered(world, attack, sample_N)
+        fell_N = table.fell(world)
+        result = table.gathered(world, attack, sample_N)
+        return replace(result, hits=self._hits(attack, sample_N, fell_N, size))
+
+    def _notes(self, attack: SetAttack, partial: PartialResults) -> list[dict[str, Any]]:
+        notes, kept = partial.notes(attack.name), self.hit_notes(attack)
+        return notes if kept is None else kept.with_images(notes)
+
+    def _hits(self, attack: SetAttack, sample_N: Tensor, fell_N: Tensor, size: int) -> Hits | None:
+        """The images that broke, of which each process judges its share. None in others than the main one."""
+        notes, world = self.hit_notes(attack), self.world
+        if notes is None:
+            return None
+        places = (fell_N > 0).nonzero().flatten()
+        told_3N = torch.zeros(3, len(sample_N), dtype=torch.int64)
+        for some in in_parts(places.tolist()[world.rank :: world.size], size, world.heartbeat):
+            x_nat, labels_R = self.batch(sample_N[some])
+            found = notes.read({place: int(fell_N[place]) for place in some})
+            x_adv = torch.stack([found[place].x_adv for place in some]).to(x_nat.device)
+            judgement = judged(attack.attack.network, x_adv, x_nat, labels_R, attack.attack.ball)
+            told_3N[:, some] = torch.stack((judgement.predicted_R, judgement.hit_rounded_R, labels_R)).cpu()
+        world.barrier(self.stop)
+        predicted_N, rounded_N, labels_N = world.gather(told_3N).amax(0)
+        if not world.is_main:
+            return None
+        found = notes.read({place: int(fell_N[place]) for place in places.tolist()})
+        kept = [found[place] for place in places.tolist()]
+        images = torch.stack([hit.x_adv for hit in kept]) if kept else self.batch(sample_N[:1])[0][:0].cpu()
+        part, rank = (
+            torch.tensor(numbers, dtype=torch.int64)
+            for numbers in ([h.part for h in kept], [h.rank for h in kept])
+        )
+        columns = (labels_N[places], predicted_N[places], part, rank, rounded_N[places] > 0)
+        return Hits(images, sample_N[places], *columns, fell_N)
 
 
 class _Note(NamedTuple):
@@ -113,6 +153,11 @@ class _Table:
         done_N = (self._status_PN != _WAITS).double().mean(dim=0)
         return float(done_N.where(~fell_N, 1.0).mean())
 
+    def fell(self, world: World) -> Tensor:
+        """Number of the part that broke each image, -1 where it stood all; of all processes."""
+        fell_PN = world.gather(self._status_PN).amax(0) == _FELL
+        return torch.where(fell_PN.any(0), fell_PN.long().argmax(0), -1)
+
     def gathered(self, world: World, attack: SetAttack, sample_N: Tensor) -> Result:
         """The result of all processes."""
         status_PN = world.gather(self._status_PN).amax(0)
@@ -138,6 +183,7 @@ class _Table:
             seconds=float(seconds_P.sum()),
             parts={part: count / n for part, count in stood.items()},
             details=details,
+            flags=raised(flags),
             warnings=tuple(complaints(attack.name, flags, stood)),
             samples=sample_N,
             verdicts=status_PN[-1] == _STOOD,
@@ -184,6 +230,7 @@ class _Share:
             now - self._begin,
             self._attack.attack.flags,
         )
+        self._keep_images()
         self._fresh, self._begin = [], now
         self._table.enter(note)
         if self._runner.partial is not None and note.images:
@@ -191,6 +238,17 @@ class _Share:
         if self._runner.on_batch is not None:
             n = len(self._sample_N)
             self._runner.on_batch(self._attack.name, int(n * self._table.share_done()), n)
+
+    def _keep_images(self) -> None:
+        """Put the images that broke on the disk, before their notes: whoever finds a note finds its images."""
+        notes = self._runner.hit_notes(self._attack)
+        hits = {
+            found.image: Hit(found.x_adv, self._part, found.rank)
+            for found in self._fresh
+            if found.x_adv is not None and found.rank is not None
+        }
+        if notes is not None and hits:
+            notes.add(hits)
 
     def _look(self, images: list[int]) -> None:
         """Classify images as they are."""

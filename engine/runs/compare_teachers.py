@@ -19,7 +19,6 @@ from engine.common.files import create
 from engine.common.lookup import check_known, look_up
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
-from engine.evaluation import candidate_plots
 from engine.evaluation.batches import size_of_batch
 from engine.evaluation.candidates import (
     MEASURES,
@@ -30,6 +29,7 @@ from engine.evaluation.candidates import (
     logits_of,
     ranking,
 )
+from engine.evaluation.files import candidate_plots
 from engine.evaluation.measure import evaluate, few_images, further, is_chance
 from engine.models import check
 from engine.models.normalize import normalisation

@@ -198,7 +198,8 @@ def test_limit_takes_every_class_equally_and_depends_on_the_labels_alone() -> No
 
 def test_a_result_is_frozen_and_goes_into_json() -> None:
     model = network()
-    result = evaluate(model, labelled(model), ["pgd20"], epsilon=3 / 255)["pgd20"]
+    images, labels = labelled(model)
+    result = evaluate(model, (images, labels), ["pgd20"], epsilon=3 / 255)["pgd20"]
     assert json.loads(json.dumps(result.as_dict())) == {
         "attack": "pgd20",
         "correct": result.correct,
@@ -210,7 +211,16 @@ def test_a_result_is_frozen_and_goes_into_json() -> None:
         "non_finite_gradients": 0.0,
         "masked": 0.0,
         "parts": {},
+        "flags": [],
         "warnings": [],
+        "per_class": {
+            str(label): {
+                "accuracy": float(result.verdicts[labels == label].double().mean()),
+                "n": int((labels == label).sum()),
+            }
+            for label in labels.unique().tolist()
+        },
+        "details": {},
     }
     assert result.seconds > 0
     with pytest.raises(FrozenInstanceError):

@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 class AutoAttack:
     """The attacks of version "standard" on a network, in float32, every hit verified by the network as it is.
 
-    network: in evaluation mode, its parameters frozen. It is attacked in the form of `prepared`.
+    network: in evaluation mode, its parameters frozen, kept as it is. It is attacked in the form of `prepared`.
     heartbeat: called all the time, since an attack may take hours.
     flags: a bit for each of `autoattack.FLAGS`, of what was seen so far.
     """
@@ -76,7 +76,7 @@ class AutoAttack:
         self, network: nn.Module, num_classes: int, ball: Ball, *, seed: int, heartbeat: Callable[[], None]
     ) -> None:
         parameter = next(network.parameters(), torch.empty(0))
-        self._network = network
+        self.network = network
         on_cpu = parameter.device.type == "cpu"
         self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
         self._targets = count_targets(num_classes)
@@ -144,7 +144,7 @@ class AutoAttack:
         self._heartbeat()
         missing = FEWEST_SLOTS - len(images)
         filled = torch.cat((images, images[:1].expand(missing, -1, -1, -1))) if missing > 0 else images
-        logits_BC: Tensor = self._network(filled.contiguous(memory_format=torch.channels_last))
+        logits_BC: Tensor = self.network(filled.contiguous(memory_format=torch.channels_last))
         return logits_BC[: len(images)].float()
 
 

@@ -1,0 +1,1 @@
+"""Files that evaluations write beside their reports, and their verification."""
