@@ -60,7 +60,9 @@ FLAGS = {
     "random": Flag("randomized defense", "the same image gets other logits each time"),
     "probabilities": Flag("probability distribution", "the network gives probabilities, and logits are needed"),
     "dynamic": Flag("dynamic defense", "the network computes gradients as it classifies"),
-    "zero_gradients": Flag("zero gradient", "there are images whose gradient of the DLR loss is zero"),
+    "zero_gradients": Flag(
+        "zero gradient", "there are images whose gradient of the DLR loss or of the margin is zero"
+    ),
 }
 """The checks of the package, but Square's: that is of all images together (`complaints`)."""
 
@@ -198,7 +200,7 @@ def raised(flags: int) -> tuple[str, ...]:
 def complaints(name: str, flags: int, stood: Mapping[str, int]) -> list[str]:
     """Warnings of the checks, in words. stood: images that stood each part of the attack and those before."""
     found = [FLAGS[flag].meaning for flag in raised(flags)]
-    if len(stood) > 2 and [*stood][-1] == "square":
+    if len(stood) > 2 and [*stood][-1].startswith("square"):
         n, *_, before, square = stood.values()
         by_square = before - square
         if by_square >= _FEWEST_BY_SQUARE and by_square > _MOST_BY_SQUARE * n:

@@ -33,6 +33,7 @@ from engine.attacks.autoattack import (
     installed,
     package_version,
 )
+from engine.attacks.fast import FAST_PARTS, NUMBERS, describe_fast
 from engine.attacks.pgd import NORMS, batch_norm_mode, describe, frozen, pgd, preset
 from engine.common.stopping import RunFailed
 from engine.config import KEYS
@@ -208,6 +209,23 @@ class WholeAutoAttack(AutoAttackPart):
     def title_of(self, parts: Collection[str]) -> str:
         without = ", ".join(PARTS[part].title for part in AA_PARTS[1:] if part not in parts)
         return f"{self.title} without {without}" if without else self.title
+
+
+class FastAutoAttack(AutoAttackPart):
+    """The parts of `fast`; on GPUs the search is in bfloat16, and every hit is verified in float32."""
+
+    def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
+        return describe_fast(num_classes, ball[1], ball[0])
+
+    def parts(self, num_classes: int) -> tuple[str, ...]:
+        return FAST_PARTS
+
+    def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
+        ball = {"threat_model": task.ball[1], "epsilon": task.ball[0]}
+        return ball | {"parts": list(FAST_PARTS), **NUMBERS._asdict(), "implementation": "engine"}
+
+    def on(self, task: Task) -> AutoAttack:
+        return super().on(task).in_half()
 
 
 class Images(NamedTuple):

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.attacks.autoattack import NO_ATTACK, PACKAGE, PARTS, WHOLE
+from engine.attacks.fast import FAST
 from engine.attacks.kinds import (
     AttackFunction,
     AutoAttackPart,
     ByFunction,
     EvaluationAttack,
+    FastAutoAttack,
     NoAttack,
     Packaged,
     Preset,
@@ -49,6 +51,7 @@ ATTACKS: dict[str, EvaluationAttack] = {
         *map(_preset, PRESETS),
         *(AutoAttackPart(name, part.title, part.source, part.least_classes) for name, part in PARTS.items()),
         WholeAutoAttack(WHOLE, "AA", "Croce and Hein (2020)"),
+        FastAutoAttack(FAST, "AA-fast", "Gao et al. (2022), Liu et al. (2022)"),
         Packaged(WHOLE + PACKAGE, "AA (package)", "Croce and Hein (2020)"),
     )
 }
@@ -205,7 +208,7 @@ def _transferred(name: str) -> Transferred:
     if not place:
         raise ValueError(f"attack: {name!r} names no checkpoint; expected {' or '.join(_TRANSFERS)}")
     inner = find(inner_name)
-    if isinstance(inner, Transferred | NoAttack | WholeAutoAttack | Packaged):
+    if isinstance(inner, Transferred | NoAttack | WholeAutoAttack | FastAutoAttack | Packaged):
         raise ValueError(f"attack: {name!r}: {inner_name} crafts nothing that is transferred; take e.g. pgd20")
     return Transferred(
         name,

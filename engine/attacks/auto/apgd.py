@@ -74,8 +74,8 @@ class Apgd(Search[ApgdState]):
         self.steps = num_steps + 1
         self._network, self._loss = network, look_up("loss", loss, LOSSES)
         self._ball, self._seed, self._stream = ball, seed, stream
-        self._start = look_up("threat_model", ball.threat_model, _STARTS)
-        self._step = look_up("threat_model", ball.threat_model, _STEPS)
+        self._start = look_up("threat_model", ball.threat_model, STARTS)
+        self._step = look_up("threat_model", ball.threat_model, STEPS)
         self._project = look_up("threat_model", ball.threat_model, _PROJECTIONS)
         self._checks = checks(num_steps)
         self.zero_gradients = torch.zeros((), dtype=torch.int64)
@@ -157,7 +157,7 @@ class Apgd(Search[ApgdState]):
         """
         first_B = state.step_B == 0
         weight = per_image(torch.where(first_B, 1.0, _MOMENTUM).to(grad.dtype))
-        z = self._step(state.x_adv, grad, state, self._ball.epsilon)
+        z = self._step(state.x_adv, state.x_nat, grad, state.step_size_B, self._ball.epsilon)
         inertia = (state.x_adv - state.x_last).mul_(1 - weight)
         state.x_last.copy_(state.x_adv)
         moved = z.sub_(state.x_adv).mul_(weight).add_(state.x_adv).add_(inertia)
@@ -187,16 +187,21 @@ def _into_sphere(images: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
     return (x_nat + away / (length + _TINY) * length.clamp(max=epsilon)).clamp_(0, 1)
 
 
-def _sign_step(x_adv: Tensor, grad: Tensor, state: ApgdState, epsilon: float) -> Tensor:
-    return _into_box(x_adv + per_image(state.step_size_B) * grad.sign(), state.x_nat, epsilon)
+def _sign_step(x_adv: Tensor, x_nat: Tensor, grad: Tensor, step_size_B: Tensor, epsilon: float) -> Tensor:
+    return _into_box(x_adv + per_image(step_size_B) * grad.sign(), x_nat, epsilon)
 
 
-def _gradient_step(x_adv: Tensor, grad: Tensor, state: ApgdState, epsilon: float) -> Tensor:
-    moved = x_adv + per_image(state.step_size_B) * (grad / (norms(grad) + _TINY))
-    return _into_sphere(moved, state.x_nat, epsilon)
+def _gradient_step(x_adv: Tensor, x_nat: Tensor, grad: Tensor, step_size_B: Tensor, epsilon: float) -> Tensor:
+    moved = x_adv + per_image(step_size_B) * (grad / (norms(grad) + _TINY))
+    return _into_sphere(moved, x_nat, epsilon)
 
 
-# By threat model.
-_STARTS: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
-_STEPS: dict[str, Callable[..., Tensor]] = {"Linf": _sign_step, "L2": _gradient_step}
 _PROJECTIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _into_box, "L2": _into_sphere}
+"""By threat model: (images, x_nat, epsilon) -> the images in the ball, then in [0, 1]."""
+STARTS: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
+"""By threat model: (seed, stream, counter_B1, sample_B, count) -> noise on the sphere of radius 1, flat."""
+STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+    "Linf": _sign_step,
+    "L2": _gradient_step,
+}
+"""By threat model: (x_adv, x_nat, grad, step_size_B, epsilon) -> a step up, into the ball, then into [0, 1]."""

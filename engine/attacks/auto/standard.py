@@ -1,4 +1,4 @@
-"""Version "standard" of AutoAttack: its four attacks on a network, each on the images that stood those before.
+"""AutoAttack's attacks on a network and those of AA-fast, each on the images that stood those before.
 
 Shape suffixes: B or R images, C classes, T target classes.
 """
@@ -6,12 +6,13 @@ Shape suffixes: B or R images, C classes, T target classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from engine.attacks.auto.adaptive import Adaptive
 from engine.attacks.auto.apgd import Apgd
 from engine.attacks.auto.fab import FabT
 from engine.attacks.auto.pool import FEWEST_SLOTS, Item, Outcome, attack_all
@@ -19,14 +20,18 @@ from engine.attacks.auto.search import Ball, Logits, Search, Start
 from engine.attacks.auto.square import Square
 from engine.attacks.autoattack import count_targets
 from engine.attacks.evaluated import prepared
+from engine.attacks.fast import ADAPTIVE, FEW_SQUARES, MARGIN, NUMBERS
 from engine.attacks.pgd import NORMS
 from engine.common.lookup import look_up
 from engine.kernels.philox import Stream
-from engine.system.precision import Precision
+from engine.system.precision import Precision, format_of
 
-_UNTARGETED = 2
-_TARGETED = ("apgd-t", "fab-t")
-_RATIOS = ("apgd-t", "apgd-dlr")  # whose loss no factor on the logits changes, so that a zero gradient says much
+_FIRST_RANK = 2  # the likeliest class is of rank 1
+_RATIOS = (
+    "apgd-t",
+    "apgd-dlr",
+    MARGIN,
+)  # whose steps no factor on the logits changes, so that a zero gradient says much
 _SHRINK = 1 - 2.0**-20  # of a perturbation that rounding has put outside the ball
 _DRAWS, _ALIKE = 5, 1e-4  # passes of the check for random networks, and the distance of their normalised logits
 _RANDOM, _PROBABILITIES, _DYNAMIC, _ZERO_GRADIENTS = 1, 2, 4, 8  # in the order of `autoattack.FLAGS`
@@ -41,7 +46,6 @@ class Steps(NamedTuple):
 
 
 STANDARD = Steps(apgd=100, fab=100, square=5000)
-_MakeSearch = Callable[[Logits, Ball, int, Steps], Search[Any]]
 
 
 class Look(NamedTuple):
@@ -65,7 +69,7 @@ class Batch(NamedTuple):
 
 
 class AutoAttack:
-    """The attacks of version "standard" on a network, in float32, every hit verified by the network as it is.
+    """The attacks of `_SEARCHES` on a network, in float32, every hit verified by the network as it is.
 
     network: in evaluation mode, its parameters frozen, kept as it is. It is attacked in the form of `prepared`.
     heartbeat: called all the time, since an attack may take hours.
@@ -79,9 +83,20 @@ class AutoAttack:
         self.network = network
         on_cpu = parameter.device.type == "cpu"
         self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
-        self._targets = count_targets(num_classes)
+        self._num_classes, self._targets = num_classes, count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
         self.flags = 0
+
+    def in_half(self) -> AutoAttack:
+        """The same, its search in bfloat16 on a GPU that has it; hits are verified as before.
+
+        Not in float16: large logits overflow there.
+        """
+        place = next(self._network.parameters(), torch.empty(0)).device
+        if format_of(place) == "bfloat16":
+            with suppress(TypeError, RuntimeError):  # a module that refuses to be copied
+                self._attacked = prepared(self._network, Precision(place, torch.float32, torch.bfloat16))
+        return self
 
     def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
         """Classify images as they are."""
@@ -114,14 +129,15 @@ class AutoAttack:
         images: numbers that `batch` knows. size: images per pass at most.
         Raises FloatingPointError where the network's logits are not finite.
         """
-        search = look_up("attack", part, _SEARCHES)(self._attacked, self.ball, self._seed, STANDARD)
-        ranks = range(2, 2 + self._targets) if part in _TARGETED else (_UNTARGETED,)
-        items = [Item(image, rank) for rank in ranks for image in images]
+        search = self._search(part)
+        runs = look_up("attack", part, _RUNS)(self._targets)
+        items = [Item(image, _FIRST_RANK + run) for run in range(runs) for image in images]
 
         def start(wanted: Sequence[Item]) -> Start:
             x_nat, labels_B, sample_B, targets_BT = batch([item.image for item in wanted])
             rank_B = torch.tensor([item.rank for item in wanted], device=x_nat.device)
-            target_B = targets_BT.gather(1, (rank_B - 2)[:, None]).squeeze(1)
+            place_B = (rank_B - _FIRST_RANK) % self._targets
+            target_B = targets_BT.gather(1, place_B[:, None]).squeeze(1)
             return Start(x_nat, labels_B, sample_B, rank_B, target_B)
 
         def confirm(wanted: Sequence[Item], found: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +154,10 @@ class AutoAttack:
         logits_BC = self._logits(x_adv)
         wrong_B = (logits_BC.argmax(dim=1) != labels_B) & logits_BC.isfinite().all(dim=1)
         return x_adv, wrong_B & ~outside(x_adv, x_nat, self.ball)
+
+    def _search(self, part: str) -> Search[Any]:
+        given = _Given(self._attacked, self._num_classes, self.ball, self._seed)
+        return look_up("attack", part, _SEARCHES)(given)
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits of the network itself, in batches no smaller than the attacks'."""
@@ -181,20 +201,52 @@ def _inside_sphere(x_adv: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
 _INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside_box, "L2": _inside_sphere}
 
 
-def _apgd(loss: str, stream: Stream) -> _MakeSearch:
-    return lambda network, ball, seed, steps: Apgd(
-        network, loss, ball, seed=seed, stream=stream, num_steps=steps.apgd
+class _Given(NamedTuple):
+    """What a search is made of."""
+
+    network: Logits
+    num_classes: int
+    ball: Ball
+    seed: int
+
+
+def _apgd(given: _Given, loss: str, stream: Stream, num_steps: int) -> Apgd:
+    return Apgd(given.network, loss, given.ball, seed=given.seed, stream=stream, num_steps=num_steps)
+
+
+def _square(given: _Given, num_queries: int) -> Square:
+    return Square(given.network, given.ball, seed=given.seed, num_queries=num_queries)
+
+
+def _adaptive(given: _Given) -> Adaptive:
+    return Adaptive(
+        given.network,
+        given.ball,
+        given.num_classes,
+        seed=given.seed,
+        start_steps=NUMBERS.start_steps,
+        margin_steps=NUMBERS.margin_steps,
     )
 
 
-# By the names of `autoattack.PARTS`.
-_SEARCHES: dict[str, _MakeSearch] = {
-    "apgd-ce": _apgd("ce", Stream.APGD_CE),
-    "apgd-dlr": _apgd("dlr", Stream.APGD_DLR),
-    "apgd-t": _apgd("dlr-targeted", Stream.APGD_T),
-    "fab-t": lambda network, ball, seed, steps: FabT(network, ball, num_steps=steps.fab),
-    "square": lambda network, ball, seed, steps: Square(network, ball, seed=seed, num_queries=steps.square),
+_SEARCHES: dict[str, Callable[[_Given], Search[Any]]] = {
+    "apgd-ce": lambda given: _apgd(given, "ce", Stream.APGD_CE, STANDARD.apgd),
+    "apgd-dlr": lambda given: _apgd(given, "dlr", Stream.APGD_DLR, STANDARD.apgd),
+    "apgd-t": lambda given: _apgd(given, "dlr-targeted", Stream.APGD_T, STANDARD.apgd),
+    "fab-t": lambda given: FabT(given.network, given.ball, num_steps=STANDARD.fab),
+    "square": lambda given: _square(given, STANDARD.square),
+    MARGIN: lambda given: _apgd(given, "margin-targeted", Stream.FAST, NUMBERS.target_steps),
+    ADAPTIVE: _adaptive,
+    FEW_SQUARES: lambda given: _square(given, NUMBERS.queries),
 }
+"""The attacks by the names of `autoattack.PARTS` and `fast.FAST_PARTS`."""
+_RUNS: dict[str, Callable[[int], int]] = {
+    **{part: lambda targets: 1 for part in ("apgd-ce", "apgd-dlr", "square", FEW_SQUARES)},
+    **{part: lambda targets: targets for part in ("apgd-t", "fab-t")},
+    MARGIN: lambda targets: min(NUMBERS.targets, targets),
+    ADAPTIVE: lambda targets: NUMBERS.restarts,
+}
+"""How often each attacks an image that stands: from the number of target classes that there can be."""
 
 
 @contextmanager
