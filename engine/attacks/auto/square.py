@@ -106,7 +106,7 @@ def _square(state: SquareState, window: Window, epsilon: float) -> Tensor:
 def _tiles(seed: int, sample_B: Tensor, x_nat: Tensor, epsilon: float) -> Tensor:
     """A `pattern` on each of about 5 x 5 tiles, turned or not, its sign that of the channel; onto the sphere."""
     channels, height, width = x_nat.shape[1:]
-    size = max(height // 5, 1)
+    size = max(min(height // 5, width), 1)
     margin_size = max((height - 5 * size) // 2, 0)
     row_H, column_W = (torch.arange(length, device=x_nat.device) - margin_size for length in (height, width))
     down, across = height // size, width // size
