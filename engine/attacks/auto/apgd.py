@@ -112,7 +112,7 @@ class Apgd(Search[ApgdState]):
         found = Found(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
         if not last:
             (grad,) = torch.autograd.grad(loss_B, x_adv, torch.ones_like(loss_B))
-            grad.nan_to_num_(nan=0.0)
+            grad = grad.nan_to_num(nan=0.0)  # in memory of its own: autograd may have expanded it
             zero_B = (grad == 0).flatten(1).all(dim=1) & (state.step_B == 0)
             self.zero_gradients = self.zero_gradients.to(grad.device) + zero_B.sum()
             self._learn(state, loss_B.detach(), grad)

@@ -40,8 +40,8 @@ class FabT(Search[FabState]):
         self._order = look_up("threat_model", ball.threat_model, NORMS).order
 
     def begin(self, start: Start) -> FabState:
-        x = start.x_nat.clone(memory_format=torch.channels_last)
-        return FabState(start.x_nat, start.labels_B, torch.zeros_like(start.labels_B), start.target_B, x)
+        x_nat = start.x_nat.contiguous(memory_format=torch.channels_last)
+        return FabState(x_nat, start.labels_B, torch.zeros_like(start.labels_B), start.target_B, x_nat.clone())
 
     def advance(self, state: FabState, *, last: bool) -> Found:
         x = state.x.detach().clone().requires_grad_()
