@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,29 +12,17 @@ from PIL import Image
 
 from engine import config, models
 from engine.attacks.auto import standard
-from engine.attacks.auto.apgd import Apgd
-from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.search import Ball, Logits, Search
-from engine.attacks.auto.square import Square
 from engine.common.tensor_files import write_tensors
-from engine.kernels.philox import Stream
 from engine.runs import checkpoints
 from tests.conftest import CLASSES
 
 EPSILON = "24/255"
-SHORT: dict[str, Callable[[Logits, Ball, int], Search[Any]]] = {
-    "apgd-ce": lambda network, ball, seed: Apgd(
-        network, "ce", ball, seed=seed, stream=Stream.APGD_CE, num_steps=3
-    ),
-    "fab-t": lambda network, ball, seed: FabT(network, ball, num_steps=3),
-    "square": lambda network, ball, seed: Square(network, ball, seed=seed, num_queries=20),
-}
-"""The attacks with a few steps; square is the last part, as in AutoAttack for three classes."""
+SHORT = standard.Steps(apgd=3, fab=3, square=20)
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Let AutoAttack and its parts run a few steps."""
-    patch.setattr(standard, "_SEARCHES", SHORT)
+    patch.setattr(standard, "STANDARD", SHORT)
 
 
 def trained(path: Path, folder: Path) -> Path:

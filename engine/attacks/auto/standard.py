@@ -92,10 +92,10 @@ class AutoAttack:
 
         Not in float16: large logits overflow there.
         """
-        place = next(self._network.parameters(), torch.empty(0)).device
+        place = next(self.network.parameters(), torch.empty(0)).device
         if format_of(place) == "bfloat16":
             with suppress(TypeError, RuntimeError):  # a module that refuses to be copied
-                self._attacked = prepared(self._network, Precision(place, torch.float32, torch.bfloat16))
+                self._attacked = prepared(self.network, Precision(place, torch.float32, torch.bfloat16))
         return self
 
     def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
