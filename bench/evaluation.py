@@ -14,7 +14,7 @@ from bench.lib import command, machine
 from bench.lib.output import chart
 from bench.lib.output.csv_rows import EvaluationRow
 from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_timed import TEXTBOOK, VARIANTS, Subject, TimedAttack
+from bench.lib.steps.attacks_timed import ATTACK_VARIANTS, TEXTBOOK, Subject, TimedAttack
 from engine.common.files import checkpoint_of
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import batch_of
@@ -22,13 +22,13 @@ from engine.models.weights import load_model
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request, limited
 
-ATTACKS = ("pgd20", "cw", "aa")
+USUAL_ATTACKS = ("pgd20", "cw", "aa")
 
 
 # many parameters: one for each option
 @command.command
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(ATTACKS)}]")
+@click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(USUAL_ATTACKS)}]")
 @click.option("--images", default=100, show_default=True, type=click.IntRange(min=1), help="Test images.")
 @click.option(
     "--shorter", default=1, show_default=True, type=click.IntRange(1, 20), help="Divides AutoAttack's steps."
@@ -51,9 +51,9 @@ def main(
     with command.results(device, out) as results:
         rows: list[EvaluationRow] = []
         for name, subject in subjects:
-            for attack in attacks or ATTACKS:
+            for attack in attacks or USUAL_ATTACKS:
                 found: dict[str, TimedAttack] = {}
-                for variant in VARIANTS:
+                for variant in ATTACK_VARIANTS:
                     with command.refused():
                         found[variant] = attacks_timed.timed(variant, attack, subject)
                     rows.append(row_of(results.facts, name, attack, subject, variant, found))

@@ -79,7 +79,8 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         (
             ("parts", "pgd"),
             ("autoattack", "masking", "overfitting", "twin", "auto", "auto.losses", "auto.search", "auto.windows"),
-            ("adversary", "evaluated", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
+            ("adversary", "evaluated", "fast", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
+            ("auto.adaptive",),
             ("auto.standard",),
             ("kinds",),
             ("table",),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attacks.auto.search import Ball
-from engine.attacks.auto.standard import AutoAttack, Batch
+from engine.attacks.auto.standard import AttackBatch, AutoAttack
 from engine.attacks.autoattack import (
     AA_PARTS,
     NO_ATTACK,
@@ -244,9 +244,9 @@ def _attacked(attack: AutoAttack, parts: tuple[str, ...], images: Images) -> Out
     x_adv = x_nat.clone()
     survived_B = look.correct_B.to(torch.int8)
 
-    def batch(rows: Sequence[int]) -> Batch:
+    def batch(rows: Sequence[int]) -> AttackBatch:
         rows_R = torch.tensor(rows, device=x_nat.device)
-        return Batch(x_nat[rows_R], labels_B[rows_R], sample_B[rows_R], look.targets_BT[rows_R])
+        return AttackBatch(x_nat[rows_R], labels_B[rows_R], sample_B[rows_R], look.targets_BT[rows_R])
 
     for number, part in enumerate(parts[1:], 1):
         left = (survived_B == number).nonzero().flatten().tolist()

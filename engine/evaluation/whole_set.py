@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.pool import Outcome
-from engine.attacks.auto.search import Passes
-from engine.attacks.auto.standard import AutoAttack, Batch
+from engine.attacks.auto.pool import ImageOutcome
+from engine.attacks.auto.search import PassCount
+from engine.attacks.auto.standard import AttackBatch, AutoAttack
 from engine.attacks.autoattack import complaints, raised
 from engine.common.stopping import Stop
 from engine.evaluation.files.hits import Hit, HitNotes, in_parts, judged
@@ -200,7 +200,7 @@ class _Share:
         self._sample_N, self._images = sample_N, images
         self._targets: dict[int, Tensor] = {}
         self._part = 0
-        self._fresh: list[Outcome] = []
+        self._fresh: list[ImageOutcome] = []
         self._begin = time.perf_counter()
 
     def attack_all(self, size: int) -> None:
@@ -263,9 +263,9 @@ class _Share:
         new = set(self._table.waiting(0, images))
         for image, x, correct in zip(images, x_nat, correct_R.tolist(), strict=True):
             if image in new:
-                self._add(Outcome(image, None if correct else x, None, Passes(1, 0)))
+                self._add(ImageOutcome(image, None if correct else x, None, PassCount(1, 0)))
 
-    def _add(self, outcome: Outcome) -> None:
+    def _add(self, outcome: ImageOutcome) -> None:
         self._fresh.append(outcome)
         if time.perf_counter() - self._begin > _SECONDS_BETWEEN_NOTES:
             self.flush()
@@ -274,10 +274,10 @@ class _Share:
     def _batch(self, images: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self._runner.batch(self._sample_N[torch.tensor(images)])
 
-    def _with_targets(self, images: Sequence[int]) -> Batch:
+    def _with_targets(self, images: Sequence[int]) -> AttackBatch:
         x_nat, labels_R = self._batch(images)
         sample_R = self._sample_N[torch.tensor(images)].to(x_nat.device)
-        return Batch(x_nat, labels_R, sample_R, torch.stack([self._targets[image] for image in images]))
+        return AttackBatch(x_nat, labels_R, sample_R, torch.stack([self._targets[image] for image in images]))
 
 
 def _split(images: list[int], size: int) -> Iterator[list[int]]:

@@ -137,7 +137,7 @@ def no_tensor(tensors: Tensors) -> None:
     del tensors["rank"]
 
 
-ALTERATIONS = {
+ALTERATIONS: dict[Callable[[Tensors], None], str] = {
     outside: "lies outside the ball",
     another_label: "has another label in the data",
     another_class: "gets another class from the network",
@@ -243,7 +243,7 @@ def test_what_cannot_be_verified_is_refused(cli: Cli, copied: Path) -> None:
     assert (code, "hits.st: cannot be read" in said) == (2, True)
     told(copied, lambda entry: entry.pop("options"))
     code, said = check(cli, copied)
-    assert (code, "is not whole" in said) == (2, True)
+    assert (code, "is not whole: options: Field required" in said) == (2, True)
     told(copied, lambda entry: entry.pop("adversarial"))
     code, said = check(cli, copied)
     assert (code, "no result in it has adversarial images" in said) == (2, True)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from engine.attacks.auto.search import Ball
 from engine.attacks.autoattack import FLAGS, raised
+from engine.common import files
 from engine.common.console import Reporter
 from engine.common.stopping import RunFailed
 from engine.evaluation import evaluate_checkpoint as evaluation
-from engine.evaluation import whole_set
+from engine.evaluation import reports, whole_set
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.files import adversarial
 from engine.evaluation.files.hits import judged
@@ -114,10 +115,11 @@ def test_the_file_holds_all_that_broke_and_each_is_adversarial(
 
 def test_what_is_rounded_is_judged_in_whole_levels() -> None:
     """A step of exactly epsilon is inside, though float32 pixels may be a little farther apart."""
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    last = torch.nn.Linear(3, 2)
     with torch.no_grad():
-        network[1].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 0]]))
-        network[1].bias.copy_(torch.tensor([0.0, 0.5]))
+        last.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 0, 0]]))
+        last.bias.copy_(torch.tensor([0.0, 0.5]))
+    network = torch.nn.Sequential(torch.nn.Flatten(), last)
     for level in range(0, 240, 7):
         x_nat = torch.full((3, 3, 1, 1), level / 255)
         x_adv = torch.stack([torch.full((3, 1, 1), (level + away) / 255) for away in (8, 8.4, 8.6)])
@@ -193,7 +195,7 @@ def test_notes_without_images_serve_no_evaluation_that_saves_them(
     checkpoint: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.reports, "add", killed)
+        patch.setattr(reports, "add", killed)
         with pytest.raises(Killed):
             evaluation.run(checkpoint, wanted(tiny_folder, None), Reporter(), out=tmp_path / "report.json")
     before = {path.name for path in (tmp_path / "report.partial").iterdir()}
@@ -232,7 +234,7 @@ def test_a_full_disk_keeps_what_was_measured(
         assert not read(tmp_path / "report.json")
         patch.undo()
         shorten(patch)
-        patch.setattr(evaluation.reports, "write_json", full)
+        patch.setattr(reports, "write_json", full)
         with pytest.raises(RunFailed, match="what was measured is kept"):
             measure(checkpoint, tiny_folder, tmp_path)
         assert not (tmp_path / "hits.safetensors").exists()  # it would be in the way of the same command
@@ -274,11 +276,10 @@ def test_no_file_is_overwritten(
     done = cli("eval", str(checkpoint), str(checkpoint), *arguments)
     assert "--save-adversarial: one checkpoint is expected, got 2" in done.err
     file.unlink()
-    create = adversarial.create
 
     def meanwhile(path: Path, content: bytes) -> None:
         path.write_text("theirs")
-        create(path, content)
+        files.create(path, content)
 
     monkeypatch.setattr(adversarial, "create", meanwhile)
     with pytest.raises(RunFailed, match="has come into being meanwhile; what was measured is kept"):

@@ -43,11 +43,11 @@ def evaluate_here(world: World, checkpoint: str, out: str) -> None:
     (Path(out).parent / f"result-{world.rank}.json").write_text(json.dumps(report.results))
 
 
-def notes(root: Path) -> list[tuple[str, int, Measured]]:
-    """Name of the attack's folder, number of the batch and its results, of all attacks."""
+def notes(root: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name of the attack's folder and the note of a batch, of all attacks."""
     files = sorted(root.glob("*/*.jsonl"))
     found = [(path.parent.name, read_note(line)) for path in files for line in path.read_bytes().splitlines()]
-    return [(folder, *note) for folder, note in found if note is not None]
+    return [(folder, note) for folder, note in found if note is not None]
 
 
 def measured(root: Path) -> set[frozenset[tuple[Any, ...]]]:
@@ -95,7 +95,7 @@ def test_an_evaluation_that_was_killed_goes_on_with_another_number_of_processes(
     first, *others = victim.read_bytes().splitlines()
     known = read_note(first)
     assert known is not None
-    marked = note_of(known[0], known[1]._replace(seconds=1e6))
+    marked = note_of(known | {"seconds": 1e6})
     victim.write_bytes(b"\n".join([marked, *others, first[:90]]))
     with launched(arguments, tmp_path, 1) as running:
         code, printed = running.ends()

@@ -174,4 +174,4 @@ _VARIANTS: Mapping[str, Callable[[str, Subject], TimedAttack]] = {
     EXPERT: _expert,
     ENGINE: _engine,
 }
-VARIANTS = tuple(_VARIANTS)
+ATTACK_VARIANTS = tuple(_VARIANTS)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.apgd import STARTS, STEPS
+from engine.attacks.auto.apgd import GRADIENT_STEPS, START_NOISE
 from engine.attacks.auto.losses import margin
-from engine.attacks.auto.search import Ball, Found, Logits, Passes, Search, Start, State
+from engine.attacks.auto.search import AttackState, Ball, Logits, PassCount, Search, Start, StepResult
 from engine.common.lookup import look_up
 from engine.kernels.philox import Stream, uniform
 
@@ -27,7 +27,7 @@ _NOISE, _DIRECTION = 256, 512  # counters: no rank of a target class is as large
 
 
 @dataclass
-class AdaptiveState(State):
+class AdaptiveState(AttackState):
     """direction: of the logits, into which the start goes."""
 
     direction_BC: Tensor
@@ -56,8 +56,8 @@ class Adaptive(Search[AdaptiveState]):
         self.steps = start_steps + margin_steps + 1
         self._network, self._ball, self._num_classes, self._seed = network, ball, num_classes, seed
         self._start_steps, self._margin_steps = start_steps, margin_steps
-        self._noise = look_up("threat_model", ball.threat_model, STARTS)
-        self._step = look_up("threat_model", ball.threat_model, STEPS)
+        self._noise = look_up("threat_model", ball.threat_model, START_NOISE)
+        self._step = look_up("threat_model", ball.threat_model, GRADIENT_STEPS)
 
     def begin(self, start: Start) -> AdaptiveState:
         x_nat, rank_B1 = start.x_nat, start.rank_B[:, None]
@@ -74,7 +74,7 @@ class Adaptive(Search[AdaptiveState]):
             x_adv.clamp_(0, 1).contiguous(memory_format=torch.channels_last),
         )
 
-    def advance(self, state: AdaptiveState, *, last: bool) -> Found:
+    def advance(self, state: AdaptiveState, *, last: bool) -> StepResult:
         x_adv = state.x_adv.detach().clone().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
             logits_BC = self._network(x_adv)
@@ -87,10 +87,10 @@ class Adaptive(Search[AdaptiveState]):
             sizes_B = self._step_sizes(state.step_B).to(grad.dtype)
             state.x_adv.copy_(self._step(seen, state.x_nat, grad, sizes_B, self._ball.epsilon))
         state.step_B += 1
-        return Found(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
+        return StepResult(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
 
-    def passes(self, steps: int) -> Passes:
-        return Passes(steps, steps - 1)
+    def passes(self, steps: int) -> PassCount:
+        return PassCount(steps, steps - 1)
 
     def _step_sizes(self, step_B: Tensor) -> Tensor:
         """Epsilon in the start, then epsilon (s + (1 - s) (1 + cos(pi k / K)) / 2) in step k of K."""

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from engine.attacks.auto.losses import LOSSES
-from engine.attacks.auto.search import Ball, Found, Logits, Passes, Search, Start, State, norms, per_image
+from engine.attacks.auto.search import (
+    AttackState,
+    Ball,
+    Logits,
+    PassCount,
+    Search,
+    Start,
+    StepResult,
+    norms,
+    per_image,
+)
 from engine.common.lookup import look_up
 from engine.kernels.philox import Stream, normal, uniform
 
@@ -23,7 +33,7 @@ _TINY = 1e-12
 
 
 @dataclass
-class ApgdState(State):
+class ApgdState(AttackState):
     """best: where the loss was largest. last: before the latest step. increases: of the loss since the last check.
 
     halved: at the last check. best_at_check: the largest loss then.
@@ -42,19 +52,19 @@ class ApgdState(State):
     step_size_B: Tensor
 
 
-class Check(NamedTuple):
+class StepCheck(NamedTuple):
     """After which step the loss is looked at, and how many steps after the check before."""
 
     step: int
     gap: int
 
 
-def checks(num_steps: int) -> list[Check]:
+def checks(num_steps: int) -> list[StepCheck]:
     """After 22 % of the steps, then after gaps that are 3 % shorter each time and at least 6 %."""
     gap, shorter, least = (max(int(part * num_steps), 1) for part in (0.22, 0.03, 0.06))
     found, step = [], gap
     while step <= num_steps:
-        found.append(Check(step, gap))
+        found.append(StepCheck(step, gap))
         gap = max(gap - shorter, least)
         step += gap
     return found
@@ -74,8 +84,8 @@ class Apgd(Search[ApgdState]):
         self.steps = num_steps + 1
         self._network, self._loss = network, look_up("loss", loss, LOSSES)
         self._ball, self._seed, self._stream = ball, seed, stream
-        self._start = look_up("threat_model", ball.threat_model, STARTS)
-        self._step = look_up("threat_model", ball.threat_model, STEPS)
+        self._start = look_up("threat_model", ball.threat_model, START_NOISE)
+        self._step = look_up("threat_model", ball.threat_model, GRADIENT_STEPS)
         self._project = look_up("threat_model", ball.threat_model, _PROJECTIONS)
         self._checks = checks(num_steps)
         self.zero_gradients = torch.zeros((), dtype=torch.int64)
@@ -103,13 +113,13 @@ class Apgd(Search[ApgdState]):
             step_size_B=zeros_B + 2 * self._ball.epsilon,
         )
 
-    def advance(self, state: ApgdState, *, last: bool) -> Found:
+    def advance(self, state: ApgdState, *, last: bool) -> StepResult:
         x_adv = state.x_adv.detach().clone().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
             logits_BC = self._network(x_adv)
             loss_B = self._loss(logits_BC, state.labels_B, state.target_B)
         seen, logits_BC = x_adv.detach(), logits_BC.detach()
-        found = Found(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
+        found = StepResult(logits_BC.argmax(dim=1) != state.labels_B, seen, logits_BC.isfinite().all(dim=1))
         if not last:
             (grad,) = torch.autograd.grad(loss_B, x_adv, torch.ones_like(loss_B))
             grad = grad.nan_to_num(nan=0.0)  # in memory of its own: autograd may have expanded it
@@ -120,8 +130,8 @@ class Apgd(Search[ApgdState]):
         state.step_B += 1
         return found
 
-    def passes(self, steps: int) -> Passes:
-        return Passes(steps, steps - 1)
+    def passes(self, steps: int) -> PassCount:
+        return PassCount(steps, steps - 1)
 
     def _learn(self, state: ApgdState, loss_B: Tensor, grad: Tensor) -> None:
         """Note the loss and where it is largest; at a check halve the steps that fail and go back to there."""
@@ -198,9 +208,9 @@ def _gradient_step(x_adv: Tensor, x_nat: Tensor, grad: Tensor, step_size_B: Tens
 
 _PROJECTIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _into_box, "L2": _into_sphere}
 """By threat model: (images, x_nat, epsilon) -> the images in the ball, then in [0, 1]."""
-STARTS: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
+START_NOISE: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
 """By threat model: (seed, stream, counter_B1, sample_B, count) -> noise on the sphere of radius 1, flat."""
-STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+GRADIENT_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
     "Linf": _sign_step,
     "L2": _gradient_step,
 }

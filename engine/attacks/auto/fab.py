@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attacks.auto.losses import targeted_margin
-from engine.attacks.auto.search import Ball, Found, Logits, Passes, Search, Start, State, per_image
+from engine.attacks.auto.search import AttackState, Ball, Logits, PassCount, Search, Start, StepResult, per_image
 from engine.attacks.pgd import NORMS
 from engine.common.lookup import look_up
 from engine.kernels import fab_step
@@ -20,7 +20,7 @@ _BACK = 0.9  # beta: of the way from the image to a hit, the part that is kept
 
 
 @dataclass
-class FabState(State):
+class FabState(AttackState):
     """x: the iterate."""
 
     target_B: Tensor
@@ -43,7 +43,7 @@ class FabT(Search[FabState]):
         x_nat = start.x_nat.contiguous(memory_format=torch.channels_last)
         return FabState(x_nat, start.labels_B, torch.zeros_like(start.labels_B), start.target_B, x_nat.clone())
 
-    def advance(self, state: FabState, *, last: bool) -> Found:
+    def advance(self, state: FabState, *, last: bool) -> StepResult:
         x = state.x.detach().clone().requires_grad_()
         with torch.enable_grad():
             difference_B = targeted_margin(self._network(x), state.labels_B, state.target_B)
@@ -53,10 +53,10 @@ class FabT(Search[FabState]):
         other_B = logits_BC.argmax(dim=1) != state.labels_B
         away = x_new - state.x_nat
         near_B = torch.linalg.vector_norm(away.flatten(1), self._order, dim=1) <= self._ball.epsilon
-        found = Found(other_B & near_B, x_new, logits_BC.isfinite().all(dim=1))
+        found = StepResult(other_B & near_B, x_new, logits_BC.isfinite().all(dim=1))
         state.x = torch.where(per_image(other_B), state.x_nat + _BACK * away, x_new)
         state.step_B += 1
         return found
 
-    def passes(self, steps: int) -> Passes:
-        return Passes(2 * steps, steps)
+    def passes(self, steps: int) -> PassCount:
+        return PassCount(2 * steps, steps)

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.search import Found, Passes, S, Search, Start, put, taken
+from engine.attacks.auto.search import PassCount, S, Search, Start, StepResult, put, taken
 
 FEWEST_SLOTS = 64
 """A smaller batch may be computed by other algorithms, whose last bits differ: slots are filled up to so many."""
@@ -31,7 +31,7 @@ class Item(NamedTuple):
     rank: int
 
 
-class Outcome(NamedTuple):
+class ImageOutcome(NamedTuple):
     """Result of an attack on an image. x_adv: CHW, that of the lowest rank that broke it; None: it stood.
 
     passes: that were needed: of the ranks up to that one.
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     image: int
     x_adv: Tensor | None
     rank: int | None
-    passes: Passes
+    passes: PassCount
 
 
 Confirm = Callable[[Sequence[Item], Tensor], tuple[Tensor, Tensor]]
@@ -59,7 +59,7 @@ class _Slots(Generic[S]):
         self.x_hit = state.x_nat.clone()
         self.lost_B = torch.zeros_like(self.hit_B)
 
-    def note(self, found: Found) -> None:
+    def note(self, found: StepResult) -> None:
         """Keep the images of a step that are the first hits."""
         new_B = found.hit_B & ~self.hit_B
         self.lost_B |= ~found.finite_B
@@ -94,7 +94,7 @@ class _Progress:
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._open: dict[int, set[int]] = {}
-        self._passes: dict[int, dict[int, Passes]] = {}
+        self._passes: dict[int, dict[int, PassCount]] = {}
         self._hit: dict[int, tuple[int, Tensor]] = {}
         for image, rank in items:
             self._open.setdefault(image, set()).add(rank)
@@ -104,7 +104,7 @@ class _Progress:
         """True if the item's result can still matter."""
         return item is not None and item.rank in self._open.get(item.image, ())
 
-    def add(self, item: Item, passes: Passes, x_adv: Tensor | None) -> Outcome | None:
+    def add(self, item: Item, passes: PassCount, x_adv: Tensor | None) -> ImageOutcome | None:
         """Note the end of an item; the outcome of its image, where that is the last that matters."""
         image, rank = item
         left, needed = self._open[image], self._passes[image]
@@ -120,7 +120,7 @@ class _Progress:
         del self._open[image], self._passes[image]
         lowest, x_hit = self._hit.pop(image, (None, None))
         forward, backward = map(sum, zip(*needed.values(), strict=True))
-        return Outcome(image, x_hit, lowest, Passes(forward, backward))
+        return ImageOutcome(image, x_hit, lowest, PassCount(forward, backward))
 
 
 def attack_all(
@@ -130,7 +130,7 @@ def attack_all(
     size: int,
     confirm: Confirm,
     heartbeat: Callable[[], None],
-) -> Iterator[Outcome]:
+) -> Iterator[ImageOutcome]:
     """Attack all items, and yield the outcome of each image as soon as it is known.
 
     items: the lowest rank of all images first, since a hit makes the higher ones of its image needless.
@@ -182,7 +182,7 @@ def _harvest(
     live: Sequence[int],
     progress: _Progress,
     confirm: Confirm,
-) -> Iterator[Outcome]:
+) -> Iterator[ImageOutcome]:
     """Outcomes of the images whose attacks have ended."""
     hit, lost = torch.stack((slots.hit_B, slots.lost_B)).tolist()
     if count := sum(lost[row] for row in live):

@@ -39,7 +39,7 @@ class Start(NamedTuple):
     target_B: Tensor
 
 
-class Found(NamedTuple):
+class StepResult(NamedTuple):
     """Result of one step of each image. x: images that were looked at, BCHW.
 
     hit: the attack's aim is reached by x. finite: the logits are.
@@ -50,7 +50,7 @@ class Found(NamedTuple):
     finite_B: Tensor
 
 
-class Passes(NamedTuple):
+class PassCount(NamedTuple):
     """Forward and backward passes of one image."""
 
     forward: int
@@ -58,7 +58,7 @@ class Passes(NamedTuple):
 
 
 @dataclass
-class State:
+class AttackState:
     """Images under attack. step: number of steps that each has gone."""
 
     x_nat: Tensor
@@ -70,10 +70,10 @@ class State:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=AttackState)
 
 
-def put(state: State, rows_R: Tensor, new: State) -> None:
+def put(state: AttackState, rows_R: Tensor, new: AttackState) -> None:
     """Put the images of a new state into rows of a state."""
     for own, others in zip(state.tensors(), new.tensors(), strict=True):
         own.index_copy_(0, rows_R, others)
@@ -101,12 +101,12 @@ class Search(ABC, Generic[S]):
         """The state of images that have gone no step."""
 
     @abstractmethod
-    def advance(self, state: S, *, last: bool) -> Found:
+    def advance(self, state: S, *, last: bool) -> StepResult:
         """One step of all images, in place. last: it is that of each, so that nothing is prepared for another."""
 
     @abstractmethod
-    def passes(self, steps: int) -> Passes:
-        """Passes that so many steps of an image need, the last of which is of no further use."""
+    def passes(self, steps: int) -> PassCount:
+        """PassCount that so many steps of an image need, the last of which is of no further use."""
 
 
 def per_image(values_B: Tensor) -> Tensor:

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from engine.attacks.auto import windows
 from engine.attacks.auto.losses import margin
-from engine.attacks.auto.search import Ball, Found, Logits, Passes, Search, Start, State, norms, per_image
+from engine.attacks.auto.search import (
+    AttackState,
+    Ball,
+    Logits,
+    PassCount,
+    Search,
+    Start,
+    StepResult,
+    norms,
+    per_image,
+)
 from engine.attacks.auto.windows import MAX_CHANNELS, Window
 from engine.common.lookup import look_up
 
@@ -21,7 +31,7 @@ _TINY = 1e-12
 
 
 @dataclass
-class SquareState(State):
+class SquareState(AttackState):
     """x_best: where the margin was smallest. windows: of all steps, see `windows.draw`."""
 
     x_best: Tensor
@@ -58,17 +68,17 @@ class Square(Search[SquareState]):
             windows_BKN=windows.draw(self._seed, start.sample_B, sizes, x_nat.shape[1:], self._num_queries),
         )
 
-    def advance(self, state: SquareState, *, last: bool) -> Found:
+    def advance(self, state: SquareState, *, last: bool) -> StepResult:
         with torch.no_grad():
             x_new = self._move(state, windows.at_step(state.windows_BKN, state.step_B), self._ball.epsilon)
             logits_BC = self._network(x_new)
             if not last:
                 _keep(state, x_new, margin(logits_BC, state.labels_B))
         state.step_B += 1
-        return Found(logits_BC.argmax(dim=1) != state.labels_B, x_new, logits_BC.isfinite().all(dim=1))
+        return StepResult(logits_BC.argmax(dim=1) != state.labels_B, x_new, logits_BC.isfinite().all(dim=1))
 
-    def passes(self, steps: int) -> Passes:
-        return Passes(steps, 0)
+    def passes(self, steps: int) -> PassCount:
+        return PassCount(steps, 0)
 
 
 def _keep(state: SquareState, x_new: Tensor, margin_B: Tensor) -> None:

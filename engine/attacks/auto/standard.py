@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.attacks.auto.adaptive import Adaptive
 from engine.attacks.auto.apgd import Apgd
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.pool import FEWEST_SLOTS, Item, Outcome, attack_all
+from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, Item, attack_all
 from engine.attacks.auto.search import Ball, Logits, Search, Start
 from engine.attacks.auto.square import Square
 from engine.attacks.autoattack import count_targets
@@ -59,7 +59,7 @@ class Look(NamedTuple):
     finite_B: Tensor
 
 
-class Batch(NamedTuple):
+class AttackBatch(NamedTuple):
     """Images BCHW in [0, 1], labels, indices in the data, and target classes as of `Look`."""
 
     x_nat: Tensor
@@ -122,8 +122,8 @@ class AutoAttack:
             self.flags |= _DYNAMIC
 
     def run(
-        self, part: str, images: Sequence[int], batch: Callable[[Sequence[int]], Batch], size: int
-    ) -> Iterator[Outcome]:
+        self, part: str, images: Sequence[int], batch: Callable[[Sequence[int]], AttackBatch], size: int
+    ) -> Iterator[ImageOutcome]:
         """Attack images with one part; the outcome of each as soon as it is known.
 
         images: numbers that `batch` knows. size: images per pass at most.

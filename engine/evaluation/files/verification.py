@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from engine.attacks import table
@@ -50,10 +50,14 @@ class Verification:
     data: str | None = None
 
 
-class Told(BaseModel):
-    """What a report's entry tells of its file of images."""
+class _Part(BaseModel):
+    """A value of a report, of the types that it was written in."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Saved(_Part):
+    """What is told of the file of images."""
 
     file: str
     sha256: str
@@ -61,23 +65,81 @@ class Told(BaseModel):
     still_adversarial_as_uint8: int
 
 
-class Measurement(NamedTuple):
-    """What was measured: the network and images, opened again, their batches, and an entry of the report."""
+class Place(_Part):
+    """Where the checkpoint lay."""
 
-    entry: Mapping[str, Any]
-    opened: Opened
-    size: int
-    sample_N: Tensor
+    path: str
 
-    @property
-    def name(self) -> str:
-        """The attack's name."""
-        return str(self.entry["attack"])
+
+class Count(_Part):
+    """Images that came to a part of the attack, and that stood it."""
+
+    images: int
+    stood: int
+
+
+class Identity(_Part):
+    """Hashes of what was evaluated, and the ball."""
+
+    checkpoint: str
+    weights: str
+    data: str
+    threat_model: Literal["Linf", "L2"]
+    epsilon: Annotated[float, Field(gt=0)]
+
+
+class Options(_Part):
+    """Choices of the evaluation, as of `EvaluationConfig`."""
+
+    attacks: list[str]
+    limit: int | None
+    limit_aa: int | None
+    dataset: str | None
+    data: str | None
+    model: str | None
+    weights: str | None
+    normalize: str | list[list[float]] | None
+    epsilon: str | None
+    threat_model: str | None
+    batch_size: int | None
+    seed: int
+    image_size: int | None
+    on_bad_image: str | None
+
+    def config(self, choices: Verification) -> EvaluationConfig:
+        """The same evaluation here."""
+        given: dict[str, Any] = dict(self)
+        if isinstance(self.normalize, list):
+            given["normalize"] = tuple(self.normalize)
+        if choices.data is not None:
+            given["data"] = choices.data
+        return EvaluationConfig(**given, device=choices.device)
+
+
+class SavedFile(_Part):
+    """What a report's entry tells of a result with adversarial images."""
+
+    attack: str
+    correct: int
+    adversarial: Saved
+    checkpoint: Place
+    options: Options
+    parameters: Identity
+    details: dict[str, Count]
 
     @property
     def ball(self) -> Ball:
         """The attack's ball."""
-        return Ball(self.entry["parameters"]["threat_model"], self.entry["parameters"]["epsilon"])
+        return Ball(self.parameters.threat_model, self.parameters.epsilon)
+
+
+class Measurement(NamedTuple):
+    """What was measured, as it is told, and opened again. size: of a batch. sample_N: all that were attacked."""
+
+    told: SavedFile
+    opened: Opened
+    size: int
+    sample_N: Tensor
 
     def batch(self, sample_R: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of samples."""
@@ -105,19 +167,17 @@ def verify(path: Path, choices: Verification, reporter: Reporter) -> list[str]:
 def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, reporter: Reporter) -> Iterator[str]:
     """Whatever does not hold of one result."""
     try:
-        told = Told.model_validate(entry["adversarial"])
-        config = EvaluationConfig(**entry["options"] | _given(choices))
-        checkpoint = choices.checkpoint or _checkpoint(path, entry)
-        attacks = table.resolve(config.attacks)
-        wanted = [entry["parameters"][key] for key in ("checkpoint", "weights", "data", "threat_model", "epsilon")]
-        counts = {part: (each["images"], each["stood"]) for part, each in entry["details"].items()}
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise ValueError(f"{path}: the result of {entry['attack']} is not whole: {error!s:.80}") from None
-    file = path.parent / told.file
-    content = _bytes(file)
-    if hashlib.sha256(content).hexdigest() != told.sha256:
+        told = SavedFile.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"{path}: the result of {entry['attack']} is not whole: {where}: {first['msg']}"
+        ) from None
+    file, checkpoint = path.parent / told.adversarial.file, choices.checkpoint or _checkpoint(path, told)
+    if hashlib.sha256(_bytes(file)).hexdigest() != told.adversarial.sha256:
         yield f"{file} is not the file that the report tells of: its sha256 is another"
-    if hashlib.sha256(_bytes(checkpoint)).hexdigest() != wanted[0]:
+    if hashlib.sha256(_bytes(checkpoint)).hexdigest() != told.parameters.checkpoint:
         yield f"{checkpoint} is not the checkpoint that was evaluated: its sha256 is another"
         return
     try:
@@ -125,28 +185,28 @@ def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, repor
     except ValueError as error:
         yield f"{file}: {error}"
         return
-    found = opened(checkpoint, config, attacks)
-    if weights_sha256(found.loaded.module) != wanted[1]:
+    config = told.options.config(choices)
+    found = opened(checkpoint, config, table.resolve(config.attacks))
+    if weights_sha256(found.loaded.module) != told.parameters.weights:
         yield f"{checkpoint}: the network has other weights than the one that was evaluated"
         return
-    if found.images.sha256 != wanted[2]:
+    if found.images.sha256 != told.parameters.data:
         yield "the images are not those of the evaluation: the data's sha256 is another"
         return
-    measurement = _measurement(entry, found, config)
+    test = found.images.test
+    size = size_of_batch(config.batch_size, *test.shape)
+    sample_N = limited(test.labels, config.limit_of(told.attack), 0, "limit")
+    measurement = Measurement(told, found, size, sample_N)
     with precision.deterministic(), undisturbed(found.loaded.module, found.at.device):
-        yield from _of_counts(rows, told, counts, measurement)
-        yield from _of_images(rows, told, measurement, reporter)
+        yield from _of_counts(rows, measurement)
+        yield from _of_images(rows, measurement, reporter)
         yield from _of_those_that_stood(rows, choices, measurement, reporter)
 
 
-def _given(choices: Verification) -> dict[str, Any]:
-    return {"device": choices.device} | ({} if choices.data is None else {"data": choices.data})
-
-
-def _checkpoint(report: Path, entry: Mapping[str, Any]) -> Path:
+def _checkpoint(report: Path, told: SavedFile) -> Path:
     """Where the checkpoint lies: where it lay, else beside the report."""
-    told = Path(entry["checkpoint"]["path"])
-    return told if told.exists() else report.parent / told.name
+    path = Path(told.checkpoint.path)
+    return path if path.exists() else report.parent / path.name
 
 
 def _bytes(path: Path) -> bytes:
@@ -156,29 +216,22 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _measurement(entry: Mapping[str, Any], found: Opened, config: EvaluationConfig) -> Measurement:
-    test = found.images.test
-    limit = config.limit_of(entry["attack"])
-    size = size_of_batch(config.batch_size, *test.shape)
-    return Measurement(entry, found, size, limited(test.labels, limit, 0, "limit"))
-
-
-def _of_counts(
-    rows: Rows, told: Told, counts: Mapping[str, tuple[int, int]], measurement: Measurement
-) -> Iterator[str]:
+def _of_counts(rows: Rows, measurement: Measurement) -> Iterator[str]:
     """Whatever the numbers of images say against the report."""
+    told = measurement.told
     if len(rows.fell_N) != len(measurement.sample_N):
         yield f"the file tells of {len(rows.fell_N)} images, and {len(measurement.sample_N)} were attacked"
         return
-    if len(rows.samples) != told.images:
-        yield f"{len(rows.samples)} adversarial images are there, and the report tells of {told.images}"
+    if len(rows.samples) != told.adversarial.images:
+        count = len(rows.samples)
+        yield f"{count} adversarial images are there, and the report tells of {told.adversarial.images}"
     stood = int((rows.fell_N < 0).sum())
-    if stood != measurement.entry.get("correct"):
-        yield f"{stood} images stood, and the report tells of {measurement.entry.get('correct')}"
-    for number, (part, (images, left)) in enumerate(counts.items()):
+    if stood != told.correct:
+        yield f"{stood} images stood, and the report tells of {told.correct}"
+    for number, (part, counted) in enumerate(told.details.items()):
         broke = int((rows.fell_N == number).sum())
-        if broke != images - left:
-            yield f"{broke} images fell to {part}, and the report tells of {images - left}"
+        if broke != counted.images - counted.stood:
+            yield f"{broke} images fell to {part}, and the report tells of {counted.images - counted.stood}"
     expected = measurement.sample_N[rows.fell_N > 0]
     if not torch.equal(rows.samples, expected):
         yield "the images are not those of the samples that fell, each once and in their order"
@@ -186,10 +239,10 @@ def _of_counts(
         yield "the images' parts are not those to which the samples fell"
 
 
-def _of_images(rows: Rows, told: Told, measurement: Measurement, reporter: Reporter) -> Iterator[str]:
+def _of_images(rows: Rows, measurement: Measurement, reporter: Reporter) -> Iterator[str]:
     """Whatever is wrong with the images that are said to be adversarial."""
-    n, rounded = len(measurement.opened.images.test.labels), 0
-    reporter.begin(f"{measurement.name}: adversarial images", len(rows.samples))
+    told, rounded, n = measurement.told, 0, len(measurement.opened.images.test.labels)
+    reporter.begin(f"{measurement.told.attack}: adversarial images", len(rows.samples))
     for chosen in _parts(torch.arange(len(rows.samples)), measurement.size):
         samples = rows.samples[chosen]
         if not ((samples >= 0) & (samples < n)).all() or rows.images.shape[1] != 3:
@@ -200,10 +253,10 @@ def _of_images(rows: Rows, told: Told, measurement: Measurement, reporter: Repor
         if x_adv.shape != x_nat.shape or x_adv.dtype != x_nat.dtype:
             yield f"the images are {x_adv.dtype} {tuple(x_adv.shape)}, and those of the data {tuple(x_nat.shape)}"
             return
-        judgement = judged(measurement.opened.loaded.module, x_adv, x_nat, labels_R, measurement.ball)
+        judgement = judged(measurement.opened.loaded.module, x_adv, x_nat, labels_R, measurement.told.ball)
         rounded += int(judgement.hit_rounded_R.sum())
         faults = {
-            "lies outside the ball or [0, 1]": outside(x_adv, x_nat, measurement.ball),
+            "lies outside the ball or [0, 1]": outside(x_adv, x_nat, measurement.told.ball),
             "is classified correctly": judgement.predicted_R == labels_R,
             "has another label in the data": rows.labels[chosen].to(labels_R.device) != labels_R,
             "gets another class from the network than the file tells": (
@@ -215,10 +268,10 @@ def _of_images(rows: Rows, told: Told, measurement: Measurement, reporter: Repor
                 yield f"the image of sample {sample} {words}"
         reporter.advance(int(chosen[-1]) + 1)
     reporter.end()
-    if rounded != told.still_adversarial_as_uint8:
+    if rounded != told.adversarial.still_adversarial_as_uint8:
         yield (
             f"{rounded} images are adversarial when rounded to n/255, and the report tells of "
-            f"{told.still_adversarial_as_uint8}"
+            f"{told.adversarial.still_adversarial_as_uint8}"
         )
 
 
@@ -232,15 +285,15 @@ def _of_those_that_stood(
     order = torch.randperm(len(stood), generator=torch.Generator().manual_seed(choices.seed))
     chosen = stood[order[: choices.images]].sort().values
     attack, network = table.find(ATTACK), measurement.opened.loaded.module
-    ball = (measurement.ball.epsilon, measurement.ball.threat_model)
+    ball = (measurement.told.ball.epsilon, measurement.told.ball.threat_model)
     task = Task(network, measurement.opened.loaded.num_classes, ball, choices.seed)
-    reporter.begin(f"{measurement.name}: images that stood, by {attack.title}", len(chosen))
+    reporter.begin(f"{measurement.told.attack}: images that stood, by {attack.title}", len(chosen))
     for samples in _parts(chosen, measurement.size):
         x_nat, labels_R = measurement.batch(samples)
         clean_R, _ = classified(network, x_nat)
         x_adv = craft(attack, task, x_nat, labels_R, samples.to(x_nat.device))
-        x_adv = inside(x_adv, x_nat, measurement.ball)  # a last bit may be outside
-        flipped_R = judged(network, x_adv, x_nat, labels_R, measurement.ball).hit_R & (clean_R == labels_R)
+        x_adv = inside(x_adv, x_nat, measurement.told.ball)  # a last bit may be outside
+        flipped_R = judged(network, x_adv, x_nat, labels_R, measurement.told.ball).hit_R & (clean_R == labels_R)
         for sample in samples[(clean_R != labels_R).cpu()].tolist():
             yield f"sample {sample} is said to have stood, and is misclassified as it is"
         for sample in samples[flipped_R.cpu()].tolist():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engine.attacks.auto import losses
-from engine.attacks.auto.apgd import Apgd, Check, checks
-from engine.attacks.auto.search import Ball, Passes, Start, put, taken
+from engine.attacks.auto.apgd import Apgd, StepCheck, checks
+from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
 from engine.kernels.philox import Stream
 from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, sure, trained
 
@@ -151,7 +151,7 @@ class Falling(nn.Module):
 def test_checks_are_those_of_the_paper() -> None:
     assert [check.step for check in checks(100)] == [22, 41, 57, 70, 80, 87, 93, 99]
     assert [check.gap for check in checks(100)] == [22, 19, 16, 13, 10, 7, 6, 6]
-    assert checks(20)[:3] == [Check(4, 4), Check(7, 3), Check(9, 2)]
+    assert checks(20)[:3] == [StepCheck(4, 4), StepCheck(7, 3), StepCheck(9, 2)]
     assert [check.step for check in checks(20)[3:]] == [*range(10, 21)]
     assert {check.gap for check in checks(20)[3:]} == {1}
 
@@ -163,7 +163,7 @@ def test_checks_are_those_of_the_package(num_steps: int) -> None:
     for step in range(1, num_steps + 1):
         since += 1
         if since == gap:
-            found.append(Check(step, gap))
+            found.append(StepCheck(step, gap))
             gap, since = max(gap - published.size_decr, published.n_iter_min), 0
     assert checks(num_steps) == found
 
@@ -259,8 +259,8 @@ def test_passes_and_the_last_step() -> None:
     network = Network()
     attack = attack_of(network, "ce", Ball("Linf", 0.1), 100)
     assert attack.steps == 101
-    assert attack.passes(101) == Passes(101, 100)
-    assert attack.passes(1) == Passes(1, 0)
+    assert attack.passes(101) == PassCount(101, 100)
+    assert attack.passes(1) == PassCount(1, 0)
     state = attack.begin(start_of(network, images_of(3)))
     kept = [value.clone() for value in state.tensors()]
     attack.advance(state, last=True)

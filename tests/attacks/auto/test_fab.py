@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.search import Ball, Passes, Start, put, taken
+from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
 from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, trained
 
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.3)}
@@ -108,7 +108,7 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
 def test_each_step_is_two_forward_passes_and_a_backward_pass() -> None:
     attack = FabT(Network(), BALLS["Linf"])
     assert attack.steps == 100
-    assert attack.passes(100) == Passes(200, 100)
+    assert attack.passes(100) == PassCount(200, 100)
 
 
 def test_a_start_has_memory_of_its_own() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.attacks.auto import windows
 from engine.attacks.auto.losses import margin
-from engine.attacks.auto.search import Ball, Passes, Start, put, taken
+from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
 from engine.attacks.auto.square import Square, SquareState
 
 SHAPE = (3, 13, 13)  # with tiles that end where the image ends: the package fails on others
@@ -330,7 +330,7 @@ def test_the_last_step_changes_no_image() -> None:
     assert not torch.equal(found.x, state.x_best)
     kept[2] += 1
     assert all(torch.equal(one, other) for one, other in zip(kept, state.tensors(), strict=True))
-    assert attack.passes(attack.steps) == Passes(6, 0)
+    assert attack.passes(attack.steps) == PassCount(6, 0)
 
 
 def test_an_image_beyond_its_last_step_does_no_harm() -> None:
