@@ -82,7 +82,7 @@ class Adaptive(Search[AdaptiveState]):
             loss_B = torch.where(state.step_B < self._start_steps, along_B, -margin(logits_BC, state.labels_B))
         seen, logits_BC = x_adv.detach(), logits_BC.detach()
         if not last:
-            (grad,) = torch.autograd.grad(loss_B.sum(), x_adv)
+            (grad,) = torch.autograd.grad(loss_B, x_adv, torch.ones_like(loss_B))
             grad.nan_to_num_(nan=0.0)
             sizes_B = self._step_sizes(state.step_B).to(grad.dtype)
             state.x_adv.copy_(self._step(seen, state.x_nat, grad, sizes_B, self._ball.epsilon))
