@@ -26,10 +26,10 @@ class Numbers(NamedTuple):
 
     targets: int = 3
     target_steps: int = 20
-    restarts: int = 7
-    start_steps: int = 7
-    margin_steps: int = 25
-    queries: int = 200
+    restarts: int = 5
+    start_steps: int = 5
+    margin_steps: int = 40
+    queries: int = 100
 
 
 NUMBERS = Numbers()
