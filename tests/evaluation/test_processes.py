@@ -18,7 +18,7 @@ from engine.common.stopping import Interrupted, Stop
 from engine.evaluation import evaluate_checkpoint as evaluation
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import evaluate
-from engine.evaluation.partial_results import Measured, note_of, read_note
+from engine.evaluation.partial_results import note_of, read_note
 from engine.evaluation.reports import read
 from engine.system.distributed import World
 from tests.conftest import write_checkpoint
@@ -53,10 +53,10 @@ def notes(root: Path) -> list[tuple[str, dict[str, Any]]]:
 def measured(root: Path) -> set[frozenset[tuple[Any, ...]]]:
     """Results of all processes by attack, but for the time; every batch must be there once."""
     found = notes(root)
-    assert len(found) == len({(folder, batch) for folder, batch, _ in found}) == len(ATTACKS) * 3
+    assert len(found) == len({(folder, note["batch"]) for folder, note in found}) == len(ATTACKS) * 3
     return {
-        frozenset((batch, *note._replace(seconds=0)) for folder, batch, note in found if folder == name)
-        for name, _, _ in found
+        frozenset(tuple((note | {"seconds": 0}).items()) for folder, note in found if folder == name)
+        for name, _ in found
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.attacks import table
 from engine.attacks.auto import standard
 from engine.attacks.auto.adaptive import WEIGHT, Adaptive, AdaptiveState
-from engine.attacks.auto.search import Ball, Passes, Start, put, taken
+from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
 from engine.attacks.autoattack import Outcome
 from engine.attacks.fast import FAST_PARTS, NUMBERS
 from engine.attacks.kinds import Task
@@ -23,7 +23,7 @@ from engine.kernels.philox import Stream, normal, uniform
 SHAPE, CLASSES = (3, 5, 4), 4
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.3)}
 THREATS = pytest.mark.parametrize("threat_model", sorted(BALLS))
-STEPS = {"start_steps": 3, "margin_steps": 6}
+GRADIENT_STEPS = {"start_steps": 3, "margin_steps": 6}
 
 
 class Network(nn.Module):
@@ -86,7 +86,7 @@ def textbook(start: Start, ball: Ball, row: int) -> list[Tensor]:
 
 
 def search_on(ball: Ball) -> Adaptive:
-    return Adaptive(Network(), ball, CLASSES, seed=7, **STEPS)
+    return Adaptive(Network(), ball, CLASSES, seed=7, **GRADIENT_STEPS)
 
 
 @THREATS
@@ -103,7 +103,7 @@ def test_the_images_are_those_of_a_loop_in_float64(threat_model: str) -> None:
         assert len(expected) == search.steps == 10
         for step, image in zip(found, expected, strict=True):
             torch.testing.assert_close(step.x[row], image, rtol=1e-6, atol=1e-7)
-    assert search.passes(10) == Passes(10, 9)
+    assert search.passes(10) == PassCount(10, 9)
 
 
 @THREATS
@@ -160,7 +160,8 @@ def truth(network: Linear, images: Tensor, labels: Tensor, ball: Ball) -> Tensor
     apart_BCN = weight[labels][:, None] - weight
     margin_BC = (apart_BCN * images.double().flatten(1)[:, None]).sum(dim=2) + bias[labels][:, None] - bias
     needed_BC = ball.epsilon * apart_BCN.norm(p=1 if ball.threat_model == "Linf" else 2, dim=2)
-    return ((margin_BC > needed_BC) | F.one_hot(labels, len(bias)).bool()).all(dim=1)
+    stands_B: Tensor = ((margin_BC > needed_BC) | F.one_hot(labels, len(bias)).bool()).all(dim=1)
+    return stands_B
 
 
 def attacked(network: nn.Module, classes: int, ball: Ball) -> Any:
