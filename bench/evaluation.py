@@ -25,7 +25,6 @@ from engine.pipelines.splits import Request, limited
 USUAL_ATTACKS = ("pgd20", "cw", "aa")
 
 
-# many parameters: one for each option
 @command.command
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(USUAL_ATTACKS)}]")
@@ -76,7 +75,6 @@ def subject_of(
     return f"{loaded.name}, {wanted.dataset}", Subject(network, x_nat, labels_N, wanted.attack.epsilon, shorter)
 
 
-# many parameters: each is a fact of the row
 def row_of(
     facts: machine.Facts, name: str, attack: str, subject: Subject, variant: str, found: dict[str, TimedAttack]
 ) -> EvaluationRow:

@@ -100,6 +100,7 @@ from engine.common.files import checkpoint_of
 )
 @import_option
 @process_options
+# long: it is the list of what an evaluation is made of
 def evaluate(
     checkpoints: tuple[str, ...],
     attacks: str,

@@ -202,7 +202,7 @@ _INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside
 
 
 class _Given(NamedTuple):
-    """What a search is made of."""
+    """Arguments of every search."""
 
     network: Logits
     num_classes: int

@@ -95,7 +95,7 @@ def evaluated(
 
 
 def picture_of(report: Path) -> Path:
-    """Where the picture of a report lies."""
+    """Path of a report's picture."""
     return report.with_name(report.name.removesuffix(".json") + ".epsilons.png")
 
 

@@ -57,7 +57,7 @@ class _Part(BaseModel):
 
 
 class Saved(_Part):
-    """What is told of the file of images."""
+    """Facts of the file of images, as a report tells them."""
 
     file: str
     sha256: str
@@ -66,7 +66,7 @@ class Saved(_Part):
 
 
 class Place(_Part):
-    """Where the checkpoint lay."""
+    """Place of the checkpoint at the evaluation."""
 
     path: str
 
@@ -117,7 +117,7 @@ class Options(_Part):
 
 
 class SavedFile(_Part):
-    """What a report's entry tells of a result with adversarial images."""
+    """A report's entry of a result with adversarial images."""
 
     attack: str
     correct: int
@@ -134,7 +134,7 @@ class SavedFile(_Part):
 
 
 class Measurement(NamedTuple):
-    """What was measured, as it is told, and opened again. size: of a batch. sample_N: all that were attacked."""
+    """An evaluation, as it is told, and opened again. size: of a batch. sample_N: all that were attacked."""
 
     told: SavedFile
     opened: Opened
@@ -204,7 +204,7 @@ def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, repor
 
 
 def _checkpoint(report: Path, told: SavedFile) -> Path:
-    """Where the checkpoint lies: where it lay, else beside the report."""
+    """Path of the checkpoint: where it lay, else beside the report."""
     path = Path(told.checkpoint.path)
     return path if path.exists() else report.parent / path.name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from engine.attacks.auto import pool
 from engine.attacks.auto.apgd import Apgd
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.pool import FEWEST_SLOTS, Item, Outcome, attack_all, slots_for
-from engine.attacks.auto.search import Ball, Found, Passes, Search, Start, State
+from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, Item, attack_all, slots_for
+from engine.attacks.auto.search import AttackState, Ball, PassCount, Search, Start, StepResult
 from engine.attacks.auto.square import Square
 from engine.kernels.philox import Stream
 
-STEPS = 7
+GRADIENT_STEPS = 7
 Hits = dict[tuple[int, int], tuple[int, ...]]
 """(image, rank) -> steps at which an image is found"""
 
 
 @dataclass
-class TableState(State):
+class TableState(AttackState):
     """sample: the image. rank: of the target."""
 
     sample_B: Tensor
@@ -37,7 +37,7 @@ class Table(Search[TableState]):
     """Hits that are written down. What is found tells of the image, the rank and the step."""
 
     def __init__(self, hits: Hits, lost: Sequence[tuple[int, int, int]] = ()) -> None:
-        self.steps, self._hits, self._lost = STEPS, hits, set(lost)
+        self.steps, self._hits, self._lost = GRADIENT_STEPS, hits, set(lost)
         self.sizes: list[int] = []
         self.lasts: list[bool] = []
         self.begun: list[tuple[int, int]] = []
@@ -47,7 +47,7 @@ class Table(Search[TableState]):
         zeros = torch.zeros_like(start.labels_B)
         return TableState(start.x_nat, start.labels_B, zeros, start.sample_B.clone(), start.rank_B.clone())
 
-    def advance(self, state: TableState, *, last: bool) -> Found:
+    def advance(self, state: TableState, *, last: bool) -> StepResult:
         rows = list(zip(*(each.tolist() for each in (state.sample_B, state.rank_B, state.step_B)), strict=True))
         self.sizes.append(len(rows))
         self.lasts.append(last)
@@ -55,10 +55,10 @@ class Table(Search[TableState]):
         found = torch.tensor([[image, rank, step] for image, rank, step in rows]).double()[:, :, None, None]
         finite = [row not in self._lost for row in rows]
         state.step_B += 1
-        return Found(torch.tensor(hit), found, torch.tensor(finite))
+        return StepResult(torch.tensor(hit), found, torch.tensor(finite))
 
-    def passes(self, steps: int) -> Passes:
-        return Passes(10 * steps, steps)
+    def passes(self, steps: int) -> PassCount:
+        return PassCount(10 * steps, steps)
 
 
 def start_of(items: Sequence[Item]) -> Start:
@@ -80,7 +80,7 @@ class Judge:
 
 def run(
     search: Table, items: Sequence[Item], size: int = 64, refused: Sequence[tuple[int, int, int]] = ()
-) -> dict[int, Outcome]:
+) -> dict[int, ImageOutcome]:
     outcomes = list(attack_all(search, start_of, items, size, Judge(refused), lambda: None))
     found = {outcome.image: outcome for outcome in outcomes}
     assert len(found) == len(outcomes)
@@ -93,31 +93,32 @@ def items_of(images: Sequence[int], ranks: Sequence[int]) -> list[Item]:
 
 def expected(
     hits: Hits, image: int, ranks: Sequence[int], refused: Sequence[tuple[int, int, int]] = ()
-) -> tuple[int | None, int | None, Passes]:
+) -> tuple[int | None, int | None, PassCount]:
     """Rank and step of the first hit, rank by rank, and what it took."""
     steps = 0
     for rank in ranks:
         confirmed = [step for step in sorted(hits.get((image, rank), ())) if (image, rank, step) not in refused]
         if confirmed:
             steps += confirmed[0] + 1
-            return rank, confirmed[0], Passes(10 * steps, steps)
-        steps += STEPS
-    return None, None, Passes(10 * steps, steps)
+            return rank, confirmed[0], PassCount(10 * steps, steps)
+        steps += GRADIENT_STEPS
+    return None, None, PassCount(10 * steps, steps)
 
 
-def check(outcome: Outcome, image: int, wanted: tuple[int | None, int | None, Passes]) -> None:
+def check(outcome: ImageOutcome, image: int, wanted: tuple[int | None, int | None, PassCount]) -> None:
     rank, step, passes = wanted
     assert (outcome.rank, outcome.passes) == (rank, passes)
     if rank is None:
         assert outcome.x_adv is None
     else:
         assert outcome.x_adv is not None
+        assert step is not None
         assert outcome.x_adv.flatten().tolist() == [image + 0.5, rank + 0.5, step + 0.5]
 
 
 TABLES = st.dictionaries(
     st.tuples(st.integers(0, 99), st.integers(2, 5)),
-    st.lists(st.integers(0, STEPS - 1), min_size=1, max_size=3).map(tuple),
+    st.lists(st.integers(0, GRADIENT_STEPS - 1), min_size=1, max_size=3).map(tuple),
     max_size=120,
 )
 
@@ -153,16 +154,16 @@ def test_the_lowest_rank_that_is_a_hit_wins(
 
 def test_slots_are_refilled_and_then_fewer() -> None:
     """150 images, of which the even ones fall at once: their slots go to others in the middle of the attack."""
-    hits = {(image, 2): (0,) for image in range(0, 150, 2)}
+    hits: dict[tuple[int, int], tuple[int, ...]] = {(image, 2): (0,) for image in range(0, 150, 2)}
     search = Table(hits)
     run(search, items_of(range(150), [2]), 250)
     assert search.sizes[0] == 150
-    assert search.sizes[1:] == [75] * (STEPS - 1)
+    assert search.sizes[1:] == [75] * (GRADIENT_STEPS - 1)
     search = Table(hits)
     run(search, items_of(range(150), [2]), 75)
-    assert search.sizes[:STEPS] == [75] * STEPS
+    assert search.sizes[:GRADIENT_STEPS] == [75] * GRADIENT_STEPS
     # An even image leaves its slot to the next odd one, whose seven steps begin there.
-    assert len(search.sizes) == 2 * STEPS
+    assert len(search.sizes) == 2 * GRADIENT_STEPS
     assert set(search.sizes) <= {75, FEWEST_SLOTS}
 
 
@@ -173,7 +174,7 @@ def test_a_hit_ends_the_higher_ranks_of_its_image() -> None:
     outcomes = run(search, items_of(range(64), range(2, 11)), 64)
     assert len(search.sizes) == 3
     assert {rank for _, rank in search.begun} == {2}
-    assert {outcome.passes for outcome in outcomes.values()} == {Passes(30, 3)}
+    assert {outcome.passes for outcome in outcomes.values()} == {PassCount(30, 3)}
     search = Table(hits)
     run(search, items_of(range(64), range(2, 6)), 256)
     assert search.sizes == [256] * 3
@@ -183,22 +184,22 @@ def test_a_higher_rank_that_hits_first_waits_for_the_lower_ones() -> None:
     hits: Hits = {(0, 4): (0,), (0, 3): (5,)}
     search = Table(hits)
     outcome = run(search, items_of([0], range(2, 6)))[0]
-    check(outcome, 0, (3, 5, Passes(10 * (STEPS + 6), STEPS + 6)))
-    check(run(Table({(0, 4): (0,)}), items_of([0], range(2, 6)))[0], 0, (4, 0, Passes(150, 15)))
+    check(outcome, 0, (3, 5, PassCount(10 * (GRADIENT_STEPS + 6), GRADIENT_STEPS + 6)))
+    check(run(Table({(0, 4): (0,)}), items_of([0], range(2, 6)))[0], 0, (4, 0, PassCount(150, 15)))
 
 
 def test_a_hit_that_is_not_confirmed_goes_on() -> None:
     hits: Hits = {(3, 2): (1, 4), (5, 2): (2,)}
     outcomes = run(Table(hits), items_of(range(6), [2]), refused=[(3, 2, 1), (5, 2, 2)])
-    check(outcomes[3], 3, (2, 4, Passes(50, 5)))
-    check(outcomes[5], 5, (None, None, Passes(70, 7)))
+    check(outcomes[3], 3, (2, 4, PassCount(50, 5)))
+    check(outcomes[5], 5, (None, None, PassCount(70, 7)))
 
 
 def test_only_the_last_step_of_all_is_the_last() -> None:
     search = Table({})
     run(search, items_of(range(70), [2]))
     assert search.lasts.count(True) >= 1
-    assert not any(search.lasts[: STEPS - 1])
+    assert not any(search.lasts[: GRADIENT_STEPS - 1])
     assert search.lasts[-1]
 
 
@@ -235,7 +236,7 @@ def small_network() -> nn.Module:
 NETWORK = small_network()
 X_NAT = torch.rand(130, 3, 8, 8, generator=torch.Generator().manual_seed(3)).to(memory_format=torch.channels_last)
 ORDER_BC = NETWORK(X_NAT).argsort(dim=1, descending=True)
-SEARCHES = {
+SEARCHES: dict[str, Callable[[Ball], Search[Any]]] = {
     "apgd-ce": lambda ball: Apgd(NETWORK, "ce", ball, seed=1, stream=Stream.APGD_CE, num_steps=25),
     "apgd-t": lambda ball: Apgd(NETWORK, "dlr-targeted", ball, seed=1, stream=Stream.APGD_T, num_steps=25),
     "fab-t": lambda ball: FabT(NETWORK, ball, num_steps=15),
@@ -252,8 +253,8 @@ def real_start(items: Sequence[Item]) -> Start:
 
 def real(
     name: str, threat_model: str, images: Sequence[int], size: int
-) -> dict[int, tuple[int | None, Passes, list[float] | None]]:
-    """Of each image the rank that broke it, the passes, and its pixels."""
+) -> dict[int, tuple[int | None, PassCount, list[float] | None]]:
+    """Rank that broke each image, the passes, and its pixels."""
 
     def confirm(items: Sequence[Item], found: Tensor) -> tuple[Tensor, Tensor]:
         return found, torch.ones(len(items), dtype=torch.bool)
