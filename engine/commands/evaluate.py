@@ -22,6 +22,7 @@ from engine.commands.options import (
 from engine.common.files import checkpoint_of
 
 
+# long: it hands each option to its place
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, required=True, type=FILE, metavar="CHECKPOINT...")
 @click.option(
@@ -100,7 +101,6 @@ from engine.common.files import checkpoint_of
 )
 @import_option
 @process_options
-# long: it is the list of what an evaluation is made of
 def evaluate(
     checkpoints: tuple[str, ...],
     attacks: str,
