@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ def test_the_lowest_rank_that_is_a_hit_wins(
 
 def test_slots_are_refilled_and_then_fewer() -> None:
     """150 images, of which the even ones fall at once: their slots go to others in the middle of the attack."""
-    hits = {(image, 2): (0,) for image in range(0, 150, 2)}
+    hits: Hits = {(image, 2): (0,) for image in range(0, 150, 2)}
     search = Table(hits)
     run(search, items_of(range(150), [2]), 250)
     assert search.sizes[0] == 150
@@ -235,7 +235,7 @@ def small_network() -> nn.Module:
 NETWORK = small_network()
 X_NAT = torch.rand(130, 3, 8, 8, generator=torch.Generator().manual_seed(3)).to(memory_format=torch.channels_last)
 ORDER_BC = NETWORK(X_NAT).argsort(dim=1, descending=True)
-SEARCHES = {
+SEARCHES: dict[str, Callable[[Ball], Search[Any]]] = {
     "apgd-ce": lambda ball: Apgd(NETWORK, "ce", ball, seed=1, stream=Stream.APGD_CE, num_steps=25),
     "apgd-t": lambda ball: Apgd(NETWORK, "dlr-targeted", ball, seed=1, stream=Stream.APGD_T, num_steps=25),
     "fab-t": lambda ball: FabT(NETWORK, ball, num_steps=15),
