@@ -661,7 +661,7 @@ def test_autoattack_equals_the_package_called_directly(capsys: pytest.CaptureFix
 
     before = footprint(model)
     capsys.readouterr()
-    result = evaluate(model, (images, labels), ["aa"], epsilon=3 / 255, seed=4)["aa"]
+    result = evaluate(model, (images, labels), ["aa:package"], epsilon=3 / 255, seed=4)["aa:package"]
     assert result.correct == expected
     assert result.description == (
         "AutoAttack standard (APGD-CE, APGD-T and FAB-T with 9 target classes, Square), L-inf, epsilon 3/255, "
@@ -680,12 +680,12 @@ def test_autoattack_with_few_classes_l2_and_batches_of_one(dtype: torch.dtype) -
     result = evaluate(
         model,
         (images[:3], labels[:3]),
-        ["aa"],
+        ["aa:package"],
         epsilon=2.0,  # no image survives, and so Square has nothing to do
         threat_model="L2",
         batch_size=2,
         on_batch=lambda attack, done, total: calls.append(done),
-    )["aa"]
+    )["aa:package"]
     assert result.correct == 0
     assert "with 3 target classes" in result.description
     assert "L2, epsilon 2, " in result.description
@@ -694,8 +694,8 @@ def test_autoattack_with_few_classes_l2_and_batches_of_one(dtype: torch.dtype) -
 
 def test_autoattack_that_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "pyautoattack", "autoattack")
-    with pytest.raises(ValueError, match="aa: AutoAttack is not installed; pip install pyautoattack"):
-        check_names(["natural", "aa"])
+    with pytest.raises(ValueError, match="aa:package: AutoAttack is not installed; pip install pyautoattack"):
+        check_names(["natural", "aa:package"])
     assert check_names(["natural", "fgsm", "natural"]) == ["natural", "fgsm"]
 
 
@@ -738,7 +738,7 @@ def test_the_original_package_serves_where_it_is_alone(
     outer = sys.gettrace()
     sys.settrace(trace)
     try:
-        result = evaluate(model, (images, labels), ["aa"], epsilon=0.2, batch_size=5, seed=9)["aa"]
+        result = evaluate(model, (images, labels), ["aa:package"], epsilon=0.2, batch_size=5, seed=9)["aa:package"]
         kept = sys.gettrace()
     finally:
         sys.settrace(outer)
@@ -793,7 +793,7 @@ def test_square_s_check_is_of_all_images(by_square: int, warns: bool, monkeypatc
     images[:, 0, 0, 0] = turns / 255
     labels = torch.zeros(1000, dtype=torch.int64)
     labels[::10] = 1  # never right
-    result = evaluate(Switch(), (images, labels), ["aa"], epsilon=1.0)["aa"]
+    result = evaluate(Switch(), (images, labels), ["aa:package"], epsilon=1.0)["aa:package"]
     assert result.parts == {
         "natural": 0.9, "apgd-ce": 0.8, "apgd-t": 0.75, "fab-t": 0.725, "square": (725 - by_square) / 1000
     }  # fmt: skip
@@ -816,9 +816,9 @@ def test_the_package_s_warnings_are_kept(
 ) -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     images, labels = labelled(model, 6)
-    result = evaluate(model, (images, labels), ["aa"], epsilon=0.3, batch_size=3)["aa"]
+    result = evaluate(model, (images, labels), ["aa:package"], epsilon=0.3, batch_size=3)["aa:package"]
     assert [text for text in result.warnings if "probabilities" in text] == (
-        [f"aa: the network gives {words}; the accuracy may be too high"] if words else []
+        [f"aa:package: the network gives {words}; the accuracy may be too high"] if words else []
     )
     assert list(result.parts) == list(autoattack.AA_PARTS)
     captured = capsys.readouterr()

@@ -154,7 +154,7 @@ def test_the_lowest_rank_that_is_a_hit_wins(
 
 def test_slots_are_refilled_and_then_fewer() -> None:
     """150 images, of which the even ones fall at once: their slots go to others in the middle of the attack."""
-    hits: dict[tuple[int, int], tuple[int, ...]] = {(image, 2): (0,) for image in range(0, 150, 2)}
+    hits: Hits = {(image, 2): (0,) for image in range(0, 150, 2)}
     search = Table(hits)
     run(search, items_of(range(150), [2]), 250)
     assert search.sizes[0] == 150
