@@ -253,7 +253,7 @@ def real_start(items: Sequence[Item]) -> Start:
 def real(
     name: str, threat_model: str, images: Sequence[int], size: int
 ) -> dict[int, tuple[int | None, Passes, list[float] | None]]:
-    """Of each image the rank that broke it, the passes, and its pixels."""
+    """Rank that broke each image, its passes, and its pixels."""
 
     def confirm(items: Sequence[Item], found: Tensor) -> tuple[Tensor, Tensor]:
         return found, torch.ones(len(items), dtype=torch.bool)
