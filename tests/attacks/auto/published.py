@@ -83,7 +83,7 @@ def start_of(network: nn.Module, x_nat: Tensor, rank: int = 2) -> Start:
 
 
 def sure(network: nn.Module, count: int) -> Tensor:
-    """Images, of many, that are farthest from the boundaries by DLR."""
+    """Those of many images that are farthest from the boundaries, by DLR."""
     images = images_of(20 * count)
     with torch.no_grad():
         largest_BC = network(images).sort(dim=1, descending=True).values

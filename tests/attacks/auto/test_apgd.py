@@ -33,7 +33,7 @@ class Path(NamedTuple):
 
 
 class Way(NamedTuple):
-    """Course of our attack. halvings, restarts: of each image, the latter of those that moved it."""
+    """Images ours looked at. halvings, restarts: of each image, the latter of those that moved it."""
 
     path: Path
     halvings_B: Tensor
