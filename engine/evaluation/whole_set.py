@@ -213,9 +213,8 @@ class _Share:
         for part in range(1, len(self._attack.parts)):
             self.flush()
             self._part = part
-            for outcome in auto.run(
-                self._attack.parts[part], self._table.waiting(part, self._images), self._with_targets, size
-            ):
+            name, waiting = self._attack.parts[part], self._table.waiting(part, self._images)
+            for outcome in auto.run(name, waiting, self._with_targets, size, self._check):
                 self._add(outcome)
 
     def flush(self) -> None:
@@ -269,6 +268,8 @@ class _Share:
         self._fresh.append(outcome)
         if time.perf_counter() - self._begin > _SECONDS_BETWEEN_NOTES:
             self.flush()
+
+    def _check(self) -> None:
         self._runner.world.check(self._runner.stop)
 
     def _batch(self, images: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -122,11 +122,17 @@ class AutoAttack:
             self.flags |= _DYNAMIC
 
     def run(
-        self, part: str, images: Sequence[int], batch: Callable[[Sequence[int]], AttackBatch], size: int
+        self,
+        part: str,
+        images: Sequence[int],
+        batch: Callable[[Sequence[int]], AttackBatch],
+        size: int,
+        on_look: Callable[[], None] = lambda: None,
     ) -> Iterator[ImageOutcome]:
         """Attack images with one part; the outcome of each as soon as it is known.
 
-        images: numbers that `batch` knows. size: images per pass at most.
+        images: numbers that `batch` knows. size: images per pass at most. on_look: called whenever hits were looked
+        for; what it raises ends the attack.
         Raises FloatingPointError where the network's logits are not finite.
         """
         search = self._search(part)
@@ -144,9 +150,14 @@ class AutoAttack:
             x_nat, labels_R, *_ = batch([item.image for item in wanted])
             return self.verified(found, x_nat, labels_R)
 
-        yield from attack_all(search, start, items, size, confirm, self._heartbeat)
-        if isinstance(search, Apgd) and part in _RATIOS and search.zero_gradients > 0:
-            self.flags |= _ZERO_GRADIENTS
+        def look() -> None:
+            self._heartbeat()
+            on_look()
+
+        for outcome in attack_all(search, start, items, size, confirm, look):
+            if isinstance(search, Apgd) and part in _RATIOS and search.zero_gradients > 0:
+                self.flags |= _ZERO_GRADIENTS
+            yield outcome
 
     def verified(self, x_adv: Tensor, x_nat: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """The images in the ball and in [0, 1] exactly, and True for those that the network itself gets wrong."""
