@@ -28,9 +28,23 @@ def other(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_the_built_in_attacks_have_names_and_titles_of_their_own() -> None:
-    assert table.names() == ("natural", *presets(), "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "aa")
+    assert table.names() == (
+        "natural",
+        *presets(),
+        "apgd-ce",
+        "apgd-dlr",
+        "apgd-t",
+        "fab-t",
+        "square",
+        "aa",
+        "aa-fast",
+        "aa:package",
+    )
     pgd, parts = "FGSM, FGSM-RS, PGD-10, PGD-20, PGD-20 DLR, CW-inf", "APGD-CE, APGD-DLR, APGD-T, FAB-T, Square"
-    assert ", ".join(attack.title for attack in table.ATTACKS.values()) == f"Natural, {pgd}, {parts}, AA"
+    assert (
+        ", ".join(attack.title for attack in table.ATTACKS.values())
+        == f"Natural, {pgd}, {parts}, AA, AA-fast, AA (package)"
+    )
     assert all(table.find(name).name == name for name in table.names())
 
 

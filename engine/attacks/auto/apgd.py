@@ -74,8 +74,8 @@ class Apgd(Search[ApgdState]):
         self.steps = num_steps + 1
         self._network, self._loss = network, look_up("loss", loss, LOSSES)
         self._ball, self._seed, self._stream = ball, seed, stream
-        self._start = look_up("threat_model", ball.threat_model, STARTS)
-        self._step = look_up("threat_model", ball.threat_model, STEPS)
+        self._start = look_up("threat_model", ball.threat_model, START_NOISE)
+        self._step = look_up("threat_model", ball.threat_model, ASCENT_STEPS)
         self._project = look_up("threat_model", ball.threat_model, _PROJECTIONS)
         self._checks = checks(num_steps)
         self.zero_gradients = torch.zeros((), dtype=torch.int64)
@@ -198,9 +198,9 @@ def _gradient_step(x_adv: Tensor, x_nat: Tensor, grad: Tensor, step_size_B: Tens
 
 _PROJECTIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _into_box, "L2": _into_sphere}
 """By threat model: (images, x_nat, epsilon) -> the images in the ball, then in [0, 1]."""
-STARTS: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
+START_NOISE: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
 """By threat model: (seed, stream, counter_B1, sample_B, count) -> noise on the sphere of radius 1, flat."""
-STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+ASCENT_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
     "Linf": _sign_step,
     "L2": _gradient_step,
 }

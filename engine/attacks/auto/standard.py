@@ -191,7 +191,7 @@ _INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside
 
 
 class _Given(NamedTuple):
-    """What a search is made of."""
+    """Arguments that all searches share."""
 
     network: Logits
     num_classes: int
@@ -235,7 +235,7 @@ _RUNS: dict[str, Callable[[int], int]] = {
     MARGIN: lambda targets: min(NUMBERS.targets, targets),
     ADAPTIVE: lambda targets: NUMBERS.restarts,
 }
-"""How often each attacks an image that stands: from the number of target classes that there can be."""
+"""Runs of each on an image that stands, of the number of target classes that there can be."""
 
 
 @contextmanager
