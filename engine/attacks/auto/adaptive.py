@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.apgd import START_NOISE, ASCENT_STEPS
+from engine.attacks.auto.apgd import ASCENT_STEPS, START_NOISE
 from engine.attacks.auto.losses import margin
 from engine.attacks.auto.search import Ball, Found, Logits, Passes, Search, Start, State
 from engine.common.lookup import look_up

@@ -160,7 +160,8 @@ def truth(network: Linear, images: Tensor, labels: Tensor, ball: Ball) -> Tensor
     apart_BCN = weight[labels][:, None] - weight
     margin_BC = (apart_BCN * images.double().flatten(1)[:, None]).sum(dim=2) + bias[labels][:, None] - bias
     needed_BC = ball.epsilon * apart_BCN.norm(p=1 if ball.threat_model == "Linf" else 2, dim=2)
-    return ((margin_BC > needed_BC) | F.one_hot(labels, len(bias)).bool()).all(dim=1)
+    stands_B: Tensor = ((margin_BC > needed_BC) | F.one_hot(labels, len(bias)).bool()).all(dim=1)
+    return stands_B
 
 
 def attacked(network: nn.Module, classes: int, ball: Ball) -> Any:
