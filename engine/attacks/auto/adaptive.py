@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.apgd import GRADIENT_STEPS, START_NOISE
+from engine.attacks.auto.apgd import ASCENT_STEPS, START_NOISE
 from engine.attacks.auto.losses import margin
 from engine.attacks.auto.search import AttackState, Ball, Logits, PassCount, Search, Start, StepResult
 from engine.common.lookup import look_up
@@ -57,7 +57,7 @@ class Adaptive(Search[AdaptiveState]):
         self._network, self._ball, self._num_classes, self._seed = network, ball, num_classes, seed
         self._start_steps, self._margin_steps = start_steps, margin_steps
         self._noise = look_up("threat_model", ball.threat_model, START_NOISE)
-        self._step = look_up("threat_model", ball.threat_model, GRADIENT_STEPS)
+        self._step = look_up("threat_model", ball.threat_model, ASCENT_STEPS)
 
     def begin(self, start: Start) -> AdaptiveState:
         x_nat, rank_B1 = start.x_nat, start.rank_B[:, None]

@@ -85,7 +85,7 @@ class Apgd(Search[ApgdState]):
         self._network, self._loss = network, look_up("loss", loss, LOSSES)
         self._ball, self._seed, self._stream = ball, seed, stream
         self._start = look_up("threat_model", ball.threat_model, START_NOISE)
-        self._step = look_up("threat_model", ball.threat_model, GRADIENT_STEPS)
+        self._step = look_up("threat_model", ball.threat_model, ASCENT_STEPS)
         self._project = look_up("threat_model", ball.threat_model, _PROJECTIONS)
         self._checks = checks(num_steps)
         self.zero_gradients = torch.zeros((), dtype=torch.int64)
@@ -210,7 +210,7 @@ _PROJECTIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _i
 """By threat model: (images, x_nat, epsilon) -> the images in the ball, then in [0, 1]."""
 START_NOISE: dict[str, Callable[..., Tensor]] = {"Linf": _uniform, "L2": _direction}
 """By threat model: (seed, stream, counter_B1, sample_B, count) -> noise on the sphere of radius 1, flat."""
-GRADIENT_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
+ASCENT_STEPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]] = {
     "Linf": _sign_step,
     "L2": _gradient_step,
 }

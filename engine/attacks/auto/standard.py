@@ -131,8 +131,8 @@ class AutoAttack:
     ) -> Iterator[ImageOutcome]:
         """Attack images with one part; the outcome of each as soon as it is known.
 
-        images: numbers that `batch` knows. size: images per pass at most. on_look: called whenever hits were looked
-        for; what it raises ends the attack.
+        images: numbers that `batch` knows. size: images per pass at most. on_look: called after each look at the
+        hits; what it raises ends the attack.
         Raises FloatingPointError where the network's logits are not finite.
         """
         search = self._search(part)
@@ -213,7 +213,7 @@ _INSIDE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"Linf": _inside
 
 
 class _Given(NamedTuple):
-    """Arguments of every search."""
+    """Arguments that all searches share."""
 
     network: Logits
     num_classes: int
@@ -257,7 +257,7 @@ _RUNS: dict[str, Callable[[int], int]] = {
     MARGIN: lambda targets: min(NUMBERS.targets, targets),
     ADAPTIVE: lambda targets: NUMBERS.restarts,
 }
-"""How often each attacks an image that stands: from the number of target classes that there can be."""
+"""Runs of each on an image that stands, of the number of target classes that there can be."""
 
 
 @contextmanager
