@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attacks.auto import standard
 from engine.attacks.pgd import PRESETS
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop
@@ -37,6 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluate_here(world: World, checkpoint: str, out: str) -> None:
     """Evaluation in one of several processes; the partial results stay, and each writes the results of all."""
     shutil.rmtree = lambda folder: None  # type: ignore[assignment]  # in a process of its own
+    standard.STANDARD = standard.Steps(apgd=5, fab=5, square=50)
     report = evaluation.run(
         Path(checkpoint), EvaluationConfig(ATTACKS, device="cpu", **DIGITS), Reporter(), out=Path(out), world=world
     )
@@ -98,7 +100,7 @@ def test_an_evaluation_that_was_killed_goes_on_with_another_number_of_processes(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copy(checkpoint, tmp_path / "at.pt")
-    arguments = ["eval", str(tmp_path / "at.pt"), "--attacks", "natural,pgd20,cw,aa", "--dataset", "digits"]
+    arguments = ["eval", str(tmp_path / "at.pt"), "--attacks", "natural,pgd20,cw,apgd-t", "--dataset", "digits"]
     arguments += ["--limit", "12", "--batch-size", "4", "--device", "cpu"]
     partial, report = tmp_path / "at.pt.eval.partial", tmp_path / "at.pt.eval.json"
     with launched(arguments, tmp_path) as running:

@@ -23,7 +23,7 @@ from engine.kernels.philox import Stream, normal, uniform
 SHAPE, CLASSES = (3, 5, 4), 4
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.3)}
 THREATS = pytest.mark.parametrize("threat_model", sorted(BALLS))
-GRADIENT_STEPS = {"start_steps": 3, "margin_steps": 6}
+SOME_STEPS = {"start_steps": 3, "margin_steps": 6}
 
 
 class Network(nn.Module):
@@ -86,7 +86,7 @@ def textbook(start: Start, ball: Ball, row: int) -> list[Tensor]:
 
 
 def search_on(ball: Ball) -> Adaptive:
-    return Adaptive(Network(), ball, CLASSES, seed=7, **GRADIENT_STEPS)
+    return Adaptive(Network(), ball, CLASSES, seed=7, **SOME_STEPS)
 
 
 @THREATS

@@ -20,7 +20,7 @@ from engine.attacks.auto.search import AttackState, Ball, PassCount, Search, Sta
 from engine.attacks.auto.square import Square
 from engine.kernels.philox import Stream
 
-GRADIENT_STEPS = 7
+TABLE_STEPS = 7
 Hits = dict[tuple[int, int], tuple[int, ...]]
 """(image, rank) -> steps at which an image is found"""
 
@@ -37,7 +37,7 @@ class Table(Search[TableState]):
     """Hits that are written down. What is found tells of the image, the rank and the step."""
 
     def __init__(self, hits: Hits, lost: Sequence[tuple[int, int, int]] = ()) -> None:
-        self.steps, self._hits, self._lost = GRADIENT_STEPS, hits, set(lost)
+        self.steps, self._hits, self._lost = TABLE_STEPS, hits, set(lost)
         self.sizes: list[int] = []
         self.lasts: list[bool] = []
         self.begun: list[tuple[int, int]] = []
@@ -101,7 +101,7 @@ def expected(
         if confirmed:
             steps += confirmed[0] + 1
             return rank, confirmed[0], PassCount(10 * steps, steps)
-        steps += GRADIENT_STEPS
+        steps += TABLE_STEPS
     return None, None, PassCount(10 * steps, steps)
 
 
@@ -117,7 +117,7 @@ def check(outcome: ImageOutcome, image: int, wanted: tuple[int | None, int | Non
 
 TABLES = st.dictionaries(
     st.tuples(st.integers(0, 99), st.integers(2, 5)),
-    st.lists(st.integers(0, GRADIENT_STEPS - 1), min_size=1, max_size=3).map(tuple),
+    st.lists(st.integers(0, TABLE_STEPS - 1), min_size=1, max_size=3).map(tuple),
     max_size=120,
 )
 
@@ -157,12 +157,12 @@ def test_slots_are_refilled_and_then_fewer() -> None:
     search = Table(hits)
     run(search, items_of(range(150), [2]), 250)
     assert search.sizes[0] == 150
-    assert search.sizes[1:] == [75] * (GRADIENT_STEPS - 1)
+    assert search.sizes[1:] == [75] * (TABLE_STEPS - 1)
     search = Table(hits)
     run(search, items_of(range(150), [2]), 75)
-    assert search.sizes[:GRADIENT_STEPS] == [75] * GRADIENT_STEPS
+    assert search.sizes[:TABLE_STEPS] == [75] * TABLE_STEPS
     # An even image leaves its slot to the next odd one, whose seven steps begin there.
-    assert len(search.sizes) == 2 * GRADIENT_STEPS
+    assert len(search.sizes) == 2 * TABLE_STEPS
     assert set(search.sizes) <= {75, FEWEST_SLOTS}
 
 
@@ -183,7 +183,7 @@ def test_a_higher_rank_that_hits_first_waits_for_the_lower_ones() -> None:
     hits: Hits = {(0, 4): (0,), (0, 3): (5,)}
     search = Table(hits)
     outcome = run(search, items_of([0], range(2, 6)))[0]
-    check(outcome, 0, (3, 5, PassCount(10 * (GRADIENT_STEPS + 6), GRADIENT_STEPS + 6)))
+    check(outcome, 0, (3, 5, PassCount(10 * (TABLE_STEPS + 6), TABLE_STEPS + 6)))
     check(run(Table({(0, 4): (0,)}), items_of([0], range(2, 6)))[0], 0, (4, 0, PassCount(150, 15)))
 
 
@@ -198,7 +198,7 @@ def test_only_the_last_step_of_all_is_the_last() -> None:
     search = Table({})
     run(search, items_of(range(70), [2]))
     assert search.lasts.count(True) >= 1
-    assert not any(search.lasts[: GRADIENT_STEPS - 1])
+    assert not any(search.lasts[: TABLE_STEPS - 1])
     assert search.lasts[-1]
 
 
