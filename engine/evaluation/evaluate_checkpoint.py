@@ -71,7 +71,7 @@ class EvaluationConfig:
     save_adversarial: str | None = None
 
     def as_dict(self, wanted: RunConfig) -> dict[str, Any]:
-        """What is needed to open the same network and images again, for JSON. wanted: of `completed`."""
+        """All that is needed to open the same network and images again, for JSON. wanted: of `completed`."""
         told: dict[str, Any] = {name: getattr(self, name) for name in _TO_OPEN}
         found = None if wanted.data is None else str(Path(wanted.data).absolute())
         return told | {"data": found, "attacks": [attack.name for attack in table.resolve(self.attacks)]}
@@ -166,7 +166,7 @@ def run(
 
 
 class Opened(NamedTuple):
-    """What an evaluation is of: the network, on its device; its configuration, the test images and the device."""
+    """Subject of an evaluation: the network, on its device; its configuration, the test images and the device."""
 
     loaded: LoadedModel
     wanted: RunConfig

@@ -57,7 +57,7 @@ class _Part(BaseModel):
 
 
 class Saved(_Part):
-    """What is told of the file of images."""
+    """The file of images, as it is told of."""
 
     file: str
     sha256: str
@@ -66,7 +66,7 @@ class Saved(_Part):
 
 
 class Place(_Part):
-    """Where the checkpoint lay."""
+    """The place of the checkpoint at the time."""
 
     path: str
 
@@ -116,8 +116,8 @@ class Options(_Part):
         return EvaluationConfig(**given, device=choices.device)
 
 
-class Told(_Part):
-    """What a report's entry tells of a result with adversarial images."""
+class ReportedResult(_Part):
+    """An entry of a report, of a result with adversarial images."""
 
     attack: str
     correct: int
@@ -134,9 +134,9 @@ class Told(_Part):
 
 
 class Measurement(NamedTuple):
-    """What was measured, as it is told, and opened again. size: of a batch. sample_N: all that were attacked."""
+    """A measurement as it is told, opened again. size: of a batch. sample_N: all that were attacked."""
 
-    told: Told
+    told: ReportedResult
     opened: Opened
     size: int
     sample_N: Tensor
@@ -167,7 +167,7 @@ def verify(path: Path, choices: Verification, reporter: Reporter) -> list[str]:
 def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, reporter: Reporter) -> Iterator[str]:
     """Whatever does not hold of one result."""
     try:
-        told = Told.model_validate(entry)
+        told = ReportedResult.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -203,8 +203,8 @@ def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, repor
         yield from _of_those_that_stood(rows, choices, measurement, reporter)
 
 
-def _checkpoint(report: Path, told: Told) -> Path:
-    """Where the checkpoint lies: where it lay, else beside the report."""
+def _checkpoint(report: Path, told: ReportedResult) -> Path:
+    """The place of the checkpoint: where it lay, else beside the report."""
     path = Path(told.checkpoint.path)
     return path if path.exists() else report.parent / path.name
 
