@@ -223,8 +223,8 @@ def _of_counts(rows: Rows, measurement: Measurement) -> Iterator[str]:
         yield f"the file tells of {len(rows.fell_N)} images, and {len(measurement.sample_N)} were attacked"
         return
     if len(rows.samples) != told.adversarial.images:
-        count = len(rows.samples)
-        yield f"{count} adversarial images are there, and the report tells of {told.adversarial.images}"
+        there = len(rows.samples)
+        yield f"{there} adversarial images are there, and the report tells of {told.adversarial.images}"
     stood = int((rows.fell_N < 0).sum())
     if stood != told.correct:
         yield f"{stood} images stood, and the report tells of {told.correct}"
