@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,8 @@ def evaluate(
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
     entry = robustbench.asked(robustbench_json, robustbench_info, checkpoints, options["limit_aa"])
-    if options["save_adversarial"] is not None and len(checkpoints) > 1:
-        raise ValueError(f"--save-adversarial: one checkpoint is expected, got {len(checkpoints)}")
     radii = epsilons.asked(options["epsilon"])
-    if radii and (options["save_adversarial"] or entry is not None):
-        raise ValueError("--epsilon: one radius is expected with --save-adversarial and with --robustbench-json")
+    _check_together(checkpoints, radii, options["save_adversarial"], robustbench_json)
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
@@ -152,8 +150,7 @@ def evaluate(
             found[f"{report.title}  {path}"] = report.results
     if isinstance(reporter, ConsoleReporter):
         for path, each in curves.items():
-            title = next(iter(each.reports.values())).title
-            print_by_radius(reporter, f"{title}  {path}", each.results())
+            print_by_radius(reporter, f"{each.title}  {path}", each.results())
         if found:
             print_accuracies(reporter, found)
         for report_path in paths.values():
@@ -163,3 +160,13 @@ def evaluate(
         if entry is not None and report.benchmark is not None:
             for line in entry.write(reports.read(report_path), report.sha256, report.benchmark):
                 reporter.message(line)
+
+
+def _check_together(
+    checkpoints: Sequence[str], radii: Sequence[object], save_adversarial: str | None, robustbench_json: str | None
+) -> None:
+    """Raise ValueError where options do not fit together."""
+    if save_adversarial is not None and len(checkpoints) > 1:
+        raise ValueError(f"--save-adversarial: one checkpoint is expected, got {len(checkpoints)}")
+    if radii and (save_adversarial is not None or robustbench_json is not None):
+        raise ValueError("--epsilon: one radius is expected with --save-adversarial and with --robustbench-json")

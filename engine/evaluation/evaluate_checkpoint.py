@@ -71,7 +71,7 @@ class EvaluationConfig:
     save_adversarial: str | None = None
 
     def as_dict(self, wanted: RunConfig) -> dict[str, Any]:
-        """Facts by which the same network and images are opened again, for JSON. wanted: of `completed`."""
+        """All that is needed to open the same network and images again, for JSON. wanted: of `completed`."""
         told: dict[str, Any] = {name: getattr(self, name) for name in _TO_OPEN}
         found = None if wanted.data is None else str(Path(wanted.data).absolute())
         return told | {"data": found, "attacks": [attack.name for attack in table.resolve(self.attacks)]}

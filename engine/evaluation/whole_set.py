@@ -52,7 +52,7 @@ class SetRunner:
     keeps_images: bool = False
 
     def hit_notes(self, attack: SetAttack) -> HitNotes | None:
-        """Notes in which the images that broke are kept."""
+        """The place of the images that broke, where they are kept."""
         return HitNotes(self.partial, attack.name) if self.keeps_images and self.partial is not None else None
 
     def result(self, attack: SetAttack, sample_N: Tensor, size: int) -> Result:

@@ -18,7 +18,6 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from engine.attacks import kinds, table
 from engine.attacks.auto import standard
-from engine.attacks.auto.square import Square
 from engine.attacks.pgd import pgd, preset, started
 from engine.common.stopping import RunFailed
 from engine.evaluation.measure import Result, evaluate, further
@@ -91,11 +90,7 @@ def short_square(monkeypatch: pytest.MonkeyPatch) -> None:
         return images
 
     monkeypatch.setattr(square, "perturb", shorter)
-    monkeypatch.setitem(
-        standard._SEARCHES,
-        "square",
-        lambda network, ball, seed: Square(network, ball, seed=seed, num_queries=300),
-    )
+    monkeypatch.setattr(standard, "STANDARD", standard.STANDARD._replace(square=300))
 
 
 def parts_by_hand(model: nn.Module, norm: str, epsilon: float, seed: int) -> dict[str, Callable[..., Tensor]]:
@@ -485,5 +480,5 @@ def test_items_that_are_no_labelled_images_are_refused_in_one_line(data: Any, me
 def test_a_part_without_gradients_is_told_of() -> None:
     model = Rounding()
     result = evaluate(model, labelled(model, 6), ["apgd-t"])["apgd-t"]
-    assert "there are images whose gradient of the DLR loss is zero" in result.warnings[0]
+    assert "there are images whose gradient of the DLR loss or of the margin is zero" in result.warnings[0]
     assert json.loads(json.dumps(result.as_dict()))["parts"].keys() == {"natural", "apgd-t"}

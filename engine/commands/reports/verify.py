@@ -11,7 +11,7 @@ from engine.commands.completion import FILE, named
 from engine.commands.options import SEED, import_option
 from engine.common.stopping import EXIT_FAILED
 
-EVERY_IMAGE = "all"
+_ALL = "all"
 
 
 @click.command()
@@ -42,11 +42,9 @@ def verify(report: str, images: str, seed: int, checkpoint: str | None, data: st
     from engine.common.console import ConsoleReporter
     from engine.evaluation.files.verification import Verification, verify
 
-    count = None if images == EVERY_IMAGE else int(images) if images.isdecimal() and len(images) < 10 else -1
+    count = None if images == _ALL else int(images) if images.isdecimal() and len(images) < 10 else -1
     if count is not None and count < 0:
-        raise ValueError(
-            f"--images: a whole number from 0 on, or {EVERY_IMAGE!r}, is expected, got {images!r:.40}"
-        )
+        raise ValueError(f"--images: a whole number from 0 on, or {_ALL!r}, is expected, got {images!r:.40}")
     reporter = ConsoleReporter()
     choices = Verification(count, seed, device, Path(checkpoint) if checkpoint else None, data)
     findings = verify(Path(report), choices, reporter)

@@ -23,7 +23,7 @@ from engine.common.stopping import RunFailed
 from engine.common.tensor_files import Content, safetensors_bytes
 from engine.evaluation.results import Hits, Result
 
-FILE_FORMAT = 1
+_FORMAT = 1
 _OPTION = "--save-adversarial"
 _COLUMNS = ("samples", "labels", "predicted", "part", "rank")
 _KEPT = "what was measured is kept: the same command goes on"
@@ -108,15 +108,15 @@ def _metadata(
     ]
     first = parameters[next(iter(hits))]
     shared = {key: first[key] for key in ("checkpoint", "weights", "data", "epsilon", "threat_model")}
-    return {"engine_adversarial": json.dumps({"format": FILE_FORMAT, **shared, "results": told})}
+    return {"engine_adversarial": json.dumps({"format": _FORMAT, **shared, "results": told})}
 
 
 def rows_of(content: Content, entry: Mapping[str, Any]) -> Rows:
     """The images of a report's entry. Raises ValueError, without the path, where it has none of that entry."""
     try:
         told = json.loads(content.metadata["engine_adversarial"])
-        if told["format"] != FILE_FORMAT:
-            raise ValueError(f"is of format {told['format']!r:.20}, and {FILE_FORMAT} is known")
+        if told["format"] != _FORMAT:
+            raise ValueError(f"is of format {told['format']!r:.20}, and {_FORMAT} is known")
         names = [(each["attack"], each["parameters"]) for each in told["results"]]
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError("is no file of adversarial images") from None

@@ -36,6 +36,11 @@ class Curves(NamedTuple):
     threat_model: str
     reports: Mapping[Radius, Report]
 
+    @property
+    def title(self) -> str:
+        """Title of the network, as in its reports."""
+        return next(iter(self.reports.values())).title
+
     def results(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Results by attack and then by the text of the radius; no attack is that of every radius."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -95,7 +100,7 @@ def evaluated(
 
 
 def picture_of(report: Path) -> Path:
-    """Path of a report's picture."""
+    """The path of a report's picture."""
     return report.with_name(report.name.removesuffix(".json") + ".epsilons.png")
 
 
@@ -108,9 +113,8 @@ def picture(curves: Curves) -> bytes:
     axes = figure.subplots()
     for attack, points in points_of(curves).items():
         axes.plot(*zip(*points, strict=True), marker=".", label=attack)
-    first = next(iter(curves.reports.values()))
     norm, unit = NORMS[curves.threat_model].name, _UNITS[curves.threat_model]
-    axes.set_title(f"{first.title}: accuracy under attack", parse_math=False)
+    axes.set_title(f"{curves.title}: accuracy under attack", parse_math=False)
     axes.set(xlabel=f"epsilon ({norm}, {unit})", ylabel="accuracy")
     axes.set_ylim(-0.02, 1.02)  # a curve along an edge must be seen
     axes.set_xlim(left=0)

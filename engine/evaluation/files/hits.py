@@ -78,7 +78,7 @@ def _with_images(note: Mapping[str, Any], there: Collection[tuple[int, int]]) ->
 
 
 class Judgement(NamedTuple):
-    """Classes of images by the network; whether they are hits; and whether they still are, rounded to n/255.
+    """The network's classes of images; whether they are hits; and whether they still are, rounded to n/255.
 
     A hit is misclassified, its logits are finite, and it lies in the ball and in [0, 1].
     """

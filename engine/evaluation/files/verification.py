@@ -57,7 +57,7 @@ class _Part(BaseModel):
 
 
 class Saved(_Part):
-    """Facts of the file of images, as a report tells them."""
+    """The file of images, as it is told of."""
 
     file: str
     sha256: str
@@ -66,7 +66,7 @@ class Saved(_Part):
 
 
 class Place(_Part):
-    """Place of the checkpoint at the evaluation."""
+    """The place of the checkpoint at the time."""
 
     path: str
 
@@ -116,8 +116,8 @@ class Options(_Part):
         return EvaluationConfig(**given, device=choices.device)
 
 
-class SavedFile(_Part):
-    """A report's entry of a result with adversarial images."""
+class ReportedResult(_Part):
+    """An entry of a report, of a result with adversarial images."""
 
     attack: str
     correct: int
@@ -134,9 +134,9 @@ class SavedFile(_Part):
 
 
 class Measurement(NamedTuple):
-    """An evaluation, as it is told, and opened again. size: of a batch. sample_N: all that were attacked."""
+    """A measurement as it is told, opened again. size: of a batch. sample_N: all that were attacked."""
 
-    told: SavedFile
+    told: ReportedResult
     opened: Opened
     size: int
     sample_N: Tensor
@@ -167,7 +167,7 @@ def verify(path: Path, choices: Verification, reporter: Reporter) -> list[str]:
 def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, reporter: Reporter) -> Iterator[str]:
     """Whatever does not hold of one result."""
     try:
-        told = SavedFile.model_validate(entry)
+        told = ReportedResult.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -203,8 +203,8 @@ def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, repor
         yield from _of_those_that_stood(rows, choices, measurement, reporter)
 
 
-def _checkpoint(report: Path, told: SavedFile) -> Path:
-    """Path of the checkpoint: where it lay, else beside the report."""
+def _checkpoint(report: Path, told: ReportedResult) -> Path:
+    """The place of the checkpoint: where it lay, else beside the report."""
     path = Path(told.checkpoint.path)
     return path if path.exists() else report.parent / path.name
 
@@ -223,8 +223,8 @@ def _of_counts(rows: Rows, measurement: Measurement) -> Iterator[str]:
         yield f"the file tells of {len(rows.fell_N)} images, and {len(measurement.sample_N)} were attacked"
         return
     if len(rows.samples) != told.adversarial.images:
-        count = len(rows.samples)
-        yield f"{count} adversarial images are there, and the report tells of {told.adversarial.images}"
+        there = len(rows.samples)
+        yield f"{there} adversarial images are there, and the report tells of {told.adversarial.images}"
     stood = int((rows.fell_N < 0).sum())
     if stood != told.correct:
         yield f"{stood} images stood, and the report tells of {told.correct}"
