@@ -27,11 +27,7 @@ from engine.kernels.philox import Stream
 from engine.system.precision import Precision, format_of
 
 _FIRST_RANK = 2  # the likeliest class is of rank 1
-_RATIOS = (
-    "apgd-t",
-    "apgd-dlr",
-    MARGIN,
-)  # whose steps no factor on the logits changes, so that a zero gradient says much
+_UNSCALED = ("apgd-t", "apgd-dlr", MARGIN)  # no factor on the logits changes their steps: a zero gradient tells
 _SHRINK = 1 - 2.0**-20  # of a perturbation that rounding has put outside the ball
 _DRAWS, _ALIKE = 5, 1e-4  # passes of the check for random networks, and the distance of their normalised logits
 _RANDOM, _PROBABILITIES, _DYNAMIC, _ZERO_GRADIENTS = 1, 2, 4, 8  # in the order of `autoattack.FLAGS`
@@ -155,7 +151,7 @@ class AutoAttack:
             on_look()
 
         for outcome in attack_all(search, start, items, size, confirm, look):
-            if isinstance(search, Apgd) and part in _RATIOS and search.zero_gradients > 0:
+            if isinstance(search, Apgd) and part in _UNSCALED and search.zero_gradients > 0:
                 self.flags |= _ZERO_GRADIENTS
             yield outcome
 
