@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.attacks import table
+from engine.attacks.autoattack import PACKAGE, WHOLE
 from engine.attacks.kinds import EvaluationAttack, Task
 from engine.common.console import Reporter
 from engine.common.files import code_hash
@@ -33,7 +34,7 @@ from engine.system.distributed import World, is_launched
 Results = dict[str, dict[str, Any]]
 """By attack, as in `Result.as_dict`."""
 
-_SLOW = "aa"  # has a limit of its own
+_SLOW = (WHOLE, WHOLE + PACKAGE)  # have a limit of their own
 _TO_OPEN = (
     *("limit", "limit_aa", "dataset", "model", "weights", "normalize", "epsilon", "threat_model"),
     *("batch_size", "seed", "image_size", "on_bad_image"),
@@ -78,11 +79,11 @@ class EvaluationConfig:
 
     def limit_of(self, name: str) -> int | None:
         """Images at most, of those that are read, under the attack of that name."""
-        return self.limit_aa if name == _SLOW else None
+        return self.limit_aa if name in _SLOW else None
 
     def images_read(self, attacks: Sequence[EvaluationAttack]) -> int | None:
         """Test images that are needed at most; None: all of them."""
-        if self.limit is None and all(attack.name == _SLOW for attack in attacks):
+        if self.limit is None and all(attack.name in _SLOW for attack in attacks):
             return self.limit_aa
         return self.limit
 
