@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from engine.kernels import batch_norm, conv3x3, image_conv3x3, image_conv3x3_update
+from engine.kernels.layers.conv3x3 import least_batch
 from engine.models.normalize import Normalize
 
 Block = Callable[[int, int, int], nn.Module]
@@ -48,6 +49,27 @@ class Conv3x3(nn.Conv2d):
         if not self.winograd or _autocasts(input):
             return super().forward(input)
         return conv3x3(input, self.weight, self.bias)
+
+
+@torch.no_grad()
+def fewest_images(network: nn.Module, image_1: Tensor) -> int:
+    """Images from which on no convolution by Winograd's algorithm depends on their number; 1 without one.
+
+    image_1: one image, (1, 3, H, W).
+    """
+    found = [1]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given: found.append(least_batch(*given[0].shape[2:])))
+        for module in network.modules()
+        if isinstance(module, Conv3x3) and module.winograd
+    ]
+    try:
+        if hooks:
+            network(image_1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(found)
 
 
 def use_winograd(network: nn.Module, *, wanted: bool = True) -> None:

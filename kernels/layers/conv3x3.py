@@ -51,6 +51,11 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = No
     return result
 
 
+def least_batch(height: int, width: int) -> int:
+    """Images of that size from which on their number does not decide which implementation serves."""
+    return -(-_LEAST_TILES // _tiles(1, height, width, _tile(height, width)))
+
+
 def _is_native(images: Tensor, weight: Tensor) -> bool:
     batch, channels, height, width = images.shape
     fused = (

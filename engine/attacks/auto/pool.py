@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from engine.attacks.auto.search import PassCount, S, Search, Start, StepResult, put, taken
+from engine.common.numbers import ceil_div
 
-FEWEST_SLOTS = 64
-"""A smaller batch may be computed by other algorithms, whose last bits differ: slots are filled up to so many."""
+FEWEST_SLOTS = 16
+"""In smaller batches oneDNN chooses other algorithms, whose last bits differ."""
 _SHRINK = 0.75  # the images are moved together where they fill no more of the slots
 _STEPS_BETWEEN_LOOKS = {"cpu": 1}  # on other devices the host waits for the hits
 _USUAL_STEPS = 16
@@ -130,17 +131,19 @@ def attack_all(
     size: int,
     confirm: Confirm,
     heartbeat: Callable[[], None],
+    fewest: int = FEWEST_SLOTS,
 ) -> Iterator[ImageOutcome]:
     """Attack all items, and yield the outcome of each image as soon as it is known.
 
     items: the lowest rank of all images first, since a hit makes the higher ones of its image needless.
     size: slots at most. start: images, labels and targets of items. confirm: decides of what was found; the attack
-    goes on where that is no hit. heartbeat: called after each look at the hits.
+    goes on where that is no hit. heartbeat: called after each look at the hits. fewest: slots are filled up to so
+    many, or to `size`, so that the bits of an image depend on no other.
     Raises FloatingPointError where a network's logits are not finite.
     """
-    queue = deque(items)
+    queue, fewest = deque(items), min(fewest, size)
     progress = _Progress(queue)
-    slots = _first(search, start, queue, size)
+    slots = _first(search, start, queue, max(slots_for(len(queue), size), fewest))
     while slots is not None:
         live = [row for row, item in enumerate(slots.items) if progress.wants(item)]
         for _ in range(_steps_until_look(search, slots, live)):
@@ -149,21 +152,20 @@ def attack_all(
             slots.age = [age + 1 for age in slots.age]
         yield from _harvest(search, slots, live, progress, confirm)
         heartbeat()
-        slots = _refilled(search, start, queue, slots, progress)
+        slots = _refilled(search, start, queue, slots, progress, fewest)
 
 
 def slots_for(count: int, size: int) -> int:
     """Slots for so many items: at most `size`, and such that all fills are of about one size."""
-    fills = -(-count // size)
-    return max(-(-count // fills), FEWEST_SLOTS) if count else 0
+    fills = max(ceil_div(count, size), 1)
+    return ceil_div(count, fills)
 
 
 def _first(
-    search: Search[S], start: Callable[[Sequence[Item]], Start], queue: deque[Item], size: int
+    search: Search[S], start: Callable[[Sequence[Item]], Start], queue: deque[Item], count: int
 ) -> _Slots[S] | None:
     if not queue:
         return None
-    count = slots_for(len(queue), size)
     items = [queue.popleft() for _ in range(min(count, len(queue)))]
     fillers = count - len(items)
     state = search.begin(start([*items, *[items[0]] * fillers]))
@@ -217,6 +219,7 @@ def _refilled(
     queue: deque[Item],
     slots: _Slots[S],
     progress: _Progress,
+    fewest: int,
 ) -> _Slots[S] | None:
     """The slots with new items where others have left; fewer of them where no item waits; None at the end."""
     free = [row for row, item in enumerate(slots.items) if not progress.wants(item)]
@@ -235,7 +238,7 @@ def _refilled(
     live = [row for row, item in enumerate(slots.items) if item is not None]
     if not live:
         return None
-    wanted = max(len(live), FEWEST_SLOTS)
+    wanted = max(len(live), fewest)
     if wanted > _SHRINK * len(slots.items):
         return slots
     others = [row for row in range(len(slots.items)) if slots.items[row] is None]

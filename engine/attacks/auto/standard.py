@@ -24,6 +24,7 @@ from engine.attacks.fast import ADAPTIVE, FEW_SQUARES, MARGIN, NUMBERS
 from engine.attacks.pgd import NORMS
 from engine.common.lookup import look_up
 from engine.kernels.philox import Stream
+from engine.models.layers import fewest_images
 from engine.system.precision import Precision, format_of
 
 _FIRST_RANK = 2  # the likeliest class is of rank 1
@@ -81,7 +82,7 @@ class AutoAttack:
         self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
         self._num_classes, self._targets = num_classes, count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
-        self.flags = 0
+        self.flags, self._fewest = 0, FEWEST_SLOTS
 
     def in_half(self) -> AutoAttack:
         """The same, its search in bfloat16 on a GPU that has it; hits are verified as before.
@@ -96,6 +97,7 @@ class AutoAttack:
 
     def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
         """Classify images as they are."""
+        self._fewest = max(FEWEST_SLOTS, fewest_images(self._attacked, x_nat[:1]))
         logits_BC = self._logits(x_nat)
         order_BC = logits_BC.argsort(dim=1)  # as published: ties by this order
         targets_BT = order_BC[:, -1 - self._targets : -1].flip(1)
@@ -150,7 +152,7 @@ class AutoAttack:
             self._heartbeat()
             on_look()
 
-        for outcome in attack_all(search, start, items, size, confirm, look):
+        for outcome in attack_all(search, start, items, size, confirm, look, self._fewest):
             if isinstance(search, Apgd) and part in _UNSCALED and search.zero_gradients > 0:
                 self.flags |= _ZERO_GRADIENTS
             yield outcome
