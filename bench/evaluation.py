@@ -14,7 +14,7 @@ from bench.lib import command, machine
 from bench.lib.output import chart
 from bench.lib.output.csv_rows import EvaluationRow
 from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_timed import ATTACK_VARIANTS, TEXTBOOK, Subject, TimedAttack
+from bench.lib.steps.attacks_timed import TEXTBOOK, Subject, TimedAttack
 from engine.common.files import checkpoint_of
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import batch_of
@@ -52,7 +52,7 @@ def main(
         for name, subject in subjects:
             for attack in attacks or USUAL_ATTACKS:
                 found: dict[str, TimedAttack] = {}
-                for variant in ATTACK_VARIANTS:
+                for variant in attacks_timed.variants_of(attack):
                     with command.refused():
                         found[variant] = attacks_timed.timed(variant, attack, subject)
                     rows.append(row_of(results.facts, name, attack, subject, variant, found))

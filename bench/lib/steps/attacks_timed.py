@@ -14,15 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attacks.auto import standard
+from engine.attacks.autoattack import WHOLE
 from engine.attacks.evaluated import prepared
+from engine.attacks.fast import FAST as AA_FAST
 from engine.attacks.pgd import preset
 from engine.common import optional
 from engine.common.lookup import look_up
 from engine.evaluation.measure import evaluate
 from engine.system.precision import Precision
 
-TEXTBOOK, EXPERT, ENGINE = "published", "published, expert", "engine"
-"""As its README or a script of the field calls it; on a frozen, folded, channels-last network; the engine's."""
+TEXTBOOK, SEEDED, EXPERT, ENGINE, FAST = (
+    "published", "published, seed 1", "published, expert", "engine", "engine, aa-fast",
+)  # fmt: skip
+"""As its README or a script of the field calls it, and with another seed; on a frozen, folded, channels-last
+network; the engine's, and AA-fast in its place.
+"""
 _PACKAGE_STEPS = {"apgd": "n_iter", "apgd_targeted": "n_iter", "fab": "n_iter", "square": "n_queries"}
 
 
@@ -72,10 +78,15 @@ def timed(variant: str, attack: str, subject: Subject) -> TimedAttack:
     return look_up("variant", variant, _VARIANTS)(attack, subject)
 
 
-def _textbook(attack: str, subject: Subject) -> TimedAttack:
+def variants_of(attack: str) -> tuple[str, ...]:
+    """The variants that an attack has, the published one first."""
+    return tuple(_VARIANTS) if attack == WHOLE else (TEXTBOOK, EXPERT, ENGINE)
+
+
+def _textbook(attack: str, subject: Subject, seed: int = 0) -> TimedAttack:
     network = subject.network.requires_grad_(True)
     try:
-        return _published(attack, subject, network)
+        return _published(attack, subject, network, seed)
     finally:
         network.requires_grad_(False)
 
@@ -85,12 +96,12 @@ def _expert(attack: str, subject: Subject) -> TimedAttack:
     return _published(attack, subject, prepared(subject.network, Precision(parameter.device, parameter.dtype)))
 
 
-def _published(attack: str, subject: Subject, network: nn.Module) -> TimedAttack:
+def _published(attack: str, subject: Subject, network: nn.Module, seed: int = 0) -> TimedAttack:
     counted = _Counted(network).eval()
     x_nat, labels_N = subject.x_nat, subject.labels_N
     begin = _now(x_nat)
-    if attack == "aa":
-        x_adv = _package(counted, subject)
+    if attack == WHOLE:
+        x_adv = _package(counted, subject, seed)
     else:
         x_adv = _steps(counted, attack, subject)
     seconds = _now(x_nat) - begin
@@ -99,12 +110,12 @@ def _published(attack: str, subject: Subject, network: nn.Module) -> TimedAttack
     return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds)
 
 
-def _package(network: nn.Module, subject: Subject) -> Tensor:
+def _package(network: nn.Module, subject: Subject, seed: int) -> Tensor:
     """AutoAttack as its README calls it, all images in one batch."""
     module: Any = optional.load("pyautoattack", missing="pyautoattack is not installed; pip install pyautoattack")
     images = subject.x_nat.contiguous()
     attack = module.AutoAttack(
-        network, norm="Linf", eps=subject.epsilon, version="standard", seed=0, device=images.device
+        network, norm="Linf", eps=subject.epsilon, version="standard", seed=seed, device=images.device
     )
     for name, steps in _PACKAGE_STEPS.items():
         part = getattr(attack, name)
@@ -171,7 +182,8 @@ def _now(images: Tensor) -> float:
 
 _VARIANTS: Mapping[str, Callable[[str, Subject], TimedAttack]] = {
     TEXTBOOK: _textbook,
+    SEEDED: lambda attack, subject: _textbook(attack, subject, seed=1),
     EXPERT: _expert,
     ENGINE: _engine,
+    FAST: lambda attack, subject: _engine(AA_FAST, subject),
 }
-ATTACK_VARIANTS = tuple(_VARIANTS)
