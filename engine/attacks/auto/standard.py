@@ -169,12 +169,16 @@ class AutoAttack:
         return look_up("attack", part, _SEARCHES)(given)
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Logits of the network itself, in batches no smaller than the attacks'."""
         self._heartbeat()
-        missing = FEWEST_SLOTS - len(images)
-        filled = torch.cat((images, images[:1].expand(missing, -1, -1, -1))) if missing > 0 else images
-        logits_BC: Tensor = self.network(filled.contiguous(memory_format=torch.channels_last))
-        return logits_BC[: len(images)].float()
+        return filled_pass(self.network, images).float()
+
+
+def filled_pass(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits of images, in a batch that is filled up to `FEWEST_SLOTS`, so that their bits depend on no other."""
+    missing = FEWEST_SLOTS - len(images)
+    filled = torch.cat((images, images[:1].expand(missing, -1, -1, -1))) if missing > 0 else images
+    logits_BC: Tensor = network(filled.contiguous(memory_format=torch.channels_last))
+    return logits_BC[: len(images)]
 
 
 def inside(x_adv: Tensor, x_nat: Tensor, ball: Ball) -> Tensor:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.attacks.auto.pool import FEWEST_SLOTS
 from engine.attacks.auto.search import Ball
-from engine.attacks.auto.standard import outside
+from engine.attacks.auto.standard import filled_pass, outside
 from engine.attacks.pgd import NORMS
 from engine.common.stopping import RunFailed
 from engine.evaluation.partial_results import PartialResults
@@ -99,10 +98,8 @@ def judged(network: nn.Module, x_adv: Tensor, x_nat: Tensor, labels_R: Tensor, b
 
 
 def classified(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's classes, and True where all logits are finite, in batches no smaller than the attacks'."""
-    missing = FEWEST_SLOTS - len(images)
-    filled = torch.cat((images, images[:1].expand(missing, -1, -1, -1))) if missing > 0 else images
-    logits_RC = network(filled.contiguous(memory_format=torch.channels_last))[: len(images)]
+    """The network's classes, and True where all logits are finite."""
+    logits_RC = filled_pass(network, images)
     return logits_RC.argmax(dim=1), logits_RC.isfinite().all(dim=1)
 
 
