@@ -23,7 +23,6 @@ from engine.commands.options import (
 from engine.common.files import checkpoint_of
 
 
-# long: it hands each option to its place
 @click.command("eval")
 @click.argument("checkpoints", nargs=-1, required=True, type=FILE, metavar="CHECKPOINT...")
 @click.option(
