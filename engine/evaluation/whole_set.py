@@ -6,7 +6,7 @@ Shape suffixes: P parts of the attack, N images of the set, R some of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -68,19 +68,19 @@ class SetRunner:
         finally:
             share.flush()
         world.barrier(self.stop)
-        fell_N = table.fell(world)
         result = table.gathered(world, attack, sample_N)
-        return replace(result, hits=self._hits(attack, sample_N, fell_N, size))
+        return replace(result, hits=self._hits(attack, sample_N, table, size))
 
     def _notes(self, attack: SetAttack, partial: PartialResults) -> list[dict[str, Any]]:
         notes, kept = partial.notes(attack.name), self.hit_notes(attack)
         return notes if kept is None else kept.with_images(notes)
 
-    def _hits(self, attack: SetAttack, sample_N: Tensor, fell_N: Tensor, size: int) -> Hits | None:
+    def _hits(self, attack: SetAttack, sample_N: Tensor, table: _Table, size: int) -> Hits | None:
         """The images that broke, of which each process judges its share. None in others than the main one."""
         notes, world = self.hit_notes(attack), self.world
         if notes is None:
             return None
+        fell_N = table.fell(world)
         places = (fell_N > 0).nonzero().flatten()
         told_3N = torch.zeros(3, len(sample_N), dtype=torch.int64)
         for some in in_parts(places.tolist()[world.rank :: world.size], size, world.heartbeat):
@@ -208,7 +208,7 @@ class _Share:
         auto = self._attack.attack
         if self._images:
             auto.check(self._batch(self._images[:size])[0])
-        for images in _split(self._images, size):
+        for images in in_parts(self._images, size, self._runner.world.heartbeat):
             self._look(images)
         for part in range(1, len(self._attack.parts)):
             self.flush()
@@ -279,8 +279,3 @@ class _Share:
         x_nat, labels_R = self._batch(images)
         sample_R = self._sample_N[torch.tensor(images)].to(x_nat.device)
         return AttackBatch(x_nat, labels_R, sample_R, torch.stack([self._targets[image] for image in images]))
-
-
-def _split(images: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(images), size):
-        yield images[first : first + size]

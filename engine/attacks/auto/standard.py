@@ -82,7 +82,7 @@ class AutoAttack:
         self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
         self._num_classes, self._targets = num_classes, count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
-        self.flags, self._fewest = 0, FEWEST_SLOTS
+        self.flags = 0
 
     def in_half(self) -> AutoAttack:
         """The same, its search in bfloat16 on a GPU that has it; hits are verified as before.
@@ -97,7 +97,6 @@ class AutoAttack:
 
     def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
         """Classify images as they are."""
-        self._fewest = max(FEWEST_SLOTS, fewest_images(self._attacked, x_nat[:1]))
         logits_BC = self._logits(x_nat)
         order_BC = logits_BC.argsort(dim=1)  # as published: ties by this order
         targets_BT = order_BC[:, -1 - self._targets : -1].flip(1)
@@ -133,7 +132,10 @@ class AutoAttack:
         hits; what it raises ends the attack.
         Raises FloatingPointError where the network's logits are not finite.
         """
+        if not images:
+            return
         search = self._search(part)
+        fewest = max(FEWEST_SLOTS, fewest_images(self._attacked, batch(images[:1]).x_nat))
         runs = look_up("attack", part, _RUNS)(self._targets)
         items = [Item(image, _FIRST_RANK + run) for run in range(runs) for image in images]
 
@@ -152,7 +154,7 @@ class AutoAttack:
             self._heartbeat()
             on_look()
 
-        for outcome in attack_all(search, start, items, size, confirm, look, self._fewest):
+        for outcome in attack_all(search, start, items, size, confirm, look, fewest):
             if isinstance(search, Apgd) and part in _UNSCALED and search.zero_gradients > 0:
                 self.flags |= _ZERO_GRADIENTS
             yield outcome
