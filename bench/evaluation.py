@@ -28,6 +28,13 @@ USUAL_ATTACKS = ("pgd20", "cw", "aa")
 @command.command
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(USUAL_ATTACKS)}]")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(attacks_timed.AA_VARIANTS),
+    help="Repeatable, besides the published one. [all]",
+)
 @click.option("--images", default=100, show_default=True, type=click.IntRange(min=1), help="Test images.")
 @click.option(
     "--shorter", default=1, show_default=True, type=click.IntRange(1, 20), help="Divides AutoAttack's steps."
@@ -38,6 +45,7 @@ USUAL_ATTACKS = ("pgd20", "cw", "aa")
 def main(
     checkpoints: Sequence[Path],
     attacks: Sequence[str],
+    variants: Sequence[str],
     images: int,
     shorter: int,
     data: str | None,
@@ -53,6 +61,8 @@ def main(
             for attack in attacks or USUAL_ATTACKS:
                 found: dict[str, TimedAttack] = {}
                 for variant in attacks_timed.variants_of(attack):
+                    if variants and variant not in (TEXTBOOK, *variants):
+                        continue
                     with command.refused():
                         found[variant] = attacks_timed.timed(variant, attack, subject)
                     rows.append(row_of(results.facts, name, attack, subject, variant, found))

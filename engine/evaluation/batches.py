@@ -30,18 +30,19 @@ from engine.system.distributed import World
 
 _SLACK = 1e-6
 """Distance from the ball or from [0, 1] that rounding alone may cause."""
-_MOST_IMAGES = 250
+_MOST_IMAGES = {"cpu": 64}  # of more a layer's activations leave the caches: docs/performance.md has figures
+_USUAL_IMAGES = 250
 
 
-def size_of_batch(chosen: int | None, height: int, width: int) -> int:
-    """Images per forward: as chosen, else 250, of large images as many as have the pixels of 32 of 224 x 224.
+def size_of_batch(chosen: int | None, device: torch.device, height: int, width: int) -> int:
+    """Images per forward: as chosen, else 250, on a CPU 64, but at most the pixels of 32 images of 224 x 224.
 
     Raises ValueError where less than 1 is chosen.
     """
     if chosen is not None:
         check_whole("batch_size", chosen, least=1)
         return chosen
-    return min(_MOST_IMAGES, most_images(height, width))
+    return min(_MOST_IMAGES.get(device.type, _USUAL_IMAGES), most_images(height, width))
 
 
 def batch_of(
@@ -73,13 +74,13 @@ class Attack(NamedTuple):
 class _GradientCounts:
     """Counts, on the device, entries of the gradients with respect to what the model is given.
 
-    useless_B: entries that are zero or NaN, which have no sign, of each image of the batch.
+    signed_B: entries that have a sign, neither zero nor NaN, of each image of the batch; per_image: of how many.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.entries = 0
+        self.entries = self.per_image = 0
         self.zeros, self.not_finite = torch.zeros(2, dtype=torch.int64, device=device)
-        self.useless_B = torch.zeros(size, dtype=torch.int64, device=device)
+        self.signed_B = torch.zeros(size, dtype=torch.float64, device=device)
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
@@ -95,16 +96,16 @@ class _GradientCounts:
             inputs[0].register_hook(self._count)
 
     def _count(self, gradient: Tensor) -> None:
-        useless_B = (~((gradient > 0) | (gradient < 0))).flatten(1).sum(dim=1)
         self.entries += gradient.numel()
-        self.zeros += (gradient == 0).sum()
-        self.not_finite += (~gradient.isfinite()).sum()
-        if len(gradient) == len(self.useless_B):  # some attacks' passes are of those images that are left
-            self.useless_B += useless_B
+        self.zeros += gradient.numel() - torch.count_nonzero(gradient)
+        self.not_finite += torch.count_nonzero(gradient - gradient)  # NaN where an entry is not finite
+        if len(gradient) == len(self.signed_B):  # some attacks' passes are of those images that are left
+            self.per_image += gradient[0].numel()  # the sign of NaN is 0 in torch
+            self.signed_B += gradient.sign().abs_().sum(dim=tuple(range(1, gradient.dim())), dtype=torch.float32)
 
     def hidden_B(self) -> Tensor:
         """True for images most of whose gradient entries were zero or NaN."""
-        return self.useless_B * len(self.useless_B) > MOST_ZEROS * self.entries
+        return (self.per_image - self.signed_B) * len(self.signed_B) > MOST_ZEROS * self.entries
 
 
 @dataclass(frozen=True)

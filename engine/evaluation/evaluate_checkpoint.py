@@ -158,7 +158,7 @@ def run(
     ball = (wanted.attack.epsilon, wanted.attack.threat_model)
     task = Task(network, loaded.num_classes, ball, config.seed, images.class_names)
     reporter.notes([note for attack in attacks for note in attack.notes(task)])
-    subject = _Subject(task, images.test, config, identity)
+    subject = _Subject(task, at, images.test, config, identity)
     measured = _Evaluation(checkpoint, subject, reporter, world).measure(attacks, record, out)
     if loaded.config is None and loaded.normalize is None and (natural := measured.get("natural")):
         _suggest_normalisation(reporter, natural, loaded)
@@ -242,6 +242,7 @@ class _Subject:
     """Network and images of an evaluation. identity: decides the numbers of every attack."""
 
     task: Task
+    at: precision.Precision
     images: datasets.AnySplit
     config: EvaluationConfig
     identity: Mapping[str, Any]
@@ -249,7 +250,7 @@ class _Subject:
     @property
     def batch_size(self) -> int:
         """Images per forward."""
-        return size_of_batch(self.config.batch_size, *self.images.shape)
+        return size_of_batch(self.config.batch_size, self.at.device, *self.images.shape)
 
     def limit(self, name: str) -> int | None:
         """Images at most under this attack."""

@@ -118,7 +118,8 @@ def evaluate(
     with undisturbed(model, where, precision):
         runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial)
         first = batch(sample_N[:1])[0]
-        size, num_classes = size_of_batch(batch_size, *first.shape[2:]), count_classes(model, first, labels_N)
+        size = size_of_batch(batch_size, where, *first.shape[2:])
+        num_classes = count_classes(model, first, labels_N)
         task = Task(model, num_classes, ball, seed, _class_names(data), world.heartbeat)
         # All attacks are made, and refused, before the first batch.
         at = precision or Precision(where, dtype, winograd=where.type == "cpu")

@@ -84,7 +84,7 @@ def label(
 def _share(network: nn.Module, images: AnySplit, device: torch.device, world: World, stop: Stop) -> Tensor:
     """Labels and confidences of this process's batches, 0 elsewhere; float64 (2, N)."""
     dtype, classes = next(network.parameters()).dtype, len(images.class_names)
-    batch_size = size_of_batch(None, *images.shape)
+    batch_size = size_of_batch(None, device, *images.shape)
     found = torch.zeros(2, len(images), dtype=torch.float64)
     with undisturbed(network, device):
         for sample_B in torch.arange(len(images)).split(batch_size)[world.rank :: world.size]:

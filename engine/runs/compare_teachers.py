@@ -212,7 +212,7 @@ class _Comparison:
     @property
     def batch_size(self) -> int:
         """Images per forward."""
-        return size_of_batch(self.config.batch_size, *self.dataset.test.shape)
+        return size_of_batch(self.config.batch_size, self.place.device, *self.dataset.test.shape)
 
     def report(self, found: Sequence[LoadedModel]) -> dict[str, Any]:
         """Measure all candidates."""

@@ -60,7 +60,7 @@ def test_an_attack_of_the_user_s_serves_wherever_others_do(
     assert list(report) == ["brighter", "natural", "pgd3"]
     assert report["brighter"]["correct"] == summary["brighter"]["correct"]
     assert report["brighter"]["parameters"]["function"].endswith("brighter")
-    assert "Brighter: L-inf, epsilon 25.5/255, one step, 18 images, batch 250, seed 0" in found.out
+    assert "Brighter: L-inf, epsilon 25.5/255, one step, 18 images, batch 64, seed 0" in found.out
     network = load_model(run / "best.pt").module
     images: Any = find("folder", str(tiny.folder), Request(only_test=True)).test
     x = (images.images.permute(0, 3, 1, 2).float() / 255 + 0.1).clamp(0, 1)

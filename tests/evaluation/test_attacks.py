@@ -148,7 +148,7 @@ def test_a_part_finds_what_the_package_s_finds(name: str, norm: str, epsilon: fl
     assert not (result.verdicts & ~natural).any()
     assert result.masked is result.zero_gradients is None
     assert result.description.startswith(table.find(name).numbers(5, (epsilon, norm)))
-    assert result.description.endswith("8 images, batch 250, seed 4")
+    assert result.description.endswith("8 images, batch 64, seed 4")
     assert footprint(model) == before
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from engine.attacks import autoattack, kinds
 from engine.attacks.pgd import describe, pgd, presets
 from engine.common.stopping import RunFailed
+from engine.evaluation.batches import size_of_batch
 from engine.evaluation.measure import UNMASKED, check_names, evaluate, few_images, further, is_chance
 from engine.system import precision
 
@@ -429,11 +430,14 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize(("side", "chosen", "done"), [(8, None, [250, 260]), (1200, None, [1, 2]), (1200, 2, [2])])
+@pytest.mark.parametrize(
+    ("side", "chosen", "done"), [(8, None, [64, 128, 130]), (1200, None, [1, 2]), (1200, 2, [2])]
+)
 def test_batches_of_large_images_are_smaller_unless_chosen(side: int, chosen: int | None, done: list[int]) -> None:
     count, calls = done[-1], []
     data = (torch.rand(1, 3, side, side).expand(count, -1, -1, -1), torch.arange(count) % 2)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    assert size_of_batch(chosen, torch.device("cuda"), side, side) == (chosen or {8: 250, 1200: 1}[side])
     evaluate(model, data, ["natural"], batch_size=chosen, on_batch=lambda *call: calls.append(call[1]))
     assert calls == done
 
@@ -665,7 +669,7 @@ def test_autoattack_equals_the_package_called_directly(capsys: pytest.CaptureFix
     assert result.correct == expected
     assert result.description == (
         "AutoAttack standard (APGD-CE, APGD-T and FAB-T with 9 target classes, Square), L-inf, epsilon 3/255, "
-        f"pyautoattack {metadata.version('pyautoattack')}, 8 images, batch 250, seed 4"
+        f"pyautoattack {metadata.version('pyautoattack')}, 8 images, batch 64, seed 4"
     )
     assert capsys.readouterr().out == ""
     assert footprint(model) == before

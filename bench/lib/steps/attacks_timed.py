@@ -20,14 +20,16 @@ from engine.attacks.fast import FAST as AA_FAST
 from engine.attacks.pgd import preset
 from engine.common import optional
 from engine.common.lookup import look_up
+from engine.config import AttackSpec
+from engine.evaluation.batches import size_of_batch
 from engine.evaluation.measure import evaluate
 from engine.system.precision import Precision
 
-TEXTBOOK, SEEDED, EXPERT, ENGINE, FAST = (
+AA_VARIANTS = TEXTBOOK, SEEDED, EXPERT, ENGINE, FAST = (
     "published", "published, seed 1", "published, expert", "engine", "engine, aa-fast",
 )  # fmt: skip
-"""As its README or a script of the field calls it, and with another seed; on a frozen, folded, channels-last
-network; the engine's, and AA-fast in its place.
+"""As its README or a script of the field calls it, all images in one batch, and with another seed; on a frozen,
+folded, channels-last network, in batches of `size_of_batch`; the engine's, and AA-fast in its place.
 """
 _PACKAGE_STEPS = {"apgd": "n_iter", "apgd_targeted": "n_iter", "fab": "n_iter", "square": "n_queries"}
 
@@ -75,12 +77,12 @@ class _Counted(nn.Module):
 
 def timed(variant: str, attack: str, subject: Subject) -> TimedAttack:
     """Run an attack in one variant. Raises ValueError for unknown names, and without the package."""
-    return look_up("variant", variant, _VARIANTS)(attack, subject)
+    return look_up("variant", variant, _RUNS)(attack, subject)
 
 
 def variants_of(attack: str) -> tuple[str, ...]:
     """The variants that an attack has, the published one first."""
-    return tuple(_VARIANTS) if attack == WHOLE else (TEXTBOOK, EXPERT, ENGINE)
+    return AA_VARIANTS if attack == WHOLE else (TEXTBOOK, EXPERT, ENGINE)
 
 
 def _textbook(attack: str, subject: Subject, seed: int = 0) -> TimedAttack:
@@ -93,25 +95,32 @@ def _textbook(attack: str, subject: Subject, seed: int = 0) -> TimedAttack:
 
 def _expert(attack: str, subject: Subject) -> TimedAttack:
     parameter = next(subject.network.parameters())
-    return _published(attack, subject, prepared(subject.network, Precision(parameter.device, parameter.dtype)))
+    network = prepared(subject.network, Precision(parameter.device, parameter.dtype))
+    size = size_of_batch(None, parameter.device, *subject.x_nat.shape[2:])
+    return _published(attack, subject, network, size=size)
 
 
-def _published(attack: str, subject: Subject, network: nn.Module, seed: int = 0) -> TimedAttack:
+def _published(
+    attack: str, subject: Subject, network: nn.Module, seed: int = 0, size: int | None = None
+) -> TimedAttack:
+    """The attack, in batches of that size, or on all images at once."""
     counted = _Counted(network).eval()
     x_nat, labels_N = subject.x_nat, subject.labels_N
     begin = _now(x_nat)
     if attack == WHOLE:
-        x_adv = _package(counted, subject, seed)
+        x_adv = _package(counted, subject, seed, size or len(x_nat))
     else:
-        x_adv = _steps(counted, attack, subject)
+        batches = zip(x_nat.split(size or len(x_nat)), labels_N.split(size or len(x_nat)), strict=True)
+        spec = preset(attack, subject.epsilon)
+        x_adv = torch.cat([_steps(counted, spec, x_B, labels_B) for x_B, labels_B in batches])
     seconds = _now(x_nat) - begin
     with torch.no_grad():
         stood_N = network(x_adv).argmax(dim=1) == labels_N
     return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds)
 
 
-def _package(network: nn.Module, subject: Subject, seed: int) -> Tensor:
-    """AutoAttack as its README calls it, all images in one batch."""
+def _package(network: nn.Module, subject: Subject, seed: int, size: int) -> Tensor:
+    """AutoAttack as its README calls it, in batches of that size."""
     module: Any = optional.load("pyautoattack", missing="pyautoattack is not installed; pip install pyautoattack")
     images = subject.x_nat.contiguous()
     attack = module.AutoAttack(
@@ -124,15 +133,13 @@ def _package(network: nn.Module, subject: Subject, seed: int) -> Tensor:
         part.n_iter_2, part.n_iter_min, part.size_decr = (
             max(int(share * part.n_iter), 1) for share in (0.22, 0.06, 0.03)
         )
-    x_adv, _ = attack.run_standard_evaluation(images, subject.labels_N, batch_size=len(images))
+    x_adv, _ = attack.run_standard_evaluation(images, subject.labels_N, batch_size=size)
     found: Tensor = x_adv
     return found
 
 
-def _steps(network: nn.Module, attack: str, subject: Subject) -> Tensor:
+def _steps(network: nn.Module, spec: AttackSpec, x_nat: Tensor, labels_N: Tensor) -> Tensor:
     """PGD as scripts have it: x~ <- clamp(project(x~ + step sign(grad)))."""
-    spec = preset(attack, subject.epsilon)
-    x_nat, labels_N = subject.x_nat, subject.labels_N
     x_adv = (x_nat + torch.empty_like(x_nat).uniform_(-spec.epsilon, spec.epsilon)).clamp(0, 1)
     for _ in range(spec.num_steps):
         x_adv.requires_grad_()
@@ -154,9 +161,7 @@ def _engine(attack: str, subject: Subject) -> TimedAttack:
     x_nat = subject.x_nat
     begin = _now(x_nat)
     with _shortened(subject.shorter):
-        result = evaluate(
-            subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon, batch_size=len(x_nat)
-        )[attack]
+        result = evaluate(subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon)[attack]
     seconds = _now(x_nat) - begin
     forward = sum(part.forward for part in result.details.values())
     backward = sum(part.backward for part in result.details.values())
@@ -180,7 +185,7 @@ def _now(images: Tensor) -> float:
     return time.perf_counter()
 
 
-_VARIANTS: Mapping[str, Callable[[str, Subject], TimedAttack]] = {
+_RUNS: Mapping[str, Callable[[str, Subject], TimedAttack]] = {
     TEXTBOOK: _textbook,
     SEEDED: lambda attack, subject: _textbook(attack, subject, seed=1),
     EXPERT: _expert,

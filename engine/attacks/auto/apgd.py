@@ -92,6 +92,7 @@ class Apgd(Search[ApgdState]):
 
     def begin(self, start: Start) -> ApgdState:
         x_nat = start.x_nat
+        self.zero_gradients = self.zero_gradients.to(x_nat.device)
         noise = self._start(self._seed, self._stream, start.rank_B[:, None], start.sample_B, x_nat[0].numel())
         perturbation = self._ball.epsilon * noise.view(x_nat.shape).to(x_nat.dtype)
         x_adv = (x_nat + perturbation).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
@@ -124,7 +125,7 @@ class Apgd(Search[ApgdState]):
             (grad,) = torch.autograd.grad(loss_B, x_adv, torch.ones_like(loss_B))
             grad = grad.nan_to_num(nan=0.0)  # in memory of its own: autograd may have expanded it
             zero_B = (grad == 0).flatten(1).all(dim=1) & (state.step_B == 0)
-            self.zero_gradients = self.zero_gradients.to(grad.device) + zero_B.sum()
+            self.zero_gradients += zero_B.sum()
             self._learn(state, loss_B.detach(), grad)
             self._move(state, grad)
         state.step_B += 1

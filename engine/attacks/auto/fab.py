@@ -48,13 +48,14 @@ class FabT(Search[FabState]):
         with torch.enable_grad():
             difference_B = targeted_margin(self._network(x), state.labels_B, state.target_B)
         (grad,) = torch.autograd.grad(difference_B, x, torch.ones_like(difference_B))
-        x_new = fab_step(state.x, state.x_nat, grad, difference_B.detach(), threat_model=self._ball.threat_model)
+        x, difference_B = x.detach(), difference_B.detach()
+        x_new = fab_step(x, state.x_nat, grad, difference_B, threat_model=self._ball.threat_model)
         logits_BC = self._network(x_new)
         other_B = logits_BC.argmax(dim=1) != state.labels_B
         away = x_new - state.x_nat
         near_B = torch.linalg.vector_norm(away.flatten(1), self._order, dim=1) <= self._ball.epsilon
         found = StepResult(other_B & near_B, x_new, logits_BC.isfinite().all(dim=1))
-        state.x = torch.where(per_image(other_B), state.x_nat + _BACK * away, x_new)
+        state.x.copy_(torch.where(per_image(other_B), state.x_nat + _BACK * away, x_new))
         state.step_B += 1
         return found
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.attacks.auto.search import PassCount, S, Search, Start, StepResult, put, taken
+from engine.attacks.auto.search import PassCount, S, Search, Start
+from engine.attacks.auto.slots import Item, Slots, Stepper
 from engine.common.numbers import ceil_div
 
 FEWEST_SLOTS = 16
@@ -23,13 +24,6 @@ FEWEST_SLOTS = 16
 _SHRINK = 0.75  # the images are moved together where they fill no more of the slots
 _STEPS_BETWEEN_LOOKS = {"cpu": 1}  # on other devices the host waits for the hits
 _USUAL_STEPS = 16
-
-
-class Item(NamedTuple):
-    """An image, by its place in the set, and the rank of its target class; see `Start`."""
-
-    image: int
-    rank: int
 
 
 class ImageOutcome(NamedTuple):
@@ -46,48 +40,6 @@ class ImageOutcome(NamedTuple):
 
 Confirm = Callable[[Sequence[Item], Tensor], tuple[Tensor, Tensor]]
 """(items, images that were found, RCHW) -> (these, moved into the ball exactly; True for those that are hits)"""
-
-
-class _Slots(Generic[S]):
-    """The state of the items under attack, and of each the first image that was a hit, and its step."""
-
-    def __init__(self, state: S, items: Sequence[Item | None]) -> None:
-        self.state, self.items = state, list(items)
-        self.age = [0] * len(self.items)
-        device = state.step_B.device
-        self.hit_B = torch.zeros(len(self.items), dtype=torch.bool, device=device)
-        self.hit_step_B = torch.zeros_like(state.step_B)
-        self.x_hit = state.x_nat.clone()
-        self.lost_B = torch.zeros_like(self.hit_B)
-
-    def note(self, found: StepResult) -> None:
-        """Keep the images of a step that are the first hits."""
-        new_B = found.hit_B & ~self.hit_B
-        self.lost_B |= ~found.finite_B
-        if new_B.device.type == "cpu" and not new_B.any():  # elsewhere the host would wait for the answer
-            return
-        torch.where(new_B[:, None, None, None], found.x, self.x_hit, out=self.x_hit)
-        self.hit_step_B.copy_(self.state.step_B.where(new_B, self.hit_step_B))
-        self.hit_B |= new_B
-
-    def fill(self, rows: Sequence[int], items: Sequence[Item], new: S) -> None:
-        """Give slots to new items."""
-        rows_R = torch.tensor(rows, device=self.hit_B.device)
-        put(self.state, rows_R, new)
-        for flags in (self.hit_B, self.lost_B):
-            flags[rows_R] = False
-        for row, item in zip(rows, items, strict=True):
-            self.items[row], self.age[row] = item, 0
-
-    def shrunk(self, rows: Sequence[int]) -> _Slots[S]:
-        """The same of these slots alone."""
-        rows_R = torch.tensor(rows, device=self.hit_B.device)
-        other = _Slots(taken(self.state, rows_R), [self.items[row] for row in rows])
-        other.age = [self.age[row] for row in rows]
-        other.hit_B, other.lost_B = self.hit_B[rows_R], self.lost_B[rows_R]
-        other.hit_step_B = self.hit_step_B[rows_R]
-        other.x_hit.copy_(self.x_hit[rows_R])
-        return other
 
 
 class _Progress:
@@ -142,13 +94,13 @@ def attack_all(
     Raises FloatingPointError where a network's logits are not finite.
     """
     queue, fewest = deque(items), min(fewest, size)
-    progress = _Progress(queue)
+    progress, step = _Progress(queue), Stepper(search)
     slots = _first(search, start, queue, max(slots_for(len(queue), size), fewest))
     while slots is not None:
         live = [row for row, item in enumerate(slots.items) if progress.wants(item)]
         for _ in range(_steps_until_look(search, slots, live)):
             last = all(slots.age[row] == search.steps - 1 for row in live)
-            slots.note(search.advance(slots.state, last=last))
+            step(slots, last=last)
             slots.age = [age + 1 for age in slots.age]
         yield from _harvest(search, slots, live, progress, confirm)
         heartbeat()
@@ -163,16 +115,16 @@ def slots_for(count: int, size: int) -> int:
 
 def _first(
     search: Search[S], start: Callable[[Sequence[Item]], Start], queue: deque[Item], count: int
-) -> _Slots[S] | None:
+) -> Slots[S] | None:
     if not queue:
         return None
     items = [queue.popleft() for _ in range(min(count, len(queue)))]
     fillers = count - len(items)
     state = search.begin(start([*items, *[items[0]] * fillers]))
-    return _Slots(state, [*items, *[None] * fillers])
+    return Slots(state, [*items, *[None] * fillers])
 
 
-def _steps_until_look(search: Search[S], slots: _Slots[S], live: Sequence[int]) -> int:
+def _steps_until_look(search: Search[S], slots: Slots[S], live: Sequence[int]) -> int:
     """Steps until an image may leave: at its end, and before that as often as the device can be asked."""
     to_end = min(search.steps - slots.age[row] for row in live)
     return min(to_end, _STEPS_BETWEEN_LOOKS.get(slots.hit_B.device.type, _USUAL_STEPS))
@@ -180,7 +132,7 @@ def _steps_until_look(search: Search[S], slots: _Slots[S], live: Sequence[int]) 
 
 def _harvest(
     search: Search[S],
-    slots: _Slots[S],
+    slots: Slots[S],
     live: Sequence[int],
     progress: _Progress,
     confirm: Confirm,
@@ -217,10 +169,10 @@ def _refilled(
     search: Search[S],
     start: Callable[[Sequence[Item]], Start],
     queue: deque[Item],
-    slots: _Slots[S],
+    slots: Slots[S],
     progress: _Progress,
     fewest: int,
-) -> _Slots[S] | None:
+) -> Slots[S] | None:
     """The slots with new items where others have left; fewer of them where no item waits; None at the end."""
     free = [row for row, item in enumerate(slots.items) if not progress.wants(item)]
     for row in free:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from engine.attacks.auto.adaptive import Adaptive
 from engine.attacks.auto.apgd import Apgd
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, Item, attack_all
+from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, attack_all
 from engine.attacks.auto.search import Ball, Logits, Search, Start
+from engine.attacks.auto.slots import Item
 from engine.attacks.auto.square import Square
 from engine.attacks.autoattack import count_targets
 from engine.attacks.evaluated import prepared

@@ -194,7 +194,7 @@ def _of_entry(path: Path, entry: Mapping[str, Any], choices: Verification, repor
         yield "the images are not those of the evaluation: the data's sha256 is another"
         return
     test = found.images.test
-    size = size_of_batch(config.batch_size, *test.shape)
+    size = size_of_batch(config.batch_size, found.at.device, *test.shape)
     sample_N = limited(test.labels, config.limit_of(told.attack), 0, "limit")
     measurement = Measurement(told, found, size, sample_N)
     with precision.deterministic(), undisturbed(found.loaded.module, found.at.device):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from engine.attacks.auto import pool
 from engine.attacks.auto.apgd import Apgd
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, Item, attack_all, slots_for
+from engine.attacks.auto.pool import FEWEST_SLOTS, ImageOutcome, attack_all, slots_for
 from engine.attacks.auto.search import AttackState, Ball, PassCount, Search, Start, StepResult
+from engine.attacks.auto.slots import Item
 from engine.attacks.auto.square import Square
 from engine.kernels.philox import Stream
 
