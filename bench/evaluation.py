@@ -12,9 +12,12 @@ from rich.table import Table
 
 from bench.lib import command, machine
 from bench.lib.output import chart
-from bench.lib.output.csv_rows import EvaluationRow
+from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
+from bench.lib.roofline import GPUS
 from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_timed import TEXTBOOK, Subject, TimedAttack
+from bench.lib.steps.attacks_predicted import ATTACK_ASSUMPTIONS, batch_on_gpu, predicted
+from bench.lib.steps.attacks_timed import ENGINE, TEXTBOOK, Subject, TimedAttack
+from engine.attacks.autoattack import WHOLE
 from engine.common.files import checkpoint_of
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.evaluation.measure import batch_of
@@ -25,6 +28,7 @@ from engine.pipelines.splits import Request, limited
 USUAL_ATTACKS = ("pgd20", "cw", "aa")
 
 
+# many parameters: the options of the command
 @command.command
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--attack", "attacks", multiple=True, help=f"Repeatable. [{', '.join(USUAL_ATTACKS)}]")
@@ -39,6 +43,13 @@ USUAL_ATTACKS = ("pgd20", "cw", "aa")
 @click.option(
     "--shorter", default=1, show_default=True, type=click.IntRange(1, 20), help="Divides AutoAttack's steps."
 )
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    type=click.Choice(list(GPUS)),
+    help="Repeatable; predicts AutoAttack's seconds on such a GPU, of the passes that were counted.",
+)
 @click.option("--data", type=click.Path(), help="Where the data set lies.")
 @command.device_option()
 @command.out_option()
@@ -48,6 +59,7 @@ def main(
     variants: Sequence[str],
     images: int,
     shorter: int,
+    gpus: Sequence[str],
     data: str | None,
     device: torch.device,
     out: Path | None,
@@ -57,6 +69,7 @@ def main(
         subjects = [subject_of(path, images, shorter, data, device) for path in checkpoints]
     with command.results(device, out) as results:
         rows: list[EvaluationRow] = []
+        predictions: list[EvaluationPredictedRow] = []
         for name, subject in subjects:
             for attack in attacks or USUAL_ATTACKS:
                 found: dict[str, TimedAttack] = {}
@@ -67,7 +80,14 @@ def main(
                         found[variant] = attacks_timed.timed(variant, attack, subject)
                     rows.append(row_of(results.facts, name, attack, subject, variant, found))
                     results.write("evaluation.csv", rows)
+                if attack == WHOLE and ENGINE in found:
+                    predictions += [predicted_row(results.facts, name, gpu, subject, found) for gpu in gpus]
         results.console.print(table(rows))
+        if predictions:
+            results.write("evaluation-predicted.csv", predictions)
+            results.console.print(table_of_predictions(predictions))
+            for assumption in ATTACK_ASSUMPTIONS:
+                results.console.print(f"assumed: {assumption}")
         chart.draw_evaluations(results.path("evaluation.png"), rows)
 
 
@@ -104,6 +124,39 @@ def row_of(
         seconds=timed.seconds,
         speedup=published.seconds / timed.seconds,
     )
+
+
+def predicted_row(
+    facts: machine.Facts, name: str, gpu: str, subject: Subject, found: dict[str, TimedAttack]
+) -> EvaluationPredictedRow:
+    """The row of a GPU, of the passes that the package and the engine were counted to run."""
+    hardware = GPUS[gpu]
+    return EvaluationPredictedRow(
+        date=facts["date"],
+        commit=facts["commit"],
+        torch=facts["torch"],
+        gpu=hardware.name,
+        network=name,
+        images=len(subject.x_nat),
+        batch_size=batch_on_gpu(subject),
+        **predicted(subject, found[TEXTBOOK], found[ENGINE], hardware)._asdict(),
+    )
+
+
+def table_of_predictions(rows: Sequence[EvaluationPredictedRow]) -> Table:
+    """Seconds of AutoAttack, and how many times faster the engine is than the package in the same format."""
+    result = Table(title="PREDICTED seconds of AutoAttack, not measured", title_justify="left", box=box.SIMPLE)
+    for heading in ("GPU", "network"):
+        result.add_column(heading)
+    for heading in ("published", "engine", "x", "published, TF32", "engine, TF32", "x"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(
+            row.gpu, row.network, f"{row.published_s:.2f}", f"{row.engine_s:.2f}",
+            f"{row.published_s / row.engine_s:.2f}", f"{row.published_tf32_s:.2f}", f"{row.engine_tf32_s:.2f}",
+            f"{row.published_tf32_s / row.engine_tf32_s:.2f}",
+        )  # fmt: skip
+    return result
 
 
 def table(rows: Sequence[EvaluationRow]) -> Table:

@@ -9,6 +9,7 @@ from engine.kernels.contract import (
     SgdNumbers,
     SgdTensors,
     Term,
+    WeightTransforms,
 )
 from engine.kernels.crop_flip import crop_flip
 from engine.kernels.distill_loss import distill_loss
@@ -31,6 +32,7 @@ __all__ = [
     "SgdNumbers",
     "SgdTensors",
     "Term",
+    "WeightTransforms",
     "batch_norm",
     "batch_sums",
     "conv3x3",

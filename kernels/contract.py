@@ -42,6 +42,30 @@ class Term(NamedTuple):
     factor: str | None = None
 
 
+class WeightTransforms:
+    """Transforms that `conv3x3` computes of one weight, for its next calls: of each direction and tile.
+
+    A weight that has changed meanwhile is transformed anew.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[bool, int], tuple[int, int, Tensor]] = {}
+
+    def get(self, weight: Tensor, flip: bool, tile: int) -> Tensor | None:
+        """The transform of the weight as it is; None where it is not known."""
+        place, version, transform = self._found.get((flip, tile), (None, None, None))
+        return transform if (place, version) == (weight.data_ptr(), weight._version) else None
+
+    def put(self, weight: Tensor, flip: bool, tile: int, transform: Tensor) -> None:
+        """Keep a transform in place of an older one."""
+        self._found[flip, tile] = (weight.data_ptr(), weight._version, transform)
+
+    @staticmethod
+    def most_bytes(weight: Tensor) -> int:
+        """Memory of both directions, of the larger tile, but for what fills up the channels."""
+        return 2 * weight.nbytes * 36 // 9
+
+
 class DistillLoss(NamedTuple):
     """The result of `distill_loss`; only `loss` carries a gradient.
 

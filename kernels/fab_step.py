@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device, check_step, dense_layout, look_up
+from engine.kernels.contract import check_device, check_step, dense_layout, is_transformed, look_up
 from engine.kernels.pgd_update import IS_L2
 
 
@@ -65,7 +65,8 @@ def _update(
     """The step by the implementation that serves here; a fused one reads and writes memory in its order."""
     layout = dense_layout(x_adv)
     single = torch.float32
-    fused = layout is not None and all(given.dtype == single for given in (x_adv, grad, difference_B))
+    fused = layout is not None and not is_transformed(x_adv)
+    fused = fused and all(given.dtype == single for given in (x_adv, grad, difference_B))
     implementation = dispatch.choose("fab_step", x_adv.device, fused=fused)
     if layout is None or implementation == "reference":
         reference.fab_step(x_adv, x_nat, grad, difference_B, l2, alpha_max, eta)

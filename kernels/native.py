@@ -20,6 +20,7 @@ from engine.kernels.contract import (
     LossAndGradients,
     LossInputs,
     LossSpec,
+    WeightTransforms,
     check_indices,
     check_kinds,
     check_labels,
@@ -27,7 +28,7 @@ from engine.kernels.contract import (
 )
 
 _FILE = Path(__file__).with_name("_native.so")
-_INTERFACE = 8  # of csrc/library.cpp
+_INTERFACE = 9  # of csrc/library.cpp
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of csrc/cpu.h
 _OUT_OF_RANGE, _OUT_OF_MEMORY = 1, 2
 _MOST_CHANNELS_AT_ONCE = 32  # PANEL of csrc/conv3x3.cpp, of the widest set of instructions
@@ -35,7 +36,7 @@ _MOST_CHANNELS_AT_ONCE = 32  # PANEL of csrc/conv3x3.cpp, of the widest set of i
 # Kind of csrc/cpu.h, Term, and LossArguments before the views of its logits.
 _KINDS = {"ce": 0, "kl": 1, "margin": 2, "kl_live": 3}
 _TERM = struct.Struct("5q3d")
-_CONV = struct.Struct("2P4qq3P5q2q")  # ConvArguments of csrc/cpu.h
+_CONV = struct.Struct("2P4qq3P5q3q")  # ConvArguments of csrc/cpu.h
 _LOSS, _VIEW = "5q2d2Pq2Pq4P", "P3qP"
 
 _UPDATE: list[Any] = [c_void_p, c_void_p, c_int, c_void_p, c_int64, c_int64, c_int, c_float, c_float, c_void_p]
@@ -253,10 +254,18 @@ def random_start(noise: Tensor, sample_B: Tensor, epsilon: float, seed: int, cou
     )
 
 
-def conv3x3(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, tile: int) -> Tensor:
+def conv3x3(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    flip: bool,
+    tile: int,
+    transforms: WeightTransforms | None = None,
+) -> Tensor:
     """`reference.conv3x3` on a CPU by tiles of 2 x 2 or 4 x 4 outputs: float32, channels-last, channels in 16s.
 
-    The transformed weights take (tile + 2)^2 / 9 times the memory of the weights, for the time of the call.
+    The transformed weights take (tile + 2)^2 / 9 times the memory of the weights, for the time of the call, or in
+    transforms, where they are looked for first.
     """
     batch, channels, height, width = images.shape
     out_stride, in_stride, *strides = weight.stride()
@@ -265,7 +274,8 @@ def conv3x3(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, til
         channels_out, out_stride, in_stride = weight.shape[1], in_stride, out_stride
     bias = None if bias is None else bias.contiguous()
     padded = -(-channels_out // _MOST_CHANNELS_AT_ONCE) * _MOST_CHANNELS_AT_ONCE
-    transformed = images.new_empty((tile + 2) ** 2 * padded * channels)
+    known = None if transforms is None else transforms.get(weight, flip, tile)
+    transformed = images.new_empty((tile + 2) ** 2 * padded * channels) if known is None else known
     result = torch.empty(
         (batch, channels_out, height, width), dtype=images.dtype, memory_format=torch.channels_last
     )
@@ -282,8 +292,11 @@ def conv3x3(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, til
         *(batch, height, width, channels, channels_out),
         tile,
         torch.get_num_threads(),
+        known is not None,
     )
     _call("conv3x3", images.device, call)
+    if transforms is not None:
+        transforms.put(weight, flip, tile, transformed)
     return result
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.lib.roofline import Op, Product
 from engine import models
 from engine.attacks.twin import Twin
-from engine.kernels import dispatch, image_conv3x3
+from engine.kernels import dispatch, fab_step, image_conv3x3
 from engine.models import layers
 from engine.system.precision import Precision
 from engine.training.weights.half_weights import HalfWeights
@@ -58,6 +58,11 @@ class Execution(NamedTuple):
         """A GPU that is not here, with Triton."""
         norm, stem = (dispatch.preference(op) != "reference" for op in ("batch_norm", "image_conv3x3"))
         return Execution(norm, torch.bfloat16 if stem else None, separate_bias=True, compiled=compiled)
+
+    @staticmethod
+    def plain() -> Execution:
+        """A GPU that is not here, with torch's own ops."""
+        return Execution(fused_norm=False, stem=None, separate_bias=True, compiled=False)
 
     @staticmethod
     def cpu() -> Execution:
@@ -119,6 +124,15 @@ def passes(
             forward_ops, _ = _recorded(execution, lambda: teacher(images), lambda _: None)
     sizes = tuple(value.numel() for value in weights)
     return PassOps(attacked_ops, trained_ops, forward_ops, kept_attacked, kept_trained, sizes, math.prod(shape))
+
+
+def ops_of(call: Callable[[Tensor], object], images: Tensor, execution: Execution) -> list[Op]:
+    """Kernels of a call, which is given fake images in place of these."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _own_ops(execution):
+        fake = mode.from_tensor(images)
+        with _Recorder(execution) as recorder:
+            call(fake)
+    return [kernel.op for kernel in recorder.kernels]
 
 
 def _recorded(
@@ -333,8 +347,9 @@ def _as_one(run: Sequence[_Kernel], end: int, last_read: dict[int, int]) -> list
 @contextmanager
 def _own_ops(execution: Execution) -> Iterator[None]:
     """Networks call the engine's ops on fake tensors too, which they leave to torch otherwise."""
-    stem: Any = sys.modules[image_conv3x3.__module__]
+    stem, fab = (sys.modules[op.__module__] for op in (image_conv3x3, fab_step))
     with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(fab, "_update", fab._op))
         if execution.fused_norm:
             patched.enter_context(mock.patch.object(layers, "batch_norm", _fused_norm))
         if execution.stem is not None:

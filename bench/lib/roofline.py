@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ class Hardware:
     launch, node: seconds that a kernel takes at least, launched by the host, and as a node of a CUDA graph.
     reached, sustained: the shares of both that full waves of tiles and other ops are assumed to reach.
     processors: streaming multiprocessors, over which tiles are divided; None: no loss by tiles is assumed.
+    ieee_flops: of float32 without tensor cores.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Hardware:
     reached: float = 0.6
     sustained: float = 0.85
     processors: int | None = None
+    ieee_flops: float | None = None
+
+    def without_tf32(self) -> Hardware:
+        """The same, where products and convolutions in float32 are not rounded."""
+        assert self.ieee_flops is not None
+        return replace(self, flops=self.flops | {torch.float32: self.ieee_flops})
 
     def seconds(self, op: Op, *, launched: bool) -> float:
         """The longest of computing, moving and a node of a graph; launched: and of the host's launch of it."""
@@ -73,18 +80,18 @@ class Hardware:
         return max(longest, self.launch) if launched else longest
 
 
-def _gpu(name: str, bf16: float, tf32: float, gigabytes: float, processors: int) -> Hardware:
-    """Tensor peaks in 10^12 a second, without sparsity; float32 convolutions run in TF32, as torch has it."""
+def _gpu(name: str, bf16: float, tf32: float, ieee: float, gigabytes: float, processors: int) -> Hardware:
+    """Peaks in 10^12 a second, without sparsity; float32 convolutions run in TF32, as torch has it."""
     flops = {torch.bfloat16: bf16 * 1e12, torch.float32: tf32 * 1e12}
-    return Hardware(name, flops, gigabytes * 1e9, processors=processors)
+    return Hardware(name, flops, gigabytes * 1e9, processors=processors, ieee_flops=ieee * 1e12)
 
 
 # From NVIDIA's data sheets of each product.
 GPUS = {
-    "h100": _gpu("H100 SXM", 989.4, 494.7, 3350, 132),
-    "a100": _gpu("A100 SXM 80 GB", 312, 156, 2039, 108),
-    "l4": _gpu("L4", 121, 60.5, 300, 58),
-    "rtx4090": _gpu("GeForce RTX 4090", 165.2, 82.6, 1008, 128),
+    "h100": _gpu("H100 SXM", 989.4, 494.7, 66.9, 3350, 132),
+    "a100": _gpu("A100 SXM 80 GB", 312, 156, 19.5, 2039, 108),
+    "l4": _gpu("L4", 121, 60.5, 30.3, 300, 58),
+    "rtx4090": _gpu("GeForce RTX 4090", 165.2, 82.6, 82.6, 1008, 128),
 }
 
 

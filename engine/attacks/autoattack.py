@@ -21,8 +21,8 @@ from engine.attacks.pgd import NORMS
 from engine.common import optional
 
 NO_ATTACK = "natural"
-WHOLE, PACKAGE = "aa", ":package"
-"""Name of the whole, and what follows an attack's name where the package is to run it."""
+WHOLE, PACKAGE, ROUNDED = "aa", ":package", ":tf32"
+"""Name of the whole, and what follows it where the package is to run it, or where the search may be in TF32."""
 AA_PARTS = (NO_ATTACK, "apgd-ce", "apgd-t", "fab-t", "square")
 """No attack, and those of version "standard", in the order in which an image has to stand them."""
 

@@ -32,7 +32,7 @@ def prepared(network: nn.Module, precision: Precision) -> nn.Module:
     if precision.amp_dtype is None and twin.is_opaque:
         return network
     twin.module.to(memory_format=torch.channels_last)
-    use_winograd(twin.module, wanted=precision.winograd)
+    use_winograd(twin.module, wanted=precision.winograd, keeps=True)
     return twin.module if precision.amp_dtype is None else _InHalf(twin, precision.attack_loss_scale)
 
 

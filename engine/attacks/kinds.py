@@ -211,6 +211,19 @@ class WholeAutoAttack(AutoAttackPart):
         return f"{self.title} without {without}" if without else self.title
 
 
+class RoundedAutoAttack(WholeAutoAttack):
+    """The same, on GPUs its search in TF32, as torch has it by default; every hit is verified in float32."""
+
+    def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
+        return f"{super().numbers(num_classes, ball)}, searched in TF32 on a GPU"
+
+    def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
+        return super().parameters(task, batch_size) | {"search": "tf32"}
+
+    def on(self, task: Task) -> AutoAttack:
+        return super().on(task).in_tf32()
+
+
 class FastAutoAttack(AutoAttackPart):
     """The parts of `fast`; on GPUs the search is in bfloat16, and every hit is verified in float32."""
 

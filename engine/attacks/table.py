@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine.attacks.autoattack import NO_ATTACK, PACKAGE, PARTS, WHOLE
+from engine.attacks.autoattack import NO_ATTACK, PACKAGE, PARTS, ROUNDED, WHOLE
 from engine.attacks.fast import FAST
 from engine.attacks.kinds import (
     AttackFunction,
@@ -20,6 +20,7 @@ from engine.attacks.kinds import (
     NoAttack,
     Packaged,
     Preset,
+    RoundedAutoAttack,
     Transferred,
     WholeAutoAttack,
     place_of,
@@ -52,6 +53,7 @@ ATTACKS: dict[str, EvaluationAttack] = {
         *(AutoAttackPart(name, part.title, part.source, part.least_classes) for name, part in PARTS.items()),
         WholeAutoAttack(WHOLE, "AA", "Croce and Hein (2020)"),
         FastAutoAttack(FAST, "AA-fast", "Gao et al. (2022), Liu et al. (2022)"),
+        RoundedAutoAttack(WHOLE + ROUNDED, "AA (TF32)", "Croce and Hein (2020)"),
         Packaged(WHOLE + PACKAGE, "AA (package)", "Croce and Hein (2020)"),
     )
 }

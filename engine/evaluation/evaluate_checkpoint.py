@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.attacks import table
-from engine.attacks.autoattack import PACKAGE, WHOLE
+from engine.attacks.autoattack import PACKAGE, ROUNDED, WHOLE
 from engine.attacks.kinds import EvaluationAttack, Task
 from engine.common.console import Reporter
 from engine.common.files import code_hash
@@ -34,7 +34,7 @@ from engine.system.distributed import World, is_launched
 Results = dict[str, dict[str, Any]]
 """By attack, as in `Result.as_dict`."""
 
-_SLOW = (WHOLE, WHOLE + PACKAGE)  # have a limit of their own
+_SLOW = (WHOLE, WHOLE + ROUNDED, WHOLE + PACKAGE)  # have a limit of their own
 _TO_OPEN = (
     *("limit", "limit_aa", "dataset", "model", "weights", "normalize", "epsilon", "threat_model"),
     *("batch_size", "seed", "image_size", "on_bad_image"),

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from engine.kernels import batch_norm, conv3x3, image_conv3x3, image_conv3x3_update
+from engine.kernels import WeightTransforms, batch_norm, conv3x3, image_conv3x3, image_conv3x3_update
 from engine.kernels.layers.conv3x3 import least_batch
 from engine.models.normalize import Normalize
+
+_MOST_KEPT = 2**30
 
 Block = Callable[[int, int, int], nn.Module]
 """Makes a residual block from (in_channels, channels, stride)."""
@@ -41,14 +43,18 @@ def image_conv(channels: int, kernel_size: int, stride: int = 1) -> ImageConv2d:
 
 
 class Conv3x3(nn.Conv2d):
-    """nn.Conv2d of 3x3 with stride 1 and padding 1. winograd: without autocast by `engine.kernels.conv3x3`."""
+    """nn.Conv2d of 3x3 with stride 1 and padding 1. winograd: without autocast by `engine.kernels.conv3x3`.
+
+    transforms: keeps what that computes of the weight, where it does not change.
+    """
 
     winograd = False
+    transforms: WeightTransforms | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.winograd or _autocasts(input):
             return super().forward(input)
-        return conv3x3(input, self.weight, self.bias)
+        return conv3x3(input, self.weight, self.bias, transforms=self.transforms)
 
 
 @torch.no_grad()
@@ -58,8 +64,14 @@ def fewest_images(network: nn.Module, image_1: Tensor) -> int:
     image_1: one image, (1, 3, H, W).
     """
     found = [1]
+
+    def note(conv: nn.Module, given: tuple[Tensor]) -> None:
+        assert isinstance(conv, Conv3x3)
+        height, width = given[0].shape[2:]
+        found.append(least_batch(height, width, conv.transforms))
+
     hooks = [
-        module.register_forward_pre_hook(lambda _, given: found.append(least_batch(*given[0].shape[2:])))
+        module.register_forward_pre_hook(note)
         for module in network.modules()
         if isinstance(module, Conv3x3) and module.winograd
     ]
@@ -72,11 +84,16 @@ def fewest_images(network: nn.Module, image_1: Tensor) -> int:
     return max(found)
 
 
-def use_winograd(network: nn.Module, *, wanted: bool = True) -> None:
-    """Compute the network's 3x3 convolutions of stride 1 by `engine.kernels.conv3x3`, or by torch."""
-    for module in network.modules():
-        if isinstance(module, Conv3x3):
-            module.winograd = wanted
+def use_winograd(network: nn.Module, *, wanted: bool = True, keeps: bool = False) -> None:
+    """Compute the network's 3x3 convolutions of stride 1 by `engine.kernels.conv3x3`, or by torch.
+
+    keeps: the weights stay, so that what is computed of them is kept, unless that takes more than a GiB.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, Conv3x3)]
+    keeps = keeps and sum(WeightTransforms.most_bytes(module.weight) for module in convolutions) <= _MOST_KEPT
+    for module in convolutions:
+        module.winograd = wanted
+        module.transforms = WeightTransforms() if wanted and keeps else None
 
 
 class ImageConv2d(nn.Conv2d):

@@ -179,7 +179,7 @@ def full_precision() -> AbstractContextManager[None]:
     return _float32("ieee", len(_FLOAT32))
 
 
-def _tf32_on_gpus() -> AbstractContextManager[None]:
+def tf32_on_gpus() -> AbstractContextManager[None]:
     """Compute products and convolutions of float32 on GPUs in TF32 inside."""
     return _float32("tf32", _ON_GPUS)
 
@@ -227,7 +227,7 @@ def deterministic(*, amp: bool = False, fast: bool = False) -> Iterator[None]:
     before, dtype = (cudnn.deterministic, cudnn.benchmark), torch.get_default_dtype()
     cudnn.deterministic, cudnn.benchmark = not fast, fast
     torch.set_default_dtype(torch.float32)
-    rounding = full_precision() if amp else _tf32_on_gpus() if fast else nullcontext()
+    rounding = full_precision() if amp else tf32_on_gpus() if fast else nullcontext()
     try:
         with rounding:
             yield

@@ -307,7 +307,7 @@ int compute(const ConvArguments& given) {
     const int64_t round = given.threads * (is_cached ? SMALL_BLOCK : LARGE_BLOCK);
     const int64_t blocks = (call.tiles + round - 1) / round * given.threads;
     call.block = (call.tiles + blocks - 1) / blocks;
-    parallel_for(0, call.padded / PANEL, 1, transform_weights<Tile>, &call);
+    if (!given.is_transformed) parallel_for(0, call.padded / PANEL, 1, transform_weights<Tile>, &call);
     parallel_for(0, (call.tiles + call.block - 1) / call.block, 1, compute_blocks<Tile>, &call);
     return call.status;
 }

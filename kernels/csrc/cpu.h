@@ -101,11 +101,12 @@ struct ConvArguments {
     int64_t out_stride, in_stride, row_stride, column_stride;
     int64_t flip;                                               // the kernel's rows and columns are in reverse
     const float* bias;                                          // (channels out,), or null
-    float* transformed;                                         // ((tile + 2)^2, channels out, channels in) to write
+    float* transformed;                                         // ((tile + 2)^2, channels out, channels in)
     float* result;                                              // (B, H, W, channels out)
     int64_t batch, height, width, in, out;                      // channels: multiples of 16
     int64_t tile;                                               // height and width of a tile: 2 or 4
     int64_t threads;                                            // over which the work is spread
+    int64_t is_transformed;                                     // an earlier call has written `transformed`
 };
 
 // One forward call of batch_norm, of maps (rows, channels) in one format, rows the pixels of all images.

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from engine.kernels import dispatch, reference
-from engine.kernels.contract import check_device
+from engine.kernels.contract import WeightTransforms, check_device
 
 # By the multiplications that it needs, equal ones by the smaller tile, whose rounding error is the smaller one.
 _TILES = (2, 4)
 _CHANNELS = 16  # the native implementation computes multiples of
 _LEAST_TILES = 64  # with fewer the transformation of the weights takes longer than it saves
+_LEAST_TILES_KEPT = 16  # where that is kept
 
 
-def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def conv3x3(
+    images_BCHW: Tensor,
+    weight_OC33: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    transforms: WeightTransforms | None = None,
+) -> Tensor:
     """y[b, o, h, w] = bias[o] + sum over c, i, j of weight[o, c, i, j] x[b, c, h + i - 1, w + j - 1].
 
     x: the images, 0 outside of them. images, weight, bias: of one floating dtype. Gradients of any order; that of
@@ -28,6 +35,7 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = No
     tiles of 4 x 4 outputs, 4 times fewer multiplications and 2 to 3 times the rounding error of a direct
     convolution, or of 2 x 2, 2.25 times fewer and about the same error. A pixel that is not finite makes outputs
     of its tiles NaN or infinite, among them all that depend on it. Elsewhere it is torch's convolution.
+    transforms: keeps what is computed of this weight alone for the next calls; 16 tiles are enough then.
     Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
     """
     if images_BCHW.dim() != 4:
@@ -42,26 +50,30 @@ def conv3x3(images_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = No
         dtypes = ", ".join(str(tensor.dtype) for tensor in given)
         raise ValueError(f"images, weight and bias must have one floating dtype, got {dtypes}")
     check_device(images=images_BCHW, weight=weight_OC33, bias=bias_O)
-    if not _is_native(images_BCHW, weight_OC33):
+    if not _is_native(images_BCHW, weight_OC33, transforms):
         return reference.conv3x3(images_BCHW, weight_OC33, bias_O)
     if torch.compiler.is_compiling():
         by_op: Tensor = _op(images_BCHW, weight_OC33, bias_O, False)
         return by_op
-    result: Tensor = _Convolution.apply(images_BCHW, weight_OC33, bias_O, False)
+    result: Tensor = _Convolution.apply(images_BCHW, weight_OC33, bias_O, False, transforms)
     return result
 
 
-def least_batch(height: int, width: int) -> int:
+def least_batch(height: int, width: int, transforms: WeightTransforms | None) -> int:
     """Images of that size from which on their number does not decide which implementation serves."""
-    return -(-_LEAST_TILES // _tiles(1, height, width, _tile(height, width)))
+    return -(-_least_tiles(transforms) // _tiles(1, height, width, _tile(height, width)))
 
 
-def _is_native(images: Tensor, weight: Tensor) -> bool:
+def _least_tiles(transforms: WeightTransforms | None) -> int:
+    return _LEAST_TILES if transforms is None else _LEAST_TILES_KEPT
+
+
+def _is_native(images: Tensor, weight: Tensor, transforms: WeightTransforms | None) -> bool:
     batch, channels, height, width = images.shape
     fused = (
         images.dtype == torch.float32
         and channels % _CHANNELS == weight.shape[0] % _CHANNELS == 0
-        and _tiles(batch, height, width, _tile(height, width)) >= _LEAST_TILES
+        and _tiles(batch, height, width, _tile(height, width)) >= _least_tiles(transforms)
         and images.is_contiguous(memory_format=torch.channels_last)
     )
     return dispatch.choose("conv3x3", images.device, fused=fused) == "native"
@@ -75,15 +87,17 @@ def _tile(height: int, width: int) -> int:
     return min(_TILES, key=lambda tile: _tiles(1, height, width, tile) * (tile + 2) ** 2)
 
 
-def _compute(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Tensor:
+def _compute(
+    images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, transforms: WeightTransforms | None = None
+) -> Tensor:
     serve = dispatch.fused("native", "conv3x3", "conv3x3")
     images = images.contiguous(memory_format=torch.channels_last)
-    result: Tensor = serve(images, weight, bias, flip, _tile(*images.shape[2:]))
+    result: Tensor = serve(images, weight, bias, flip, _tile(*images.shape[2:]), transforms)
     return result
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, _, ctx.flip = inputs
+    images, weight, _, ctx.flip, *_ = inputs
     # Of a frozen weight no gradient is asked for, and the images need not stay in memory.
     ctx.save_for_backward(weight, images if weight.requires_grad else None)
 
@@ -110,14 +124,23 @@ class _Convolution(torch.autograd.Function):
     """flip: the weight (C, O, 3, 3) is transposed, and its rows and columns are in reverse."""
 
     @staticmethod
-    def forward(images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool) -> Tensor:
-        return _compute(images, weight, bias, flip)
+    def forward(
+        images: Tensor, weight: Tensor, bias: Tensor | None, flip: bool, transforms: WeightTransforms | None
+    ) -> Tensor:
+        return _compute(images, weight, bias, flip, transforms)
 
-    setup_context = staticmethod(_save)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, inputs, output)
+        ctx.transforms = inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, upstream, _Convolution.apply)
+        def convolve(*given: Any) -> Tensor:
+            result: Tensor = _Convolution.apply(*given, ctx.transforms)
+            return result
+
+        return *_gradients(ctx, upstream, convolve), None
 
 
 @torch.library.custom_op("engine::conv3x3", mutates_args=())

@@ -38,12 +38,13 @@ def test_the_built_in_attacks_have_names_and_titles_of_their_own() -> None:
         "square",
         "aa",
         "aa-fast",
+        "aa:tf32",
         "aa:package",
     )
     pgd, parts = "FGSM, FGSM-RS, PGD-10, PGD-20, PGD-20 DLR, CW-inf", "APGD-CE, APGD-DLR, APGD-T, FAB-T, Square"
     assert (
         ", ".join(attack.title for attack in table.ATTACKS.values())
-        == f"Natural, {pgd}, {parts}, AA, AA-fast, AA (package)"
+        == f"Natural, {pgd}, {parts}, AA, AA-fast, AA (TF32), AA (package)"
     )
     assert all(table.find(name).name == name for name in table.names())
 

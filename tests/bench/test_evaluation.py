@@ -13,11 +13,16 @@ import torch
 from click.testing import CliRunner
 
 from bench import evaluation
-from bench.lib.output.csv_rows import EvaluationRow
-from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Subject, variants_of
+from bench.lib import roofline
+from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
+from bench.lib.pass_ops import Execution
+from bench.lib.steps import attacks_predicted, attacks_timed
+from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Subject, TimedAttack, variants_of
 from engine.attacks.auto import standard
+from engine.attacks.autoattack import AA_PARTS
+from engine.attacks.evaluated import prepared
 from engine.models import build
+from engine.system.precision import Precision
 from tests.bench.readme import documented
 
 CPU = torch.device("cpu")
@@ -33,6 +38,42 @@ def subject(**changes: Any) -> Subject:
 def test_the_columns_are_documented() -> None:
     own = [field.name for field in fields(EvaluationRow)]
     assert own[-len(documented("evaluation.csv")) :] == documented("evaluation.csv")
+    assert [field.name for field in fields(EvaluationPredictedRow)] == documented("evaluation-predicted.csv")
+
+
+def test_steps_on_a_gpu_are_predicted_from_their_kernels() -> None:
+    """APGD runs the network forward and backward, FAB forward once more, Square forward alone."""
+    images = torch.zeros(16, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    network = subject().network
+    forward, both = attacks_predicted.published_passes(network, images)
+    of_network = sum(op.flops for op in forward)
+    assert of_network > 0
+    # The gradient of the images is as many products as the forward pass.
+    assert sum(op.flops for op in both) == pytest.approx(2 * of_network, rel=0.01)
+    twin = prepared(network, Precision(CPU, torch.float32))
+    with mock.patch.object(Execution, "gpu", return_value=Execution.plain()):
+        steps = {part: attacks_predicted.engine_step(twin, part, 8 / 255, images) for part in AA_PARTS}
+    expected = {"natural": 1, "apgd-ce": 2, "apgd-t": 2, "fab-t": 3, "square": 1}
+    for name, times in expected.items():
+        assert sum(op.flops for op in steps[name].ops) == pytest.approx(times * of_network, rel=0.01)
+        assert steps[name].forward == (2 if name == "fab-t" else 1)
+    assert [op.name for op in steps["fab-t"].ops].count("engine::fab_step") == 1
+
+
+def test_predicted_seconds_are_of_the_passes_that_were_counted() -> None:
+    network, nobody = subject().network, torch.zeros(6, dtype=torch.bool)
+    counted = TimedAttack(nobody, 3 * 250, 2 * 250, 1.0), TimedAttack(nobody, 500, 0, 1.0, {"square": 500})
+    found = attacks_predicted.predicted(subject(), *counted, roofline.GPUS["h100"])
+    ieee = roofline.GPUS["h100"].without_tf32()
+    assert ieee.flops[torch.float32] == pytest.approx(66.9e12)
+    images = torch.zeros(250, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    forward, both = attacks_predicted.published_passes(network, images)
+    seconds = [roofline.seconds(ops, ieee, launched=True) for ops in (forward, both)]
+    assert found.published_s == pytest.approx(seconds[0] + 2 * seconds[1])
+    step = attacks_predicted.engine_step(prepared(network, Precision(CPU, torch.float32)), "square", 1.0, images)
+    assert found.engine_s == pytest.approx(2 * roofline.seconds(step.ops, ieee, launched=False))
+    assert found.published_tf32_s < found.published_s
+    assert found.engine_tf32_s < found.engine_s
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "cw"])

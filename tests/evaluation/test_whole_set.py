@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -56,6 +56,38 @@ def run(model: nn.Module, data: tuple[Tensor, Tensor], **keys: Any) -> Result:
 def without_seconds(result: Result) -> dict[str, Any]:
     numbers = result.as_dict() | {"seconds": 0, "description": ""}
     return numbers | {"details": {part: found | {"seconds": 0} for part, found in numbers["details"].items()}}
+
+
+class Rounded(nn.Module):
+    """A network that notes how convolutions of float32 are computed on a GPU, in its passes and its twin's."""
+
+    seen: ClassVar[dict[bool, set[str]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.original = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), id(self)
+        self.rest = nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        form = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        if type(images) is Tensor and len(images) > 1:  # neither traced nor looked at for its layers
+            self.seen.setdefault(self.original == id(self), set()).add(form)
+        logits: Tensor = self.rest(self.norm(self.conv(images)))
+        return logits
+
+
+@pytest.mark.parametrize(("attack", "form"), [("aa", "ieee"), ("aa:tf32", "tf32")])
+def test_only_the_search_may_be_in_tf32(attack: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Rounded().eval()
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    data = data_of(model, 10)
+    monkeypatch.setattr(Rounded, "seen", {})
+    result = evaluate(model, data, [attack], epsilon=0.012)[attack]
+    assert Rounded.seen == {True: {"ieee"}, False: {form}}
+    assert torch.backends.cudnn.conv.fp32_precision == before  # type: ignore[attr-defined]
+    assert ("searched in TF32 on a GPU" in result.description) == (attack == "aa:tf32")
+    assert result.parts.keys() == dict.fromkeys(AA_PARTS).keys()
 
 
 def test_details_follow_the_images_through_the_parts() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from engine.kernels import conv3x3, native
+from engine.kernels import WeightTransforms, conv3x3, native
 from tests.kernels.holding import threads
 
 SETS = ("AVX-512", "AVX2", "generic")
@@ -176,6 +176,50 @@ def test_a_frozen_weight_keeps_no_images() -> None:
         assert [tensor.shape for tensor in kept] == [weight.shape]
         conv3x3(images, weight.requires_grad_())
     assert images.shape in [tensor.shape for tensor in kept]
+
+
+@pytest.mark.parametrize("side", [2, 4])  # tiles of 2 x 2, and of 4 x 4
+def test_transforms_that_are_kept_change_no_bit_and_follow_the_weight(side: int) -> None:
+    images, weight, bias, upstream = case((64, 32, side, side), 32)
+    transforms = WeightTransforms()
+
+    def keeping(*given: Tensor) -> Tensor:
+        return conv3x3(*given, transforms=transforms)
+
+    x = images.detach().requires_grad_()
+    fresh = gradient_of(x, weight, bias, upstream, conv3x3)
+    for _ in range(2):  # computed, then found
+        for got, true in zip(gradient_of(x, weight, bias, upstream, keeping), fresh, strict=True):
+            assert torch.equal(got, true)
+    forward, backward = (transforms.get(weight, flip, side) for flip in (False, True))
+    assert forward is not None
+    assert backward is not None
+    keeping(images, weight)
+    assert transforms.get(weight, False, side) is forward
+    assert forward.nbytes + backward.nbytes == WeightTransforms.most_bytes(weight) * (side + 2) ** 2 // 36
+    assert transforms.get(weight.clone(), False, side) is None  # another weight's memory
+    weight.mul_(2)
+    assert transforms.get(weight, False, side) is None
+    assert torch.equal(keeping(images, weight), conv3x3(images, weight))
+
+
+def gradient_of(x: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor, convolve: Any) -> list[Tensor]:
+    """Outputs, and the gradient of the images."""
+    out = convolve(x, weight, bias)
+    return [out.detach(), *torch.autograd.grad(out, x, upstream)]
+
+
+def test_with_kept_transforms_sixteen_tiles_are_enough() -> None:
+    images, weight, bias, upstream = case((16, 32, 4, 4), 32)
+    x = images.detach().requires_grad_()
+    transforms = WeightTransforms()
+    out = conv3x3(x, weight, bias, transforms=transforms)
+    assert transforms.get(weight, False, 4) is not None
+    true = exact(images, weight, bias, upstream)
+    assert error(out.detach(), true[0]) < 2e-6
+    assert error(torch.autograd.grad(out, x, upstream)[0], true[1]) < 2e-6
+    conv3x3(images[:15].contiguous(memory_format=LAST), weight, bias, transforms=(few := WeightTransforms()))
+    assert few.get(weight, False, 4) is None
 
 
 def test_the_op_is_registered_as_torch_wants_it() -> None:

@@ -265,6 +265,23 @@ class EvaluationRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class EvaluationPredictedRow:
+    """One line of evaluation-predicted.csv, of which no second was measured; README.md describes the columns."""
+
+    date: str
+    commit: str
+    torch: str
+    gpu: str
+    network: str
+    images: int
+    batch_size: int
+    published_s: float
+    published_tf32_s: float
+    engine_s: float
+    engine_tf32_s: float
+
+
+@dataclass(frozen=True)
 class ImagenetRow(MeasuredRow):
     """One line of imagenet.csv; README.md describes the columns."""
 
@@ -310,7 +327,12 @@ class PredictedScalingRow:
     efficiency: float
 
 
-Rows = Sequence[MeasuredRow] | Sequence[PredictedRow] | Sequence[PredictedScalingRow]
+Rows = (
+    Sequence[MeasuredRow]
+    | Sequence[PredictedRow]
+    | Sequence[PredictedScalingRow]
+    | Sequence[EvaluationPredictedRow]
+)
 
 
 def cell(form: str, value: float | None) -> str:
@@ -560,9 +582,7 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     return tenths[0], tenths[-1]
 
 
-def write(
-    path: Path, rows: Sequence[MeasuredRow] | Sequence[PredictedRow] | Sequence[PredictedScalingRow]
-) -> None:
+def write(path: Path, rows: Rows) -> None:
     """Write the rows as CSV, numbers with six digits, an absent one as an empty cell; all of them or none."""
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -47,12 +47,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class TimedAttack:
-    """Outcome of an evaluation. forward, backward: passes of single images that it ran."""
+    """Outcome of an evaluation. forward, backward: passes of single images that it ran.
+
+    forward_by_part: of the engine's AutoAttack.
+    """
 
     stood_N: Tensor
     forward: int
     backward: int
     seconds: float
+    forward_by_part: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Counted(nn.Module):
@@ -163,12 +167,13 @@ def _engine(attack: str, subject: Subject) -> TimedAttack:
     with _shortened(subject.shorter):
         result = evaluate(subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon)[attack]
     seconds = _now(x_nat) - begin
-    forward = sum(part.forward for part in result.details.values())
+    by_part = {name: part.forward for name, part in result.details.items()}
+    forward = sum(by_part.values())
     backward = sum(part.backward for part in result.details.values())
     if not result.details:
         steps = preset(attack, subject.epsilon).num_steps
         forward, backward = len(x_nat) * (steps + 1), len(x_nat) * steps
-    return TimedAttack(result.verdicts, forward, backward, seconds)
+    return TimedAttack(result.verdicts, forward, backward, seconds, by_part)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -84,17 +85,18 @@ def attack_all(
     confirm: Confirm,
     heartbeat: Callable[[], None],
     fewest: int = FEWEST_SLOTS,
+    around_steps: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[ImageOutcome]:
     """Attack all items, and yield the outcome of each image as soon as it is known.
 
     items: the lowest rank of all images first, since a hit makes the higher ones of its image needless.
     size: slots at most. start: images, labels and targets of items. confirm: decides of what was found; the attack
     goes on where that is no hit. heartbeat: called after each look at the hits. fewest: slots are filled up to so
-    many, or to `size`, so that the bits of an image depend on no other.
+    many, or to `size`, so that the bits of an image depend on no other. around_steps: the precision of the steps.
     Raises FloatingPointError where a network's logits are not finite.
     """
     queue, fewest = deque(items), min(fewest, size)
-    progress, step = _Progress(queue), Stepper(search)
+    progress, step = _Progress(queue), Stepper(search, around_steps)
     slots = _first(search, start, queue, max(slots_for(len(queue), size), fewest))
     while slots is not None:
         live = [row for row, item in enumerate(slots.items) if progress.wants(item)]

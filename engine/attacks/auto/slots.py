@@ -6,7 +6,8 @@ Shape suffixes: B slots, R rows of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, NamedTuple
 
 import torch
@@ -71,10 +72,13 @@ class Stepper(Generic[S]):
     """Steps of a search on slots: op by op, and on a GPU from the third on replayed as a CUDA graph.
 
     Where the host waits for the GPU in a step, or a step cannot be captured, all are op by op, with a warning.
+    around: a context of each step.
     """
 
-    def __init__(self, search: Search[S]) -> None:
-        self._search = search
+    def __init__(
+        self, search: Search[S], around: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._search, self._around = search, around
         self._is_possible = True
         self._slots: Slots[S] | None = None
         self._count = 0
@@ -85,10 +89,11 @@ class Stepper(Generic[S]):
         if slots is not self._slots:
             self._slots, self._count, self._graph = slots, 0, None
         self._count += 1
-        if slots.hit_B.device.type == "cuda" and self._is_possible and not last:
-            self._step_of_gpu(slots)
-        else:
-            slots.advance(self._search, last=last)
+        with self._around():
+            if slots.hit_B.device.type == "cuda" and self._is_possible and not last:
+                self._step_of_gpu(slots)
+            else:
+                slots.advance(self._search, last=last)
 
     def _step_of_gpu(self, slots: Slots[S]) -> None:
         if self._graph is None and self._count >= _CAPTURED_AT:

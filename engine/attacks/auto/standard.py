@@ -6,7 +6,7 @@ Shape suffixes: B or R images, C classes, T target classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from engine.attacks.pgd import NORMS
 from engine.common.lookup import look_up
 from engine.kernels.philox import Stream
 from engine.models.layers import fewest_images
-from engine.system.precision import Precision, format_of
+from engine.system.precision import Precision, format_of, tf32_on_gpus
 
 _FIRST_RANK = 2  # the likeliest class is of rank 1
 _UNSCALED = ("apgd-t", "apgd-dlr", MARGIN)  # no factor on the logits changes their steps: a zero gradient tells
@@ -83,7 +83,13 @@ class AutoAttack:
         self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
         self._num_classes, self._targets = num_classes, count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
+        self._around_steps: Callable[[], AbstractContextManager[None]] = nullcontext
         self.flags = 0
+
+    def in_tf32(self) -> AutoAttack:
+        """The same, convolutions of its search in TF32 on a GPU; hits are verified as before."""
+        self._around_steps = tf32_on_gpus
+        return self
 
     def in_half(self) -> AutoAttack:
         """The same, its search in bfloat16 on a GPU that has it; hits are verified as before.
@@ -135,7 +141,7 @@ class AutoAttack:
         """
         if not images:
             return
-        search = self._search(part)
+        search = self.search(part)
         fewest = max(FEWEST_SLOTS, fewest_images(self._attacked, batch(images[:1]).x_nat))
         runs = look_up("attack", part, _RUNS)(self._targets)
         items = [Item(image, _FIRST_RANK + run) for run in range(runs) for image in images]
@@ -155,7 +161,7 @@ class AutoAttack:
             self._heartbeat()
             on_look()
 
-        for outcome in attack_all(search, start, items, size, confirm, look, fewest):
+        for outcome in attack_all(search, start, items, size, confirm, look, fewest, self._around_steps):
             if isinstance(search, Apgd) and part in _UNSCALED and search.zero_gradients > 0:
                 self.flags |= _ZERO_GRADIENTS
             yield outcome
@@ -167,7 +173,8 @@ class AutoAttack:
         wrong_B = (logits_BC.argmax(dim=1) != labels_B) & logits_BC.isfinite().all(dim=1)
         return x_adv, wrong_B & ~outside(x_adv, x_nat, self.ball)
 
-    def _search(self, part: str) -> Search[Any]:
+    def search(self, part: str) -> Search[Any]:
+        """The attack of one part. Raises ValueError for an unknown one."""
         given = _Given(self._attacked, self._num_classes, self.ball, self._seed)
         return look_up("attack", part, _SEARCHES)(given)
 

@@ -39,7 +39,7 @@ def steps(part: str, threat_model: str, waits: bool) -> dict[str, Any]:
     network = models.build("resnet8", CLASSES).cuda().eval().requires_grad_(False)
     network = Waiting(network) if waits else network
     auto = AutoAttack(network, CLASSES, Ball(threat_model, 0.1), seed=0, heartbeat=lambda: None)
-    search = auto._search(part)
+    search = auto.search(part)
     x_nat, labels_B = torch.rand(IMAGES, 3, SIZE, SIZE), torch.zeros(IMAGES, dtype=torch.int64)
     start = Start(*(each.cuda() for each in (x_nat, labels_B, labels_B, labels_B + 2, labels_B + 1)))
     slots, step = Slots(search.begin(start), [None] * IMAGES), Stepper(search)
@@ -90,7 +90,7 @@ def test_a_network_in_which_the_host_waits_is_attacked_op_by_op(fake_cuda: FakeC
 def test_a_step_leaves_its_state_where_it_is(part: str, threat_model: str) -> None:
     """A graph writes where its next replay reads, and where new images are put."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES))
-    search = AutoAttack(network, CLASSES, Ball(threat_model, 0.1), seed=0, heartbeat=lambda: None)._search(part)
+    search = AutoAttack(network, CLASSES, Ball(threat_model, 0.1), seed=0, heartbeat=lambda: None).search(part)
     labels_B = torch.zeros(IMAGES, dtype=torch.int64)
     state = search.begin(Start(torch.rand(IMAGES, 3, SIZE, SIZE), labels_B, labels_B, labels_B + 2, labels_B + 1))
     places = [tensor.data_ptr() for tensor in state.tensors()]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.attacks.auto.pool import FEWEST_SLOTS
 from engine.attacks.evaluated import prepared
-from engine.models import build
+from engine.models import build, layers
 from engine.models.layers import fewest_images
 from engine.system.precision import Precision
 
@@ -27,12 +27,19 @@ def passes(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
-@pytest.mark.parametrize(("name", "fewest"), [("resnet8", 16), ("resnet18", 64)])
-def test_an_images_bits_depend_on_no_other_from_the_fewest_slots_on(name: str, fewest: int) -> None:
-    network, images = attacked(name), torch.rand(fewest + 7, 3, 32, 32)
-    # Maps of 8 x 8 are 4 tiles, and 4 x 4 one: 64 tiles are computed by Winograd's algorithm.
-    assert fewest_images(network, images[:1]) == fewest
-    assert fewest >= FEWEST_SLOTS
+@pytest.mark.parametrize(
+    ("name", "kept", "fewest"), [("resnet8", True, 4), ("resnet18", True, 16), ("resnet18", False, 64)]
+)
+def test_an_images_bits_depend_on_no_other_from_the_fewest_slots_on(
+    name: str, kept: bool, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kept:  # as of a network that is too large
+        monkeypatch.setattr(layers, "_MOST_KEPT", 0)
+    network, image = attacked(name), torch.rand(1, 3, 32, 32)
+    # The last map, of 8 x 8, is 4 tiles, or of 4 x 4 one; 16 tiles, or 64, are computed by Winograd's algorithm.
+    assert fewest_images(network, image) == fewest
+    fewest = max(fewest, FEWEST_SLOTS)
+    images = torch.rand(fewest + 7, 3, 32, 32)
     logits, gradient = passes(network, images)
     for chosen in (torch.arange(fewest), torch.randperm(fewest + 7)):
         own = passes(network, images[chosen])
