@@ -24,7 +24,7 @@ class Numbers(NamedTuple):
     `Adaptive` (Liu et al., 2022), the restarts' targets in turn. queries: of Square (Andriushchenko et al., 2020).
     """
 
-    targets: int = 3
+    targets: int = 5
     target_steps: int = 20
     restarts: int = 5
     start_steps: int = 5
