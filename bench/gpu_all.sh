@@ -69,7 +69,7 @@ if [[ -n $gpu ]]; then
   sizes=(--model resnet18 --batch-size 128)
   real=(--dataset cifar10)
   training=(--dataset cifar10 --model resnet18 --amp --epochs 15)
-  evaluation=(--attacks 'natural,pgd20,aa' --limit-aa 250)
+  evaluation=(--attacks 'natural,pgd20,aa:tf32,aa' --limit-aa 250)
 else
   device=cpu quick=(--quick) few=(--no-memory --variant amp) outer=() rounds=2 steps=2 seconds=20
   sizes=(--model resnet8 --batch-size 4)

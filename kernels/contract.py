@@ -42,6 +42,14 @@ class Term(NamedTuple):
     factor: str | None = None
 
 
+class _Transform(NamedTuple):
+    """A transform and the weight that it was computed of, whose memory is no other's while this is kept."""
+
+    weight: Tensor
+    version: int
+    transform: Tensor
+
+
 class WeightTransforms:
     """Transforms that `conv3x3` computes of one weight, for its next calls: of each direction and tile.
 
@@ -49,16 +57,20 @@ class WeightTransforms:
     """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[bool, int], tuple[int, int, Tensor]] = {}
+        self._found: dict[tuple[bool, int], _Transform] = {}
 
     def get(self, weight: Tensor, flip: bool, tile: int) -> Tensor | None:
         """The transform of the weight as it is; None where it is not known."""
-        place, version, transform = self._found.get((flip, tile), (None, None, None))
-        return transform if (place, version) == (weight.data_ptr(), weight._version) else None
+        known = self._found.get((flip, tile))
+        if known is None or weight.is_inference():
+            return None
+        is_same = known.weight.data_ptr() == weight.data_ptr() and known.version == weight._version
+        return known.transform if is_same else None
 
     def put(self, weight: Tensor, flip: bool, tile: int, transform: Tensor) -> None:
-        """Keep a transform in place of an older one."""
-        self._found[flip, tile] = (weight.data_ptr(), weight._version, transform)
+        """Keep a transform in place of an older one. One in inference mode has no version, and none is kept."""
+        if not weight.is_inference():
+            self._found[flip, tile] = _Transform(weight.detach(), weight._version, transform)
 
     @staticmethod
     def most_bytes(weight: Tensor) -> int:

@@ -174,6 +174,8 @@ class Preset(EvaluationAttack):
 class AutoAttackPart(EvaluationAttack):
     """One of `autoattack.PARTS`, on the images that are classified correctly. It depends on no batch."""
 
+    search_format = "float32"
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return describe_part(self.name, num_classes, ball[1], ball[0])
 
@@ -184,13 +186,22 @@ class AutoAttackPart(EvaluationAttack):
         return f"{self.numbers(task.num_classes, task.ball)}, {size}, seed {task.seed}"
 
     def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
-        return _version(self.parts(task.num_classes), task.ball) | {"implementation": "engine"}
+        return _version(self.parts(task.num_classes), task.ball) | self._own_search()
 
     def on(self, task: Task) -> AutoAttack:
         """Its attacks on the network."""
         epsilon, threat_model = task.ball
-        ball = Ball(threat_model, epsilon)
-        return AutoAttack(task.model, task.num_classes, ball, seed=task.seed, heartbeat=task.heartbeat)
+        return AutoAttack(
+            task.model,
+            task.num_classes,
+            Ball(threat_model, epsilon),
+            seed=task.seed,
+            heartbeat=task.heartbeat,
+            search_format=self.search_format,
+        )
+
+    def _own_search(self) -> dict[str, str]:
+        return {"implementation": "engine", "search_format": self.search_format}
 
     def make(self, task: Task) -> Perturb:
         attack, parts = self.on(task), self.parts(task.num_classes)
@@ -214,18 +225,16 @@ class WholeAutoAttack(AutoAttackPart):
 class RoundedAutoAttack(WholeAutoAttack):
     """The same, on GPUs its search in TF32, as torch has it by default; every hit is verified in float32."""
 
+    search_format = "tf32"
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return f"{super().numbers(num_classes, ball)}, searched in TF32 on a GPU"
-
-    def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
-        return super().parameters(task, batch_size) | {"search": "tf32"}
-
-    def on(self, task: Task) -> AutoAttack:
-        return super().on(task).in_tf32()
 
 
 class FastAutoAttack(AutoAttackPart):
     """The parts of `fast`; on GPUs the search is in bfloat16, and every hit is verified in float32."""
+
+    search_format = "bfloat16"
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return describe_fast(num_classes, ball[1], ball[0])
@@ -235,10 +244,7 @@ class FastAutoAttack(AutoAttackPart):
 
     def parameters(self, task: Task, batch_size: int) -> dict[str, Any]:
         ball = {"threat_model": task.ball[1], "epsilon": task.ball[0]}
-        return ball | {"parts": list(FAST_PARTS), **NUMBERS._asdict(), "implementation": "engine"}
-
-    def on(self, task: Task) -> AutoAttack:
-        return super().on(task).in_half()
+        return ball | {"parts": list(FAST_PARTS), **NUMBERS._asdict()} | self._own_search()
 
 
 class Images(NamedTuple):

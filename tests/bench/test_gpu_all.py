@@ -136,7 +136,7 @@ def test_a_run_ends_every_stage_once_within_eight_minutes(machine: Machine) -> N
         *(f" --method {name} {run}/step-{name}" for name in METHODS),
         "engine train --method at --dataset cifar10 --model resnet18 --amp --epochs 15 --device cuda",
         *(f"engine train --method {name} --teacher {machine.out}/train-at/best.pt " for name in ("iad1", "ard")),
-        *(f"engine eval {machine.out}/train-{name} --attacks natural,pgd20,aa --limit-aa 250"
+        *(f"engine eval {machine.out}/train-{name} --attacks natural,pgd20,aa:tf32,aa --limit-aa 250"
           for name in ("at", "iad1", "ard")),
     ):  # fmt: skip
         assert sum(part in call for call in calls) == 1, part

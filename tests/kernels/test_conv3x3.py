@@ -198,6 +198,11 @@ def test_transforms_that_are_kept_change_no_bit_and_follow_the_weight(side: int)
     assert transforms.get(weight, False, side) is forward
     assert forward.nbytes + backward.nbytes == WeightTransforms.most_bytes(weight) * (side + 2) ** 2 // 36
     assert transforms.get(weight.clone(), False, side) is None  # another weight's memory
+    with torch.inference_mode():
+        unversioned = weight.clone()
+    assert torch.equal(keeping(images, unversioned), conv3x3(images, unversioned))
+    assert transforms.get(unversioned, False, side) is None
+    assert transforms.get(weight, False, side) is forward
     weight.mul_(2)
     assert transforms.get(weight, False, side) is None
     assert torch.equal(keeping(images, weight), conv3x3(images, weight))

@@ -46,14 +46,14 @@ def draw_evaluations(path: Path, rows: Sequence[EvaluationRow]) -> None:
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row.network for row in rows))
-    figure = Figure(figsize=(4.6 * len(networks), 0.5 + 0.35 * len(rows) / len(networks)), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(networks), 0.5 + 0.35 * len(rows) / len(networks)), layout="constrained")
     for name, axes in zip(networks, figure.subplots(1, len(networks), squeeze=False)[0], strict=True):
         own = [row for row in rows if row.network == name][::-1]
-        labels = [f"{row.attack}, {row.variant}" for row in own]
+        labels = [f"{row.attack}, {row.images} images: {row.variant}" for row in own]
         bars = axes.barh(labels, [row.speedup for row in own], color="tab:blue")
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         axes.axvline(1, color="tab:gray", linewidth=1)
-        axes.set(title=f"{name}, {own[0].images} images", xlabel="times faster than published")
+        axes.set(title=name, xlabel="times faster than published")
         axes.margins(x=0.15)
     first = rows[0]
     figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)

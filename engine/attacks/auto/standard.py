@@ -67,40 +67,29 @@ class AttackBatch(NamedTuple):
 
 
 class AutoAttack:
-    """The attacks of `_SEARCHES` on a network, in float32, every hit verified by the network as it is.
+    """The attacks of `_SEARCHES` on a network, every hit verified by the network as it is.
 
     network: in evaluation mode, its parameters frozen, kept as it is. It is attacked in the form of `prepared`.
     heartbeat: called all the time, since an attack may take hours.
+    search_format: of the search on a GPU, a key of `_AROUND_STEPS`; hits are verified in float32.
     flags: a bit for each of `autoattack.FLAGS`, of what was seen so far.
     """
 
     def __init__(
-        self, network: nn.Module, num_classes: int, ball: Ball, *, seed: int, heartbeat: Callable[[], None]
+        self,
+        network: nn.Module,
+        num_classes: int,
+        ball: Ball,
+        *,
+        seed: int,
+        heartbeat: Callable[[], None],
+        search_format: str = "float32",
     ) -> None:
-        parameter = next(network.parameters(), torch.empty(0))
-        self.network = network
-        on_cpu = parameter.device.type == "cpu"
-        self._attacked = prepared(network, Precision(parameter.device, parameter.dtype, winograd=on_cpu))
+        self._around_steps = look_up("search_format", search_format, _AROUND_STEPS)
+        self.network, self._attacked = network, _attacked(network, search_format)
         self._num_classes, self._targets = num_classes, count_targets(num_classes)
         self.ball, self._seed, self._heartbeat = ball, seed, heartbeat
-        self._around_steps: Callable[[], AbstractContextManager[None]] = nullcontext
         self.flags = 0
-
-    def in_tf32(self) -> AutoAttack:
-        """The same, convolutions of its search in TF32 on a GPU; hits are verified as before."""
-        self._around_steps = tf32_on_gpus
-        return self
-
-    def in_half(self) -> AutoAttack:
-        """The same, its search in bfloat16 on a GPU that has it; hits are verified as before.
-
-        Not in float16: large logits overflow there.
-        """
-        place = next(self.network.parameters(), torch.empty(0)).device
-        if format_of(place) == "bfloat16":
-            with suppress(TypeError, RuntimeError):  # a module that refuses to be copied
-                self._attacked = prepared(self.network, Precision(place, torch.float32, torch.bfloat16))
-        return self
 
     def look(self, x_nat: Tensor, labels_B: Tensor) -> Look:
         """Classify images as they are."""
@@ -181,6 +170,23 @@ class AutoAttack:
     def _logits(self, images: Tensor) -> Tensor:
         self._heartbeat()
         return filled_pass(self.network, images).float()
+
+
+_AROUND_STEPS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "float32": nullcontext,
+    "tf32": tf32_on_gpus,  # of float32, as torch has convolutions by default
+    "bfloat16": nullcontext,
+}
+
+
+def _attacked(network: nn.Module, search_format: str) -> nn.Module:
+    """The form of a network that is attacked. Never in float16, where large logits overflow."""
+    parameter = next(network.parameters(), torch.empty(0))
+    place = parameter.device
+    if search_format == "bfloat16" and format_of(place) == "bfloat16":
+        with suppress(TypeError, RuntimeError):  # a module that refuses to be copied
+            return prepared(network, Precision(place, torch.float32, torch.bfloat16))
+    return prepared(network, Precision(place, parameter.dtype, winograd=place.type == "cpu"))
 
 
 def filled_pass(network: nn.Module, images: Tensor) -> Tensor:
