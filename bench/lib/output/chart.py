@@ -54,7 +54,7 @@ def draw_evaluations(path: Path, rows: Sequence[EvaluationRow]) -> None:
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         axes.axvline(1, color="tab:gray", linewidth=1)
         axes.set(title=name, xlabel="times faster than published")
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
     first = rows[0]
     figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
     FigureCanvasAgg(figure).print_png(path)
