@@ -15,7 +15,7 @@ from bench.lib.output import chart
 from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
 from bench.lib.roofline import GPUS
 from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_predicted import ATTACK_ASSUMPTIONS, batch_on_gpu, predicted
+from bench.lib.steps.attacks_predicted import ATTACK_ASSUMPTIONS, predicted
 from bench.lib.steps.attacks_timed import ENGINE, TEXTBOOK, Subject, TimedAttack
 from engine.attacks.autoattack import WHOLE
 from engine.common.files import checkpoint_of
@@ -48,7 +48,7 @@ USUAL_ATTACKS = ("pgd20", "cw", "aa")
     "gpus",
     multiple=True,
     type=click.Choice(list(GPUS)),
-    help="Repeatable; predicts AutoAttack's seconds on such a GPU, of the passes that were counted.",
+    help="Repeatable; predicts AutoAttack's seconds on such a GPU, of the calls that were counted.",
 )
 @click.option("--data", type=click.Path(), help="Where the data set lies.")
 @command.device_option()
@@ -137,8 +137,8 @@ def predicted_row(
         torch=facts["torch"],
         gpu=hardware.name,
         network=name,
+        shorter=subject.shorter,
         images=len(subject.x_nat),
-        batch_size=batch_on_gpu(subject),
         **predicted(subject, found[TEXTBOOK], found[ENGINE], hardware)._asdict(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from bench.lib import roofline
 from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
 from bench.lib.pass_ops import Execution
 from bench.lib.steps import attacks_predicted, attacks_timed
-from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Subject, TimedAttack, variants_of
+from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Pass, Step, Subject, TimedAttack, variants_of
 from engine.attacks.auto import standard
-from engine.attacks.autoattack import AA_PARTS
 from engine.attacks.evaluated import prepared
 from engine.models import build
 from engine.system.precision import Precision
@@ -43,37 +43,54 @@ def test_the_columns_are_documented() -> None:
 
 def test_steps_on_a_gpu_are_predicted_from_their_kernels() -> None:
     """APGD runs the network forward and backward, FAB forward once more, Square forward alone."""
-    images = torch.zeros(16, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    network = subject().network
-    forward, both = attacks_predicted.published_passes(network, images)
+    forward, both = (attacks_predicted.published_pass(subject(), Pass(5, backward)) for backward in (False, True))
     of_network = sum(op.flops for op in forward)
     assert of_network > 0
     # The gradient of the images is as many products as the forward pass.
     assert sum(op.flops for op in both) == pytest.approx(2 * of_network, rel=0.01)
-    twin = prepared(network, Precision(CPU, torch.float32))
-    with mock.patch.object(Execution, "gpu", return_value=Execution.plain()):
-        steps = {part: attacks_predicted.engine_step(twin, part, 8 / 255, images) for part in AA_PARTS}
-    expected = {"natural": 1, "apgd-ce": 2, "apgd-t": 2, "fab-t": 3, "square": 1}
-    for name, times in expected.items():
-        assert sum(op.flops for op in steps[name].ops) == pytest.approx(times * of_network, rel=0.01)
-        assert steps[name].forward == (2 if name == "fab-t" else 1)
-    assert [op.name for op in steps["fab-t"].ops].count("engine::fab_step") == 1
+    twin = prepared(subject().network, Precision(CPU, torch.float32))
+    for part, times in {"apgd-ce": 2, "apgd-t": 2, "fab-t": 3, "square": 1}.items():
+        with mock.patch.object(Execution, "gpu", return_value=Execution.plain()):
+            ops = attacks_predicted.engine_step(twin, Step(part, 5), subject())
+        assert sum(op.flops for op in ops) == pytest.approx(times * of_network, rel=0.01)
+        assert [op.name for op in ops].count("engine::fab_step") == (part == "fab-t")
 
 
-def test_predicted_seconds_are_of_the_passes_that_were_counted() -> None:
-    network, nobody = subject().network, torch.zeros(6, dtype=torch.bool)
-    counted = TimedAttack(nobody, 3 * 250, 2 * 250, 1.0), TimedAttack(nobody, 500, 0, 1.0, {"square": 500})
-    found = attacks_predicted.predicted(subject(), *counted, roofline.GPUS["h100"])
-    ieee = roofline.GPUS["h100"].without_tf32()
+def test_predicted_seconds_are_of_the_calls_that_were_counted() -> None:
+    nobody, others, h100 = torch.zeros(6, dtype=torch.bool), 30.0, roofline.GPUS["h100"]
+    calls = Counter({Pass(4, False): 3, Pass(6, True): 2})
+    published = TimedAttack(nobody, 0, 0, 1.0, calls)
+    engine = TimedAttack(nobody, 0, 0, 1.0, Counter({Step("square", 16): 7}))
+    with mock.patch.object(attacks_predicted, "other_ops", return_value=others):
+        found = attacks_predicted.predicted(subject(), published, engine, h100)
+    ieee = h100.without_tf32()
     assert ieee.flops[torch.float32] == pytest.approx(66.9e12)
-    images = torch.zeros(250, 3, 8, 8).contiguous(memory_format=torch.channels_last)
-    forward, both = attacks_predicted.published_passes(network, images)
-    seconds = [roofline.seconds(ops, ieee, launched=True) for ops in (forward, both)]
-    assert found.published_s == pytest.approx(seconds[0] + 2 * seconds[1])
-    step = attacks_predicted.engine_step(prepared(network, Precision(CPU, torch.float32)), "square", 1.0, images)
-    assert found.engine_s == pytest.approx(2 * roofline.seconds(step.ops, ieee, launched=False))
-    assert found.published_tf32_s < found.published_s
+    for gpu, of_package, of_engine in (
+        (ieee, found.published_s, found.engine_s),
+        (h100, found.published_tf32_s, found.engine_tf32_s),
+    ):
+        by_call = {
+            call: roofline.seconds(attacks_predicted.published_pass(subject(), call), gpu, launched=True)
+            for call in calls
+        }
+        expected = 3 * by_call[Pass(4, False)] + 2 * by_call[Pass(6, True)] + 5 * others * gpu.launch
+        assert of_package == pytest.approx(expected)
+        twin = prepared(subject().network, Precision(CPU, torch.float32))
+        ops = attacks_predicted.engine_step(twin, Step("square", 16), subject())
+        assert of_engine == pytest.approx(7 * roofline.seconds(ops, gpu, launched=False))
     assert found.engine_tf32_s < found.engine_s
+
+
+def test_calls_of_autoattack_are_counted() -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    tiny = Subject(subject().network, subject().x_nat, subject().labels_N, 1e-6, 20)  # nothing falls
+    published, engine = (attacks_timed.timed(variant, "aa", tiny) for variant in (TEXTBOOK, ENGINE))
+    assert sum(call.images * count for call, count in published.calls.items()) == published.forward
+    assert {call.images for call in published.calls} == {6}
+    # 6 images fill 16 slots; of 9 target classes 54 images are attacked at once.
+    expected = {("apgd-ce", 16): 6, ("apgd-t", 54): 6, ("fab-t", 54): 5, ("square", 16): 251}
+    assert engine.calls == Counter({Step(*call): count for call, count in expected.items()})
+    assert attacks_predicted.other_ops(tiny) > 10
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "cw"])

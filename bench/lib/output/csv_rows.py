@@ -273,8 +273,8 @@ class EvaluationPredictedRow:
     torch: str
     gpu: str
     network: str
+    shorter: int
     images: int
-    batch_size: int
     published_s: float
     published_tf32_s: float
     engine_s: float

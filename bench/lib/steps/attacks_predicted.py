@@ -5,29 +5,32 @@ Shape suffix: B images.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.lib import pass_ops, roofline
-from bench.lib.pass_ops import Execution
+from bench.lib.pass_ops import FREE, Execution
 from bench.lib.roofline import Hardware, Op
-from bench.lib.steps.attacks_timed import Subject, TimedAttack
+from bench.lib.steps.attacks_timed import Counted, Pass, Step, Subject, TimedAttack, run_package
 from engine.attacks.auto.search import Ball, Start
 from engine.attacks.auto.standard import AutoAttack
-from engine.attacks.autoattack import NO_ATTACK
 from engine.attacks.evaluated import prepared
-from engine.evaluation.batches import size_of_batch
 from engine.system.precision import Precision
 
 ATTACK_ASSUMPTIONS = (
-    "every pass is of a full batch of 250 images: as the package's batches thin out, it is slower than predicted",
-    "the package: its passes by torch's ops, each launched by the host; what it computes beside them is left out",
-    "the engine: whole steps of its attacks, as nodes of CUDA graphs, in float32 without TF32",
+    "the calls are those that were counted here, on as many images; on a GPU a look at the hits is after every 16",
+    "steps, which is left out, and so is the check of what was found",
+    "the package: its passes by torch's ops, and for each as many others as a short run has; the host launches all",
+    "the engine: whole steps of its attacks, as nodes of CUDA graphs",
     "kernels and peaks are those of python -m bench.predict; float32 without TF32 reaches 60 % of its peak, too",
 )
+_FEW_IMAGES, _SHORTER = 16, 20  # of the short run
 
 
 class PredictedSeconds(NamedTuple):
@@ -39,73 +42,81 @@ class PredictedSeconds(NamedTuple):
     engine_tf32_s: float
 
 
-class StepOps(NamedTuple):
-    """Kernels of one step of an attack on a batch, and the forward passes of each image in it."""
-
-    ops: list[Op]
-    forward: int
-
-
 def predicted(
     subject: Subject, published: TimedAttack, engine: TimedAttack, hardware: Hardware
 ) -> PredictedSeconds:
-    """Seconds of the passes that both were counted to run."""
-    size = batch_on_gpu(subject)
-    images = torch.zeros(size, *subject.x_nat.shape[1:]).contiguous(memory_format=torch.channels_last)
-    ieee = hardware.without_tf32()
-
-    forward, both = published_passes(subject.network, images)
-    alone = published.forward - published.backward  # forward passes without a backward one
+    """Seconds of the calls that both were counted to make."""
+    passes = {call: published_pass(subject, call) for call in published.calls}
+    others = other_ops(subject)
+    network = prepared(subject.network, Precision(torch.device("cpu"), torch.float32))
+    steps = {call: engine_step(network, call, subject) for call in engine.calls}
 
     def of_package(gpu: Hardware) -> float:
-        seconds = [roofline.seconds(ops, gpu, launched=True) for ops in (forward, both)]
-        return (alone * seconds[0] + published.backward * seconds[1]) / size
-
-    network = prepared(subject.network, Precision(images.device, images.dtype))
-    steps = {part: engine_step(network, part, subject.epsilon, images) for part in engine.forward_by_part}
+        of_passes = sum(
+            count * roofline.seconds(passes[call], gpu, launched=True) for call, count in published.calls.items()
+        )
+        return of_passes + published.calls.total() * others * gpu.launch
 
     def of_engine(gpu: Hardware) -> float:
-        seconds = 0.0
-        for part, count in engine.forward_by_part.items():
-            step = steps[part]
-            seconds += count / step.forward / size * roofline.seconds(step.ops, gpu, launched=False)
-        return seconds
+        return sum(
+            count * roofline.seconds(steps[call], gpu, launched=False) for call, count in engine.calls.items()
+        )
 
+    ieee = hardware.without_tf32()
     return PredictedSeconds(of_package(ieee), of_package(hardware), of_engine(ieee), of_engine(hardware))
 
 
-def batch_on_gpu(subject: Subject) -> int:
-    """Images of a pass on a GPU."""
-    _, _, height, width = subject.x_nat.shape
-    return size_of_batch(None, torch.device("cuda"), height, width)
-
-
-def published_passes(network: nn.Module, images: Tensor) -> tuple[list[Op], list[Op]]:
-    """Kernels of a forward pass, and of one with the gradient of the images."""
-    labels_B = torch.zeros(len(images), dtype=torch.int64)
+def published_pass(subject: Subject, call: Pass) -> list[Op]:
+    """Kernels of a pass of the package."""
+    labels_B = torch.zeros(call.images, dtype=torch.int64)
 
     @torch.no_grad()
     def classify(images: Tensor) -> None:
-        network(images)
+        subject.network(images)
 
     def differentiate(images: Tensor) -> None:
         x = images.detach().requires_grad_()
-        torch.autograd.grad(F.cross_entropy(network(x), labels_B), x)
+        torch.autograd.grad(F.cross_entropy(subject.network(x), labels_B), x)
 
-    plain = Execution.plain()
-    return pass_ops.ops_of(classify, images, plain), pass_ops.ops_of(differentiate, images, plain)
+    run: Callable[[Tensor], None] = differentiate if call.has_backward else classify
+    return pass_ops.ops_of(run, _images(subject, call.images), Execution.plain())
 
 
-def engine_step(network: nn.Module, part: str, epsilon: float, images: Tensor) -> StepOps:
-    """One step of a part of AutoAttack on a network as of `prepared`; without an attack a forward pass."""
-    labels_B = torch.zeros(len(images), dtype=torch.int64)
+def engine_step(network: nn.Module, call: Step, subject: Subject) -> list[Op]:
+    """Kernels of a step of the engine's, on a network as of `prepared`."""
+    images, labels_B = _images(subject, call.slots), torch.zeros(call.slots, dtype=torch.int64)
     with torch.no_grad():
         num_classes = network(images[:1]).shape[1]
-    auto = AutoAttack(network, num_classes, Ball("Linf", epsilon), seed=0, heartbeat=lambda: None)
-    on_gpu = Execution.gpu(compiled=False)
-    if part == NO_ATTACK:
-        return StepOps(pass_ops.ops_of(lambda fake: auto.look(fake, labels_B), images, on_gpu), 1)
-    search = auto.search(part)
+    auto = AutoAttack(network, num_classes, Ball("Linf", subject.epsilon), seed=0, heartbeat=lambda: None)
+    search = auto.search(call.part)
     state = search.begin(Start(images, labels_B, labels_B, labels_B + 2, labels_B + 1))
-    ops = pass_ops.ops_of(lambda _: search.advance(state, last=False), images, on_gpu)
-    return StepOps(ops, search.passes(1).forward)
+    return pass_ops.ops_of(lambda _: search.advance(state, last=False), images, Execution.gpu(compiled=False))
+
+
+def other_ops(subject: Subject) -> float:
+    """Ops of the package for each of its passes that are none of the network's, in a short run on a few images."""
+    few = replace(
+        subject, x_nat=subject.x_nat[:_FEW_IMAGES], labels_N=subject.labels_N[:_FEW_IMAGES], shorter=_SHORTER
+    )
+    counted = Counted(few.network).eval()
+    with _OpCount() as ops:
+        run_package(counted, few, 0, len(few.x_nat))
+    of_network = {call: len(published_pass(few, call)) for call in counted.calls}
+    of_passes = sum(count * of_network[call] for call, count in counted.calls.items())
+    return float(max(ops.count - of_passes, 0)) / counted.calls.total()
+
+
+class _OpCount(TorchDispatchMode):
+    """Counts ops that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func._schema.name in FREE)
+        return func(*args, **(kwargs or {}))
+
+
+def _images(subject: Subject, count: int) -> Tensor:
+    return torch.zeros(count, *subject.x_nat.shape[1:]).contiguous(memory_format=torch.channels_last)

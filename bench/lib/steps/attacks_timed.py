@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attacks.auto import standard
+from engine.attacks.auto.search import Search
+from engine.attacks.auto.slots import Slots
+from engine.attacks.auto.standard import AutoAttack
 from engine.attacks.autoattack import WHOLE
 from engine.attacks.evaluated import prepared
 from engine.attacks.fast import FAST as AA_FAST
@@ -49,27 +53,43 @@ class Subject:
 class TimedAttack:
     """Outcome of an evaluation. forward, backward: passes of single images that it ran.
 
-    forward_by_part: of the engine's AutoAttack.
+    calls: of AutoAttack, how often what ran on how many images: of the package a `Pass`, of the engine a `Step`.
     """
 
     stood_N: Tensor
     forward: int
     backward: int
     seconds: float
-    forward_by_part: Mapping[str, int] = field(default_factory=dict)
+    calls: Counter[Any] = field(default_factory=Counter)
 
 
-class _Counted(nn.Module):
-    """A network that counts the images of its passes."""
+class Pass(NamedTuple):
+    """A pass of the network on so many images, forward, or forward and backward."""
+
+    images: int
+    has_backward: bool
+
+
+class Step(NamedTuple):
+    """A step of a part of the engine's AutoAttack in so many slots."""
+
+    part: str
+    slots: int
+
+
+class Counted(nn.Module):
+    """A network that counts its passes and their images."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.calls: Counter[Pass] = Counter()
         self.forwards = self.backwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
         self.forwards += len(images)
+        self.calls[Pass(len(images), False)] += 1
         if images.requires_grad and torch.is_grad_enabled():
             images.register_hook(self._count)
         logits: Tensor = self.network(images)
@@ -77,6 +97,8 @@ class _Counted(nn.Module):
 
     def _count(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
+        self.calls[Pass(len(gradient), False)] -= 1
+        self.calls[Pass(len(gradient), True)] += 1
 
 
 def timed(variant: str, attack: str, subject: Subject) -> TimedAttack:
@@ -108,11 +130,11 @@ def _published(
     attack: str, subject: Subject, network: nn.Module, seed: int = 0, size: int | None = None
 ) -> TimedAttack:
     """The attack, in batches of that size, or on all images at once."""
-    counted = _Counted(network).eval()
+    counted = Counted(network).eval()
     x_nat, labels_N = subject.x_nat, subject.labels_N
     begin = _now(x_nat)
     if attack == WHOLE:
-        x_adv = _package(counted, subject, seed, size or len(x_nat))
+        x_adv = run_package(counted, subject, seed, size or len(x_nat))
     else:
         batches = zip(x_nat.split(size or len(x_nat)), labels_N.split(size or len(x_nat)), strict=True)
         spec = preset(attack, subject.epsilon)
@@ -120,10 +142,10 @@ def _published(
     seconds = _now(x_nat) - begin
     with torch.no_grad():
         stood_N = network(x_adv).argmax(dim=1) == labels_N
-    return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds)
+    return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds, counted.calls)
 
 
-def _package(network: nn.Module, subject: Subject, seed: int, size: int) -> Tensor:
+def run_package(network: nn.Module, subject: Subject, seed: int, size: int) -> Tensor:
     """AutoAttack as its README calls it, in batches of that size."""
     module: Any = optional.load("pyautoattack", missing="pyautoattack is not installed; pip install pyautoattack")
     images = subject.x_nat.contiguous()
@@ -164,16 +186,16 @@ def _steps(network: nn.Module, spec: AttackSpec, x_nat: Tensor, labels_N: Tensor
 def _engine(attack: str, subject: Subject) -> TimedAttack:
     x_nat = subject.x_nat
     begin = _now(x_nat)
-    with _shortened(subject.shorter):
+    calls: Counter[Step] = Counter()
+    with _shortened(subject.shorter), _counting(calls):
         result = evaluate(subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon)[attack]
     seconds = _now(x_nat) - begin
-    by_part = {name: part.forward for name, part in result.details.items()}
-    forward = sum(by_part.values())
+    forward = sum(part.forward for part in result.details.values())
     backward = sum(part.backward for part in result.details.values())
     if not result.details:
         steps = preset(attack, subject.epsilon).num_steps
         forward, backward = len(x_nat) * (steps + 1), len(x_nat) * steps
-    return TimedAttack(result.verdicts, forward, backward, seconds, by_part)
+    return TimedAttack(result.verdicts, forward, backward, seconds, calls)
 
 
 @contextmanager
@@ -181,6 +203,25 @@ def _shortened(shorter: int) -> Iterator[None]:
     """The engine's AutoAttack with 1/shorter of its steps."""
     steps = standard.Steps(*(each // shorter for each in standard.STANDARD))
     with mock.patch.object(standard, "STANDARD", steps):
+        yield
+
+
+@contextmanager
+def _counting(calls: Counter[Step]) -> Iterator[None]:
+    """Steps of AutoAttack inside are counted."""
+    parts: dict[int, str] = {}
+    search, advance = AutoAttack.search, Slots.advance
+
+    def noted(auto: AutoAttack, part: str) -> Search[Any]:
+        found = search(auto, part)
+        parts[id(found)] = part
+        return found
+
+    def counted(slots: Slots[Any], attack: Search[Any], *, last: bool) -> None:
+        calls[Step(parts[id(attack)], len(slots.items))] += 1
+        advance(slots, attack, last=last)
+
+    with mock.patch.object(AutoAttack, "search", noted), mock.patch.object(Slots, "advance", counted):
         yield
 
 
