@@ -15,8 +15,8 @@ from bench.lib.output import chart
 from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
 from bench.lib.roofline import GPUS
 from bench.lib.steps import attacks_timed
-from bench.lib.steps.attacks_predicted import ATTACK_ASSUMPTIONS, predicted
-from bench.lib.steps.attacks_timed import ENGINE, TEXTBOOK, Subject, TimedAttack
+from bench.lib.steps.attacks_predicted import ATTACK_ASSUMPTIONS, CountedOps, counted_ops, predicted
+from bench.lib.steps.attacks_timed import TEXTBOOK, Subject, TimedAttack
 from engine.attacks.autoattack import WHOLE
 from engine.common.files import checkpoint_of
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
@@ -80,8 +80,9 @@ def main(
                         found[variant] = attacks_timed.timed(variant, attack, subject)
                     rows.append(row_of(results.facts, name, attack, subject, variant, found))
                     results.write("evaluation.csv", rows)
-                if attack == WHOLE and ENGINE in found:
-                    predictions += [predicted_row(results.facts, name, gpu, subject, found) for gpu in gpus]
+                if attack == WHOLE and gpus:
+                    ops = counted_ops(subject, found[TEXTBOOK])
+                    predictions += [predicted_row(results.facts, name, gpu, subject, ops) for gpu in gpus]
         results.console.print(table(rows))
         if predictions:
             results.write("evaluation-predicted.csv", predictions)
@@ -127,9 +128,9 @@ def row_of(
 
 
 def predicted_row(
-    facts: machine.Facts, name: str, gpu: str, subject: Subject, found: dict[str, TimedAttack]
+    facts: machine.Facts, name: str, gpu: str, subject: Subject, ops: CountedOps
 ) -> EvaluationPredictedRow:
-    """The row of a GPU, of the passes that the package and the engine were counted to run."""
+    """The row of a GPU."""
     hardware = GPUS[gpu]
     return EvaluationPredictedRow(
         date=facts["date"],
@@ -139,7 +140,7 @@ def predicted_row(
         network=name,
         shorter=subject.shorter,
         images=len(subject.x_nat),
-        **predicted(subject, found[TEXTBOOK], found[ENGINE], hardware)._asdict(),
+        **predicted(ops, hardware)._asdict(),
     )
 
 

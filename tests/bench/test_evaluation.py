@@ -18,7 +18,8 @@ from bench.lib import roofline
 from bench.lib.output.csv_rows import EvaluationPredictedRow, EvaluationRow
 from bench.lib.pass_ops import Execution
 from bench.lib.steps import attacks_predicted, attacks_timed
-from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Pass, Step, Subject, TimedAttack, variants_of
+from bench.lib.steps.attacks_predicted import CountedOps
+from bench.lib.steps.attacks_timed import ENGINE, EXPERT, TEXTBOOK, Pass, Step, Subject, calls_on_gpu, variants_of
 from engine.attacks.auto import standard
 from engine.attacks.evaluated import prepared
 from engine.models import build
@@ -57,40 +58,36 @@ def test_steps_on_a_gpu_are_predicted_from_their_kernels() -> None:
 
 
 def test_predicted_seconds_are_of_the_calls_that_were_counted() -> None:
-    nobody, others, h100 = torch.zeros(6, dtype=torch.bool), 30.0, roofline.GPUS["h100"]
-    calls = Counter({Pass(4, False): 3, Pass(6, True): 2})
-    published = TimedAttack(nobody, 0, 0, 1.0, calls)
-    engine = TimedAttack(nobody, 0, 0, 1.0, Counter({Step("square", 16): 7}))
-    with mock.patch.object(attacks_predicted, "other_ops", return_value=others):
-        found = attacks_predicted.predicted(subject(), published, engine, h100)
+    h100 = roofline.GPUS["h100"]
     ieee = h100.without_tf32()
     assert ieee.flops[torch.float32] == pytest.approx(66.9e12)
+    classify = attacks_predicted.published_pass(subject(), Pass(4, False))
+    twin = prepared(subject().network, Precision(CPU, torch.float32))
+    square = attacks_predicted.engine_step(twin, Step("square", 16), subject())
+    found = attacks_predicted.predicted(CountedOps([(3, classify)], [(7, square)], 30.0), h100)
     for gpu, of_package, of_engine in (
         (ieee, found.published_s, found.engine_s),
         (h100, found.published_tf32_s, found.engine_tf32_s),
     ):
-        by_call = {
-            call: roofline.seconds(attacks_predicted.published_pass(subject(), call), gpu, launched=True)
-            for call in calls
-        }
-        expected = 3 * by_call[Pass(4, False)] + 2 * by_call[Pass(6, True)] + 5 * others * gpu.launch
-        assert of_package == pytest.approx(expected)
-        twin = prepared(subject().network, Precision(CPU, torch.float32))
-        ops = attacks_predicted.engine_step(twin, Step("square", 16), subject())
-        assert of_engine == pytest.approx(7 * roofline.seconds(ops, gpu, launched=False))
+        one = roofline.seconds(classify, gpu, launched=True) + 30 * gpu.launch
+        assert of_package == pytest.approx(3 * one)
+        assert of_engine == pytest.approx(7 * roofline.seconds(square, gpu, launched=False))
     assert found.engine_tf32_s < found.engine_s
 
 
 def test_calls_of_autoattack_are_counted() -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     tiny = Subject(subject().network, subject().x_nat, subject().labels_N, 1e-6, 20)  # nothing falls
-    published, engine = (attacks_timed.timed(variant, "aa", tiny) for variant in (TEXTBOOK, ENGINE))
+    published = attacks_timed.timed(TEXTBOOK, "aa", tiny)
     assert sum(call.images * count for call, count in published.calls.items()) == published.forward
     assert {call.images for call in published.calls} == {6}
     # 6 images fill 16 slots; of 9 target classes 54 images are attacked at once.
     expected = {("apgd-ce", 16): 6, ("apgd-t", 54): 6, ("fab-t", 54): 5, ("square", 16): 251}
-    assert engine.calls == Counter({Step(*call): count for call, count in expected.items()})
-    assert attacks_predicted.other_ops(tiny) > 10
+    assert calls_on_gpu(tiny) == Counter({Step(*call): count for call, count in expected.items()})
+    ops = attacks_predicted.counted_ops(tiny, published)
+    assert sum(count for count, _ in ops.passes) == published.calls.total()
+    assert sum(count for count, _ in ops.steps) == sum(expected.values())
+    assert ops.others > 10
 
 
 @pytest.mark.parametrize("attack", ["pgd20", "cw"])

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.lib import pass_ops, roofline
 from bench.lib.pass_ops import FREE, Execution
 from bench.lib.roofline import Hardware, Op
-from bench.lib.steps.attacks_timed import Counted, Pass, Step, Subject, TimedAttack, run_package
+from bench.lib.steps.attacks_timed import Counted, Pass, Step, Subject, TimedAttack, calls_on_gpu, run_package
 from engine.attacks.auto.search import Ball, Start
 from engine.attacks.auto.standard import AutoAttack
 from engine.attacks.evaluated import prepared
@@ -26,8 +26,8 @@ from engine.system.precision import Precision
 ATTACK_ASSUMPTIONS = (
     "the calls are those that were counted here, on as many images; on a GPU a look at the hits is after every 16",
     "steps, which is left out, and so is the check of what was found",
-    "the package: its passes by torch's ops, and for each as many others as a short run has; the host launches all",
-    "the engine: whole steps of its attacks, as nodes of CUDA graphs",
+    "the package: its passes by torch's ops, with each as many others as in a short run; the host launches all",
+    "the engine: whole steps of its attacks in batches of up to 250 images, as nodes of CUDA graphs",
     "kernels and peaks are those of python -m bench.predict; float32 without TF32 reaches 60 % of its peak, too",
 )
 _FEW_IMAGES, _SHORTER = 16, 20  # of the short run
@@ -42,25 +42,36 @@ class PredictedSeconds(NamedTuple):
     engine_tf32_s: float
 
 
-def predicted(
-    subject: Subject, published: TimedAttack, engine: TimedAttack, hardware: Hardware
-) -> PredictedSeconds:
-    """Seconds of the calls that both were counted to make."""
-    passes = {call: published_pass(subject, call) for call in published.calls}
-    others = other_ops(subject)
+class CountedOps(NamedTuple):
+    """Ops of AutoAttack on a subject. passes, steps: how often what is called, and its kernels.
+
+    others: ops of the package for each pass that are none of the network's.
+    """
+
+    passes: list[tuple[int, list[Op]]]
+    steps: list[tuple[int, list[Op]]]
+    others: float
+
+
+def counted_ops(subject: Subject, published: TimedAttack) -> CountedOps:
+    """Ops of the calls that the package was counted to make, and of the engine's in batches as on a GPU."""
     network = prepared(subject.network, Precision(torch.device("cpu"), torch.float32))
-    steps = {call: engine_step(network, call, subject) for call in engine.calls}
+    passes = [(count, published_pass(subject, call)) for call, count in published.calls.items() if count]
+    steps = [(count, engine_step(network, call, subject)) for call, count in calls_on_gpu(subject).items()]
+    return CountedOps(passes, steps, other_ops(subject))
+
+
+def predicted(ops: CountedOps, hardware: Hardware) -> PredictedSeconds:
+    """Seconds of the package and of the engine."""
 
     def of_package(gpu: Hardware) -> float:
-        of_passes = sum(
-            count * roofline.seconds(passes[call], gpu, launched=True) for call, count in published.calls.items()
+        beside = ops.others * gpu.launch
+        return sum(
+            count * (roofline.seconds(kernels, gpu, launched=True) + beside) for count, kernels in ops.passes
         )
-        return of_passes + published.calls.total() * others * gpu.launch
 
     def of_engine(gpu: Hardware) -> float:
-        return sum(
-            count * roofline.seconds(steps[call], gpu, launched=False) for call, count in engine.calls.items()
-        )
+        return sum(count * roofline.seconds(kernels, gpu, launched=False) for count, kernels in ops.steps)
 
     ieee = hardware.without_tf32()
     return PredictedSeconds(of_package(ieee), of_package(hardware), of_engine(ieee), of_engine(hardware))

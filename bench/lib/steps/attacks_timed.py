@@ -49,20 +49,6 @@ class Subject:
     shorter: int = 1
 
 
-@dataclass(frozen=True)
-class TimedAttack:
-    """Outcome of an evaluation. forward, backward: passes of single images that it ran.
-
-    calls: of AutoAttack, how often what ran on how many images: of the package a `Pass`, of the engine a `Step`.
-    """
-
-    stood_N: Tensor
-    forward: int
-    backward: int
-    seconds: float
-    calls: Counter[Any] = field(default_factory=Counter)
-
-
 class Pass(NamedTuple):
     """A pass of the network on so many images, forward, or forward and backward."""
 
@@ -75,6 +61,20 @@ class Step(NamedTuple):
 
     part: str
     slots: int
+
+
+@dataclass(frozen=True)
+class TimedAttack:
+    """Outcome of an evaluation. forward, backward: passes of single images that it ran.
+
+    calls: of a loop or the package, how often it ran the network on how many images.
+    """
+
+    stood_N: Tensor
+    forward: int
+    backward: int
+    seconds: float
+    calls: Counter[Pass] = field(default_factory=Counter)
 
 
 class Counted(nn.Module):
@@ -186,8 +186,7 @@ def _steps(network: nn.Module, spec: AttackSpec, x_nat: Tensor, labels_N: Tensor
 def _engine(attack: str, subject: Subject) -> TimedAttack:
     x_nat = subject.x_nat
     begin = _now(x_nat)
-    calls: Counter[Step] = Counter()
-    with _shortened(subject.shorter), _counting(calls):
+    with _shortened(subject.shorter):
         result = evaluate(subject.network, (x_nat, subject.labels_N), [attack], epsilon=subject.epsilon)[attack]
     seconds = _now(x_nat) - begin
     forward = sum(part.forward for part in result.details.values())
@@ -195,7 +194,19 @@ def _engine(attack: str, subject: Subject) -> TimedAttack:
     if not result.details:
         steps = preset(attack, subject.epsilon).num_steps
         forward, backward = len(x_nat) * (steps + 1), len(x_nat) * steps
-    return TimedAttack(result.verdicts, forward, backward, seconds, calls)
+    return TimedAttack(result.verdicts, forward, backward, seconds)
+
+
+def calls_on_gpu(subject: Subject) -> Counter[Step]:
+    """Steps of `aa` in batches as large as on a GPU."""
+    _, _, height, width = subject.x_nat.shape
+    size = size_of_batch(None, torch.device("cuda"), height, width)
+    calls: Counter[Step] = Counter()
+    with _shortened(subject.shorter), _counting(calls):
+        evaluate(
+            subject.network, (subject.x_nat, subject.labels_N), [WHOLE], epsilon=subject.epsilon, batch_size=size
+        )
+    return calls
 
 
 @contextmanager
