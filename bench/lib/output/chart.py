@@ -46,7 +46,8 @@ def draw_evaluations(path: Path, rows: Sequence[EvaluationRow]) -> None:
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row.network for row in rows))
-    figure = Figure(figsize=(5.4 * len(networks), 0.5 + 0.35 * len(rows) / len(networks)), layout="constrained")
+    height = 1.5 + 0.3 * len(rows) / len(networks)
+    figure = Figure(figsize=(5.4 * len(networks), height), layout="constrained")
     for name, axes in zip(networks, figure.subplots(1, len(networks), squeeze=False)[0], strict=True):
         own = [row for row in rows if row.network == name][::-1]
         labels = [f"{row.attack}, {row.images} images: {row.variant}" for row in own]
