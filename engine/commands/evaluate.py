@@ -15,6 +15,7 @@ from engine.commands.options import (
     SEED,
     Processes,
     batch_size_option,
+    device_option,
     import_option,
     normalisation_options,
     process_options,
@@ -58,13 +59,7 @@ from engine.common.files import checkpoint_of
 )
 @batch_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the attacks.")
-@click.option(
-    "--device",
-    type=named("device"),
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda or cuda:N.",
-)
+@device_option
 @click.option(
     "--image-size",
     type=COUNT,

@@ -66,6 +66,9 @@ weights_option = click.option(
     metavar="KEY",
     help="Which of a file's networks, e.g. state_dict_ema. [the only one]",
 )
+device_option = click.option(
+    "--device", type=named("device"), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
 batch_size_option = click.option(
     "--batch-size",
     type=COUNT,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import DIR, FILE, named, one_of
-from engine.commands.options import COUNT, SEED, batch_size_option, import_option, weights_option
+from engine.commands.options import COUNT, SEED, batch_size_option, device_option, import_option, weights_option
 from engine.common.files import checkpoint_of
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ TABLES = (
 @batch_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the student and of the attacks.")
 @click.option("--image-size", type=COUNT, help="Cut views of that size from images of any size.")
-@click.option(
-    "--device", type=named("device"), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
+@device_option
 @click.option("--out", type=DIR, metavar="DIR", help="New folder for teachers.json and teachers.png. [none]")
 @import_option
 def rank_teachers(candidates: tuple[str, ...], student: str | None, out: str | None, **options: Any) -> None:

@@ -24,8 +24,8 @@ from engine.attacks.evaluated import prepared
 from engine.system.precision import Precision
 
 ATTACK_ASSUMPTIONS = (
-    "the calls are those that were counted here, on as many images; on a GPU a look at the hits is after every 16",
-    "steps, which is left out, and so is the check of what was found",
+    "the calls are those that were counted here, on as many images",
+    "the looks at the hits, on a GPU after every 16 steps, and the check of what was found are left out",
     "the package: its passes by torch's ops, with each as many others as in a short run; the host launches all",
     "the engine: whole steps of its attacks in batches of up to 250 images, as nodes of CUDA graphs",
     "kernels and peaks are those of python -m bench.predict; float32 without TF32 reaches 60 % of its peak, too",
@@ -56,7 +56,7 @@ class CountedOps(NamedTuple):
 def counted_ops(subject: Subject, published: TimedAttack) -> CountedOps:
     """Ops of the calls that the package was counted to make, and of the engine's in batches as on a GPU."""
     network = prepared(subject.network, Precision(torch.device("cpu"), torch.float32))
-    passes = [(count, published_pass(subject, call)) for call, count in published.calls.items() if count]
+    passes = [(count, published_pass(subject, call)) for call, count in published.calls.items()]
     steps = [(count, engine_step(network, call, subject)) for call, count in calls_on_gpu(subject).items()]
     return CountedOps(passes, steps, other_ops(subject))
 

@@ -84,11 +84,9 @@ class Counted(nn.Module):
         super().__init__()
         self.network = network
         self.calls: Counter[Pass] = Counter()
-        self.forwards = self.backwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
-        self.forwards += len(images)
         self.calls[Pass(len(images), False)] += 1
         if images.requires_grad and torch.is_grad_enabled():
             images.register_hook(self._count)
@@ -96,8 +94,7 @@ class Counted(nn.Module):
         return logits
 
     def _count(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
-        self.calls[Pass(len(gradient), False)] -= 1
+        self.calls -= Counter([Pass(len(gradient), False)])
         self.calls[Pass(len(gradient), True)] += 1
 
 
@@ -142,7 +139,10 @@ def _published(
     seconds = _now(x_nat) - begin
     with torch.no_grad():
         stood_N = network(x_adv).argmax(dim=1) == labels_N
-    return TimedAttack(stood_N.cpu(), counted.forwards, counted.backwards, seconds, counted.calls)
+    calls = counted.calls.items()
+    forward = sum(call.images * count for call, count in calls)
+    backward = sum(call.images * count for call, count in calls if call.has_backward)
+    return TimedAttack(stood_N.cpu(), forward, backward, seconds, counted.calls)
 
 
 def run_package(network: nn.Module, subject: Subject, seed: int, size: int) -> Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from engine.commands.completion import FILE, named
-from engine.commands.options import SEED, import_option
+from engine.commands.completion import FILE
+from engine.commands.options import SEED, device_option, import_option
 from engine.common.stopping import EXIT_FAILED
 
 _ALL = "all"
@@ -26,13 +26,7 @@ _ALL = "all"
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of their choice and attack.")
 @click.option("--checkpoint", type=FILE, help="Where the checkpoint lies. [where it was, or beside the report]")
 @click.option("--data", type=FILE, help="Where the data set lies. [where it was]")
-@click.option(
-    "--device",
-    type=named("device"),
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda or cuda:N.",
-)
+@device_option
 @import_option
 def verify(report: str, images: str, seed: int, checkpoint: str | None, data: str | None, device: str) -> None:
     """Check the adversarial images that `engine eval --save-adversarial` has written.

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attacks.auto.search import Start
+from engine.attacks.auto.search import Search, Start, put, taken
 
 
 def package(module: str) -> ModuleType:
@@ -89,3 +90,19 @@ def sure(network: nn.Module, count: int) -> Tensor:
         largest_BC = network(images).sort(dim=1, descending=True).values
     distance_B = (largest_BC[:, 0] - largest_BC[:, 1]) / (largest_BC[:, 0] - largest_BC[:, 2])
     return images[distance_B.argsort(descending=True)[:count].sort().values]
+
+
+def ways(
+    attack: Search[Any], start: Start, rounds: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """The state of each image in the end: alone, and beside others, moved between states round by round."""
+    state = attack.begin(start)
+    for rows in rounds:
+        moved = taken(state, torch.tensor(rows))
+        attack.advance(moved, last=False)
+        put(state, torch.tensor(rows), moved)
+    for row in range(len(start.x_nat)):
+        alone = attack.begin(Start(*(value[[row]] for value in start)))
+        for _ in range(sum(row in rows for rows in rounds)):
+            attack.advance(alone, last=False)
+        yield [own[0] for own in alone.tensors()], [tensor[row] for tensor in state.tensors()]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from engine.attacks.auto import losses
 from engine.attacks.auto.apgd import Apgd, StepCheck, checks
-from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
+from engine.attacks.auto.search import Ball, PassCount, Start
 from engine.kernels.philox import Stream
-from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, sure, trained
+from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, sure, trained, ways
 
 CASES = [
     (loss, threat_model, num_steps)
@@ -242,17 +242,9 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
     network = Network()
     start = start_of(network, images_of(4))
     attack = attack_of(network, "ce", Ball(threat_model, EPSILONS[threat_model]), 20)
-    state = attack.begin(start)
-    for rows in rounds:
-        moved = taken(state, torch.tensor(rows))
-        attack.advance(moved, last=False)
-        put(state, torch.tensor(rows), moved)
-    for row in range(4):
-        alone = attack.begin(Start(*(value[[row]] for value in start)))
-        for _ in range(sum(row in rows for rows in rounds)):
-            attack.advance(alone, last=False)
-        for own, others in zip(alone.tensors(), state.tensors(), strict=True):
-            torch.testing.assert_close(own[0], others[row], rtol=0, atol=1e-7)
+    for alone, beside in ways(attack, start, rounds):
+        for own, others in zip(alone, beside, strict=True):
+            torch.testing.assert_close(own, others, rtol=0, atol=1e-7)
 
 
 def test_passes_and_the_last_step() -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.attacks.auto.fab import FabT
-from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
-from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, trained
+from engine.attacks.auto.search import Ball, PassCount, Start
+from tests.attacks.auto.published import Network, images_of, in_float64, package, start_of, trained, ways
 
 BALLS = {"Linf": Ball("Linf", 0.05), "L2": Ball("L2", 0.3)}
 THREATS = pytest.mark.parametrize("threat_model", sorted(BALLS))
@@ -92,17 +92,9 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
     network = Network()
     start = start_of(network, images_of(4))
     attack = FabT(network, BALLS[threat_model])
-    state = attack.begin(start)
-    for rows in rounds:
-        moved = taken(state, torch.tensor(rows))
-        attack.advance(moved, last=False)
-        put(state, torch.tensor(rows), moved)
-    for row in range(4):
-        alone = attack.begin(Start(*(value[[row]] for value in start)))
-        for _ in range(sum(row in rows for rows in rounds)):
-            attack.advance(alone, last=False)
-        torch.testing.assert_close(alone.x[0], state.x[row], rtol=0, atol=1e-9)
-        assert int(alone.step_B) == int(state.step_B[row])
+    for alone, beside in ways(attack, start, rounds):
+        for own, others in zip(alone, beside, strict=True):
+            torch.testing.assert_close(own, others, rtol=0, atol=1e-9)
 
 
 def test_each_step_is_two_forward_passes_and_a_backward_pass() -> None:

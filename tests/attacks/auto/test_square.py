@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.attacks.auto import windows
 from engine.attacks.auto.losses import margin
-from engine.attacks.auto.search import Ball, PassCount, Start, put, taken
+from engine.attacks.auto.search import Ball, PassCount, Start
 from engine.attacks.auto.square import Square, SquareState
+from tests.attacks.auto.published import ways
 
 SHAPE = (3, 13, 13)  # with tiles that end where the image ends: the package fails on others
 BALLS = {"Linf": Ball("Linf", 0.02), "L2": Ball("L2", 0.4)}
@@ -225,17 +226,9 @@ def test_an_image_goes_its_way_alone(threat_model: str, rounds: list[list[int]])
     """In any order, beside any others at any steps, and moved between states."""
     start, network = start_of(), Network()
     attack = Square(network, BALLS[threat_model], seed=3, num_queries=60)
-    state = attack.begin(start)
-    for rows in rounds:
-        moved = taken(state, torch.tensor(rows))
-        attack.advance(moved, last=False)
-        put(state, torch.tensor(rows), moved)
-    for row in range(4):
-        alone = attack.begin(part_of(start, [row]))
-        for _ in range(sum(row in rows for rows in rounds)):
-            attack.advance(alone, last=False)
-        for own, others in zip(alone.tensors(), state.tensors(), strict=True):
-            assert torch.equal(own[0], others[row])
+    for alone, beside in ways(attack, start, rounds):
+        for own, others in zip(alone, beside, strict=True):
+            assert torch.equal(own, others)
 
 
 @settings(max_examples=40, deadline=None)
