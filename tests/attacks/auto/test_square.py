@@ -60,10 +60,6 @@ def start_of(shape: tuple[int, ...] = SHAPE, size: int = 4, dtype: torch.dtype =
     return Start(x_nat, labels, sample, torch.zeros_like(labels), torch.zeros_like(labels))
 
 
-def part_of(start: Start, rows: list[int]) -> Start:
-    return Start(*(value[rows] for value in start))
-
-
 def published_draws(attack: Square, state: SquareState, start: Start, row: int) -> Iterator[Tensor]:
     """Uniform numbers from which the package draws what our image draws, in the order of its calls."""
     channels, height, width = start.x_nat.shape[1:]
