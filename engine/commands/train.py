@@ -107,8 +107,8 @@ def train(
     if seed_list is not None:
         _check_seeds(given, assignments, begins=directory is None)
 
-    from engine.commands import seeds
     from engine.config import load, merge, nested, parse_assignment
+    from engine.runs import seeds
     from engine.system import distributed
 
     wanted = None if seed_list is None else seeds.parse(seed_list)
@@ -143,8 +143,8 @@ def _continued(directory: Path, changes: Tree) -> RunConfig:
 
 def _train_seeds(request: _Request, wanted: Sequence[int]) -> None:
     """Train the configuration with each seed, as many at a time as there may be processes."""
-    from engine.commands import seeds
     from engine.common.console import ConsoleReporter
+    from engine.runs import seeds
     from engine.system import distributed
 
     if distributed.is_launched():

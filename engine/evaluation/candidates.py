@@ -19,9 +19,9 @@ from engine.attacks.pgd import batch_norm_mode, pgd
 from engine.common.lookup import look_up
 from engine.common.stopping import Stop
 from engine.config import AttackSpec
-from engine.evaluation import intervals
 from engine.evaluation.arguments import LabelledImages
 from engine.evaluation.batches import batch_of
+from engine.evaluation.statistics import intervals
 from engine.kernels import ALPHA_BINS, trust
 from engine.system.precision import full_precision
 from engine.training.telemetry import CASES

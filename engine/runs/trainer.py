@@ -22,9 +22,10 @@ from engine.config import AttackSpec, epochs_of
 from engine.evaluation.measure import Result, evaluate, further
 from engine.methods import Method
 from engine.pipelines.datasets import AnySplit
-from engine.runs import checkpoints, plots
+from engine.runs import checkpoints
 from engine.runs.assemble import Parts
 from engine.runs.checkpoints import Progress
+from engine.runs.reporting import plots
 from engine.runs.session import Session
 from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry

@@ -12,11 +12,12 @@ from typing import Any, NoReturn
 import click
 import pytest
 
-from engine.commands import data, seeds
+from engine.commands import data
 from engine.commands.cli import commands
 from engine.common import errors
 from engine.common.stopping import RunFailed
-from engine.runs import html_report, lifecycle
+from engine.runs import lifecycle, seeds
+from engine.runs.reporting import html_report
 
 NAMES_NOTHING = ("Overflow", "codec", "Expecting value", "0x7", "unpack", "unforeseen", "Traceback")
 RUN = ["--dataset", "digits", "--model", "resnet8", "--method", "st", "--epochs", "1", "--limit-train", "40"]

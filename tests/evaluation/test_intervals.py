@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.evaluation import intervals
 from engine.evaluation.candidates import mean
+from engine.evaluation.statistics import intervals
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 10), (1, 3), (7, 10), (500, 1000), (999, 1000), (10, 10)])

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import engine
-from engine.runs import html_report
+from engine.runs.reporting import html_report
 
 
 class Page(HTMLParser):

@@ -15,7 +15,8 @@ import torch
 import engine
 from engine import config
 from engine.common.stopping import Interrupted, RunFailed
-from engine.runs import assemble, checkpoints, lifecycle, plots, provenance, trainer
+from engine.runs import assemble, checkpoints, lifecycle, provenance, trainer
+from engine.runs.reporting import plots
 from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.system import precision

@@ -14,7 +14,8 @@ from engine.attacks import overfitting
 from engine.common.stopping import Interrupted, RunFailed
 from engine.common.tensor_files import write_tensors
 from engine.config import AttackSpec
-from engine.runs import html_report, lifecycle, plots
+from engine.runs import lifecycle
+from engine.runs.reporting import html_report, plots
 from engine.runs.run_directory import RunDir
 from engine.system.distributed import World
 from tests.processes import together

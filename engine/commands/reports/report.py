@@ -28,7 +28,7 @@ from engine.commands.options import import_option
 def report(paths: tuple[Path, ...], out: Path) -> None:
     """Put run directories and folders of benchmark results into one HTML file, with tables and pictures."""
     from engine.common.console import ConsoleReporter
-    from engine.runs import html_report
+    from engine.runs.reporting import html_report
 
     html_report.write(paths, out)
     ConsoleReporter().message(f"Written: {out}")

@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from engine import config
-from engine.commands import seeds
 from engine.common import stopping
 from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, Stop, graceful_stop
-from engine.runs import lifecycle, teachers
+from engine.runs import lifecycle, seeds, teachers
 from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.system import distributed, precision

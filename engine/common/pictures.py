@@ -1,0 +1,85 @@
+"""Pictures in one style: readable where they are shown 500 pixels wide, on a light page and on a dark one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 5.0
+"""Inches of a picture: 500 pixels of a page, with text of a page's size."""
+_DOTS_PER_INCH = 200
+# The colours of Okabe and Ito (2008), which the colour-blind tell apart, but for yellow, which is pale on white.
+_CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colours of a picture beside those of its lines."""
+
+    background: str
+    text: str
+    grid: str
+
+
+LIGHT = Look("#ffffff", "#1a1a1a", "#d0d0d0")
+DARK = Look("#16181c", "#e6e6e6", "#3c4046")
+
+
+@contextmanager
+def style(look: Look = LIGHT) -> Iterator[None]:
+    """Matplotlib's settings for what is drawn inside; names of classes and runs are shown as they are."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    settings: Any = {
+        "figure.dpi": _DOTS_PER_INCH,
+        "figure.facecolor": look.background,
+        "savefig.facecolor": look.background,
+        "axes.facecolor": look.background,
+        "axes.edgecolor": look.text,
+        "axes.labelcolor": look.text,
+        "axes.titlecolor": look.text,
+        "axes.titlesize": 11,
+        "axes.labelsize": 10,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=_CYCLE),
+        "grid.color": look.grid,
+        "text.color": look.text,
+        "text.parse_math": False,
+        "xtick.color": look.text,
+        "ytick.color": look.text,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.fontsize": 9,
+        "legend.framealpha": 0.8,
+        "legend.facecolor": look.background,
+        "legend.edgecolor": look.grid,
+        "font.size": 10,
+    }
+    with rc_context(settings):
+        yield
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """A figure of so many inches, inside `style`. Several panels stand below each other, so that none is small."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a file's content, inside `style`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()

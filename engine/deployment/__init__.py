@@ -1,0 +1,1 @@
+"""Trained networks in use: predictions, and exported files that need no engine."""
