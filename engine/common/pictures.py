@@ -19,7 +19,7 @@ _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 
 @dataclass(frozen=True)
-class Look:
+class Palette:
     """Colours of a picture beside those of its lines."""
 
     background: str
@@ -27,24 +27,24 @@ class Look:
     grid: str
 
 
-LIGHT = Look("#ffffff", "#1a1a1a", "#d0d0d0")
-DARK = Look("#16181c", "#e6e6e6", "#3c4046")
+LIGHT = Palette("#ffffff", "#1a1a1a", "#d0d0d0")
+DARK = Palette("#16181c", "#e6e6e6", "#3c4046")
 
 
 @contextmanager
-def style(look: Look = LIGHT) -> Iterator[None]:
+def style(palette: Palette = LIGHT) -> Iterator[None]:
     """Matplotlib's settings for what is drawn inside; names of classes and runs are shown as they are."""
     from cycler import cycler
     from matplotlib import rc_context
 
     settings: Any = {
         "figure.dpi": _DOTS_PER_INCH,
-        "figure.facecolor": look.background,
-        "savefig.facecolor": look.background,
-        "axes.facecolor": look.background,
-        "axes.edgecolor": look.text,
-        "axes.labelcolor": look.text,
-        "axes.titlecolor": look.text,
+        "figure.facecolor": palette.background,
+        "savefig.facecolor": palette.background,
+        "axes.facecolor": palette.background,
+        "axes.edgecolor": palette.text,
+        "axes.labelcolor": palette.text,
+        "axes.titlecolor": palette.text,
         "axes.titlesize": 11,
         "axes.labelsize": 10,
         "axes.grid": True,
@@ -52,17 +52,17 @@ def style(look: Look = LIGHT) -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.prop_cycle": cycler(color=_CYCLE),
-        "grid.color": look.grid,
-        "text.color": look.text,
+        "grid.color": palette.grid,
+        "text.color": palette.text,
         "text.parse_math": False,
-        "xtick.color": look.text,
-        "ytick.color": look.text,
+        "xtick.color": palette.text,
+        "ytick.color": palette.text,
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
         "legend.fontsize": 9,
         "legend.framealpha": 0.8,
-        "legend.facecolor": look.background,
-        "legend.edgecolor": look.grid,
+        "legend.facecolor": palette.background,
+        "legend.edgecolor": palette.grid,
         "font.size": 10,
     }
     with rc_context(settings):
