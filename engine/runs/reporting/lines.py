@@ -1,0 +1,171 @@
+"""Lines of a comparison: runs, runs that differ in their seed alone as one line, and evaluated checkpoints."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.config import differences
+from engine.evaluation.reports import SUFFIX
+from engine.runs.reporting.reading import TEACHERS, EvalFile, Measure, Measured, RunFiles, of_entries
+from engine.runs.reporting.tables import Cell, Percent
+
+_SEED = re.compile(r"seed-(\d+)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is compared: one run, several that differ in their seed alone, or a report of an evaluated checkpoint."""
+
+    label: str
+    path: Path
+    runs: tuple[RunFiles, ...] = ()
+    report: EvalFile | None = None
+
+    @property
+    def first(self) -> RunFiles | None:
+        """The run, or the first of them."""
+        return self.runs[0] if self.runs else None
+
+    @property
+    def role(self) -> str:
+        """A teacher's role to its student; empty of anything else."""
+        return self.runs[0].role if self.runs else ""
+
+    @property
+    def is_group(self) -> bool:
+        """True if there are several seeds."""
+        return len(self.runs) > 1
+
+    @cached_property
+    def tested(self) -> list[list[Measured]]:
+        """Accuracies on test images, of each run."""
+        return [run.tested for run in self.runs] if self.report is None else [list(of_entries(self.report))]
+
+    @cached_property
+    def every(self) -> list[list[Measured]]:
+        """Those and the accuracies on the images by which the best epoch was chosen, of each run."""
+        held_out = [run.held_out for run in self.runs] or [[]]
+        return [[*mine, *theirs] for mine, theirs in zip(self.tested, held_out, strict=True)]
+
+    def values(self, measure: Measure) -> list[Measured]:
+        """Accuracies of the runs that have this measure."""
+        return [each for found in self.every for each in found if each.measure == measure]
+
+    def mean(self, measure: Measure) -> float | None:
+        """Mean accuracy; None unless every run has it."""
+        found = self.values(measure)
+        return (
+            statistics.mean(each.accuracy for each in found) if found and len(found) == len(self.every) else None
+        )
+
+    def hull(self, measure: Measure) -> tuple[float, float]:
+        """The intervals of all runs together, from the lowest end to the highest."""
+        intervals = [each.percent for each in self.values(measure)]
+        return min(each.low or 0.0 for each in intervals), max(each.high or 0.0 for each in intervals)
+
+    def cell(self, measure: Measure) -> Cell:
+        """The accuracy with its interval; of several seeds the mean and the sample standard deviation."""
+        found = self.values(measure)
+        if not found:
+            return None
+        if not self.is_group:
+            return found[0].percent
+        if len(found) < len(self.runs):
+            return f"in {len(found)} of {len(self.runs)} seeds"
+        values = [each.accuracy for each in found]
+        return Percent(statistics.mean(values), deviation=statistics.stdev(values), seeds=len(values))
+
+
+def is_group(path: Path) -> bool:
+    """True for a folder of run directories seed-0, seed-1, ..."""
+    return bool(_seeds(path))
+
+
+def runs_of(path: Path) -> list[Path]:
+    """The run directories of a path: itself, or those of its seeds in their order."""
+    return [path] if (path / "config.yaml").is_file() else _seeds(path)
+
+
+def is_report(path: Path) -> bool:
+    """True for the report of an evaluated checkpoint."""
+    return path.name.endswith(SUFFIX) and not path.is_dir()
+
+
+def teachers_of(run: RunFiles) -> list[RunFiles]:
+    """The teachers that were trained for a run, in its directory."""
+    return [
+        RunFiles(run.path / folder, role)
+        for folder, role in TEACHERS.items()
+        if (run.path / folder / "config.yaml").is_file()
+    ]
+
+
+def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[Line]:
+    """Lines in the order of their first runs, each teacher after its student, with labels of their own."""
+    found: list[list[RunFiles]] = []
+    for run in runs:
+        for group in found:
+            if _differ_in_seed_alone(group, run):
+                group.append(run)
+                break
+        else:
+            found.append([run])
+    texts = _labels([group[0] for group in found])
+    made = [
+        Line(text, group[0].path.parent if len(group) > 1 else group[0].path, tuple(group))
+        for text, group in zip(texts, found, strict=True)
+    ]
+    return made + [Line(str(report.path).removesuffix(SUFFIX), report.path, report=report) for report in reports]
+
+
+def _seeds(path: Path) -> list[Path]:
+    found = [(int(match[1]), each) for each in _folders(path) if (match := _SEED.fullmatch(each.name))]
+    return [each for _, each in sorted(found) if (each / "config.yaml").is_file()]
+
+
+def _folders(path: Path) -> Iterable[Path]:
+    return (each for each in path.iterdir() if each.is_dir()) if path.is_dir() else ()
+
+
+def _differ_in_seed_alone(group: Sequence[RunFiles], run: RunFiles) -> bool:
+    first = group[0]
+    if first.role != run.role or run.config.seed in {each.config.seed for each in group}:
+        return False
+    if set(differences(first.config, run.config)) != {"seed"}:
+        return False
+    return not first.data_sha256 or not run.data_sha256 or first.data_sha256 == run.data_sha256
+
+
+# What tells runs apart, the first that does.
+_NAMES: tuple[Callable[[RunFiles], Any], ...] = (
+    lambda run: run.config.dataset,
+    lambda run: "" if run.config.semantics == "paper" else run.config.semantics,
+    lambda run: f"epsilon {run.config.attack.epsilon * 255:.4g}/255" if run.config.attack.epsilon else "",
+    lambda run: f"{run.config.epochs} epochs",
+    lambda run: run.path,
+)
+
+
+def _labels(runs: Sequence[RunFiles]) -> list[str]:
+    """Method and model of each, and what tells it from others of the same."""
+    texts = [
+        f"{run.config.method}, {run.config.model}{f', {run.role} of {run.path.parent.name}' if run.role else ''}"
+        for run in runs
+    ]
+    for name in _NAMES:
+        same: dict[str, list[int]] = defaultdict(list)
+        for index, text in enumerate(texts):
+            same[text].append(index)
+        for indices in same.values():
+            told = {index: str(name(runs[index])) for index in indices}
+            if len(set(told.values())) > 1:
+                for index, text in told.items():
+                    texts[index] += f", {text}" if text else ""
+    return texts
