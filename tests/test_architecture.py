@@ -78,7 +78,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "system",
         "devices, number formats, processes, streams",
         (
-            ("precision", "streams", "layout", "graphs"),
+            ("precision", "streams", "layout", "graphs", "memory"),
             ("environment", "distributed"),
             ("data_parallel", "launcher"),
         ),

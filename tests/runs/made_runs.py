@@ -28,7 +28,7 @@ def epoch_row(epoch: int, of: int, config: Any, *, shift: float, n: int) -> dict
             "phase": "ard" if epoch <= 0.3 * of else config.method,
             "alpha": 0.9, "probe_teacher_natural_accuracy": 0.9, "probe_teacher_adversarial_accuracy": 0.9 - unsure,
             "probe_student_adversarial_accuracy": robust,
-            "probe_alpha_histogram": [0.0] * 10 + [unsure / 10] * 10 if epoch == 1 else [0.1] + [0.0] * 18 + [0.9],
+            "probe_alpha_histogram": [0.1 - 0.1 * progress, *[0.0] * 18, 0.9 + 0.1 * progress],
             "probe_cases": {
                 "both_right": 0.9 - unsure, "only_natural_right": unsure, "both_wrong": 0.1,
                 "only_adversarial_right": 0.0,

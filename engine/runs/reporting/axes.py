@@ -52,9 +52,10 @@ def marks(axes: Axes, at: Mapping[str, float]) -> None:
         before = index + 1 < len(ordered) or place > 0.75
         side = "right" if before and place > 0.3 else "left"
         axes.axvline(x, color=axes.xaxis.label.get_color(), linewidth=0.9, linestyle=(0, (4, 3)))
+        above = 3 + 11 * _row(ordered, index, high - low)
         axes.annotate(
-            label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3 + 11 * _row(ordered, index, high - low)),
-            textcoords="offset points", ha=side, va="bottom", fontsize=8.5,
+            label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, above), textcoords="offset points",
+            ha=side, va="bottom", fontsize=8.5,
         )  # fmt: skip
 
 

@@ -45,7 +45,10 @@ def comparison(lines: Sequence[Line]) -> Section:
 
 
 def columns(lines: Iterable[Line]) -> list[Measure]:
-    """Measures of the lines, from the weakest attack on; those that chose the best epoch only where a line needs it."""
+    """Measures of the lines, from the weakest attack on.
+
+    Those that chose the best epoch are among them where a line has no others.
+    """
     lines = list(lines)
     needs_held_out = any(not any(line.tested) for line in lines)
     found = [line.every if needs_held_out else line.tested for line in lines]

@@ -35,7 +35,8 @@ def curves(lines: Sequence[Line]) -> Section | None:
         return None
     shown, left = with_epochs[:MOST_LINES], with_epochs[MOST_LINES:]
     section = Section("Curves")
-    alt = f"Robust accuracy, natural accuracy and training loss by epoch of {'; '.join(each.label for each in shown)}."
+    names = "; ".join(each.label for each in shown)
+    alt = f"Robust accuracy, natural accuracy and training loss by epoch of {names}."
     pictures = Drawn(_picture(shown, LIGHT), _picture(shown, DARK), alt)
     section.add(f'<div class="curves">{drawn(pictures)}</div>')
     told = ["Accuracies on the images held out for choosing the best epoch."]
@@ -101,13 +102,13 @@ def _histories(lines: Sequence[Line]) -> list[History]:
 
 def _measured(lines: Sequence[Line]) -> str:
     """Attack and images of the robust accuracy, where they are those of all lines."""
-    told = {f"{history.attack}\n{history.images}" for history in _histories(lines)}
+    told = {f"{history.attack}, {history.ball}\n{history.images}" for history in _histories(lines)}
     return told.pop() if len(told) == 1 else "attacks and images differ: see the legend"
 
 
 def _label(line: Line, lines: Sequence[Line]) -> str:
     seeds = f", {len(line.runs)} seeds" if line.is_group else ""
-    differ = len({(each.attack, each.images) for each in _histories(lines)}) > 1
+    differ = len({(each.attack, each.ball, each.images) for each in _histories(lines)}) > 1
     (own,) = _histories([line])
-    told = f"{line.label}{seeds}{f' ({own.attack}, {own.images})' if differ else ''}"
+    told = f"{line.label}{seeds}{f' ({own.attack}, {own.ball}, {own.images})' if differ else ''}"
     return "\n".join(textwrap.wrap(told, _LETTERS))

@@ -21,7 +21,7 @@ _SEED = re.compile(r"seed-(\d+)")
 
 @dataclass(frozen=True)
 class Line:
-    """What is compared: one run, several that differ in their seed alone, or a report of an evaluated checkpoint."""
+    """One run, several that differ in their seed alone, or the report of an evaluated checkpoint."""
 
     label: str
     path: Path

@@ -25,8 +25,8 @@ body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; max-wid
   padding: 1rem clamp(1rem, 4vw, 2.5rem) 4rem; background: var(--paper); color: var(--ink);
   overflow-wrap: break-word; }
 h1 { font-size: 1rem; font-weight: 600; letter-spacing: .02em; color: var(--quiet); margin: 0 0 .4rem; }
-h2 { font-size: 1.4rem; line-height: 1.25; border-top: 1px solid var(--line); padding-top: 1.4rem; margin: 2.6rem 0 .6rem;
-  overflow-wrap: anywhere; }
+h2 { font-size: 1.4rem; line-height: 1.25; border-top: 1px solid var(--line); padding-top: 1.4rem;
+  margin: 2.6rem 0 .6rem; overflow-wrap: anywhere; }
 h3 { font-size: 1.05rem; line-height: 1.3; margin: 1.6rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; max-width: 48rem; overflow-wrap: anywhere; }
 a { color: var(--link); }
@@ -34,15 +34,16 @@ a { color: var(--link); }
 .quiet, .download { color: var(--quiet); font-size: .875rem; }
 nav ul { margin: .6rem 0; padding-left: 1.2rem; }
 nav a { overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; max-width: 100%; margin: .8rem 0 .2rem; border: 1px solid var(--line); border-radius: 6px; }
+.scroll { overflow-x: auto; max-width: 100%; margin: .8rem 0 .2rem; border: 1px solid var(--line);
+  border-radius: 6px; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { background: var(--soft); font-weight: 600; vertical-align: bottom; min-width: 4.5rem; }
+th { background: var(--soft); font-weight: 600; vertical-align: bottom; white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; max-width: 34rem; overflow-wrap: anywhere; min-width: 4.5rem; }
 tbody tr:last-child td { border-bottom: 0; }
 td.number { text-align: right; white-space: nowrap; }
-th.number { text-align: right; white-space: nowrap; }
+th.number { text-align: right; }
 td.name { min-width: 11rem; max-width: 22rem; font-weight: 600; }
 td.name small { font-weight: 400; }
 td.number:first-child { min-width: 3rem; }

@@ -47,7 +47,7 @@ def beside_paper(lines: Sequence[Line]) -> Section | None:
 
 
 def recipe_of(run: RunFiles) -> tuple[recipes.Recipe, dict[str, tuple[Any, Any]]] | None:
-    """The recipe that a run was begun from, and both values of each key that differs; else one of the same keys."""
+    """The recipe that a run was begun from, with both values of each key that differs; else one that is equal."""
     command = run.sessions[0].get("command") if run.sessions else None
     words = command if isinstance(command, list) else []
     named = {match[1] for word in words if (match := _NAMED.fullmatch(str(word)))}
@@ -131,9 +131,9 @@ def costs(lines: Sequence[Line]) -> Section | None:
     section.add_table(ReportTable("time-and-memory", head, rows))
     section.add(
         note(
-            "Time: the steps of an epoch on average, evaluations left out. Memory: the highest of all epochs; on a "
-            "GPU what tensors took, on a CPU the resident memory of the process. The paper's numbers, of ResNet-18 "
-            "on CIFAR-10, are of a GPU that it does not name and of another program."
+            "Time: the steps of an epoch on average, evaluations left out. Memory: the highest of all epochs; "
+            "on a GPU what tensors took, on a CPU the resident memory of the process. The paper's numbers, of "
+            "ResNet-18 on CIFAR-10, are of a GPU that it does not name and of another program."
         )
     )
     return section

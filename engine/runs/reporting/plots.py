@@ -1,4 +1,4 @@
-"""Pictures of a run: loss and accuracies by epoch, and the paper's Figures 1 to 4 of a run with a robust teacher."""
+"""Pictures of a run: loss and accuracies by epoch, and, with a robust teacher, the paper's Figures 1 to 4."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.training.telemetry import CASES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Labels of the cases; the last one is drawn only where there is any, which the paper says there is not.
+# The last case is drawn only where there is any, which the paper says there is not.
 _CASES = dict(
     zip(
         CASES,
@@ -44,15 +44,20 @@ class History:
 
     @property
     def subject(self) -> str:
-        """Method, model and data."""
-        return f"{self.config.method}, {self.config.model}, {self.config.dataset}"
+        """Method, model, data and epsilon."""
+        return f"{self.config.method}, {self.config.model}, {self.config.dataset}, {self.ball}"
+
+    @property
+    def ball(self) -> str:
+        """Epsilon of the training and of the evaluation after each epoch."""
+        spec = self.config.attack
+        norm = look_up("attack.threat_model", spec.threat_model, NORMS)
+        return f"{norm.name} epsilon {norm.length(spec.epsilon)}"
 
     @property
     def attack(self) -> str:
-        """Attack of the evaluation after each epoch, and epsilon."""
-        spec = self.config.attack
-        norm = look_up("attack.threat_model", spec.threat_model, NORMS)
-        return f"{table.find(self.config.eval.attack).title}, {norm.name} epsilon {norm.length(spec.epsilon)}"
+        """Attack of the evaluation after each epoch."""
+        return table.find(self.config.eval.attack).title
 
     @property
     def images(self) -> str:
@@ -144,7 +149,7 @@ def _accuracy(axes: Axes, history: History) -> None:
         linestyle="--",
     )
     of_epochs.percent(axes, "accuracy")
-    _finish(axes, history, f"Accuracy on {history.images}\n{history.attack}")
+    _finish(axes, history, f"Accuracy on {history.images}, {history.attack}")
 
 
 def _teacher(axes: Axes, history: History) -> None:
@@ -169,8 +174,7 @@ def _on_adversarial(axes: Axes, history: History) -> None:
     of_epochs.line(axes, history.rows, "probe_teacher_adversarial_accuracy", "teacher")
     of_epochs.line(axes, history.rows, "probe_student_adversarial_accuracy", "student")
     of_epochs.percent(axes, "accuracy on x~")
-    name = table.find(history.config.eval.attack).title
-    _finish(axes, history, f"Figure 3, left: {name} training accuracy")
+    _finish(axes, history, f"Figure 3, left: {history.attack} training accuracy")
 
 
 def _alpha(axes: Axes, history: History) -> None:
@@ -194,8 +198,8 @@ PANELS = {
     "loss": Panel(_loss, "Training loss by epoch.", ("loss",)),
     "accuracy": Panel(
         _accuracy,
-        "The student's accuracy by epoch, in percent: on natural held-out images, on the same images under attack, "
-        "and on the adversarial images of the training.",
+        "The student's accuracy by epoch, in percent: on natural held-out images, on the same images under "
+        "attack, and on the adversarial images of the training.",
         ("natural_accuracy",),
         3.8,
     ),

@@ -172,7 +172,7 @@ class RunFiles:
     def tested(self) -> list[Measured]:
         """Accuracies of the best epoch's network on test images: of the summary, then of evaluations.
 
-        Where one measure was taken several times, with other seeds of the attack for instance, its lowest accuracy.
+        Where one measure was taken several times, with other seeds of the attack for instance, the lowest.
         """
         results = (self.summary or {}).get("test_of_best") or {}
         found = [measured(name, result, result["n"], self.ball) for name, result in results.items()]

@@ -11,7 +11,6 @@ from engine.attacks.table import title
 from engine.common.pictures import DARK, LIGHT
 from engine.config import explicit
 from engine.evaluation.reports import SUFFIX
-from engine.evaluation.statistics.intervals import CONFIDENCE
 from engine.runs.reporting import plots
 from engine.runs.reporting.page import Drawn, Section, details, drawn, found, grid, h3, mapping, note
 from engine.runs.reporting.reading import EvalFile, RunFiles, content_of, interval
@@ -122,7 +121,7 @@ def add_evaluation(section: Section, file: EvalFile, name: str) -> None:
     if file.earlier:
         section.add(
             note(
-                f"{len(file.earlier)} results are of an earlier content of the checkpoint, and are compared nowhere."
+                f"{len(file.earlier)} results are of an earlier content of the checkpoint: compared nowhere."
             )
         )
     warnings = [str(text) for entry in file.entries for text in entry.get("warnings", ())]

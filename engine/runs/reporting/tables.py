@@ -73,7 +73,7 @@ class ReportTable:
     rows: Rows
 
     def html(self, rows: Rows | None = None, *, links: bool = True) -> str:
-        """Table that scrolls in its own container, with a link to its CSV. rows: those to show, in place of all."""
+        """Table that scrolls in its own container, and a link to its CSV. rows: those to show, if not all."""
         heads = zip(self.head, self._numbers(), strict=True)
         top = "".join(f'<th scope="col"{_class(is_number)}>{_lines(name)}</th>' for name, is_number in heads)
         lines = "".join(f"<tr>{''.join(map(_html, row))}</tr>" for row in (self.rows if rows is None else rows))
@@ -83,7 +83,7 @@ class ReportTable:
         return box + (self._link() if links else "")
 
     def csv(self) -> str:
-        """Comma-separated values, RFC 4180: percentages as numbers, interval and spread as columns of their own."""
+        """Comma-separated values (RFC 4180): percentages as numbers, interval and spread in columns beside."""
         columns = [
             column
             for index, name in enumerate(self._heads())
