@@ -26,7 +26,8 @@ def epoch_row(epoch: int, of: int, config: Any, *, shift: float, n: int) -> dict
         unsure = 0.3 * progress
         row |= {
             "phase": "ard" if epoch <= 0.3 * of else config.method,
-            "alpha": 0.9, "probe_teacher_natural_accuracy": 0.9, "probe_teacher_adversarial_accuracy": 0.9 - unsure,
+            "alpha": 0.9, "probe_teacher_natural_accuracy": 0.9,
+            "probe_teacher_adversarial_accuracy": 0.9 - unsure,
             "probe_student_adversarial_accuracy": robust,
             "probe_alpha_histogram": [0.1 - 0.1 * progress, *[0.0] * 18, 0.9 + 0.1 * progress],
             "probe_cases": {

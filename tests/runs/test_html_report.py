@@ -249,13 +249,17 @@ DAMAGED = {
     "a row that is cut off": ("metrics.jsonl", b'{"event": "epo\n{}\n'),
     "a summary that is a list": ("summary.json", b"[]"),
     "results that are null": ("summary.json", None),
+    "a result that is no share": ("summary.json", None),
     "provenance that is a list": ("provenance.json", b"[]"),
     "a table with a longer row": ("step.csv", b"a,b\n1,2\n1,2,3\n"),
     "a table with a shorter row": ("step.csv", b"a,b\n1\n"),
     "a table that is no UTF-8": ("step.csv", b"a,b\n\xff,1\n"),
     "a table without a line": ("step.csv", b""),
     "a table with a quote left open": ("step.csv", b'a,b\n"1,2\n'),
-    "a row whose accuracy is no share": ("metrics.jsonl", b'{"event": "epoch", "epoch": 1, "robust_accuracy": 2}\n'),
+    "a row whose accuracy is no share": (
+        "metrics.jsonl",
+        b'{"event": "epoch", "epoch": 1, "robust_accuracy": 2}\n',
+    ),
     "a row whose cases are a number": ("metrics.jsonl", b'{"event": "epoch", "epoch": 1, "probe_cases": 1}\n'),
     "an evaluation that is no JSON": ("best.pt.eval.json", b"{"),
     "a configuration of another type": ("config.yaml", b"epochs: many\n"),
@@ -280,6 +284,10 @@ def test_what_is_damaged_is_told(kind: str, runs: tuple[Path, Path], tmp_path: P
     elif kind == "results that are null":
         summary = json.loads((runs[0] / name).read_text())
         file.write_text(json.dumps(summary | {"test_of_best": None}))
+    elif kind == "a result that is no share":
+        summary = json.loads((runs[0] / name).read_text())
+        summary["test_of_best"]["pgd10"]["accuracy"] = 52.1
+        file.write_text(json.dumps(summary))
     elif kind == "a picture that is a folder":
         file.mkdir()
     elif kind == "a picture that is not there":

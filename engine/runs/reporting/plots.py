@@ -23,13 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # The last case is drawn only where there is any, which the paper says there is not.
-_CASES = dict(
-    zip(
-        CASES,
-        ("T(x) = y, T(x~) = y", "T(x) = y, T(x~) ≠ y", "T(x) ≠ y, T(x~) ≠ y", "T(x) ≠ y, T(x~) = y"),
-        strict=True,
-    )
-)
+_LABELS = ("T(x) = y, T(x~) = y", "T(x) = y, T(x~) ≠ y", "T(x) ≠ y, T(x~) ≠ y", "T(x) ≠ y, T(x~) = y")
+_CASES = dict(zip(CASES, _LABELS, strict=True))
 _RARE = CASES[-1]
 _HEIGHT = 3.4
 

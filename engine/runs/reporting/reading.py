@@ -51,6 +51,13 @@ class _EpochRow(BaseModel):
     probe_cases: dict[str, _Share] | None = None
 
 
+class _Accuracy(BaseModel):
+    """Keys that are read of a result."""
+
+    accuracy: _Share
+    n: Annotated[int, Field(ge=1)]
+
+
 @dataclass(frozen=True)
 class Measure:
     """All that two accuracies must have in common to be compared; the data and the image size aside.
@@ -120,6 +127,7 @@ class RunFiles:
         self.epochs = [row for row in rows if row.get("event") == "epoch"]
         self.rolled_back = [row for row in rows if row.get("event") == "rollback"]
         _check_rows(self.run.metrics, self.epochs)
+        _check_summary(self.run.summary, self.summary or {})
         self.sessions = self.run.sessions()
         self.evaluations = [eval_file(file) for file in sorted(path.glob(f"*{SUFFIX}"))]
 
@@ -211,7 +219,8 @@ def measured(
 def title_of(attack: str, result: Mapping[str, Any]) -> str:
     """Title of an attack's result; the name of an attack that is not known here."""
     try:
-        return table.title(attack, result) if result.get("parts") else table.find(attack).title
+        parts = result.get("parts")
+        return table.title(attack, result) if isinstance(parts, Mapping) and parts else table.find(attack).title
     except ValueError:
         return attack
 
@@ -278,9 +287,22 @@ def _config(path: Path) -> RunConfig:
 def _check_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError where a row of an epoch holds what no run writes."""
     for number, row in enumerate(rows, 1):
-        try:
-            _EpochRow.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{path} is damaged: row of epoch {number}: {where}: {first['msg']}") from None
+        _check(path, f"row of epoch {number}", _EpochRow, row)
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Raise ValueError where an accuracy is no share, or of no image."""
+    if "best" in summary:
+        _check(path, "best", _EpochRow, summary["best"])
+    for key in ("test_of_best", "test_of_last"):
+        for attack, result in summary.get(key, {}).items():
+            _check(path, f"{key}: {attack}", _Accuracy, result)
+
+
+def _check(path: Path, place: str, shape: type[BaseModel], content: object) -> None:
+    try:
+        shape.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged: {place}: {where}: {first['msg']}") from None

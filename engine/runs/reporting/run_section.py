@@ -120,9 +120,7 @@ def add_evaluation(section: Section, file: EvalFile, name: str) -> None:
     section.add_table(ReportTable(name, head, rows), file.path.name)
     if file.earlier:
         section.add(
-            note(
-                f"{len(file.earlier)} results are of an earlier content of the checkpoint: compared nowhere."
-            )
+            note(f"{len(file.earlier)} results are of an earlier content of the checkpoint: compared nowhere.")
         )
     warnings = [str(text) for entry in file.entries for text in entry.get("warnings", ())]
     section.add(*map(note, dict.fromkeys(warnings)))

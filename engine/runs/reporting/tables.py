@@ -15,7 +15,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "\n": " ", "±": r"$\pm$", "–": "--",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "\n": " ",
+    "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "±": r"$\pm$", "–": "--",
 }  # fmt: skip
 
 
@@ -130,8 +131,9 @@ class ReportTable:
 
 
 def latex(text: str) -> str:
-    """Text that LaTeX sets as it is."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    """Text that LaTeX sets as it is; two hyphens make no dash."""
+    parts = re.split(r"(?<=[-–])(?=[-–])", text)
+    return "{}".join("".join(_LATEX.get(letter, letter) for letter in part) for part in parts)
 
 
 def number_of(text: str) -> Cell:
