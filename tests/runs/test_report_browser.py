@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing overflows, nothing is missing, in light and in dark, on a phone and a desk."""
+"""The report in a real browser: nothing overflows or is missing, in light and in dark, on a phone and a desk."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ def test_the_headline_of_a_run(tmp_path: Path) -> None:
     (said,) = headline(lines(tmp_path / "run"))
     # Wilson's interval of 4,800 of 10,000 by hand: (p + z^2/2n +- z sqrt(p q/n + z^2/4n^2)) / (1 + z^2/n)
     assert said.startswith(
-        "iad1 trained resnet8 on cifar10 (3 epochs): robust accuracy 48.00% (95% interval 47.0 to 49.0%), AA on test "
-        "images, n = 10,000, L-inf epsilon 8/255; best epoch 3, selected on validation images."
+        "iad1 trained resnet8 on cifar10 (3 epochs): robust accuracy 48.00% (95% interval 47.0 to 49.0%), AA on "
+        "test images, n = 10,000, L-inf epsilon 8/255; best epoch 3, selected on validation images."
     )
 
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 EpochRows = Sequence[Mapping[str, Any]]
 _MOST_MARKERS = 40
 """Points of a line up to which each has a marker."""
+_NEAR = 0.6
+"""Share of the axes within which two labels above them would overlap."""
+_ROW = 11
+"""Points from one row of labels to the next."""
 
 
 def line(axes: Axes, rows: EpochRows, key: str, label: str, **style: Any) -> None:
@@ -43,31 +47,22 @@ def percent(axes: Axes, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
 
 
-def marks(axes: Axes, at: Mapping[str, float]) -> None:
-    """Vertical lines with their labels above the axes, beside each other where they are near."""
+def marks(axes: Axes, at: Mapping[str, float]) -> int:
+    """Vertical lines with their labels above the axes, in rows where they are near; points that these take."""
     low, high = axes.get_xlim()
-    ordered = sorted(at.items(), key=lambda item: item[1])
+    ordered, row, most = sorted(at.items(), key=lambda item: item[1]), 0, 0
     for index, (label, x) in enumerate(ordered):
-        place = (x - low) / (high - low)
-        before = index + 1 < len(ordered) or place > 0.75
-        side = "right" if before and place > 0.3 else "left"
+        is_near = index > 0 and x - ordered[index - 1][1] < _NEAR * (high - low)
+        row = row + 1 if is_near else 0
+        most = max(most, row + 1)
+        place, is_last = (x - low) / (high - low), index + 1 == len(ordered)
+        side = "right" if place > (0.75 if is_last else 0.3) else "left"
         axes.axvline(x, color=axes.xaxis.label.get_color(), linewidth=0.9, linestyle=(0, (4, 3)))
-        above = 3 + 11 * _row(ordered, index, high - low)
         axes.annotate(
-            label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, above), textcoords="offset points",
-            ha=side, va="bottom", fontsize=8.5,
+            label, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3 + _ROW * row),
+            textcoords="offset points", ha=side, va="bottom", fontsize=8.5,
         )  # fmt: skip
-
-
-def _row(ordered: Sequence[tuple[str, float]], index: int, width: float) -> int:
-    """Row of a label above the axes: the second where the one before is so near that they would overlap."""
-    near = index > 0 and ordered[index][1] - ordered[index - 1][1] < 0.6 * width
-    return int(near)
-
-
-def room_above(at: Mapping[str, float]) -> int:
-    """Points between the axes and their title, for the labels of the marks."""
-    return 8 if not at else 18 if len(at) == 1 else 30
+    return _ROW * most
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:

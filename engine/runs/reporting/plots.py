@@ -122,8 +122,8 @@ def is_drawn_anew(path: Path) -> bool:
 def _finish(axes: Axes, history: History, title: str, *, columns: int = 2) -> None:
     """Epochs, marks, title and legend of a panel by epoch."""
     of_epochs.epochs(axes, (row["epoch"] for row in history.rows))
-    of_epochs.marks(axes, history.marks)
-    axes.set_title(f"{title}\n{history.subject}", pad=of_epochs.room_above(history.marks))
+    taken = of_epochs.marks(axes, history.marks)
+    axes.set_title(f"{title}\n{history.subject}", pad=8 + taken)
     of_epochs.legend_below(axes, columns)
 
 
