@@ -382,7 +382,7 @@ class Trainer:
                 checkpoints.load_best(run.best, self.parts.learner.evaluated, best["epoch"])
                 summary["test_of_best"] = self._test()
         if self.session.world.is_main:
-            plots.draw(run, best["epoch"])
+            plots.draw(run, best)
             write_json(run.summary, summary)
         return summary
 

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import StepPatch
 from PIL import Image
 
 from engine.common.pictures import DARK, LIGHT, style
@@ -38,10 +41,15 @@ def axes() -> Iterator[Axes]:
         yield Figure(figsize=(5, 3.4), layout="constrained").subplots()
 
 
+def is_mark(line: Line2D) -> bool:
+    """True for the line of a mark, which no legend names."""
+    return str(line.get_label()).startswith("_")
+
+
 def curves(axes: Axes) -> list[list[tuple[float, float]]]:
-    """Points of the curves, without the marks, which go from 0 to 1 of the axes."""
-    lines = [line for line in axes.get_lines() if line.get_label()[0] != "_"]
-    return [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
+    """Points of the curves, without the marks."""
+    points = [np.asarray(line.get_xydata()) for line in axes.get_lines() if not is_mark(line)]
+    return [[(x, y) for x, y in each.tolist()] for each in points]
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -75,7 +83,8 @@ def test_alpha_in_the_first_the_middle_and_the_last_epoch(
 ) -> None:
     of_run = history(tmp_path / "run", epochs)
     plots.PANELS["figure-4"].draw(axes, of_run)
-    drawn = [(patch.get_label(), list(patch.get_data().values)) for patch in axes.patches]
+    stairs = [patch for patch in axes.patches if isinstance(patch, StepPatch)]
+    drawn = [(patch.get_label(), list(patch.get_data()[0])) for patch in stairs]
     rows = {row["epoch"]: row for row in of_run.rows}
     assert drawn == [(f"epoch {epoch}", rows[epoch]["probe_alpha_histogram"]) for epoch in chosen]
     assert "beta = 0.1" in axes.get_title()
@@ -88,7 +97,7 @@ def test_the_end_of_the_warm_up_and_the_best_epoch_are_marked(axes: Axes, tmp_pa
         "best epoch: 7": 7,
     }  # made_run warms up in 0.3 of the epochs
     plots.PANELS["loss"].draw(axes, of_run)
-    at = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label()[0] == "_"]
+    at = [np.asarray(line.get_xdata())[0] for line in axes.get_lines() if is_mark(line)]
     assert at == [3.5, 7]
     assert [text.get_text() for text in axes.texts] == ["warm-up (ard) ends", "best epoch: 7"]
     assert history(tmp_path / "at", 3, method="at").marks == {}

@@ -15,14 +15,14 @@ from engine.config import recipes
 from engine.runs.reporting import html_report
 from engine.runs.reporting.comparison import comparison, headline
 from engine.runs.reporting.curves import points_of
-from engine.runs.reporting.lines import Line, lines_of, runs_of, teachers_of
+from engine.runs.reporting.lines import ComparedLine, lines_of, runs_of, teachers_of
 from engine.runs.reporting.paper_rows import beside_paper, costs
 from engine.runs.reporting.reading import RunFiles, eval_file
 from engine.runs.reporting.tables import Number, Percent, ReportTable
 from tests.runs.made_runs import entry, made_run, result, write_report
 
 
-def lines(*paths: Path) -> list[Line]:
+def lines(*paths: Path) -> list[ComparedLine]:
     runs = [RunFiles(path) for given in paths for path in runs_of(given)]
     teachers = [teacher for run in runs for teacher in teachers_of(run)]
     return lines_of([*runs, *teachers], [])
@@ -54,14 +54,16 @@ def test_seeds_are_one_line_with_mean_and_deviation(tmp_path: Path) -> None:
     assert isinstance(mean, Percent)
     assert mean.value == pytest.approx(sum(values) / 3)
     deviation = math.sqrt(sum((value - sum(values) / 3) ** 2 for value in values) / 2)
-    assert (mean.deviation, mean.seeds) == (pytest.approx(deviation), 3)
+    assert mean.deviation == pytest.approx(deviation)
+    assert mean.seeds == 3
     assert single.deviation is None
     assert [cell.value for cell in cells(of_seeds, PGD)] == values
     assert "<details><summary>Each of the 3 seeds" in "".join(section.parts)
     rows = [run.epochs for run in group.runs]
     for index, (epoch, average, spread) in enumerate(points_of(group, "robust_accuracy")):
         of_epoch = [of_run[index]["robust_accuracy"] for of_run in rows]
-        assert (epoch, average) == (index + 1, pytest.approx(statistics.mean(of_epoch)))
+        assert epoch == index + 1
+        assert average == pytest.approx(statistics.mean(of_epoch))
         assert spread == pytest.approx(statistics.stdev(of_epoch))
 
 
@@ -72,7 +74,8 @@ def test_seeds_are_one_line_with_mean_and_deviation(tmp_path: Path) -> None:
 )
 def test_other_runs_are_no_seeds(keys: dict[str, Any], tmp_path: Path) -> None:
     made_run(tmp_path / "a", seed=0, tested=accuracies(0.5))
-    made_run(tmp_path / "b", **({"seed": 1, "tested": accuracies(0.52)} | keys))
+    others: dict[str, Any] = {"seed": 1, "tested": accuracies(0.52)}
+    made_run(tmp_path / "b", **(others | keys))
     found = lines(tmp_path / "a", tmp_path / "b")
     assert [line.is_group for line in found] == [False, False]
     assert len({line.label for line in found}) == 2

@@ -6,7 +6,6 @@ import csv
 import io
 import re
 
-import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,19 +31,16 @@ TABLE = ReportTable(
 
 
 def test_a_csv_has_numbers_and_their_spread_in_columns_of_their_own() -> None:
-    frame = pandas.read_csv(io.StringIO(TABLE.csv()))
-    assert list(frame.columns) == [
+    head, *rows = csv.reader(io.StringIO(TABLE.csv(), newline=""), strict=True)
+    assert head == [
         "run", "path", "PGD-20, n = 200 (%)", "PGD-20, n = 200, 95% low", "PGD-20, n = 200, 95% high",
         "PGD-20, n = 200, std", "PGD-20, n = 200, seeds", "seconds", "note",
     ]  # fmt: skip
-    assert frame["PGD-20, n = 200 (%)"].tolist() == ["50.0", "25.0", "in 1 of 3 seeds"]
-    first, second, _ = frame.itertuples(index=False)
-    assert (first[3], first[4]) == (43.123, 56.877)
-    assert (second[5], second[6]) == (1.234, 3)
-    assert frame["seconds"].tolist()[::2] == [61.5, 2.0]
-    assert frame["run"].tolist() == ["iad1, x", "ard & co", "at"]
-    assert frame["note"].tolist() == ['says "a, b"', "'=1+1", "100% #1_{x}"]
-    assert frame["path"].tolist()[1] == "'=runs/b"
+    assert rows == [
+        ["iad1, x", "runs/a", "50.0", "43.123", "56.877", "", "", "61.5", 'says "a, b"'],
+        ["ard & co", "'=runs/b", "25.0", "", "", "1.234", "3", "", "'=1+1"],
+        ["at", "runs/c", "in 1 of 3 seeds", "", "", "", "", "2.0", "100% #1_{x}"],
+    ]
 
 
 @given(st.lists(st.lists(st.text(), min_size=2, max_size=2), min_size=1, max_size=4))

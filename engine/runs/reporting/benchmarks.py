@@ -6,7 +6,7 @@ import csv
 from io import StringIO
 from pathlib import Path
 
-from engine.runs.reporting.page import Section, h3, note
+from engine.runs.reporting.page import PageSection, h3, note
 from engine.runs.reporting.reading import content_of
 from engine.runs.reporting.run_section import found_pictures
 from engine.runs.reporting.tables import ReportTable, number_of
@@ -15,7 +15,7 @@ _MOST_ROWS = 12
 """Rows up to which a table is shown; a longer one is folded."""
 
 
-def bench_section(path: Path, name: str) -> Section:
+def bench_section(path: Path, name: str) -> PageSection:
     """All results of a folder. Raises ValueError where there are none, and for a damaged file."""
     files = sorted(path.glob("*.csv"))
     if not files:
@@ -23,14 +23,14 @@ def bench_section(path: Path, name: str) -> Section:
             f"{path} is neither a run directory (config.yaml) nor a folder of benchmark results (*.csv), nor of "
             "runs seed-0, seed-1, ..., nor a report of an evaluation (*.eval.json)"
         )
-    section = Section(f"Benchmarks, {path}")
+    section = PageSection(f"Benchmarks, {path}")
     for file in files:
         _add_csv(section, file, f"{name}-{file.stem}")
     section.add(found_pictures(path))
     return section
 
 
-def _add_csv(section: Section, file: Path, name: str) -> None:
+def _add_csv(section: PageSection, file: Path, name: str) -> None:
     """Columns that are the same in all rows once, and the rest as a table."""
     try:
         head, *rest = csv.reader(StringIO(content_of(file).decode(), newline=""), strict=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from engine.attacks.pgd import PGD_NAME
 from engine.evaluation.statistics.intervals import CONFIDENCE
-from engine.runs.reporting.lines import Line
-from engine.runs.reporting.page import Section, details, note
-from engine.runs.reporting.reading import Measure, RunFiles
+from engine.runs.reporting.lines import ComparedLine
+from engine.runs.reporting.page import PageSection, details, note
+from engine.runs.reporting.reading import AccuracyMeasure, RunFiles
 from engine.runs.reporting.tables import Cell, Name, Number, Percent, ReportTable
 
 # From the weakest to the strongest; attacks between stand in the order in which they were measured.
@@ -18,7 +18,7 @@ _PGD, _OTHER = 2, 5
 _FACTS = ("best epoch", "selected on", "training", "images/s")
 
 
-def headline(lines: Sequence[Line]) -> list[str]:
+def headline(lines: Sequence[ComparedLine]) -> list[str]:
     """Sentences on the best robust accuracy: of one run what was trained, of several which is best."""
     students = [line for line in lines if not line.role]
     said = [_alone(students[0])] if len(students) == 1 else []
@@ -27,11 +27,11 @@ def headline(lines: Sequence[Line]) -> list[str]:
     return said + [sentence for line in students[:1] for sentence in _beside_teacher(line, lines)]
 
 
-def comparison(lines: Sequence[Line]) -> Section:
+def comparison(lines: Sequence[ComparedLine]) -> PageSection:
     """A line for each run by attack, n and epsilon; the seeds of a group are folded."""
     measures = columns(lines)
     is_one = len(lines) == 1
-    section = Section("Results" if is_one else "Runs compared")
+    section = PageSection("Results" if is_one else "Runs compared")
     section.add_table(_table("results" if is_one else "runs-compared", lines, measures))
     section.add(note(_explanation(lines)))
     for line in lines:
@@ -44,7 +44,7 @@ def comparison(lines: Sequence[Line]) -> Section:
     return section
 
 
-def columns(lines: Iterable[Line]) -> list[Measure]:
+def columns(lines: Iterable[ComparedLine]) -> list[AccuracyMeasure]:
     """Measures of the lines, from the weakest attack on.
 
     Those that chose the best epoch are among them where a line has no others.
@@ -56,14 +56,14 @@ def columns(lines: Iterable[Line]) -> list[Measure]:
     return sorted(measures, key=lambda measure: (measure.on != "test images", _strength(measure)))
 
 
-def _strength(measure: Measure) -> tuple[int, int]:
+def _strength(measure: AccuracyMeasure) -> tuple[int, int]:
     """Place of an attack in the table, and its steps."""
     if match := PGD_NAME.fullmatch(measure.attack):
         return _PGD, int(match[1])
     return _ORDER.get(measure.attack, _OTHER), 0
 
 
-def _table(name: str, lines: Sequence[Line], measures: Sequence[Measure]) -> ReportTable:
+def _table(name: str, lines: Sequence[ComparedLine], measures: Sequence[AccuracyMeasure]) -> ReportTable:
     rows: list[list[Cell]] = []
     for line in lines:
         label = f"{line.label}, {len(line.runs)} seeds" if line.is_group else line.label
@@ -71,7 +71,7 @@ def _table(name: str, lines: Sequence[Line], measures: Sequence[Measure]) -> Rep
     return ReportTable(name, ("run", *map(_head, measures), *_FACTS), rows)
 
 
-def _of_seeds(line: Line, measures: Sequence[Measure]) -> tuple[Sequence[str], list[list[Cell]]]:
+def _of_seeds(line: ComparedLine, measures: Sequence[AccuracyMeasure]) -> tuple[Sequence[str], list[list[Cell]]]:
     rows: list[list[Cell]] = []
     for run in line.runs:
         of_run = {each.measure: each.percent for each in (*run.held_out, *run.tested)}
@@ -80,7 +80,7 @@ def _of_seeds(line: Line, measures: Sequence[Measure]) -> tuple[Sequence[str], l
     return ("seed", *map(_head, measures), *_FACTS), rows
 
 
-def _head(measure: Measure) -> str:
+def _head(measure: AccuracyMeasure) -> str:
     count = "n not recorded" if measure.n is None else f"n = {measure.n:,}"
     on = "" if measure.on == "test images" else measure.on
     return "\n".join(filter(None, (measure.title, on, count, measure.ball)))
@@ -128,7 +128,7 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------- sentences
 
 
-def _alone(line: Line) -> str:
+def _alone(line: ComparedLine) -> str:
     run, measure = line.first, _strongest(line)
     if run is None:
         begin = f"The checkpoint {line.label}"
@@ -144,7 +144,7 @@ def _alone(line: Line) -> str:
     return f"{begin}: robust accuracy {_value(line, measure)}, {measure.text}{_chosen(line)}.{others}"
 
 
-def _value(line: Line, measure: Measure) -> str:
+def _value(line: ComparedLine, measure: AccuracyMeasure) -> str:
     """An accuracy in words, with its interval or its spread."""
     cell = line.cell(measure)
     if not isinstance(cell, Percent):
@@ -154,7 +154,7 @@ def _value(line: Line, measure: Measure) -> str:
     return f"{cell.text} ({CONFIDENCE:.0%} interval {cell.interval}%)" if cell.interval else cell.text
 
 
-def _chosen(line: Line) -> str:
+def _chosen(line: ComparedLine) -> str:
     run = line.first
     if run is None or not run.best:
         return ""
@@ -163,7 +163,7 @@ def _chosen(line: Line) -> str:
     return f"; {epoch}, selected on {run.selected_on} images{doubt}"
 
 
-def _strongest(line: Line) -> Measure | None:
+def _strongest(line: ComparedLine) -> AccuracyMeasure | None:
     """Measure of the robust accuracy: the lowest of those on the most images, at the epsilon of the training.
 
     On test images where there are any, else on those that chose the epoch. Only what every seed has.
@@ -172,7 +172,7 @@ def _strongest(line: Line) -> Measure | None:
     return min(found, key=lambda measure: (-(measure.n or 0), line.mean(measure))) if found else None
 
 
-def _candidates(line: Line) -> list[Measure]:
+def _candidates(line: ComparedLine) -> list[AccuracyMeasure]:
     run = line.first
     for of_runs in (line.tested, line.every):
         measures = {
@@ -186,7 +186,7 @@ def _candidates(line: Line) -> list[Measure]:
     return []
 
 
-def _lower_on_fewer(line: Line, measure: Measure) -> str:
+def _lower_on_fewer(line: ComparedLine, measure: AccuracyMeasure) -> str:
     """The lowest accuracy on fewer images, where it is below that of the headline."""
     lower = [
         other
@@ -199,7 +199,7 @@ def _lower_on_fewer(line: Line, measure: Measure) -> str:
     return f" On fewer images it is lower: {_value(line, other)}, {other.text}."
 
 
-def _best_of(lines: Sequence[Line]) -> str:
+def _best_of(lines: Sequence[ComparedLine]) -> str:
     """The best of several lines under the attack that all of them have alike."""
     measured = [line for line in lines if _strongest(line) is not None]
     names = f"{len(lines)} runs"
@@ -223,7 +223,7 @@ def _best_of(lines: Sequence[Line]) -> str:
     return f"{begin}; {next_one}, {gap:.2f} points less, and the intervals do not overlap."
 
 
-def _shared(lines: Sequence[Line]) -> Measure | None:
+def _shared(lines: Sequence[ComparedLine]) -> AccuracyMeasure | None:
     """The measure of all lines on the most images and, of these, the one with the lowest accuracy."""
     if len({line.first.test_images for line in lines if line.first}) > 1:
         return None
@@ -237,7 +237,7 @@ def _shared(lines: Sequence[Line]) -> Measure | None:
     return min(common, key=lambda each: (-(each.n or 0), sum(line.mean(each) or 0 for line in lines), each.text))
 
 
-def _beside_teacher(student: Line, lines: Sequence[Line]) -> list[str]:
+def _beside_teacher(student: ComparedLine, lines: Sequence[ComparedLine]) -> list[str]:
     """The student and its robust teacher on the same measure."""
     teachers = [line for line in lines if line.role == "teacher" and student.first and line.first]
     if len(teachers) != 1 or student.first is None or len([line for line in lines if not line.role]) != 1:
@@ -252,7 +252,7 @@ def _beside_teacher(student: Line, lines: Sequence[Line]) -> list[str]:
     return [f"Its teacher: {_value(teachers[0], shared)}, {shared.text}{told}."]
 
 
-def _explanation(lines: Sequence[Line]) -> str:
+def _explanation(lines: Sequence[ComparedLine]) -> str:
     parts = ["The best epoch of each run, on test images unless a column says otherwise"]
     parts += [f"below an accuracy its {CONFIDENCE:.0%} interval (Wilson), in percent"]
     if any(line.is_group for line in lines):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.common.pictures import DARK, LIGHT, Palette, new_figure, png, style
 from engine.runs.reporting import axes as of_epochs
-from engine.runs.reporting.lines import Line
-from engine.runs.reporting.page import Drawn, Section, drawn, note
+from engine.runs.reporting.lines import ComparedLine
+from engine.runs.reporting.page import Drawn, PageSection, drawn, note
 from engine.runs.reporting.plots import History
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ _PANELS = {"robust_accuracy": "Robust accuracy", "natural_accuracy": "Natural ac
 Points = list[tuple[int, float, float]]
 
 
-def curves(lines: Sequence[Line]) -> Section | None:
+def curves(lines: Sequence[ComparedLine]) -> PageSection | None:
     """The picture of all lines; None where fewer than two have epochs."""
     begun = [replace(line, runs=tuple(run for run in line.runs if run.epochs)) for line in lines]
     with_epochs = [line for line in begun if line.runs]
     if len(with_epochs) < 2:
         return None
     shown, left = with_epochs[:MOST_LINES], with_epochs[MOST_LINES:]
-    section = Section("Curves")
+    section = PageSection("Curves")
     names = "; ".join(each.label for each in shown)
     alt = f"Robust accuracy, natural accuracy and training loss by epoch of {names}."
     pictures = Drawn(_picture(shown, LIGHT), _picture(shown, DARK), alt)
@@ -48,7 +48,7 @@ def curves(lines: Sequence[Line]) -> Section | None:
     return section
 
 
-def points_of(line: Line, key: str) -> Points:
+def points_of(line: ComparedLine, key: str) -> Points:
     """(epoch, mean, sample standard deviation) over the runs of a line, of the epochs that all of them have."""
     of_runs = [{row["epoch"]: row[key] for row in run.epochs if row.get(key) is not None} for run in line.runs]
     shared = sorted(set.intersection(*map(set, of_runs))) if of_runs else []
@@ -59,7 +59,7 @@ def points_of(line: Line, key: str) -> Points:
     return found
 
 
-def _picture(lines: Sequence[Line], palette: Palette) -> bytes:
+def _picture(lines: Sequence[ComparedLine], palette: Palette) -> bytes:
     with style(palette):
         figure = new_figure(2.7 * len(_PANELS) + 0.3 * len(lines) + 0.3)
         grid = figure.subplots(len(_PANELS), 1)
@@ -73,7 +73,7 @@ def _picture(lines: Sequence[Line], palette: Palette) -> bytes:
         return png(figure)
 
 
-def _panel(axes: Axes, lines: Sequence[Line], key: str) -> None:
+def _panel(axes: Axes, lines: Sequence[ComparedLine], key: str) -> None:
     epochs: set[int] = set()
     for index, line in enumerate(lines):
         points = points_of(line, key)
@@ -96,17 +96,17 @@ def _panel(axes: Axes, lines: Sequence[Line], key: str) -> None:
         of_epochs.epochs(axes, epochs)
 
 
-def _histories(lines: Sequence[Line]) -> list[History]:
+def _histories(lines: Sequence[ComparedLine]) -> list[History]:
     return [History(line.runs[0].epochs, line.runs[0].config) for line in lines]
 
 
-def _measured(lines: Sequence[Line]) -> str:
+def _measured(lines: Sequence[ComparedLine]) -> str:
     """Attack and images of the robust accuracy, where they are those of all lines."""
     told = {f"{history.attack}, {history.ball}\n{history.images}" for history in _histories(lines)}
     return told.pop() if len(told) == 1 else "attacks and images differ: see the legend"
 
 
-def _label(line: Line, lines: Sequence[Line]) -> str:
+def _label(line: ComparedLine, lines: Sequence[ComparedLine]) -> str:
     seeds = f", {len(line.runs)} seeds" if line.is_group else ""
     differ = len({(each.attack, each.ball, each.images) for each in _histories(lines)}) > 1
     (own,) = _histories([line])

@@ -12,7 +12,7 @@ from engine.runs.reporting import page
 from engine.runs.reporting.benchmarks import bench_section
 from engine.runs.reporting.comparison import comparison, headline
 from engine.runs.reporting.curves import curves
-from engine.runs.reporting.lines import Line, is_report, lines_of, runs_of, teachers_of
+from engine.runs.reporting.lines import ComparedLine, is_report, lines_of, runs_of, teachers_of
 from engine.runs.reporting.paper_rows import beside_paper, costs
 from engine.runs.reporting.reading import EvalFile, RunFiles, eval_file
 from engine.runs.reporting.run_section import report_section, run_section, seeds_section
@@ -21,7 +21,7 @@ from engine.runs.reporting.tables import ReportTable
 
 @dataclass
 class _Given:
-    """What the paths of a report are, each once, in their order. runs: of seeds and teachers too."""
+    """The paths of a report by their kind, each once, in their order. runs: of seeds and teachers too."""
 
     runs: list[RunFiles] = field(default_factory=list)
     reports: list[EvalFile] = field(default_factory=list)
@@ -67,7 +67,7 @@ def _read(paths: Sequence[Path]) -> _Given:
     return given
 
 
-def _sections(given: _Given, lines: Sequence[Line]) -> Iterator[page.Section]:
+def _sections(given: _Given, lines: Sequence[ComparedLine]) -> Iterator[page.PageSection]:
     """The parts of the page in their order; first all runs together, then each by itself."""
     if lines:
         yield comparison(lines)

@@ -13,14 +13,21 @@ from typing import Any
 
 from engine.config import differences
 from engine.evaluation.reports import SUFFIX
-from engine.runs.reporting.reading import TEACHERS, EvalFile, Measure, Measured, RunFiles, of_entries
+from engine.runs.reporting.reading import (
+    TEACHER_FOLDERS,
+    AccuracyMeasure,
+    EvalFile,
+    MeasuredAccuracy,
+    RunFiles,
+    of_entries,
+)
 from engine.runs.reporting.tables import Cell, Percent
 
 _SEED = re.compile(r"seed-(\d+)")
 
 
 @dataclass(frozen=True)
-class Line:
+class ComparedLine:
     """One run, several that differ in their seed alone, or the report of an evaluated checkpoint."""
 
     label: str
@@ -44,33 +51,33 @@ class Line:
         return len(self.runs) > 1
 
     @cached_property
-    def tested(self) -> list[list[Measured]]:
+    def tested(self) -> list[list[MeasuredAccuracy]]:
         """Accuracies on test images, of each run."""
         return [run.tested for run in self.runs] if self.report is None else [list(of_entries(self.report))]
 
     @cached_property
-    def every(self) -> list[list[Measured]]:
+    def every(self) -> list[list[MeasuredAccuracy]]:
         """Those and the accuracies on the images by which the best epoch was chosen, of each run."""
         held_out = [run.held_out for run in self.runs] or [[]]
         return [[*mine, *theirs] for mine, theirs in zip(self.tested, held_out, strict=True)]
 
-    def values(self, measure: Measure) -> list[Measured]:
+    def values(self, measure: AccuracyMeasure) -> list[MeasuredAccuracy]:
         """Accuracies of the runs that have this measure."""
         return [each for found in self.every for each in found if each.measure == measure]
 
-    def mean(self, measure: Measure) -> float | None:
+    def mean(self, measure: AccuracyMeasure) -> float | None:
         """Mean accuracy; None unless every run has it."""
         found = self.values(measure)
         return (
             statistics.mean(each.accuracy for each in found) if found and len(found) == len(self.every) else None
         )
 
-    def hull(self, measure: Measure) -> tuple[float, float]:
+    def hull(self, measure: AccuracyMeasure) -> tuple[float, float]:
         """The intervals of all runs together, from the lowest end to the highest."""
         intervals = [each.percent for each in self.values(measure)]
         return min(each.low or 0.0 for each in intervals), max(each.high or 0.0 for each in intervals)
 
-    def cell(self, measure: Measure) -> Cell:
+    def cell(self, measure: AccuracyMeasure) -> Cell:
         """The accuracy with its interval; of several seeds the mean and the sample standard deviation."""
         found = self.values(measure)
         if not found:
@@ -102,12 +109,12 @@ def teachers_of(run: RunFiles) -> list[RunFiles]:
     """The teachers that were trained for a run, in its directory."""
     return [
         RunFiles(run.path / folder, role)
-        for folder, role in TEACHERS.items()
+        for folder, role in TEACHER_FOLDERS.items()
         if (run.path / folder / "config.yaml").is_file()
     ]
 
 
-def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[Line]:
+def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[ComparedLine]:
     """Lines in the order of their first runs, each teacher after its student, with labels of their own."""
     found: list[list[RunFiles]] = []
     for run in runs:
@@ -119,10 +126,12 @@ def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[Line
             found.append([run])
     texts = _labels([group[0] for group in found])
     made = [
-        Line(text, group[0].path.parent if len(group) > 1 else group[0].path, tuple(group))
+        ComparedLine(text, group[0].path.parent if len(group) > 1 else group[0].path, tuple(group))
         for text, group in zip(texts, found, strict=True)
     ]
-    return made + [Line(str(report.path).removesuffix(SUFFIX), report.path, report=report) for report in reports]
+    return made + [
+        ComparedLine(str(report.path).removesuffix(SUFFIX), report.path, report=report) for report in reports
+    ]
 
 
 def _seeds(path: Path) -> list[Path]:

@@ -71,7 +71,7 @@ class Drawn:
 
 
 @dataclass
-class Section:
+class PageSection:
     """A part of the page, and the tables on it in their order."""
 
     title: str
@@ -93,7 +93,7 @@ class Section:
         self.add(details(summary, table.html()))
 
 
-def document(headline: Sequence[str], sections: Sequence[Section]) -> str:
+def document(headline: Sequence[str], sections: Sequence[PageSection]) -> str:
     """The whole page."""
     contents = "".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>' for number, section in enumerate(sections)

@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 from engine.config import KEYS, RunConfig, differences, load, recipes
-from engine.runs.reporting.lines import Line
-from engine.runs.reporting.page import Section, note
-from engine.runs.reporting.reading import Measure, RunFiles, title_of
+from engine.runs.reporting.lines import ComparedLine
+from engine.runs.reporting.page import PageSection, note
+from engine.runs.reporting.reading import AccuracyMeasure, RunFiles, title_of
 from engine.runs.reporting.tables import Cell, Number, Percent, ReportTable
 
 _NAMED = re.compile(r"(?:--config=)?recipe:(.+)")
@@ -25,12 +25,12 @@ def _rows() -> tuple[tuple[recipes.Recipe, RunConfig], ...]:
     return tuple((recipe, load(recipe.config)) for recipe in recipes.all_recipes())
 
 
-def beside_paper(lines: Sequence[Line]) -> Section | None:
+def beside_paper(lines: Sequence[ComparedLine]) -> PageSection | None:
     """Accuracies of runs of a recipe beside the paper's; None where no run is of one."""
     found = [(line, of_line) for line in lines if line.first and (of_line := recipe_of(line.first))]
     if not found:
         return None
-    section = Section("Beside the paper")
+    section = PageSection("Beside the paper")
     head = ("run", "attack", "here", "n", "paper", "difference, points", "ratio")
     rows = [row for line, (recipe, _) in found for row in _accuracies(line, recipe)]
     section.add_table(ReportTable("beside-the-paper", head, rows))
@@ -79,7 +79,7 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _accuracies(line: Line, recipe: recipes.Recipe) -> list[list[Cell]]:
+def _accuracies(line: ComparedLine, recipe: recipes.Recipe) -> list[list[Cell]]:
     rows: list[list[Cell]] = []
     for attack, percent in recipe.paper.items():
         measure = _measured_on_most(line, attack)
@@ -104,7 +104,7 @@ def _accuracies(line: Line, recipe: recipes.Recipe) -> list[list[Cell]]:
     return rows
 
 
-def _measured_on_most(line: Line, attack: str) -> Measure | None:
+def _measured_on_most(line: ComparedLine, attack: str) -> AccuracyMeasure | None:
     """The measure of that attack, at the training's epsilon, on the most test images that every seed has."""
     assert line.first is not None
     found = [
@@ -121,12 +121,12 @@ def _measured_on_most(line: Line, attack: str) -> Measure | None:
 # ---------------------------------------------------------------- Table 14
 
 
-def costs(lines: Sequence[Line]) -> Section | None:
+def costs(lines: Sequence[ComparedLine]) -> PageSection | None:
     """Seconds an epoch and peak memory, the columns of Table 14; None where no run has either."""
     rows = [row for line in lines if line.runs and (row := _cost(line))]
     if not rows:
         return None
-    section = Section("Time and memory (the columns of Table 14)")
+    section = PageSection("Time and memory (the columns of Table 14)")
     head = ("run", "device", "time per epoch, s", "peak memory, MiB", "memory of", "paper: time, s", "paper: MiB")
     section.add_table(ReportTable("time-and-memory", head, rows))
     section.add(
@@ -139,7 +139,7 @@ def costs(lines: Sequence[Line]) -> Section | None:
     return section
 
 
-def _cost(line: Line) -> list[Cell] | None:
+def _cost(line: ComparedLine) -> list[Cell] | None:
     rows = [row for run in line.runs for row in run.epochs]
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     peaks = [row["peak_memory"] for row in rows if "peak_memory" in row]

@@ -86,12 +86,12 @@ class Panel:
         return any(all(row.get(key) is not None for key in self.needs) for row in history.rows)
 
 
-def draw(run: RunDir, best: int | None = None) -> list[str]:
-    """Draw the pictures of a run from its metrics.jsonl; names of the files written. best: its best epoch."""
+def draw(run: RunDir, best: Mapping[str, Any] | None = None) -> list[str]:
+    """Draw the pictures of a run from its metrics.jsonl; names of the files written. best: row of the best epoch."""
     rows = [row for row in run.rows() if row["event"] == "epoch"]
     if not rows:
         return []
-    history = History(rows, load(read_file(run.config)), best)
+    history = History(rows, load(read_file(run.config)), best["epoch"] if best else None)
     written = []
     for name, panels in FILES.items():
         if possible := [panel for panel in map(PANELS.__getitem__, panels) if panel.is_possible(history)]:

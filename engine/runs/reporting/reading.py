@@ -24,7 +24,7 @@ from engine.runs.reporting.tables import Percent
 from engine.runs.run_directory import RunDir
 
 _Share = Annotated[float, Field(ge=0, le=1)]
-TEACHERS = {"teacher": "teacher", "teacher_st": "standard teacher"}
+TEACHER_FOLDERS = {"teacher": "teacher", "teacher_st": "standard teacher"}
 """Folders of teachers in the run directory of their student, and what they are called."""
 
 
@@ -59,7 +59,7 @@ class _Accuracy(BaseModel):
 
 
 @dataclass(frozen=True)
-class Measure:
+class AccuracyMeasure:
     """All that two accuracies must have in common to be compared; the data and the image size aside.
 
     on: the images. n: None where a run has not recorded it. ball: of the attack, in words; empty without one.
@@ -82,16 +82,16 @@ class Measure:
         """False for the accuracy on images as they are."""
         return self.attack != NO_ATTACK
 
-    def is_like(self, other: Measure) -> bool:
+    def is_like(self, other: AccuracyMeasure) -> bool:
         """True where the numbers may be compared."""
         return self == other and self.n is not None
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredAccuracy:
     """An accuracy in [0, 1], by its measure. ball: epsilon and threat model, where they are told."""
 
-    measure: Measure
+    measure: AccuracyMeasure
     accuracy: float
     ball: tuple[float, str] | None = None
 
@@ -113,7 +113,7 @@ class EvalFile:
 
 
 class RunFiles:
-    """What a run directory holds. Raises ValueError, one line naming the file, where it is damaged.
+    """Content of a run directory. Raises ValueError, one line naming the file, where it is damaged.
 
     role: "" of a run that was asked for, else what it is to its student.
     """
@@ -160,12 +160,12 @@ class RunFiles:
 
     @property
     def test_images(self) -> tuple[object, ...]:
-        """What decides the test images, but for their number."""
+        """All that decides the test images, but for their number."""
         config = self.config
         return config.dataset, config.data if config.dataset == "folder" else None, config.image_size
 
     @cached_property
-    def held_out(self) -> list[Measured]:
+    def held_out(self) -> list[MeasuredAccuracy]:
         """Accuracies of the best epoch by which it was chosen."""
         row, found = self.best, []
         for attack, key in ((NO_ATTACK, "natural_accuracy"), (self.config.eval.attack, "robust_accuracy")):
@@ -177,7 +177,7 @@ class RunFiles:
         return found
 
     @cached_property
-    def tested(self) -> list[Measured]:
+    def tested(self) -> list[MeasuredAccuracy]:
         """Accuracies of the best epoch's network on test images: of the summary, then of evaluations.
 
         Where one measure was taken several times, with other seeds of the attack for instance, the lowest.
@@ -187,7 +187,7 @@ class RunFiles:
         for file in self.evaluations:
             if file.path.name == self.run.best.name + SUFFIX:
                 found += of_entries(file, self.config)
-        lowest: dict[Measure, Measured] = {}
+        lowest: dict[AccuracyMeasure, MeasuredAccuracy] = {}
         for each in found:
             known = lowest.get(each.measure)
             if known is None or each.accuracy < known.accuracy:
@@ -206,14 +206,16 @@ def measured(
     n: int | None,
     ball: tuple[float, str] | None,
     on: str = "test images",
-) -> Measured:
+) -> MeasuredAccuracy:
     """The accuracy of a result."""
     ball = None if attack == NO_ATTACK else ball
     told = "" if attack == NO_ATTACK else "epsilon not told"
     if ball is not None:
         norm = NORMS[ball[1]]
         told = f"{norm.name} epsilon {norm.length(ball[0])}"
-    return Measured(Measure(attack, title_of(attack, result), on, n, told), float(result["accuracy"]), ball)
+    return MeasuredAccuracy(
+        AccuracyMeasure(attack, title_of(attack, result), on, n, told), float(result["accuracy"]), ball
+    )
 
 
 def title_of(attack: str, result: Mapping[str, Any]) -> str:
@@ -225,7 +227,7 @@ def title_of(attack: str, result: Mapping[str, Any]) -> str:
         return attack
 
 
-def of_entries(file: EvalFile, config: RunConfig | None = None) -> Iterator[Measured]:
+def of_entries(file: EvalFile, config: RunConfig | None = None) -> Iterator[MeasuredAccuracy]:
     """Accuracies of the checkpoint as it is now, with the network, weights and image size that it has by itself.
 
     config: of its run; then results on other data are left out, too.
@@ -250,8 +252,9 @@ def _ball(parameters: object) -> tuple[float, str] | None:
     if not isinstance(parameters, dict):
         return None
     epsilon, threat_model = parameters.get("epsilon"), parameters.get("threat_model")
-    is_number = isinstance(epsilon, int | float) and math.isfinite(epsilon)
-    return (float(epsilon), threat_model) if is_number and threat_model in NORMS else None
+    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon) or threat_model not in NORMS:
+        return None
+    return float(epsilon), threat_model
 
 
 def eval_file(path: Path) -> EvalFile:

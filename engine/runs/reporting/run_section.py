@@ -12,7 +12,7 @@ from engine.common.pictures import DARK, LIGHT
 from engine.config import explicit
 from engine.evaluation.reports import SUFFIX
 from engine.runs.reporting import plots
-from engine.runs.reporting.page import Drawn, Section, details, drawn, found, grid, h3, mapping, note
+from engine.runs.reporting.page import Drawn, PageSection, details, drawn, found, grid, h3, mapping, note
 from engine.runs.reporting.reading import EvalFile, RunFiles, content_of, interval
 from engine.runs.reporting.tables import Cell, Percent, ReportTable
 
@@ -40,9 +40,9 @@ _TELLING = {
 }
 
 
-def seeds_section(title: str, runs: Sequence[tuple[str, RunFiles]]) -> Section:
+def seeds_section(title: str, runs: Sequence[tuple[str, RunFiles]]) -> PageSection:
     """All of several runs, each folded. runs: with the begin of their tables' names."""
-    section = Section(title)
+    section = PageSection(title)
     for name, run in runs:
         of_run = run_section(run, name)
         section.tables += of_run.tables
@@ -50,11 +50,11 @@ def seeds_section(title: str, runs: Sequence[tuple[str, RunFiles]]) -> Section:
     return section
 
 
-def run_section(run: RunFiles, name: str) -> Section:
+def run_section(run: RunFiles, name: str) -> PageSection:
     """All of a run. name: begin of its tables' names."""
     config = run.config
     role = f"{run.role[0].upper()}{run.role[1:]}: " if run.role else ""
-    section = Section(f"{role}{config.method} on {config.dataset}, {config.model}, {run.path}")
+    section = PageSection(f"{role}{config.method} on {config.dataset}, {config.model}, {run.path}")
     if not run.is_finished:
         section.add(note(f"Not finished: {len(run.epochs)} of {config.epochs} epochs so far."))
     _add_accuracies(section, run, name)
@@ -71,15 +71,15 @@ def run_section(run: RunFiles, name: str) -> Section:
     return section
 
 
-def report_section(file: EvalFile, name: str) -> Section:
+def report_section(file: EvalFile, name: str) -> PageSection:
     """The section of a report that was given by itself."""
-    section = Section(f"Evaluations, {file.path}")
+    section = PageSection(f"Evaluations, {file.path}")
     add_evaluation(section, file, name)
     section.add(grid(_found(path) for path in _pictures_of_report(file.path)))
     return section
 
 
-def _add_accuracies(section: Section, run: RunFiles, name: str) -> None:
+def _add_accuracies(section: PageSection, run: RunFiles, name: str) -> None:
     summary = run.summary or {}
     for key, which in (("test_of_best", "best"), ("test_of_last", "last")):
         if results := summary.get(key):
@@ -108,7 +108,7 @@ def name_of(attack: str, result: Mapping[str, Any]) -> str:
     return f"{attack} without {missing}" if missing else attack
 
 
-def add_evaluation(section: Section, file: EvalFile, name: str) -> None:
+def add_evaluation(section: PageSection, file: EvalFile, name: str) -> None:
     """Every result of a report, with what tells them apart."""
     told = [[_of(entry, keys) for keys in _TELLING.values()] for entry in file.entries]
     differ = [len({row[column] for row in told}) > 1 for column in range(len(_TELLING))]
@@ -137,7 +137,7 @@ def _of(entry: Mapping[str, Any], keys: Sequence[str]) -> str:
 # ---------------------------------------------------------------- epochs
 
 
-def _add_epochs(section: Section, run: RunFiles, name: str) -> None:
+def _add_epochs(section: PageSection, run: RunFiles, name: str) -> None:
     rows = run.epochs
     if rows:
         columns = [key for key in _EPOCH_COLUMNS if any(key in row for row in rows)]
@@ -166,7 +166,7 @@ def chosen_epochs(epochs: Sequence[int], best: int | None) -> list[int]:
 # ---------------------------------------------------------------- pictures
 
 
-def _add_pictures(section: Section, run: RunFiles) -> None:
+def _add_pictures(section: PageSection, run: RunFiles) -> None:
     """Pictures drawn from the rows in light and dark, and then those that lie in the directory."""
     pictures = []
     if run.epochs:
