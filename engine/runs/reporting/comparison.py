@@ -9,22 +9,32 @@ from engine.attacks.pgd import PGD_NAME
 from engine.evaluation.statistics.intervals import CONFIDENCE
 from engine.runs.reporting.lines import ComparedLine
 from engine.runs.reporting.page import PageSection, details, note
-from engine.runs.reporting.reading import AccuracyMeasure, RunFiles
+from engine.runs.reporting.reading import TEACHER_FOLDERS, AccuracyMeasure, RunFiles
 from engine.runs.reporting.tables import Cell, Name, Number, Percent, ReportTable
 
 # From the weakest to the strongest; attacks between stand in the order in which they were measured.
 _ORDER = {"natural": 0, "fgsm": 1, "fgsm-rs": 1, "cw": 4, "aa-fast": 6, "aa:tf32": 7, "aa:package": 7, "aa": 8}
 _PGD, _OTHER = 2, 5
+_NOT_COMPARED = (
+    "{} runs: no attack was measured on all of them with the same data, n and epsilon, so none is called the best."
+)
+_MOST_SENTENCES = 4
+"""Runs of which each has a sentence of its own where none is called the best."""
 _FACTS = ("best epoch", "selected on", "training", "images/s")
 
 
 def headline(lines: Sequence[ComparedLine]) -> list[str]:
     """Sentences on the best robust accuracy: of one run what was trained, of several which is best."""
     students = [line for line in lines if not line.role]
-    said = [_alone(students[0])] if len(students) == 1 else []
-    if len(students) > 1:
-        said = [_best_of(students)]
-    return said + [sentence for line in students[:1] for sentence in _beside_teacher(line, lines)]
+    if len(students) == 1:
+        return [_alone(students[0]), *_beside_teacher(students[0], lines)]
+    if not students:
+        return []
+    best = _best_of(students)
+    if best:
+        return [best]
+    each = (f"{line.label}: {_alone(line)}" for line in students[:_MOST_SENTENCES])
+    return [_NOT_COMPARED.format(len(students)), *each]
 
 
 def comparison(lines: Sequence[ComparedLine]) -> PageSection:
@@ -200,27 +210,17 @@ def _lower_on_fewer(line: ComparedLine, measure: AccuracyMeasure) -> str:
 
 
 def _best_of(lines: Sequence[ComparedLine]) -> str:
-    """The best of several lines under the attack that all of them have alike."""
-    measured = [line for line in lines if _strongest(line) is not None]
-    names = f"{len(lines)} runs"
-    if len(measured) < 2:
-        return f"{names}: fewer than two have an accuracy under attack, so none is called the best."
-    shared = _shared(measured)
+    """The best of several lines under the attack that all of them have alike; empty where there is none."""
+    shared = _shared(lines)
     if shared is None:
-        return (
-            f"{names}: no attack was measured on all of them with the same data, n and epsilon, so none is called "
-            "the best."
-        )
-    first, second, *_ = ranked = sorted(measured, key=lambda line: -(line.mean(shared) or 0))
-    left = f" ({len(lines) - len(ranked)} without an accuracy)" if len(ranked) < len(lines) else ""
+        return ""
+    first, second, *_ = sorted(lines, key=lambda line: -(line.mean(shared) or 0))
     gap = 100 * ((first.mean(shared) or 0) - (second.mean(shared) or 0))
-    begin = (
-        f"Of {names}{left}, {first.label} has the highest robust accuracy: {_value(first, shared)}, {shared.text}"
-    )
-    next_one = f"next is {second.label} with {_value(second, shared)}"
+    begin = f"Of {len(lines)} runs, {first.label} has the highest robust accuracy: {_value(first, shared)}"
+    begin += f", {shared.text}; next is {second.label} with {_value(second, shared)}"
     if first.hull(shared)[0] <= second.hull(shared)[1]:
-        return f"{begin}; {next_one}. The intervals overlap: these numbers show no difference between the two."
-    return f"{begin}; {next_one}, {gap:.2f} points less, and the intervals do not overlap."
+        return f"{begin}. The intervals overlap: these numbers show no difference between the two."
+    return f"{begin}, {gap:.2f} points less, and the intervals do not overlap."
 
 
 def _shared(lines: Sequence[ComparedLine]) -> AccuracyMeasure | None:
@@ -238,17 +238,13 @@ def _shared(lines: Sequence[ComparedLine]) -> AccuracyMeasure | None:
 
 
 def _beside_teacher(student: ComparedLine, lines: Sequence[ComparedLine]) -> list[str]:
-    """The student and its robust teacher on the same measure."""
-    teachers = [line for line in lines if line.role == "teacher" and student.first and line.first]
-    if len(teachers) != 1 or student.first is None or len([line for line in lines if not line.role]) != 1:
-        return []
-    shared = _shared([student, teachers[0]])
+    """The robust teacher on the same measure as its student."""
+    teachers = [line for line in lines if line.role == TEACHER_FOLDERS["teacher"]]
+    shared = _shared([student, *teachers]) if len(teachers) == 1 else None
     if shared is None:
         return []
-    overlap = student.hull(shared)[0] <= teachers[0].hull(shared)[1] and (
-        teachers[0].hull(shared)[0] <= student.hull(shared)[1]
-    )
-    told = "; the intervals overlap" if overlap else ""
+    (low, high), (from_, to) = student.hull(shared), teachers[0].hull(shared)
+    told = "; the intervals overlap" if low <= to and from_ <= high else ""
     return [f"Its teacher: {_value(teachers[0], shared)}, {shared.text}{told}."]
 
 

@@ -82,8 +82,9 @@ def _panel(axes: Axes, lines: Sequence[ComparedLine], key: str) -> None:
         numbers, means, deviations = zip(*points, strict=True)
         epochs |= set(numbers)
         look: Mapping[str, Any] = {"color": f"C{index % _COLOURS}", "linestyle": _DASHES[index // _COLOURS]}
+        width = max(1.2, 3 - 0.35 * index)  # of equal curves each is seen
         rows = [{"epoch": number, key: mean} for number, mean in zip(numbers, means, strict=True)]
-        of_epochs.line(axes, rows, key, _label(line, lines), **look)
+        of_epochs.line(axes, rows, key, _label(line, lines), linewidth=width, **look)
         if line.is_group:
             below = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
             above = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]

@@ -158,6 +158,7 @@ _NAMES: tuple[Callable[[RunFiles], Any], ...] = (
     lambda run: "" if run.config.semantics == "paper" else run.config.semantics,
     lambda run: f"epsilon {run.config.attack.epsilon * 255:.4g}/255" if run.config.attack.epsilon else "",
     lambda run: f"{run.config.epochs} epochs",
+    lambda run: run.path.name,
     lambda run: run.path,
 )
 

@@ -40,11 +40,13 @@ nav a { overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); font-weight: 600; vertical-align: bottom; white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; max-width: 34rem; overflow-wrap: anywhere; min-width: 4.5rem; }
+td { font-variant-numeric: tabular-nums; max-width: 34rem; overflow-wrap: break-word; min-width: 4.5rem; }
 tbody tr:last-child td { border-bottom: 0; }
 td.number { text-align: right; white-space: nowrap; }
 th.number { text-align: right; }
-td.name { min-width: 11rem; max-width: 22rem; font-weight: 600; }
+td.name { min-width: 9.5rem; max-width: 22rem; font-weight: 600; position: sticky; left: 0;
+  background: var(--paper); border-right: 1px solid var(--line); }
+th.name { position: sticky; left: 0; border-right: 1px solid var(--line); }
 td.name small { font-weight: 400; }
 td.number:first-child { min-width: 3rem; }
 .download { margin: .1rem 0 .8rem; }
@@ -102,7 +104,8 @@ def document(headline: Sequence[str], sections: Sequence[PageSection]) -> str:
         f'<section id="s{number}"><h2>{escape(section.title)}</h2>{"".join(section.parts)}</section>'
         for number, section in enumerate(sections)
     )
-    said = "".join(f'<p class="headline">{escape(sentence)}</p>' for sentence in headline)
+    first, *others = (escape(sentence) for sentence in headline or [""])
+    said = (f'<p class="headline">{first}</p>' if first else "") + "".join(f"<p>{other}</p>" for other in others)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -87,7 +87,7 @@ class Panel:
 
 
 def draw(run: RunDir, best: Mapping[str, Any] | None = None) -> list[str]:
-    """Draw the pictures of a run from its metrics.jsonl; names of the files written. best: row of the best epoch."""
+    """Draw the pictures of a run from its metrics.jsonl; names of those written. best: the best epoch's row."""
     rows = [row for row in run.rows() if row["event"] == "epoch"]
     if not rows:
         return []

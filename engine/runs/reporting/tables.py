@@ -75,8 +75,9 @@ class ReportTable:
 
     def html(self, rows: Rows | None = None, *, links: bool = True) -> str:
         """Table that scrolls in its own container, and a link to its CSV. rows: those to show, if not all."""
-        heads = zip(self.head, self._numbers(), strict=True)
-        top = "".join(f'<th scope="col"{_class(is_number)}>{_lines(name)}</th>' for name, is_number in heads)
+        kinds = [_class(*self._column(index)) for index in range(len(self.head))]
+        heads = zip(self.head, kinds, strict=True)
+        top = "".join(f'<th scope="col"{kind}>{_lines(name)}</th>' for name, kind in heads)
         lines = "".join(f"<tr>{''.join(map(_html, row))}</tr>" for row in (self.rows if rows is None else rows))
         table = f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
         label = escape(self.name, quote=True)
@@ -157,13 +158,16 @@ def _text(cell: Cell) -> str:
 
 def _html(cell: Cell) -> str:
     below = cell.interval if isinstance(cell, Percent) else cell.path if isinstance(cell, Name) else ""
-    small = f'<br><small class="quiet">{escape(below)}</small>' if below else ""
-    kind = ' class="name"' if isinstance(cell, Name) else _class(_is_number(cell))
-    return f"<td{kind}>{escape(_text(cell))}{small}</td>"
+    breakable = escape(below).replace("/", "/<wbr>")
+    small = f'<br><small class="quiet">{breakable}</small>' if below else ""
+    return f"<td{_class(cell)}>{escape(_text(cell))}{small}</td>"
 
 
-def _class(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
+def _class(*cells: Cell) -> str:
+    """Class of a cell, or of the head above cells."""
+    if any(isinstance(cell, Name) for cell in cells):
+        return ' class="name"'
+    return ' class="number"' if any(map(_is_number, cells)) else ""
 
 
 def _lines(text: str) -> str:
