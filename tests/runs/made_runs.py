@@ -51,15 +51,19 @@ def made_run(
     tested: dict[str, dict[str, Any]] | None = None,
     command: tuple[str, ...] = ("engine", "train"),
     finished: bool = True,
-    held_out: int = 500,
+    measured_on: str = "validation",
     **keys: Any,
 ) -> Path:
-    """A run directory. shift: of its accuracies and times. tested: results on test images of the best epoch."""
+    """A run directory. shift: of its accuracies and times.
+
+    tested: results on test images of the best epoch.
+    """
     config = load({"method": "iad1", "dataset": "cifar10", "model": "resnet8", "epochs": epochs} | keys)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml_text.write(config.tree() | {"out": None}))
     trained = epochs if finished else epochs - 1
-    rows = [epoch_row(epoch, epochs, config, shift=shift, n=held_out) for epoch in range(1, trained + 1)]
+    rows = [epoch_row(epoch, epochs, config, shift=shift, n=500) for epoch in range(1, trained + 1)]
+    rows = [row | {"measured_on": measured_on} for row in rows]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = {
         "engine": "0.1.0", "started": "2026-01-01T00:00:00+00:00", "command": list(command),
@@ -69,7 +73,7 @@ def made_run(
     if finished:
         best = max(rows, key=lambda row: row["robust_accuracy"])
         summary = {
-            "method": config.method, "selected_on": "validation", "selected_by": "robust_accuracy",
+            "method": config.method, "selected_on": measured_on, "selected_by": "robust_accuracy",
             "best": best, "last": rows[-1],
         }  # fmt: skip
         if tested is not None:

@@ -139,6 +139,27 @@ def test_what_differs_in_epsilon_or_data_is_not_compared(keys: dict[str, Any], t
     assert "70.00%" in second
 
 
+def test_an_accuracy_that_was_measured_twice_is_the_lowest_and_no_mean(tmp_path: Path) -> None:
+    file = write_report(tmp_path / "x.pt.eval.json", entry("pgd20", 0.5, 1000), entry("pgd20", 0.4, 1000))
+    (said,) = headline(lines_of([], [eval_file(file)]))
+    assert said.startswith(f"The checkpoint {tmp_path / 'x.pt'}: robust accuracy 40.00%")
+    # Chosen on the test images under the attack of the end: the end's number, in full precision.
+    made_run(tmp_path / "run", tested={"pgd10": result(0.5, 500)}, measured_on="test")
+    (said,) = headline(lines(tmp_path / "run"))
+    assert "robust accuracy 50.00%" in said
+    assert said.endswith("selected on test images, so that it tends to be too high.")
+
+
+def test_teachers_of_seeds_are_one_line(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        student = made_run(tmp_path / "group" / f"seed-{seed}", seed=seed, tested=accuracies(0.5 + seed / 100))
+        made_run(student / "teacher", method="at", seed=seed + 1, tested=accuracies(0.4 + seed / 50))
+    student, teacher = lines(tmp_path / "group")
+    assert (student.path, teacher.path) == (tmp_path / "group", tmp_path / "group")
+    assert teacher.label == "at, resnet8, teacher of group"
+    assert headline([student, teacher])[1].startswith("Its teacher: 41.00% ± 1.41 (mean and")
+
+
 def test_student_and_teacher(tmp_path: Path) -> None:
     student = made_run(tmp_path / "run", tested=accuracies(0.52))
     made_run(student / "teacher", method="at", seed=1, tested=accuracies(0.5))

@@ -19,6 +19,7 @@ from engine.runs.reporting.reading import (
     EvalFile,
     MeasuredAccuracy,
     RunFiles,
+    lowest,
     of_entries,
 )
 from engine.runs.reporting.tables import Cell, Percent
@@ -53,13 +54,16 @@ class ComparedLine:
     @cached_property
     def tested(self) -> list[list[MeasuredAccuracy]]:
         """Accuracies on test images, of each run."""
-        return [run.tested for run in self.runs] if self.report is None else [list(of_entries(self.report))]
+        return [run.tested for run in self.runs] if self.report is None else [lowest(of_entries(self.report))]
 
     @cached_property
     def every(self) -> list[list[MeasuredAccuracy]]:
-        """Those and the accuracies on the images by which the best epoch was chosen, of each run."""
-        held_out = [run.held_out for run in self.runs] or [[]]
-        return [[*mine, *theirs] for mine, theirs in zip(self.tested, held_out, strict=True)]
+        """Those and the other accuracies on the images by which the best epoch was chosen, of each run."""
+        found = []
+        for tested, held_out in zip(self.tested, [run.held_out for run in self.runs] or [[]], strict=True):
+            known = {each.measure for each in tested}
+            found.append([*tested, *(each for each in held_out if each.measure not in known)])
+        return found
 
     def values(self, measure: AccuracyMeasure) -> list[MeasuredAccuracy]:
         """Accuracies of the runs that have this measure."""
@@ -88,11 +92,6 @@ class ComparedLine:
             return f"in {len(found)} of {len(self.runs)} seeds"
         values = [each.accuracy for each in found]
         return Percent(statistics.mean(values), deviation=statistics.stdev(values), seeds=len(values))
-
-
-def is_group(path: Path) -> bool:
-    """True for a folder of run directories seed-0, seed-1, ..."""
-    return bool(_seeds(path))
 
 
 def runs_of(path: Path) -> list[Path]:
@@ -125,10 +124,7 @@ def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[Comp
         else:
             found.append([run])
     texts = _labels([group[0] for group in found])
-    made = [
-        ComparedLine(text, group[0].path.parent if len(group) > 1 else group[0].path, tuple(group))
-        for text, group in zip(texts, found, strict=True)
-    ]
+    made = [ComparedLine(text, _place(group), tuple(group)) for text, group in zip(texts, found, strict=True)]
     return made + [
         ComparedLine(str(report.path).removesuffix(SUFFIX), report.path, report=report) for report in reports
     ]
@@ -137,6 +133,13 @@ def lines_of(runs: Sequence[RunFiles], reports: Sequence[EvalFile]) -> list[Comp
 def _seeds(path: Path) -> list[Path]:
     found = [(int(match[1]), each) for each in _folders(path) if (match := _SEED.fullmatch(each.name))]
     return [each for _, each in sorted(found) if (each / "config.yaml").is_file()]
+
+
+def _place(group: Sequence[RunFiles]) -> Path:
+    """Folder of the runs of a line."""
+    first = group[0].path
+    above = first.parent.parent if group[0].role else first.parent
+    return above if len(group) > 1 and all(above in run.path.parents for run in group) else first
 
 
 def _folders(path: Path) -> Iterable[Path]:
@@ -163,12 +166,16 @@ _NAMES: tuple[Callable[[RunFiles], Any], ...] = (
 )
 
 
+def _student(run: RunFiles) -> str:
+    """The student of a teacher by its folder's name, of seeds by that of the folder above."""
+    folder = run.path.parent
+    student = folder.parent if _SEED.fullmatch(folder.name) else folder
+    return f", {run.role} of {student.name}" if run.role else ""
+
+
 def _labels(runs: Sequence[RunFiles]) -> list[str]:
     """Method and model of each, and what tells it from others of the same."""
-    texts = [
-        f"{run.config.method}, {run.config.model}{f', {run.role} of {run.path.parent.name}' if run.role else ''}"
-        for run in runs
-    ]
+    texts = [f"{run.config.method}, {run.config.model}{_student(run)}" for run in runs]
     for name in _NAMES:
         same: dict[str, list[int]] = defaultdict(list)
         for index, text in enumerate(texts):

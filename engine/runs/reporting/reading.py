@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,19 +180,24 @@ class RunFiles:
     def tested(self) -> list[MeasuredAccuracy]:
         """Accuracies of the best epoch's network on test images: of the summary, then of evaluations.
 
-        Where one measure was taken several times, with other seeds of the attack for instance, the lowest.
+        Of one measure the lowest, see `lowest`.
         """
         results = (self.summary or {}).get("test_of_best") or {}
         found = [measured(name, result, result["n"], self.ball) for name, result in results.items()]
         for file in self.evaluations:
             if file.path.name == self.run.best.name + SUFFIX:
                 found += of_entries(file, self.config)
-        lowest: dict[AccuracyMeasure, MeasuredAccuracy] = {}
-        for each in found:
-            known = lowest.get(each.measure)
-            if known is None or each.accuracy < known.accuracy:
-                lowest[each.measure] = each
-        return list(lowest.values())
+        return lowest(found)
+
+
+def lowest(found: Iterable[MeasuredAccuracy]) -> list[MeasuredAccuracy]:
+    """Lowest accuracy of every measure, where it was taken several times: with other seeds of the attack, say."""
+    kept: dict[AccuracyMeasure, MeasuredAccuracy] = {}
+    for each in found:
+        known = kept.get(each.measure)
+        if known is None or each.accuracy < known.accuracy:
+            kept[each.measure] = each
+    return list(kept.values())
 
 
 def interval(accuracy: float, n: int) -> tuple[float, float]:
