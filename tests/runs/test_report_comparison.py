@@ -193,7 +193,7 @@ def test_results_of_an_earlier_checkpoint_are_compared_nowhere(tmp_path: Path) -
     now = hashlib.sha256(b"as it is now").hexdigest()
     file = write_report(
         run / "best.pt.eval.json",
-        entry("aa", 0.9, 10_000, checkpoint={"sha256": "0" * 64}, started="2027"),
+        entry("aa", 0.2, 10_000, checkpoint={"sha256": "0" * 64}, started="2027"),
         entry("aa", 0.47, 10_000, checkpoint={"sha256": now}, started="2026"),
     )
     assert eval_file(file).earlier == {0}
@@ -250,7 +250,8 @@ def test_groups_and_reports_by_the_command(tmp_path: Path, cli: Any) -> None:
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     text = out.read_text()
-    assert text.count("Seed 0, ") == 1  # given twice, shown once
+    assert text.count("seed-0</summary>") == 1  # given twice, shown once
+    assert len((folder / "runs-compared.csv").read_text().splitlines()) == 3
     assert f"Evaluations, {report}" in text
     names = {path.name for path in folder.iterdir()}
     assert {"runs-compared.csv", "runs-compared.tex", "time-and-memory.csv", "seeds-group.csv"} <= names
