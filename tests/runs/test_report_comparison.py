@@ -90,13 +90,23 @@ def test_a_seed_without_a_number_leaves_no_mean(tmp_path: Path) -> None:
     assert "51.00% ± 1.41" in headline([line])[0]
 
 
+def test_without_test_results_the_images_that_chose_the_epoch_are_named(tmp_path: Path) -> None:
+    made_run(tmp_path / "run", shift=0.05)  # 0.2 + 0.35 + 0.05
+    (said,) = headline(lines(tmp_path / "run"))
+    assert (
+        "robust accuracy 60.00% (95% interval 55.6 to 64.2%), PGD-10 on cifar10 validation images, n = 500" in said
+    )
+    heads = comparison(lines(tmp_path / "run")).tables[0].head
+    assert "PGD-10\nvalidation images\nn = 500\nL-inf epsilon 8/255" in heads
+
+
 def test_the_headline_of_a_run(tmp_path: Path) -> None:
     made_run(tmp_path / "run", tested=accuracies(0.52, aa=0.48))
     (said,) = headline(lines(tmp_path / "run"))
     # Wilson's interval of 4,800 of 10,000 by hand: (p + z^2/2n +- z sqrt(p q/n + z^2/4n^2)) / (1 + z^2/n)
     assert said.startswith(
         "iad1 trained resnet8 on cifar10 (3 epochs): robust accuracy 48.00% (95% interval 47.0 to 49.0%), AA on "
-        "test images, n = 10,000, L-inf epsilon 8/255; best epoch 3, selected on validation images."
+        "cifar10 test images, n = 10,000, L-inf epsilon 8/255; best epoch 3, selected on validation images."
     )
 
 
@@ -105,7 +115,7 @@ def test_an_attack_on_few_images_is_said_beside_the_one_on_many(tmp_path: Path) 
     write_report(run / "best.pt.eval.json", entry("aa", 0.4, 20))
     (said,) = headline(lines(run))
     assert "robust accuracy 52.00%" in said
-    assert "lower: 40.00% (95% interval 21.9 to 61.3%), AA on test images, n = 20" in said
+    assert "lower: 40.00% (95% interval 21.9 to 61.3%), AA on cifar10 test images, n = 20" in said
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,9 @@ def test_what_differs_in_epsilon_or_data_is_not_compared(keys: dict[str, Any], t
     assert "none is called the best" in said
     assert "52.00%" in first
     assert "70.00%" in second
+    table = comparison(lines(tmp_path / "a", tmp_path / "b")).tables[0]
+    filled = [[cell for cell in cells(table, head) if cell] for head in table.head if head.startswith("PGD-20")]
+    assert [len(column) for column in filled] == [1, 1]  # no column holds both
 
 
 def test_an_accuracy_that_was_measured_twice_is_the_lowest_and_no_mean(tmp_path: Path) -> None:
@@ -152,8 +165,8 @@ def test_an_accuracy_that_was_measured_twice_is_the_lowest_and_no_mean(tmp_path:
 
 def test_teachers_of_seeds_are_one_line(tmp_path: Path) -> None:
     for seed in (0, 1):
-        student = made_run(tmp_path / "group" / f"seed-{seed}", seed=seed, tested=accuracies(0.5 + seed / 100))
-        made_run(student / "teacher", method="at", seed=seed + 1, tested=accuracies(0.4 + seed / 50))
+        path = made_run(tmp_path / "group" / f"seed-{seed}", seed=seed, tested=accuracies(0.5 + seed / 100))
+        made_run(path / "teacher", method="at", seed=seed + 1, tested=accuracies(0.4 + seed / 50))
     student, teacher = lines(tmp_path / "group")
     assert (student.path, teacher.path) == (tmp_path / "group", tmp_path / "group")
     assert teacher.label == "at, resnet8, teacher of group"

@@ -22,7 +22,7 @@ def line(axes: Axes, rows: EpochRows, key: str, label: str, **style: Any) -> Non
     points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     if points:
         marker = "o" if len(points) <= _MOST_MARKERS else ""
-        look = {"marker": marker, "markersize": 3.5, "linewidth": 1.6} | style
+        look: dict[str, Any] = {"marker": marker, "markersize": 3.5, "linewidth": 1.6} | style
         axes.plot(*zip(*points, strict=True), label=label, **look)
 
 

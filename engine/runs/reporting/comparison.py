@@ -78,7 +78,7 @@ def _table(name: str, lines: Sequence[ComparedLine], measures: Sequence[Accuracy
     for line in lines:
         label = f"{line.label}, {len(line.runs)} seeds" if line.is_group else line.label
         rows.append([Name(label, str(line.path)), *map(line.cell, measures), *_facts(line.runs)])
-    return ReportTable(name, ("run", *map(_head, measures), *_FACTS), rows)
+    return ReportTable(name, ("run", *_heads(measures), *_FACTS), rows)
 
 
 def _of_seeds(line: ComparedLine, measures: Sequence[AccuracyMeasure]) -> tuple[Sequence[str], list[list[Cell]]]:
@@ -87,13 +87,17 @@ def _of_seeds(line: ComparedLine, measures: Sequence[AccuracyMeasure]) -> tuple[
         of_run = {each.measure: each.percent for each in (*run.held_out, *run.tested)}
         name = Name(f"seed {run.config.seed}", str(run.path))
         rows.append([name, *map(of_run.get, measures), *_facts([run])])
-    return ("seed", *map(_head, measures), *_FACTS), rows
+    return ("seed", *_heads(measures), *_FACTS), rows
 
 
-def _head(measure: AccuracyMeasure) -> str:
-    count = "n not recorded" if measure.n is None else f"n = {measure.n:,}"
-    on = "" if measure.on == "test images" else measure.on
-    return "\n".join(filter(None, (measure.title, on, count, measure.ball)))
+def _heads(measures: Sequence[AccuracyMeasure]) -> list[str]:
+    """Heads of columns: the data where there are several, and images where they are not those of the test."""
+    several = len({measure.data for measure in measures}) > 1
+    heads = []
+    for measure in measures:
+        on = "" if measure.on == "test images" else measure.on
+        heads.append("\n".join(filter(None, (measure.title, several * measure.data, on, *measure.numbers))))
+    return heads
 
 
 def _facts(runs: Sequence[RunFiles]) -> list[Cell]:
@@ -225,8 +229,6 @@ def _best_of(lines: Sequence[ComparedLine]) -> str:
 
 def _shared(lines: Sequence[ComparedLine]) -> AccuracyMeasure | None:
     """The measure of all lines on the most images and, of these, the one with the lowest accuracy."""
-    if len({line.first.test_images for line in lines if line.first}) > 1:
-        return None
     common = [
         measure
         for measure in _candidates(lines[0])

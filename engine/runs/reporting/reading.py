@@ -60,13 +60,15 @@ class _Accuracy(BaseModel):
 
 @dataclass(frozen=True)
 class AccuracyMeasure:
-    """All that two accuracies must have in common to be compared; the data and the image size aside.
+    """All that two accuracies must have in common to be compared.
 
-    on: the images. n: None where a run has not recorded it. ball: of the attack, in words; empty without one.
+    data: data set and size of its images, in words. on: which of its images. n: None where a run has not recorded
+    it. ball: of the attack, in words; empty without one.
     """
 
     attack: str
     title: str
+    data: str
     on: str
     n: int | None
     ball: str
@@ -74,17 +76,17 @@ class AccuracyMeasure:
     @property
     def text(self) -> str:
         """All of it, of one line."""
-        count = "n not recorded" if self.n is None else f"n = {self.n:,}"
-        return ", ".join(filter(None, (f"{self.title} on {self.on}", count, self.ball)))
+        return ", ".join(filter(None, (f"{self.title} on {self.data} {self.on}", *self.numbers)))
+
+    @property
+    def numbers(self) -> tuple[str, str]:
+        """N and the ball."""
+        return "n not recorded" if self.n is None else f"n = {self.n:,}", self.ball
 
     @property
     def is_attack(self) -> bool:
         """False for the accuracy on images as they are."""
         return self.attack != NO_ATTACK
-
-    def is_like(self, other: AccuracyMeasure) -> bool:
-        """True where the numbers may be compared."""
-        return self == other and self.n is not None
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,10 @@ class RunFiles:
         return str(data.get("sha256", "")) if isinstance(data, dict) else ""
 
     @property
-    def test_images(self) -> tuple[object, ...]:
-        """All that decides the test images, but for their number."""
+    def data(self) -> str:
+        """Data set and size of its images, in words."""
         config = self.config
-        return config.dataset, config.data if config.dataset == "folder" else None, config.image_size
+        return data_in_words(config.dataset, config.data, config.image_size)
 
     @cached_property
     def held_out(self) -> list[MeasuredAccuracy]:
@@ -171,9 +173,8 @@ class RunFiles:
         for attack, key in ((NO_ATTACK, "natural_accuracy"), (self.config.eval.attack, "robust_accuracy")):
             if key in row:
                 n = row.get("measured_n")
-                found.append(
-                    measured(attack, {"accuracy": row[key]}, n, self.ball, f"{row['measured_on']} images")
-                )
+                images = f"{row['measured_on']} images"
+                found.append(measured(attack, {"accuracy": row[key]}, n, self.ball, self.data, images))
         return found
 
     @cached_property
@@ -183,10 +184,10 @@ class RunFiles:
         Of one measure the lowest, see `lowest`.
         """
         results = (self.summary or {}).get("test_of_best") or {}
-        found = [measured(name, result, result["n"], self.ball) for name, result in results.items()]
+        found = [measured(name, result, result["n"], self.ball, self.data) for name, result in results.items()]
         for file in self.evaluations:
             if file.path.name == self.run.best.name + SUFFIX:
-                found += of_entries(file, self.config)
+                found += of_entries(file, self.config, self.data)
         return lowest(found)
 
 
@@ -210,6 +211,7 @@ def measured(
     result: Mapping[str, Any],
     n: int | None,
     ball: tuple[float, str] | None,
+    data: str,
     on: str = "test images",
 ) -> MeasuredAccuracy:
     """The accuracy of a result."""
@@ -219,8 +221,14 @@ def measured(
         norm = NORMS[ball[1]]
         told = f"{norm.name} epsilon {norm.length(ball[0])}"
     return MeasuredAccuracy(
-        AccuracyMeasure(attack, title_of(attack, result), on, n, told), float(result["accuracy"]), ball
+        AccuracyMeasure(attack, title_of(attack, result), data, on, n, told), float(result["accuracy"]), ball
     )
+
+
+def data_in_words(dataset: str, folder: object, image_size: object) -> str:
+    """Name of a data set, of a folder with its place, and the size of the images where one is given."""
+    place = f" {folder}" if dataset == "folder" and folder is not None else ""
+    return f"{dataset}{place}{'' if image_size is None else f', {image_size} pixels'}"
 
 
 def title_of(attack: str, result: Mapping[str, Any]) -> str:
@@ -232,14 +240,16 @@ def title_of(attack: str, result: Mapping[str, Any]) -> str:
         return attack
 
 
-def of_entries(file: EvalFile, config: RunConfig | None = None) -> Iterator[MeasuredAccuracy]:
+def of_entries(file: EvalFile, config: RunConfig | None = None, data: str = "") -> Iterator[MeasuredAccuracy]:
     """Accuracies of the checkpoint as it is now, with the network, weights and image size that it has by itself.
 
-    config: of its run; then results on other data are left out, too.
+    config, data: of its run; then results on other data are left out, too.
     """
     for number, entry in enumerate(file.entries):
         if number not in file.earlier and entry["n"] > 0 and not _is_of_other_settings(entry, config):
-            yield measured(entry["attack"], entry, entry["n"], _ball(entry.get("parameters")))
+            yield measured(
+                entry["attack"], entry, entry["n"], _ball(entry.get("parameters")), data or _data(entry)
+            )
 
 
 def _is_of_other_settings(entry: Entry, config: RunConfig | None) -> bool:
@@ -250,6 +260,12 @@ def _is_of_other_settings(entry: Entry, config: RunConfig | None) -> bool:
     if config is None or data is None:
         return False
     return bool(data != config.dataset or (data == "folder" and options.get("data") not in (None, config.data)))
+
+
+def _data(entry: Entry) -> str:
+    """Data of a result, as far as it tells."""
+    data, options = (entry[key] if isinstance(entry.get(key), dict) else {} for key in ("data", "options"))
+    return data_in_words(str(data.get("name", "data not told")), options.get("data"), options.get("image_size"))
 
 
 def _ball(parameters: object) -> tuple[float, str] | None:
