@@ -250,6 +250,9 @@ def test_the_columns_of_table_14(tmp_path: Path) -> None:
     assert [cell.text if isinstance(cell, Number) else cell for cell in row] == [
         "iad1, resnet18", "cpu", "2.30", "300", "process", 182.01, 3977,
     ]  # fmt: skip
+    other = costs(lines(made_run(tmp_path / "other")))  # of a network that the paper's table has not
+    assert other is not None
+    assert not any("paper" in name for name in other.tables[0].head)
 
 
 def test_groups_and_reports_by_the_command(tmp_path: Path, cli: Any) -> None:

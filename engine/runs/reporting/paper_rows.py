@@ -123,20 +123,28 @@ def _measured_on_most(line: ComparedLine, attack: str) -> AccuracyMeasure | None
 
 def costs(lines: Sequence[ComparedLine]) -> PageSection | None:
     """Seconds an epoch and peak memory, the columns of Table 14; None where no run has either."""
-    rows = [row for line in lines if line.runs and (row := _cost(line))]
-    if not rows:
+    found = [(line.runs[0].config, row) for line in lines if line.runs and (row := _cost(line))]
+    if not found:
         return None
     section = PageSection("Time and memory (the columns of Table 14)")
-    head = ("run", "device", "time per epoch, s", "peak memory, MiB", "memory of", "paper: time, s", "paper: MiB")
-    section.add_table(ReportTable("time-and-memory", head, rows))
-    section.add(
-        note(
-            "Time: the steps of an epoch on average, evaluations left out. Memory: the highest of all epochs; "
-            "on a GPU what tensors took, on a CPU the resident memory of the process. The paper's numbers, of "
-            "ResNet-18 on CIFAR-10, are of a GPU that it does not name and of another program."
-        )
+    head = ["run", "device", "time per epoch, s", "peak memory, MiB", "memory of"]
+    papers = [_TABLE_14.get(config.method) if _is_as_in_table_14(config) else None for config, _ in found]
+    told = (
+        "Time: the steps of an epoch on average, evaluations left out. Memory: the highest of all epochs; on a "
+        "GPU what tensors took, on a CPU the resident memory of the process."
     )
+    rows = [row for _, row in found]
+    if any(papers):
+        head += ["paper: time, s", "paper: MiB"]
+        rows = [[*row, *(paper or (None, None))] for row, paper in zip(rows, papers, strict=True)]
+        told += " The paper's numbers are of a GPU that it does not name, and of another program."
+    section.add_table(ReportTable("time-and-memory", head, rows))
+    section.add(note(told))
     return section
+
+
+def _is_as_in_table_14(config: RunConfig) -> bool:
+    return config.dataset == "cifar10" and config.model == "resnet18"
 
 
 def _cost(line: ComparedLine) -> list[Cell] | None:
@@ -145,11 +153,7 @@ def _cost(line: ComparedLine) -> list[Cell] | None:
     peaks = [row["peak_memory"] for row in rows if "peak_memory" in row]
     if not seconds and not peaks:
         return None
-    run = line.runs[0]
-    config = run.config
-    is_papers = config.dataset == "cifar10" and config.model == "resnet18"
-    time, memory = _TABLE_14.get(config.method, (None, None)) if is_papers else (None, None)
-    device = _device(run)
+    device = _device(line.runs[0])
     mean = statistics.mean(seconds) if seconds else None
     return [
         line.label,
@@ -157,8 +161,6 @@ def _cost(line: ComparedLine) -> list[Cell] | None:
         None if mean is None else Number(mean, f"{mean:.2f}"),
         Number(max(peaks) / _MIB, f"{max(peaks) / _MIB:,.0f}") if peaks else "not recorded",
         ("process" if device == "cpu" else "tensors on the GPU") if peaks and device else None,
-        time,
-        memory,
     ]
 
 
