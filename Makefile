@@ -7,12 +7,13 @@ DEMO := runs/demo
 TORCH211 ?= .venv-torch211
 # Tests that run at the same time; those of a file stay together, since they share what they set up.
 JOBS ?= 2
+CHROMIUM := /usr/bin/chromium
 # Tests of what depends on torch's and triton's versions.
 COMPUTING := tests/kernels tests/fake_cuda tests/models tests/attacks tests/training tests/evaluation/test_measure.py \
   tests/system/test_distributed.py tests/system/test_precision.py tests/runs/test_resume.py tests/runs/test_lifecycle.py \
   tests/runs/test_trainer.py tests/bench/test_peaks.py
 
-.PHONY: help install setup-ffcv native demo test test-slow test-torch211 lint docs hooks clean
+.PHONY: help install setup-ffcv setup-chromium native demo test test-slow test-torch211 lint docs hooks clean
 
 help:
 	@echo "make demo       train, distil and attack on the embedded data set, in minutes on a CPU"
@@ -24,6 +25,7 @@ help:
 	@echo "make hooks      ruff and mypy before each commit"
 	@echo "make install    the virtual environment $(VENV) with the engine in it"
 	@echo "make setup-ffcv FFCV in it, with the system's packages that its build needs"
+	@echo "make setup-chromium  a browser for the tests of the HTML report"
 	@echo "make native     the native library alone, which make install builds where it can"
 	@echo "make clean      remove what make made"
 
@@ -51,9 +53,19 @@ setup-ffcv: $(VENV)/.installed
 	  DEBIAN_FRONTEND=noninteractive $$root apt-get install -qy --no-install-recommends $(FFCV_NEEDS); fi
 	$(BIN)/pip install --quiet --use-pep517 --constraint constraints.txt --editable '.[ffcv]'
 
+# A browser for the tests of the HTML report.
+setup-chromium:
+	@if [ ! -x "$(CHROMIUM)" ]; then \
+	  if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; else \
+	    echo "setup-chromium: as root run: apt-get install chromium" >&2; exit 1; fi; \
+	  $$root apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive $$root apt-get install -qy --no-install-recommends chromium; fi
+	@test -x "$(CHROMIUM)"
+
 # What cannot be installed here is told, and its tests are skipped.
 $(VENV)/.installed-loaders: $(VENV)/.installed-dev
 	$(MAKE) setup-ffcv || echo "FFCV cannot be installed here: its tests are skipped"
+	$(MAKE) setup-chromium || echo "Chromium cannot be installed here: the tests in a browser are skipped"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dali]' || \
 	  echo "DALI cannot be installed here: its tests are skipped"
 	@touch $@

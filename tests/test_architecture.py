@@ -78,7 +78,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "system",
         "devices, number formats, processes, streams",
         (
-            ("precision", "streams", "layout", "graphs"),
+            ("precision", "streams", "layout", "graphs", "memory"),
             ("environment", "distributed"),
             ("data_parallel", "launcher"),
         ),
@@ -138,7 +138,12 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "runs from beginning to end",
         (
             ("run_directory", "checkpoints", "metrics_writer", "resuming", "format_probe"),
-            ("reporting", "reporting.plots", "reporting.html_report", "session"),
+            ("reporting", "reporting.axes", "reporting.tables", "session"),
+            ("reporting.page", "reporting.plots"),
+            ("reporting.reading",),
+            ("reporting.lines", "reporting.run_section"),
+            ("reporting.benchmarks", "reporting.comparison", "reporting.curves", "reporting.paper_rows"),
+            ("reporting.html_report",),
             ("teachers",),
             ("provenance",),
             ("assemble",),

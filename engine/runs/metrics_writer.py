@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.runs.run_directory import RunDir
 
-_NOT_A_CURVE = ("event", "epoch", "step")
+_NOT_A_CURVE = ("event", "epoch", "step", "measured_n")
 
 
 class MetricsWriter:

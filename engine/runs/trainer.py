@@ -27,6 +27,7 @@ from engine.runs.assemble import Parts
 from engine.runs.checkpoints import Progress
 from engine.runs.reporting import plots
 from engine.runs.session import Session
+from engine.system import memory
 from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry
 from engine.training.step import OnDevice, StepOutput
@@ -109,6 +110,7 @@ class Trainer:
         epoch, method = progress.epoch, self._method_of(progress.epoch)
         if self.method.needs_x_adv:
             self._use_attack()
+        memory.forget_peak(self.session.precision.device)
         learner.student.train()
         self.parts.telemetry.start_clock()
         for batch in learner.batches(data.pipeline.epoch(epoch, progress.step_in_epoch)):
@@ -204,6 +206,7 @@ class Trainer:
         config, progress, parts, learner = self.session.config, self.progress, self.parts, self.parts.learner
         attack, world = config.eval.attack, self.session.world
         row = self._row("epoch", progress.totals)
+        row["peak_memory"] = memory.peak(self.session.precision.device)
         if learner.average is not None:
             clean = parts.data.pipeline.epoch(progress.epoch)
             self._seed_dropout()
@@ -218,6 +221,7 @@ class Trainer:
             "robust_accuracy": accuracies[attack].accuracy,
             "robust_masked": accuracies[attack].masked,
             "measured_on": parts.data.selected_on,
+            "measured_n": accuracies[attack].n,
             "measured_in": self._choosing.passes,
         }
         row |= world.broadcast_from_main(self._probe)
@@ -378,7 +382,7 @@ class Trainer:
                 checkpoints.load_best(run.best, self.parts.learner.evaluated, best["epoch"])
                 summary["test_of_best"] = self._test()
         if self.session.world.is_main:
-            plots.draw(run)
+            plots.draw(run, best)
             write_json(run.summary, summary)
         return summary
 

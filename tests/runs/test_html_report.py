@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import engine
-from engine.runs.reporting import html_report
+from engine.runs.reporting import html_report, run_section
 
 
 class Page(HTMLParser):
@@ -28,11 +28,13 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.text = ""
         self._into: list[str] | None = None
+        self._is_small = False  # an interval or a path below the content of a cell
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        self.targets += [value for key, value in attrs if key in ("src", "href")]
+        self.targets += [value for key, value in attrs if key in ("src", "href", "srcset")]
+        self._is_small |= tag == "small"
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -47,10 +49,11 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th", "h2", "h3"):
             self._into = None
+        self._is_small &= tag != "small"
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if self._into is not None:
+        if self._into is not None and not self._is_small:
             self._into[-1] += data
 
     def table(self, *head: str) -> list[list[str]]:
@@ -102,17 +105,20 @@ def test_a_run_s_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     provenance = [table for table in page.tables if table[0] == ["key", "value"]][1]
     torch_version = json.loads((runs[1] / "provenance.json").read_text())["versions"]["torch"]
     assert ["versions.torch", torch_version] in provenance
-    assert sum(target.startswith("data:image/png;base64,") for target in page.targets) == 3
+    # Loss, accuracy and Figures 1 to 4, each in light and in dark.
+    assert page.tags.count("img") == page.tags.count("source") == 6
+    assert sum(target.startswith("data:image/png;base64,") for target in page.targets) == 12
 
 
 def test_runs_are_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
     page = made(tmp_path, *runs)
     head, *rows = page.tables[0]
-    assert head[:2] == ["run", "method"]
-    assert [row[1] for row in rows] == ["at", "iad1"]
+    assert [row[0] for row in rows] == ["at, resnet8", "iad1, resnet8"]
     for path, row in zip(runs, rows, strict=True):
         best = json.loads((path / "summary.json").read_text())["test_of_best"]
-        assert row[head.index("pgd10")] == f"{best['pgd10']['accuracy']:.2%}"
+        n = best["pgd10"]["n"]
+        assert row[head.index(f"PGD-10n = {n}L-inf epsilon 8/255")] == f"{best['pgd10']['accuracy']:.2%}"
+        assert row[head.index(f"Naturaln = {n}")] == f"{best['natural']['accuracy']:.2%}"
     assert "Runs compared" not in made(tmp_path, runs[0]).headings
 
 
@@ -125,7 +131,8 @@ def test_a_run_that_is_not_finished(runs: tuple[Path, Path], tmp_path: Path) -> 
     (unfinished / "metrics.jsonl").write_text("".join(lines[: first + 1]) + '{"event": "st')
     page = made(tmp_path, unfinished, runs[1])
     assert "Not finished: 1 of 2 epochs so far." in page.text
-    assert page.tables[0][1][5] == "not finished"
+    head, row, *_ = page.tables[0]
+    assert row[head.index("selected on")] == "not finished"
 
 
 def test_evaluations_of_checkpoints(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -163,16 +170,16 @@ def test_results_of_a_report_are_told_apart(runs: tuple[Path, Path], tmp_path: P
 def test_autoattack_of_few_classes_is_told_by_its_name() -> None:
     result = {"accuracy": 0.5, "n": 4, "description": "numbers"}
     parts = dict.fromkeys(("natural", "apgd-ce", "fab-t", "square"), 0.5)
-    assert html_report._result("aa", result | {"parts": parts})[0] == "aa without APGD-T"
-    assert html_report._result("aa", result | {"parts": parts | {"apgd-t": 0.5}})[0] == "aa"
-    assert html_report._result("aa", result)[0] == "aa"  # as earlier reports have it
+    assert run_section.name_of("aa", result | {"parts": parts}) == "aa without APGD-T"
+    assert run_section.name_of("aa", result | {"parts": parts | {"apgd-t": 0.5}}) == "aa"
+    assert run_section.name_of("aa", result) == "aa"  # as earlier reports have it
 
 
 def test_a_folder_of_benchmarks(tmp_path: Path) -> None:
     page = made(tmp_path, bench(tmp_path / "bench"))
     assert page.table("op", "seconds", "speedup") == [["x", "0.0012346", "2"], ["b", "12.5", ""]]
     assert "device cpu" in page.text
-    (picture,) = (target for target in page.targets if not target.startswith("#"))
+    (picture,) = (target for target in page.targets if target.startswith("data:image/"))
     assert picture.startswith("data:image/png;base64,")
 
 
@@ -185,8 +192,10 @@ def test_the_results_of_this_project(tmp_path: Path) -> None:
 def test_it_needs_nothing_beside_it(runs: tuple[Path, Path], tmp_path: Path) -> None:
     page = made(tmp_path, *runs, bench(tmp_path / "bench"))
     assert page.targets
-    assert all(target.startswith(("data:image/png;base64,", "#s")) for target in page.targets)
+    inside = ("data:image/png;base64,", "data:text/csv;charset=utf-8;base64,", "#s")
+    assert all(target.startswith(inside) for target in page.targets)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in (tmp_path / "report.html").read_text()
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
@@ -240,14 +249,23 @@ DAMAGED = {
     "a row that is cut off": ("metrics.jsonl", b'{"event": "epo\n{}\n'),
     "a summary that is a list": ("summary.json", b"[]"),
     "results that are null": ("summary.json", None),
+    "a result that is no share": ("summary.json", None),
     "provenance that is a list": ("provenance.json", b"[]"),
     "a table with a longer row": ("step.csv", b"a,b\n1,2\n1,2,3\n"),
     "a table with a shorter row": ("step.csv", b"a,b\n1\n"),
     "a table that is no UTF-8": ("step.csv", b"a,b\n\xff,1\n"),
     "a table without a line": ("step.csv", b""),
     "a table with a quote left open": ("step.csv", b'a,b\n"1,2\n'),
-    "a picture that is a folder": ("loss.png", None),
-    "a picture that is not there": ("loss.png", None),
+    "a row whose accuracy is no share": (
+        "metrics.jsonl",
+        b'{"event": "epoch", "epoch": 1, "robust_accuracy": 2}\n',
+    ),
+    "a row whose cases are a number": ("metrics.jsonl", b'{"event": "epoch", "epoch": 1, "probe_cases": 1}\n'),
+    "an evaluation that is no JSON": ("best.pt.eval.json", b"{"),
+    "a configuration of another type": ("config.yaml", b"epochs: many\n"),
+    # Not loss.png: what the rows give is drawn anew, in light and in dark.
+    "a picture that is a folder": ("other.png", None),
+    "a picture that is not there": ("other.png", None),
     "a table that is a FIFO": ("step.csv", None),
 }
 
@@ -260,12 +278,16 @@ def test_what_is_damaged_is_told(kind: str, runs: tuple[Path, Path], tmp_path: P
         file.parent.mkdir()
     else:
         shutil.copytree(runs[0], file.parent)
-        file.unlink(missing_ok=name == "loss.png")
+        file.unlink(missing_ok=True)
     if content is not None:
         file.write_bytes(content)
     elif kind == "results that are null":
         summary = json.loads((runs[0] / name).read_text())
         file.write_text(json.dumps(summary | {"test_of_best": None}))
+    elif kind == "a result that is no share":
+        summary = json.loads((runs[0] / name).read_text())
+        summary["test_of_best"]["pgd10"]["accuracy"] = 52.1
+        file.write_text(json.dumps(summary))
     elif kind == "a picture that is a folder":
         file.mkdir()
     elif kind == "a picture that is not there":
@@ -291,7 +313,8 @@ def test_the_command(runs: tuple[Path, Path], tmp_path: Path, cli: Any) -> None:
     outcome = cli("report", str(runs[0]), "--out", str(tmp_path / "new" / "report.html"))
     assert outcome.code == 0, outcome.err
     assert f"Written: {tmp_path / 'new' / 'report.html'}" in outcome.out
-    assert Page(tmp_path / "new" / "report.html").headings[0].startswith("at on folder, resnet8")
+    headings = Page(tmp_path / "new" / "report.html").headings
+    assert any(heading.startswith("at on folder, resnet8") for heading in headings)
     (tmp_path / "file").write_text("")
     outcome = cli("report", str(runs[0]), "--out", str(tmp_path / "file" / "report.html"))
     assert outcome.code == 2

@@ -35,7 +35,7 @@ from engine.system import precision
 from engine.system.distributed import World
 from tests.runs.helpers import Listener
 
-_CLOCKS = ("seconds", "images_per_second", "share_of_peak")
+_CLOCKS = ("seconds", "images_per_second", "share_of_peak", "peak_memory")
 
 
 class StopAt(Reporter):
