@@ -117,7 +117,7 @@ def _matrix(title: str, counts_CC: Tensor, names: Sequence[str]) -> Figure:
     axes.grid(visible=False)
     if len(names) <= _MOST_COUNTS:
         _write_counts(axes, counts_CC, shares_CC)
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, label="share of the images of the true class")
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
     in_percent(bar.ax.yaxis)
     bar.ax.grid(visible=False)
     figure.suptitle(title, fontsize=10)
@@ -147,15 +147,15 @@ def _most_frequent(title: str, counts_CC: Tensor, names: Sequence[str]) -> Figur
         if count
     ]
     told = f"the {len(found)} most frequent of {kinds:,} confusions" if kinds > len(found) else "all confusions"
-    title = f"{title}\n{told}; {wrong:,} images are misclassified"
+    title = f"{title}\n{told}; {wrong:,} images misclassified"
     figure = new_figure(1.4 + 0.24 * max(len(found), 3))
     axes = figure.subplots()
-    bars = axes.barh(range(len(found)), [count for _, count in found], 0.7)
-    axes.bar_label(bars, padding=2, fontsize=8)
+    counts = [count for _, count in found]
+    axes.bar_label(axes.barh(range(len(found)), counts, 0.7), padding=2, fontsize=8)
     texts = [f"{shortened(names[true], 16)} → {shortened(names[taken], 16)}" for (true, taken), _ in found]
     axes.set_yticks(range(len(found)), texts, fontsize=8)
     axes.set(xlabel="images (true class → predicted class)", ylim=(max(len(found), 1) - 0.5, -0.5))
-    axes.margins(x=0.1)
+    axes.set_xlim(0, 1.1 * max([1, *counts]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="y")
     figure.suptitle(wrapped(title), fontsize=10)

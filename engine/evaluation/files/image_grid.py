@@ -53,9 +53,9 @@ class AttackedImage(NamedTuple):
 
 
 def scale_of(images: Sequence[AttackedImage]) -> int:
-    """Largest whole factor, from 1 on, by which no difference of the images leaves [-1/2, 1/2]."""
+    """Largest power of 2, from 1 on, by which no difference of the images leaves [-1/2, 1/2]; 1 for none."""
     largest = max(float((image.x_adv - image.x_nat).abs().max()) for image in images)
-    return max(1, math.floor(0.5 / largest + 1e-4)) if largest > 0 else 1
+    return 2 ** max(0, math.floor(math.log2(0.5 / largest) + 1e-4)) if largest > 0 else 1
 
 
 def grid(title: str, images: Sequence[AttackedImage]) -> Figure:
@@ -157,9 +157,4 @@ def _show(axes: Axes, pixels: Tensor, dots: int, *, averaged: bool) -> None:
 def fallen(images: Sequence[AttackedImage]) -> str:
     """Number of the images that the attack broke, in words."""
     count = sum(image.fell for image in images)
-    which = (
-        "this correctly classified image"
-        if len(images) == 1
-        else f"these {len(images)} correctly classified images"
-    )
-    return f"{count} of {which} fell"
+    return f"chosen among the correctly classified images; {count} of {len(images)} fell"
