@@ -99,7 +99,23 @@ def shortened(text: str, most: int) -> str:
     return f"{line[:ahead]}…{line[len(line) - (most - 1 - ahead) :]}"
 
 
-def wrapped(text: str, most: int = 62) -> str:
+def fitted(text: str, inches: float, size: float, weight: str = "normal") -> str:
+    """A text in one line of at most so many inches in a size in points, shortened where it is longer."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font, measure = FontProperties(size=size, weight=weight), TextToPath()
+    most = len(text)
+    while most > 1:
+        line = shortened(text, most)
+        width, _, _ = measure.get_text_width_height_descent(line, font, ismath=False)
+        if width <= inches * 72:
+            return line
+        most = min(most - 1, int(most * inches * 72 / width) + 1)
+    return shortened(text, most)
+
+
+def wrapped(text: str, most: int = 58) -> str:
     """A title in lines of at most so many characters, each of its own lines by itself."""
     lines = [textwrap.wrap(line, most, break_on_hyphens=False) for line in text.splitlines()]
     return "\n".join(line for of_one in lines for line in of_one)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.common.pictures import WIDTH, in_percent, new_figure, shortened, wrapped
+from engine.common.pictures import WIDTH, fitted, in_percent, new_figure, shortened, wrapped
 from engine.evaluation.results import ClassAccuracy
 from engine.evaluation.statistics.intervals import CONFIDENCE, wilson
 
@@ -25,7 +25,8 @@ _MOST_COUNTS, _MOST_ROWS = 12, 30
 """Classes up to which a matrix has its counts in words, and up to which there is a matrix."""
 _MOST_CONFUSIONS = 20
 _HATCHES = (None, "////", "....")
-_NAME = 22
+_NAME = 1.6
+"""Inches of a name beside bars."""
 
 Series = Mapping[str, Mapping[str, ClassAccuracy]]
 """Accuracies by attack's title and by class."""
@@ -57,7 +58,7 @@ def class_bars(title: str, series: Series) -> Figure:
             error_kw={"elinewidth": 0.8, "capsize": 0, "ecolor": "#1a1a1a"},
         )
     axes.set(xlim=(0, 1), ylim=(len(classes) - 0.5, -0.5), xlabel=f"accuracy, with {CONFIDENCE:.0%} intervals")
-    axes.set_yticks(range(len(classes)), [shortened(name, _NAME) for name in classes])
+    axes.set_yticks(range(len(classes)), [fitted(name, _NAME, 9) for name in classes])
     axes.grid(visible=False, axis="y")
     in_percent(axes.xaxis)
     if told:
@@ -104,8 +105,8 @@ def confusion(title: str, counts_CC: Tensor, names: Sequence[str]) -> Figure:
 
 
 def _matrix(title: str, counts_CC: Tensor, names: Sequence[str]) -> Figure:
-    title, short = wrapped(title), [shortened(name, 14) for name in names]
     size = 8 if len(names) <= _MOST_COUNTS else 6.5
+    title, short = wrapped(title), [fitted(name, _NAME / 2, size) for name in names]
     figure = new_figure(0.75 + 0.17 * (title.count("\n") + 1) + (WIDTH - 1.6))
     axes = figure.subplots()
     sums_C = counts_CC.sum(1, keepdim=True)
@@ -147,14 +148,14 @@ def _most_frequent(title: str, counts_CC: Tensor, names: Sequence[str]) -> Figur
         if count
     ]
     told = f"the {len(found)} most frequent of {kinds:,} confusions" if kinds > len(found) else "all confusions"
-    title = f"{title}\n{told}; {wrong:,} images misclassified"
+    title = f"{title}\n{told} (true → predicted); {wrong:,} images misclassified"
     figure = new_figure(1.4 + 0.24 * max(len(found), 3))
     axes = figure.subplots()
     counts = [count for _, count in found]
     axes.bar_label(axes.barh(range(len(found)), counts, 0.7), padding=2, fontsize=8)
-    texts = [f"{shortened(names[true], 16)} → {shortened(names[taken], 16)}" for (true, taken), _ in found]
-    axes.set_yticks(range(len(found)), texts, fontsize=8)
-    axes.set(xlabel="images (true class → predicted class)", ylim=(max(len(found), 1) - 0.5, -0.5))
+    pairs = [[fitted(names[label], _NAME / 2 + 0.2, 8) for label in pair] for pair, _ in found]
+    axes.set_yticks(range(len(found)), [" → ".join(pair) for pair in pairs], fontsize=8)
+    axes.set(xlabel="images", ylim=(max(len(found), 1) - 0.5, -0.5))
     axes.set_xlim(0, 1.1 * max([1, *counts]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="y")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.common.numbers import ceil_div
-from engine.common.pictures import WIDTH, new_figure, shortened, wrapped
+from engine.common.pictures import WIDTH, fitted, new_figure, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,9 @@ _LARGE = 96  # pixels of a side, from which on an image has a row of its own
 _DOTS = 200  # of an inch of the picture: more pixels are averaged
 _MARGIN, _BETWEEN, _GAP = 0.1, 0.24, 0.05  # inches: around all, between blocks and between the three of a block
 _LINE = 0.15  # inches of a line of text
+_SIZE = 8
+"""Points of the texts of a block."""
+_LETTERS, _SHARE = 0.25, 0.6  # inches before and after the name of a class
 _FELL = "#c04a00"
 
 
@@ -32,10 +35,9 @@ class Guess(NamedTuple):
     name: str
     probability: float
 
-    def text(self, most: int) -> str:
-        """The two in a line of at most so many characters."""
-        share = f", {self.probability:.1%}"
-        return shortened(self.name, most - len(share)) + share
+    def text(self, inches: float) -> str:
+        """The two in a line of at most so many inches."""
+        return f"{fitted(self.name, inches - _SHARE, _SIZE)}, {self.probability:.1%}"
 
 
 class AttackedImage(NamedTuple):
@@ -87,20 +89,20 @@ def grid(title: str, images: Sequence[AttackedImage]) -> Figure:
             axes = page.axes(x, above + _LINE, side, tall)
             _show(axes, pixels, round(side * _DOTS), averaged=number < 2)
             if place < columns:
-                page.write(head, x + side / 2, above - _LINE, size=8, centred=True)
-        _write_classes(page, image, left, above, tall, most=int(block * 14))
+                page.write(head, x + side / 2, above - _LINE, size=_SIZE, centred=True)
+        _write_classes(page, image, left, above, tall, block)
     return figure
 
 
 def _write_classes(
-    page: _Page, image: AttackedImage, left: float, above: float, tall: float, *, most: int
+    page: _Page, image: AttackedImage, left: float, above: float, tall: float, inches: float
 ) -> None:
     """Texts of a block: the true class above, the network's classes below."""
-    page.write(shortened(image.true_name, most - 6), left, above, size=8, weight="bold")
+    page.write(fitted(image.true_name, inches, _SIZE, "bold"), left, above, size=_SIZE, weight="bold")
     below = above + _LINE + tall + 0.03
-    page.write(f"x: {image.before.text(most - 3)}", left, below, size=8)
-    after = "x~: none found" if image.after is None else f"x~: {image.after.text(most - 4)}"
-    page.write(after, left, below + _LINE, size=8, color=_FELL if image.fell else None)
+    page.write(f"x: {image.before.text(inches - _LETTERS)}", left, below, size=_SIZE)
+    after = "x~: none found" if image.after is None else f"x~: {image.after.text(inches - _LETTERS)}"
+    page.write(after, left, below + _LINE, size=_SIZE, color=_FELL if image.fell else None)
 
 
 class _Page:
