@@ -34,6 +34,7 @@ from tests.evaluation.saved import EPSILON, SHORT, trained
 from tests.processes import together
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BALL = {"Linf": 10 / 255, "L2": 0.25}
@@ -60,6 +61,12 @@ def labelled(model: nn.Module, count: int = 30) -> tuple[Tensor, Tensor]:
         labels = model(x).argmax(1)
     labels[::5] = (labels[::5] + 1) % 5
     return x, labels
+
+
+def pixels_of(axes: Axes) -> Tensor:
+    """Values of the picture in axes: an image HWC, or a matrix in which NaN stands for what is not there."""
+    shown: Any = axes.images[0].get_array()
+    return torch.from_numpy(shown.filled(torch.nan).copy())
 
 
 def texts(figure: Figure) -> list[str]:
@@ -263,7 +270,7 @@ def test_the_grid_shows_the_pixels_of_the_images() -> None:
     assert len(figure.axes) == 9
     for place, image in enumerate(images):
         of_block = figure.axes[3 * place : 3 * place + 3]
-        shown = [torch.from_numpy(axes.images[0].get_array().data).permute(2, 0, 1) for axes in of_block]
+        shown = [pixels_of(axes).permute(2, 0, 1) for axes in of_block]
         assert torch.equal(shown[0], image.x_nat)
         assert torch.equal(shown[1], image.x_adv)
         torch.testing.assert_close((shown[2] - 0.5) / 8, image.x_adv - image.x_nat)
@@ -287,11 +294,11 @@ def test_the_factor_is_the_largest_that_keeps_every_sign(difference: float, fact
 
 
 def test_grey_images_are_grey_and_photographs_are_made_smaller() -> None:
-    grey = grid("", [attacked(28, 1)]).axes[0].images[0].get_array().data
+    grey = pixels_of(grid("", [attacked(28, 1)]).axes[0])
     assert grey.shape == (28, 28, 3)
     assert (grey == grey[..., :1]).all()
     photograph = attacked(400)
-    shown = torch.from_numpy(grid("", [photograph]).axes[0].images[0].get_array().data).permute(2, 0, 1)
+    shown = pixels_of(grid("", [photograph]).axes[0]).permute(2, 0, 1)
     assert shown.shape[1] < 400
     torch.testing.assert_close(shown.mean((1, 2)), photograph.x_nat.mean((1, 2)), rtol=0, atol=2e-3)
 
@@ -335,7 +342,7 @@ def test_a_matrix_of_few_classes_has_its_counts(classes: int) -> None:
     axes = figure.axes[0]
     cells = {text.get_position(): int(text.get_text()) for text in axes.texts}
     assert cells == {(col, row): int(counts[row, col]) for row in range(classes) for col in range(classes)}
-    shares = torch.from_numpy(axes.images[0].get_array().filled(torch.nan))
+    shares = pixels_of(axes)
     assert shares[-1].isnan().all()
     if classes > 1:
         torch.testing.assert_close(shares[:-1].sum(1), torch.ones(classes - 1))
@@ -358,7 +365,8 @@ def test_of_200_classes_the_most_frequent_confusions_are_listed() -> None:
     for label in range(25):
         counts[label, label + 30] = 2
     figure = confusion("title", counts, names)
-    bars = [round(bar.get_width()) for bar in figure.axes[0].patches]
+    patches: Any = figure.axes[0].patches
+    bars = [round(bar.get_width()) for bar in patches]
     assert bars == [9, 4] + [2] * 18
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[0] == f"{fitted(names[3], 1, 8)} → {fitted(names[150], 1, 8)}"
@@ -380,8 +388,8 @@ def test_bars_are_the_accuracies_with_their_intervals() -> None:
     assert [bar.get_width() for bar in natural] == [1, 0, 0.35, 0.65]
     assert [bar.get_width() for bar in attack] == [0.25]
     assert round(attack[0].get_y() + attack[0].get_height() / 2) == 2
-    lines = axes.collections[0].get_segments()
-    for segment, count in zip(lines, (20, 0, 7, 13), strict=True):
+    lines: Any = axes.collections[0]
+    for segment, count in zip(lines.get_segments(), (20, 0, 7, 13), strict=True):
         assert segment[:, 0].tolist() == pytest.approx(wilson(count, 20), abs=1e-9)
     assert [label.get_text() for label in axes.get_yticklabels()][:3] == NAMES[:3]
     assert [label.get_text() for label in axes.get_xticklabels()][-1] == "100%"
@@ -453,7 +461,8 @@ def test_an_evaluation_writes_its_pictures_beside_the_report(
         with Image.open(path) as picture:
             assert picture.size[0] == 1000
     opened = evaluation.opened(checkpoint, config, [])
-    data, model = opened.images.test, opened.loaded.module.eval()
+    data: Any = opened.images.test
+    model = opened.loaded.module.eval()
     for attack, images in drawn.items():
         told = entries[attack]["images"]
         assert 0 < len(images) <= 7
