@@ -83,6 +83,13 @@ from engine.common.files import checkpoint_of
     help="Write the images that aa or one of its parts has broken, as safetensors; see `engine verify`.",
 )
 @click.option(
+    "--pictures",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Draw N attacked images of each attack, and the classes; beside the report. [none]",
+)
+@click.option(
     "--robustbench-json",
     type=FILE,
     metavar="FILE",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
@@ -81,5 +84,45 @@ def png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box in a name of a class
+        FigureCanvasAgg(figure).print_png(content)
     return content.getvalue()
+
+
+def shortened(text: str, most: int) -> str:
+    """A text in one line of at most so many characters, the middle left out where it is longer."""
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    ahead = most // 2
+    return f"{line[:ahead]}…{line[len(line) - (most - 1 - ahead) :]}"
+
+
+def fitted(text: str, inches: float, size: float, weight: str = "normal") -> str:
+    """A text in one line of at most so many inches in a size in points, shortened where it is longer."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font, measure = FontProperties(size=size, weight=weight), TextToPath()
+    most = len(text)
+    while most > 1:
+        line = shortened(text, most)
+        width, _, _ = measure.get_text_width_height_descent(line, font, ismath=False)
+        if width <= inches * 72:
+            return line
+        most = min(most - 1, int(most * inches * 72 / width) + 1)
+    return shortened(text, most)
+
+
+def wrapped(text: str, most: int = 58) -> str:
+    """A title in lines of at most so many characters, each of its own lines by itself."""
+    lines = [textwrap.wrap(line, most, break_on_hyphens=False) for line in text.splitlines()]
+    return "\n".join(line for of_one in lines for line in of_one)
+
+
+def in_percent(axis: Axis) -> None:
+    """Let an axis of shares in [0, 1] be labelled in percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -23,6 +23,7 @@ from engine.attacks.parts import most_images
 from engine.attacks.pgd import NORMS
 from engine.common.stopping import RunFailed, Stop
 from engine.evaluation.arguments import check_whole
+from engine.evaluation.files.kept_images import KeptImages
 from engine.evaluation.partial_results import Measured, PartialResults
 from engine.evaluation.results import Result, gradient_warnings
 from engine.pipelines.splits import Indexable
@@ -110,7 +111,10 @@ class _GradientCounts:
 
 @dataclass(frozen=True)
 class BatchRunner:
-    """Runs attacks over batches, of which each process takes every world.size-th. ball: epsilon, threat model."""
+    """Runs attacks over batches, of which each process takes every world.size-th.
+
+    ball: epsilon, threat model. keeps: samples whose attacked images are in the result.
+    """
 
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
     ball: tuple[float, str]
@@ -118,20 +122,22 @@ class BatchRunner:
     stop: Stop
     world: World
     partial: PartialResults | None
+    keeps: Tensor | None = None
 
     def result(self, attack: Attack, sample_N: Tensor, batch_size: int) -> Result:
         """The accuracy under an attack. Raises FloatingPointError and RunFailed as `evaluate` does."""
         batches = torch.split(sample_N, batch_size)
         table = _BatchTable([len(sample_B) for sample_B in batches])
-        world = self.world
+        world, kept = self.world, KeptImages(self.keeps)
         known = {} if self.partial is None else world.broadcast_from_main(lambda: self._known(attack))
+        known = {number: values for number, values in known.items() if not kept.wants(batches[number])}
         if world.is_main:
             for number, values in known.items():
                 table.add(number, Measured(*values))
         left = [number for number in range(len(batches)) if number not in known]
         done, total = sum(table.sizes[number] for number in known), len(sample_N)
         for number in left[world.rank :: world.size]:
-            measured, lost = self._measure(attack, batches[number])
+            measured, lost = self._measure(attack, batches[number], kept)
             table.add(number, measured, lost)
             if lost or not measured.excess <= _SLACK:
                 break
@@ -142,14 +148,15 @@ class BatchRunner:
                 self.on_batch(attack.name, min(done, total), total)
             world.check(self.stop)
         world.barrier(self.stop)
-        return table.gathered(world, attack, sample_N)
+        result = table.gathered(world, attack, sample_N)
+        return replace(result, attacked=kept.gathered(world, self.batch))
 
     def _known(self, attack: Attack) -> dict[int, list[Any]]:
         """Batches on the disk, in plain types for the broadcast."""
         assert self.partial is not None
         return {number: list(measured) for number, measured in self.partial.known(attack.name).items()}
 
-    def _measure(self, attack: Attack, sample_B: Tensor) -> tuple[Measured, int]:
+    def _measure(self, attack: Attack, sample_B: Tensor, kept: KeptImages) -> tuple[Measured, int]:
         """A batch, and how many of its images have logits that are not finite. The device is waited for once."""
         begin = time.perf_counter()
         x_nat, labels_B = self.batch(sample_B)
@@ -160,7 +167,8 @@ class BatchRunner:
             attacked if isinstance(attacked, Outcome) else (attacked, torch.zeros_like(labels_B), 0)
         )
         logits_BC = attack.classifier(x_adv.to(x_nat.dtype))
-        correct_B = logits_BC.argmax(dim=1) == labels_B
+        predicted_B = logits_BC.argmax(dim=1)
+        correct_B = predicted_B == labels_B
         parts = len(attack.parts)
         survived_B = torch.where(correct_B, parts, survived_parts_B.clamp(max=parts - 1))
         values = (
@@ -170,12 +178,15 @@ class BatchRunner:
             gradients.not_finite,
             (correct_B & gradients.hidden_B()).sum(),
         )
-        row = torch.cat((torch.stack([value.double() for value in values]), survived_B.double())).tolist()
+        columns = (torch.stack([value.double() for value in values]), survived_B.double(), predicted_B.double())
+        row = torch.cat(columns).tolist()
+        of_images = [str(int(value)) for value in row[len(values) :]]
+        survived, predicted = of_images[: len(sample_B)], of_images[len(sample_B) :]
         lost, excess, zeros, not_finite, masked = row[: len(values)]
-        survived = "".join(str(int(value)) for value in row[len(values) :])
         seconds = time.perf_counter() - begin
+        kept.add(sample_B, x_adv.to(x_nat.dtype))
         counts = (gradients.entries, int(zeros), int(not_finite), int(masked), flags)
-        return Measured(survived, excess, seconds, *counts), int(lost)
+        return Measured("".join(survived), " ".join(predicted), excess, seconds, *counts), int(lost)
 
 
 class _BatchTable:
@@ -183,15 +194,16 @@ class _BatchTable:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = sizes
-        self._rows = torch.zeros(len(sizes), 1 + len(Measured._fields), dtype=torch.float64)
+        self._rows = torch.zeros(len(sizes), len(Measured._fields), dtype=torch.float64)
         self._survived_N = torch.full((sum(sizes),), -1, dtype=torch.int8)
+        self._predicted_N = torch.full((sum(sizes),), -1)
 
     def add(self, number: int, measured: Measured, lost: int = 0) -> None:
         """Enter a batch."""
-        survived, *others = measured
+        survived, predicted, *others = measured
         self._rows[number] = torch.tensor((1, lost, *others))
-        of_batch_B = self._survived_N.split(list(self.sizes))[number]
-        of_batch_B.copy_(torch.tensor([int(digit) for digit in survived]))
+        for of_all_N, of_batch in ((self._survived_N, survived), (self._predicted_N, predicted.split())):
+            of_all_N.split(list(self.sizes))[number].copy_(torch.tensor([int(each) for each in of_batch]))
 
     def gathered(self, world: World, attack: Attack, sample_N: Tensor) -> Result:
         """The result of all batches of all processes."""
@@ -223,6 +235,7 @@ class _BatchTable:
             },
             samples=sample_N,
             verdicts=survived_N == len(attack.parts),
+            predicted=world.gather(self._predicted_N).amax(0),
         )
         flags = reduce(or_, map(int, sums[-1].tolist()))
         of_parts = complaints(name, flags, dict(zip(attack.parts, survived, strict=True)))

@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from engine.attacks import table
-from engine.attacks.autoattack import PACKAGE, ROUNDED, WHOLE
+from engine.attacks.autoattack import NO_ATTACK, PACKAGE, ROUNDED, WHOLE
 from engine.attacks.kinds import EvaluationAttack, Task
 from engine.common.console import Reporter
 from engine.common.files import code_hash
@@ -19,7 +22,7 @@ from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import reports, robustbench
 from engine.evaluation.batches import size_of_batch
-from engine.evaluation.files import adversarial
+from engine.evaluation.files import adversarial, pictures
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, further, is_chance
@@ -50,6 +53,7 @@ class EvaluationConfig:
     limit, limit_aa: test images, balanced over classes; AutoAttack costs a hundred times the others.
     for_robustbench: refuse, before anything is measured, what is no benchmark of RobustBench's leaderboards.
     save_adversarial: file for the images that AutoAttack or its parts have broken.
+    pictures: images at most of each attack in the pictures beside the report; 0: no pictures.
     weights, normalize: of the file, as in `load_model`. epsilon: in [0, 1], or a fraction such as "8/255".
     """
 
@@ -70,6 +74,7 @@ class EvaluationConfig:
     on_bad_image: str | None = None
     for_robustbench: bool = False
     save_adversarial: str | None = None
+    pictures: int = 0
 
     def as_dict(self, wanted: RunConfig) -> dict[str, Any]:
         """All that is needed to open the same network and images again, for JSON. wanted: of `completed`."""
@@ -133,7 +138,7 @@ def run(
     """
     attacks = table.resolve(config.attacks)
     world = world or World()
-    world.broadcast_from_main(lambda: _check_saving(config, attacks, out))
+    world.broadcast_from_main(lambda: _check_files(config, attacks, out))
     loaded, wanted, images, at = opened(checkpoint, config, attacks, world.local_rank)
     benchmark = _benchmark(images, wanted) if config.for_robustbench else None
     for attack in attacks:
@@ -158,12 +163,13 @@ def run(
     ball = (wanted.attack.epsilon, wanted.attack.threat_model)
     task = Task(network, loaded.num_classes, ball, config.seed, images.class_names)
     reporter.notes([note for attack in attacks for note in attack.notes(task)])
-    subject = _Subject(task, at, images.test, config, identity)
+    method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
+    title = f"{method}{loaded.name}"
+    subject = _Subject(task, at, images.test, config, identity, title)
     measured = _Evaluation(checkpoint, subject, reporter, world).measure(attacks, record, out)
     if loaded.config is None and loaded.normalize is None and (natural := measured.get("natural")):
         _suggest_normalisation(reporter, natural, loaded)
-    method = f"{loaded.config['method']} " if loaded.config and "method" in loaded.config else ""
-    return Report(f"{method}{loaded.name}", measured, out, loaded.sha256, benchmark)
+    return Report(title, measured, out, loaded.sha256, benchmark)
 
 
 class Opened(NamedTuple):
@@ -188,8 +194,11 @@ def opened(
     return Opened(loaded, wanted, images, replace(at, dtype=next(network.parameters()).dtype))
 
 
-def _check_saving(config: EvaluationConfig, attacks: Sequence[EvaluationAttack], out: Path | None) -> None:
-    """Raise ValueError where the images that break cannot be kept as it is asked for."""
+def _check_files(config: EvaluationConfig, attacks: Sequence[EvaluationAttack], out: Path | None) -> None:
+    """Raise ValueError where pictures, or the images that break, cannot be kept as it is asked for."""
+    pictures.check(config.pictures)
+    if config.pictures and out is None:
+        raise ValueError("--pictures: needs a report (`out`), beside which they are")
     if config.save_adversarial is None:
         return
     if out is None:
@@ -239,13 +248,17 @@ def _record(
 
 @dataclass(frozen=True)
 class _Subject:
-    """Network and images of an evaluation. identity: decides the numbers of every attack."""
+    """Network and images of an evaluation.
+
+    identity: decides the numbers of every attack. title: of the network.
+    """
 
     task: Task
     at: precision.Precision
     images: datasets.AnySplit
     config: EvaluationConfig
     identity: Mapping[str, Any]
+    title: str
 
     @property
     def batch_size(self) -> int:
@@ -258,7 +271,15 @@ class _Subject:
 
     def count(self, name: str) -> int:
         """Images that an attack gets. Raises ValueError where the limit is below the number of classes."""
-        return len(limited(self.images.labels, self.limit(name), 0, "--limit-aa"))
+        return len(self.samples(name))
+
+    def samples(self, name: str) -> Tensor:
+        """Indices of the images that an attack gets, as `count` does."""
+        return limited(self.images.labels, self.limit(name), 0, "--limit-aa")
+
+    def shown(self, titles: Mapping[str, str], data: str) -> pictures.Shown:
+        """Subject of pictures. titles: of the attacks by name; data: name of the data set."""
+        return pictures.Shown(self.title, data, titles, self.task, self.images, self.batch_size)
 
     def parameters(self, attack: EvaluationAttack) -> dict[str, Any]:
         """Everything that decides an attack's result: equal parameters, equal results."""
@@ -295,7 +316,7 @@ class _Evaluation:
         """Results of the attacks, and of further ones that prove necessary; added to the report."""
         subject, world = self.subject, self.world
         if out is None:
-            return {name: result.as_dict() for name, result in self._measured(attacks, None).items()}
+            return {name: result.as_dict() for name, result in self._measured(attacks, None)[0].items()}
         every = {attack.name: attack for attack in (table.find(UNMASKED), *attacks)}
         parameters = {name: subject.parameters(attack) for name, attack in every.items()}
         folder = reports.notes_of(out)
@@ -305,7 +326,7 @@ class _Evaluation:
         try:
             if others := self.world.broadcast_from_main(lambda: _prepared(out, partial)):
                 self.reporter.message(f"Note: {folder} has notes of {others} attacks with other settings as well")
-            results = self._measured(attacks, partial)
+            results, chosen = self._measured(attacks, partial)
             found = {name: result.as_dict() for name, result in results.items()}
             entries = [{**record, **result, "parameters": parameters[name]} for name, result in found.items()]
             for line in self.world.broadcast_from_main(lambda: self._written(out, entries, results)):
@@ -313,7 +334,27 @@ class _Evaluation:
             done = True
         finally:
             partial.release(done=done)
+        if subject.config.pictures:
+            titles = {name: every[name].title_of(result.parts) for name, result in results.items()}
+            shown = subject.shown(titles, record["data"]["name"])
+            self._draw(shown, results, parameters, chosen, pictures.folder_of(out))
         return found
+
+    def _draw(
+        self,
+        shown: pictures.Shown,
+        results: Mapping[str, Result],
+        parameters: Mapping[str, Any],
+        chosen: Tensor,
+        folder: Path,
+    ) -> None:
+        """Write the pictures of the results."""
+        if not len(chosen):
+            self.reporter.message(f"Note: {self.checkpoint}: no image is classified correctly, so none is shown")
+        written = self.world.broadcast_from_main(
+            lambda: pictures.write(folder, shown, results, parameters, chosen)
+        )
+        self.reporter.message(f"Written: {len(written)} pictures in {folder}")
 
     def _written(self, out: Path, entries: list[dict[str, Any]], results: Mapping[str, Result]) -> list[str]:
         """Lines about the report, after it and the adversarial images are written: both or neither."""
@@ -331,14 +372,21 @@ class _Evaluation:
             path.unlink()
             raise
 
-    def _measured(self, attacks: Sequence[EvaluationAttack], partial: PartialResults | None) -> dict[str, Result]:
+    def _measured(
+        self, attacks: Sequence[EvaluationAttack], partial: PartialResults | None
+    ) -> tuple[dict[str, Result], Tensor]:
+        """Results by attack, and the samples of which each has the attacked image."""
         found: dict[str, Result] = {}
         stopping = graceful_stop(self.reporter.message, launched=is_launched())
         with stopping as stop, self.world.collective_errors(stop), precision.deterministic():
+            natural, chosen = self._chosen(attacks, stop, partial)
             waiting = list(attacks)
             while waiting:
                 attack = waiting.pop(0)
-                found |= self._attacked(attack, stop, partial)
+                if attack.name not in natural:
+                    found |= self._attacked(attack, stop, partial, chosen)
+                else:
+                    found |= natural
                 for warning in found[attack.name].warnings:
                     self.reporter.message(f"Warning: {self.checkpoint}: {warning}")
                 if not waiting and (waiting := [table.find(name) for name in further(found)]):
@@ -346,9 +394,23 @@ class _Evaluation:
                     self.reporter.message(
                         f"Warning: {self.checkpoint}: gradients were zero, so {needed} is measured too"
                     )
-        return found
+        return found, chosen
 
-    def _attacked(self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None) -> dict[str, Result]:
+    def _chosen(
+        self, attacks: Sequence[EvaluationAttack], stop: Stop, partial: PartialResults | None
+    ) -> tuple[dict[str, Result], Tensor]:
+        """The natural result, by its name, where it decides which images are shown; and these."""
+        subject, count = self.subject, self.subject.config.pictures
+        if not count:
+            return {}, torch.empty(0, dtype=torch.int64)
+        asked = any(attack.name == NO_ATTACK for attack in attacks)
+        natural = self._attacked(table.find(NO_ATTACK), stop, partial if asked else None, None)
+        samples = [subject.samples(attack.name) for attack in attacks]
+        return natural, pictures.choose(natural[NO_ATTACK], subject.images.labels, count, samples)
+
+    def _attacked(
+        self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None, chosen: Tensor | None
+    ) -> dict[str, Result]:
         """The result of one attack, by its name, with a line of progress."""
         subject = self.subject
         task = subject.task
@@ -368,7 +430,8 @@ class _Evaluation:
                 stop=stop,
                 world=self.world,
                 partial=partial,
-                keeps_images=subject.config.save_adversarial is not None,
+                keeps_images=partial is not None and subject.config.save_adversarial is not None,
+                keeps=chosen,
             )
         except FloatingPointError as error:
             raise RunFailed(f"{self.checkpoint}: {error}") from None

@@ -71,6 +71,7 @@ def evaluate(
     partial: PartialResults | None = None,
     precision: Precision | None = None,
     keeps_images: bool = False,
+    keeps: Tensor | None = None,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -89,6 +90,8 @@ def evaluate(
     without autocast and TF32.
     keeps_images: of AutoAttack and its parts the images that broke are in the main process's results (`hits`);
     until then they lie beside the notes of partial, which is needed for it.
+    keeps: indices in data, of those that are evaluated, whose images as attacked are in the results (`attacked`),
+    in that order; of an image that AutoAttack has not broken the image as it is.
 
     Runs in eval mode. Attacks differentiate the model in the form of `prepared`, on a CPU with Winograd's
     convolutions. The model itself classifies, unless a precision is given, and a function gets it too. Every mode
@@ -109,6 +112,8 @@ def evaluate(
     if keeps_images and partial is None:
         raise ValueError("keeps_images: the images are kept beside the notes of partial, which is not given")
     sample_N = limited(labels_N, limit, 0, "limit")
+    if keeps is not None and not torch.isin(keeps, sample_N).all():
+        raise ValueError("keeps: only images that are evaluated can be kept")
     where, dtype = check_place(model, device)
     world, ball = world or World(), (epsilon, threat_model)
 
@@ -116,7 +121,7 @@ def evaluate(
         return batch_of(images_N, labels_N, sample_B, where, dtype)
 
     with undisturbed(model, where, precision):
-        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial)
+        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial, keeps)
         first = batch(sample_N[:1])[0]
         size = size_of_batch(batch_size, where, *first.shape[2:])
         num_classes = count_classes(model, first, labels_N)
@@ -132,7 +137,7 @@ def evaluate(
             else _made(attack, as_run if attack.takes_any_form else task, classifier, about)
             for attack in chosen
         ]
-        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images)
+        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images, keeps)
         results = {
             attack.name: whole.result(attack, sample_N, size)
             if isinstance(attack, SetAttack)
@@ -140,7 +145,13 @@ def evaluate(
             for attack in wanted
         }
     names = _class_names(data)
-    return {name: replace(each, per_class=per_class(each, labels_N, names)) for name, each in results.items()}
+    return {name: _with_labels(each, labels_N, names) for name, each in results.items()}
+
+
+def _with_labels(result: Result, labels_N: Tensor, names: tuple[str, ...] | None) -> Result:
+    """The result with what the labels tell: accuracies by class, and the class of images that kept it."""
+    predicted = torch.where(result.verdicts, labels_N[result.samples], result.predicted)
+    return replace(result, per_class=per_class(result, labels_N, names), predicted=predicted)
 
 
 def _class_names(data: Data) -> tuple[str, ...] | None:

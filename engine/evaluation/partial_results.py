@@ -26,12 +26,14 @@ _LENGTH, _DIGEST = 8, 32
 class Measured(NamedTuple):
     """One batch under one attack.
 
-    survived: a digit for each image, the parts of the attack it survived. excess: distance of the farthest image
-    from the ball and from [0, 1]. entries, zeros, not_finite: of the gradients. masked: images that kept their
-    class although their gradient was mostly zero. flags: a bit for each of AutoAttack's checks.
+    survived: a digit for each image, the parts of the attack it survived. predicted: the classes of the attacked
+    images, numbers between spaces. excess: distance of the farthest image from the ball and from [0, 1].
+    entries, zeros, not_finite: of the gradients. masked: images that kept their class although their gradient was
+    mostly zero. flags: a bit for each of AutoAttack's checks.
     """
 
     survived: str
+    predicted: str
     excess: float
     seconds: float
     entries: int
@@ -68,8 +70,9 @@ class PartialResults:
         return sum(path.name not in mine for path in self._root.iterdir())
 
     def known(self, attack: str) -> dict[int, Measured]:
-        """Results of all processes, by number of the batch."""
-        return {note.pop("batch"): Measured(**note) for note in self.notes(attack)}
+        """Results of all processes, by number of the batch. Notes of another form are left out."""
+        whole = [note for note in self.notes(attack) if note.keys() == {"batch", *Measured._fields}]
+        return {note.pop("batch"): Measured(**note) for note in whole}
 
     def notes(self, attack: str) -> list[dict[str, Any]]:
         """All notes of all processes. Lines that were cut off are left out."""

@@ -69,6 +69,8 @@ class Result:
     that have found something. warnings: what makes the accuracy doubtful. hits: where they were asked for, in the
     main process.
     samples: ascending indices in the data, int64 (n,). verdicts: True if classified correctly, bool (n,).
+    predicted: classes that the network gives the attacked images, int64 (n,), -1 where not known; of an image that
+    AutoAttack has not broken the label. attacked: of samples that were asked for, (K, C, H, W), else None.
     """
 
     attack: str
@@ -87,6 +89,8 @@ class Result:
     hits: Hits | None = field(default=None, repr=False, compare=False)
     samples: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False, compare=False)
     verdicts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), repr=False, compare=False)
+    predicted: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False, compare=False)
+    attacked: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def accuracy(self) -> float:
@@ -99,14 +103,20 @@ class Result:
         return self.masked is not None and self.masked > MOST_MASKED
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers but those of each sample, for JSON."""
+        """All numbers, for JSON. images: of each sample its index, verdict and class, null where not known."""
         numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
         numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
         numbers |= {"zero_gradients": self.zero_gradients, "non_finite_gradients": self.non_finite_gradients}
         numbers |= {"masked": self.masked, "parts": dict(self.parts)}
         numbers |= {"flags": list(self.flags), "warnings": list(self.warnings)}
         numbers |= {"per_class": {name: of_class._asdict() for name, of_class in self.per_class.items()}}
-        return numbers | {"details": {part: detail._asdict() for part, detail in self.details.items()}}
+        numbers |= {"details": {part: detail._asdict() for part, detail in self.details.items()}}
+        images = {
+            "samples": self.samples.tolist(),
+            "correct": "".join("01"[int(verdict)] for verdict in self.verdicts),
+            "predicted": [None if label < 0 else label for label in self.predicted.tolist()],
+        }
+        return numbers | {"images": images}
 
 
 def per_class(result: Result, labels_N: Tensor, names: Sequence[str] | None) -> dict[str, ClassAccuracy]:

@@ -18,7 +18,8 @@ from engine.attacks.auto.search import PassCount
 from engine.attacks.auto.standard import AttackBatch, AutoAttack
 from engine.attacks.autoattack import complaints, raised
 from engine.common.stopping import Stop
-from engine.evaluation.files.hits import Hit, HitNotes, in_parts, judged
+from engine.evaluation.files.hits import Hit, HitNotes, classified, in_parts, judged, rows_of_note
+from engine.evaluation.files.kept_images import KeptImages
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import Hits, PartResult, Result
 from engine.system.distributed import World
@@ -41,7 +42,7 @@ class SetRunner:
     """Runs AutoAttack on images, of which each process takes every world.size-th of those that are left.
 
     batch: images and labels of samples, on the device. keeps_images: the images that broke are kept on the disk,
-    and are in the result. The others are as of `BatchRunner`.
+    and are in the result; keeps: samples whose attacked images are. The others are as of `BatchRunner`.
     """
 
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +51,7 @@ class SetRunner:
     world: World
     partial: PartialResults | None
     keeps_images: bool = False
+    keeps: Tensor | None = None
 
     def hit_notes(self, attack: SetAttack) -> HitNotes | None:
         """The place of the images that broke, where they are kept."""
@@ -58,22 +60,25 @@ class SetRunner:
     def result(self, attack: SetAttack, sample_N: Tensor, size: int) -> Result:
         """The accuracy under an attack. Raises FloatingPointError where logits are not finite."""
         table = _Table(attack.parts, len(sample_N))
-        partial, world = self.partial, self.world
+        partial, world, kept = self.partial, self.world, KeptImages(self.keeps)
+        again = {place for place, sample in enumerate(sample_N.tolist()) if sample in kept}
         if partial is not None:
             for note in world.broadcast_from_main(lambda: self._notes(attack, partial)):
-                table.enter(_Note(**note), mine=world.is_main)
-        share = _Share(self, attack, sample_N, table, table.unfinished()[world.rank :: world.size])
+                rows = [row for row, place in enumerate(note["images"]) if place not in again]
+                table.enter(_Note(**rows_of_note(note, rows)), mine=world.is_main)
+        share = _Share(self, attack, sample_N, table, kept)
         try:
-            share.attack_all(size)
+            share.attack_all(table.unfinished()[world.rank :: world.size], size)
         finally:
             share.flush()
         world.barrier(self.stop)
-        result = table.gathered(world, attack, sample_N)
+        result = replace(table.gathered(world, attack, sample_N), attacked=kept.gathered(world, self.batch))
         return replace(result, hits=self._hits(attack, sample_N, table, size))
 
     def _notes(self, attack: SetAttack, partial: PartialResults) -> list[dict[str, Any]]:
-        notes, kept = partial.notes(attack.name), self.hit_notes(attack)
-        return notes if kept is None else kept.with_images(notes)
+        whole = [note for note in partial.notes(attack.name) if note.keys() == set(_Note._fields)]
+        kept = self.hit_notes(attack)
+        return whole if kept is None else kept.with_images(whole)
 
     def _hits(self, attack: SetAttack, sample_N: Tensor, table: _Table, size: int) -> Hits | None:
         """The images that broke, of which each process judges its share. None in others than the main one."""
@@ -107,12 +112,14 @@ class SetRunner:
 class _Note(NamedTuple):
     """Results of a part for some images, by their places in the set. stood: a digit for each, 1 if it stood.
 
+    predicted: the classes of the images that broke, -1 for those that stood and where it is not known.
     seconds: that went by since the note before. flags: of `AutoAttack` until then.
     """
 
     part: int
     images: list[int]
     stood: str
+    predicted: list[int]
     forward: list[int]
     backward: list[int]
     seconds: float
@@ -124,6 +131,7 @@ class _Table:
 
     def __init__(self, parts: Sequence[str], count: int) -> None:
         self._status_PN = torch.full((len(parts), count), _WAITS, dtype=torch.int8)
+        self._predicted_N = torch.full((count,), -1)
         self._passes_PN2 = torch.zeros(len(parts), count, 2, dtype=torch.int64)
         self._seconds_P = torch.zeros(len(parts), dtype=torch.float64)
         self._flags = 0
@@ -132,6 +140,8 @@ class _Table:
         """Add a note. mine: its seconds are to be counted by this process."""
         status_R = torch.tensor([_STOOD if digit == "1" else _FELL for digit in note.stood], dtype=torch.int8)
         self._status_PN[note.part, note.images] = status_R
+        fell_R, predicted_R = status_R == _FELL, torch.tensor(note.predicted, dtype=torch.int64)
+        self._predicted_N[torch.tensor(note.images, dtype=torch.int64)[fell_R]] = predicted_R[fell_R]
         self._passes_PN2[note.part, note.images] = torch.tensor([note.forward, note.backward], dtype=torch.int64).T
         self._seconds_P[note.part] += note.seconds * mine
         self._flags |= note.flags
@@ -187,6 +197,7 @@ class _Table:
             warnings=tuple(complaints(attack.name, flags, stood)),
             samples=sample_N,
             verdicts=status_PN[-1] == _STOOD,
+            predicted=world.gather(self._predicted_N).amax(0),
         )
 
 
@@ -194,26 +205,26 @@ class _Share:
     """The images that this process attacks."""
 
     def __init__(
-        self, runner: SetRunner, attack: SetAttack, sample_N: Tensor, table: _Table, images: list[int]
+        self, runner: SetRunner, attack: SetAttack, sample_N: Tensor, table: _Table, kept: KeptImages
     ) -> None:
         self._runner, self._attack, self._table = runner, attack, table
-        self._sample_N, self._images = sample_N, images
+        self._sample_N, self._kept = sample_N, kept
         self._targets: dict[int, Tensor] = {}
         self._part = 0
         self._fresh: list[ImageOutcome] = []
         self._begin = time.perf_counter()
 
-    def attack_all(self, size: int) -> None:
+    def attack_all(self, images: list[int], size: int) -> None:
         """Attack them with all parts."""
         auto = self._attack.attack
-        if self._images:
-            auto.check(self._batch(self._images[:size])[0])
-        for images in in_parts(self._images, size, self._runner.world.heartbeat):
-            self._look(images)
+        if images:
+            auto.check(self._batch(images[:size])[0])
+        for some in in_parts(images, size, self._runner.world.heartbeat):
+            self._look(some)
         for part in range(1, len(self._attack.parts)):
             self.flush()
             self._part = part
-            name, waiting = self._attack.parts[part], self._table.waiting(part, self._images)
+            name, waiting = self._attack.parts[part], self._table.waiting(part, images)
             for outcome in auto.run(name, waiting, self._with_targets, size, self._check):
                 self._add(outcome)
 
@@ -224,6 +235,7 @@ class _Share:
             self._part,
             [found.image for found in self._fresh],
             "".join(str(int(found.x_adv is None)) for found in self._fresh),
+            self._classes(),
             [found.passes.forward for found in self._fresh],
             [found.passes.backward for found in self._fresh],
             now - self._begin,
@@ -237,6 +249,21 @@ class _Share:
         if self._runner.on_batch is not None:
             n = len(self._sample_N)
             self._runner.on_batch(self._attack.name, int(n * self._table.share_done()), n)
+
+    def _classes(self) -> list[int]:
+        """Classes of the images that broke since the last time, -1 for others.
+
+        It is -1 also where the network gives the label in this batch: which class it gave is not known then.
+        """
+        classes = [-1] * len(self._fresh)
+        rows = [row for row, found in enumerate(self._fresh) if found.x_adv is not None]
+        if rows:
+            images = torch.stack([x_adv for found in self._fresh if (x_adv := found.x_adv) is not None])
+            labels_R = self._batch([self._fresh[row].image for row in rows])[1]
+            predicted_R, _ = classified(self._attack.attack.network, images)
+            for row, predicted in zip(rows, predicted_R.where(predicted_R != labels_R, -1).tolist(), strict=True):
+                classes[row] = predicted
+        return classes
 
     def _keep_images(self) -> None:
         """Put the images that broke on the disk, before their notes: whoever finds a note finds its images."""
@@ -266,6 +293,8 @@ class _Share:
 
     def _add(self, outcome: ImageOutcome) -> None:
         self._fresh.append(outcome)
+        if outcome.x_adv is not None:
+            self._kept.add(self._sample_N[outcome.image].reshape(1), outcome.x_adv[None])
         if time.perf_counter() - self._begin > _SECONDS_BETWEEN_NOTES:
             self.flush()
 

@@ -222,6 +222,11 @@ def test_a_result_is_frozen_and_goes_into_json() -> None:
             for label in labels.unique().tolist()
         },
         "details": {},
+        "images": {
+            "samples": list(range(24)),
+            "correct": "".join("1" if verdict else "0" for verdict in result.verdicts),
+            "predicted": result.predicted.tolist(),
+        },
     }
     assert result.seconds > 0
     with pytest.raises(FrozenInstanceError):

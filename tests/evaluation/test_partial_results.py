@@ -17,7 +17,7 @@ from engine.common.stopping import RunFailed
 from engine.evaluation.measure import Result, evaluate
 from engine.evaluation.partial_results import Measured, PartialResults
 
-A, B = (Measured(survived, -0.25, 1.5, 10, 3, 0, 1, 0) for survived in ("1101", "0000"))
+A, B = (Measured(survived, "3 0 7 2", -0.25, 1.5, 10, 3, 0, 1, 0) for survived in ("1101", "0000"))
 
 
 def partial(root: Path, identity: str = "these") -> PartialResults:

@@ -97,7 +97,7 @@ def test_both_files_are_written_and_no_other_is_replaced(
     assert json.loads((folder / "teachers.json").read_text()) == json.loads(json.dumps(report))
     assert report["candidates"][0]["label"] == "run $x^$"
     with Image.open(folder / "teachers.png") as picture:
-        assert picture.width == 1500
+        assert picture.width == 1000
     assert sorted(path.name for path in folder.iterdir()) == ["teachers.json", "teachers.png"]
     (folder / "teachers.json").unlink()
     with pytest.raises(ValueError, match=r"--out: .*teachers\.png exists already"):

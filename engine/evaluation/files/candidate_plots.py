@@ -2,61 +2,70 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engine.common.pictures import in_percent, new_figure, png, shortened, style, wrapped
 from engine.evaluation.candidates import MEASURES
+from engine.evaluation.statistics.intervals import CONFIDENCE
 from engine.training.telemetry import CASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _ACCURACIES = {
-    "natural": ("on x", "tab:blue"),
-    "transfer": ("on x~", "tab:orange"),
-    "robust": ("on x^", "tab:red"),
-    "reliability": ("mean of x~ and x^", "tab:gray"),
+    "natural": ("on x", "#0072b2"),
+    "transfer": ("on x~", "#e69f00"),
+    "robust": ("on x^", "#d55e00"),
+    "reliability": ("mean of x~ and x^", "#808080"),
 }
-_CASES = dict(zip(CASES, ("tab:green", "gold", "tab:red", "tab:purple"), strict=True))
-_ABOVE = 36
+_CASES = dict(zip(CASES, ("#009e73", "#e69f00", "#d55e00", "#cc79a7"), strict=True))
+_ABOVE = 34
 """Room for a legend above a plot, in points."""
 _BAND = 0.8
 """Height of a candidate's bars, in rows."""
+_NAME = 16
+_PANEL = 1.6
+"""Inches of a panel beside its rows: title, legend and labels."""
 
 Entries = Sequence[Mapping[str, Any]]
 
 
 def picture(report: Mapping[str, Any]) -> bytes:
     """PNG of a report of `engine teachers`, a row for each candidate, the best first."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with style():
+        return png(_figure(report))
 
+
+def _figure(report: Mapping[str, Any]) -> Figure:
+    """Figure of three panels, one below the other."""
     entries = report["candidates"]
-    figure = Figure(figsize=(15, 2.4 + 1.25 * len(entries)), layout="constrained")
-    grid = figure.add_gridspec(len(entries), 3)
-    accuracies, cases = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
-    _draw_accuracies(accuracies, entries)
-    _draw_cases(cases, entries)
-    for axes in (accuracies, cases):
-        axes.set(xlim=(0, 1), ylim=(len(entries) - 0.5, -0.5), xlabel="share of images")  # the first at the top
-        axes.grid(axis="x", alpha=0.3)
-    names = [f"{entry['rank']}  {entry['label']}\n{entry['model']}" for entry in entries]
-    accuracies.set_yticks(range(len(entries)), names, parse_math=False)
-    cases.set_yticks(range(len(entries)), [str(entry["rank"]) for entry in entries])
-    histograms = [figure.add_subplot(grid[row, 2]) for row in range(len(entries))]
-    _draw_alpha(histograms, entries)
     data, student = report["data"], report["student"]
-    figure.suptitle(
+    title = wrapped(
         f"Candidate teachers on {data['n']:,} {data['split']} images of {data['name']}, by {report['sort_by']}\n"
         f"{report['attack']['description']}\n"
         f"x~ is crafted on the student ({student['model']}: natural {student['natural']:.1%}, on x~ "
         f"{student['adversarial']:.1%}), x^ on each candidate; alpha = P_T(x~ | y)^{report['beta']:g}",
-        fontsize=10,
+        most=70,
     )
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    return content.getvalue()
+    heights = [_PANEL + 0.75 * len(entries), _PANEL + 0.4 * len(entries), 0.9 + 0.8 * len(entries)]
+    figure = new_figure(sum(heights) + 0.2 * (title.count("\n") + 1))
+    panels = figure.add_gridspec(3, 1, height_ratios=heights)
+    accuracies, cases = figure.add_subplot(panels[0]), figure.add_subplot(panels[1])
+    _draw_accuracies(accuracies, entries)
+    _draw_cases(cases, entries)
+    names = [f"{entry['rank']}  {shortened(entry['label'], _NAME)}" for entry in entries]
+    models = [f"{name}\n{shortened(entry['model'], _NAME)}" for name, entry in zip(names, entries, strict=True)]
+    for axes, texts in ((accuracies, models), (cases, names)):
+        axes.set(xlim=(0, 1), ylim=(len(entries) - 0.5, -0.5))  # the first at the top
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(len(entries)), texts)
+        in_percent(axes.xaxis)
+    below = panels[2].subgridspec(len(entries), 1)
+    _draw_alpha([figure.add_subplot(below[row]) for row in range(len(entries))], entries)
+    figure.suptitle(title, fontsize=9)
+    return figure
 
 
 def _draw_accuracies(axes: Axes, entries: Entries) -> None:
@@ -71,7 +80,7 @@ def _draw_accuracies(axes: Axes, entries: Entries) -> None:
         rows = [row + (position + 0.5) * height - _BAND / 2 for row in range(len(entries))]
         label = f"{MEASURES[name].title}, {images}"
         axes.barh(rows, values, height, xerr=errors, color=color, label=label, error_kw={"capsize": 2})
-    _finish(axes, "Accuracies, with 95 % intervals")
+    _finish(axes, f"Accuracies, with {CONFIDENCE:.0%} intervals")
 
 
 def _draw_cases(axes: Axes, entries: Entries) -> None:
@@ -84,7 +93,9 @@ def _draw_cases(axes: Axes, entries: Entries) -> None:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, pad=_ABOVE)
+    """Title, and between it and the axes the legend."""
+    axes.set_title(title, pad=_ABOVE, fontsize=10)
+    axes.set_xlabel("share of images")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
 
 
@@ -92,9 +103,10 @@ def _draw_alpha(all_axes: Sequence[Axes], entries: Entries) -> None:
     highest = max(max(entry["alpha_histogram"]) for entry in entries)
     for axes, entry in zip(all_axes, entries, strict=True):
         shares = entry["alpha_histogram"]
-        axes.stairs(shares, [index / len(shares) for index in range(len(shares) + 1)], fill=True, color="tab:blue")
-        axes.axvline(entry["measures"]["alpha"]["value"], color="black", linestyle="--", linewidth=1)
-        axes.set(xlim=(0, 1), ylim=(0, 1.05 * highest), ylabel=f"{entry['rank']}: share")
-        axes.grid(alpha=0.3)
-    all_axes[0].set_title("alpha on x~ (dashed: mean)", pad=_ABOVE)
+        axes.stairs(shares, [index / len(shares) for index in range(len(shares) + 1)], fill=True)
+        axes.axvline(entry["measures"]["alpha"]["value"], color="#1a1a1a", linestyle="--", linewidth=1)
+        axes.set(xlim=(0, 1), ylim=(0, 1.05 * highest), ylabel=str(entry["rank"]))
+        axes.tick_params(labelbottom=axes is all_axes[-1])
+        in_percent(axes.yaxis)
+    all_axes[0].set_title("alpha on x~, share of images (dashed: mean)", fontsize=10)
     all_axes[-1].set_xlabel("alpha")

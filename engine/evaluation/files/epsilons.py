@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.attacks import table
 from engine.attacks.autoattack import NO_ATTACK
 from engine.attacks.pgd import NORMS
+from engine.common import pictures
 from engine.common.console import Reporter
 from engine.common.files import write_atomically
 from engine.common.stopping import RunFailed
 from engine.config import load
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report, Results, run
+from engine.evaluation.statistics.intervals import CONFIDENCE, wilson
 from engine.models.weights import load_model
 from engine.system.distributed import World
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LEVELS = {"Linf": 255, "L2": 1}  # units of the axis in one of images in [0, 1]
 _UNITS = {"Linf": "1/255", "L2": "images in [0, 1]"}
@@ -105,34 +109,46 @@ def picture_of(report: Path) -> Path:
 
 
 def picture(curves: Curves) -> bytes:
-    """PNG of the accuracy over the radius, a line for each attack, all from the accuracy under none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """PNG of the accuracy over the radius, a line with its band for each attack, from the accuracy under none."""
+    with pictures.style():
+        return pictures.png(_figure(curves))
 
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
+
+def _figure(curves: Curves) -> Figure:
+    lines = _lines(curves)
+    figure = pictures.new_figure(3.9 + 0.2 * (len(lines) // 2))
     axes = figure.subplots()
-    for attack, points in points_of(curves).items():
-        axes.plot(*zip(*points, strict=True), marker=".", label=attack)
+    for attack, points in lines.items():
+        radii, accuracies = zip(*[(radius, result["accuracy"]) for radius, result in points], strict=True)
+        low, high = zip(*[wilson(result["correct"], result["n"]) for _, result in points], strict=True)
+        (line,) = axes.plot(radii, accuracies, marker=".", label=pictures.shortened(attack, 40))
+        axes.fill_between(radii, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     norm, unit = NORMS[curves.threat_model].name, _UNITS[curves.threat_model]
-    axes.set_title(f"{curves.title}: accuracy under attack", parse_math=False)
-    axes.set(xlabel=f"epsilon ({norm}, {unit})", ylabel="accuracy")
+    axes.set(xlabel=f"epsilon ({norm}, {unit})", ylabel=f"accuracy, with {CONFIDENCE:.0%} intervals")
     axes.set_ylim(-0.02, 1.02)  # a curve along an edge must be seen
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    return content.getvalue()
+    pictures.in_percent(axes.yaxis)
+    counts = sorted({result["n"] for points in lines.values() for _, result in points})
+    n = " and ".join(f"{count:,}" for count in counts)
+    figure.suptitle(pictures.wrapped(f"{curves.title}: accuracy under attack, n = {n}"), fontsize=11)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 def points_of(curves: Curves) -> dict[str, list[tuple[float, float]]]:
     """(radius in units of the axis, accuracy) by title, from 0 on where the accuracy under no attack is known."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    lines = _lines(curves)
+    return {title: [(radius, result["accuracy"]) for radius, result in points] for title, points in lines.items()}
+
+
+def _lines(curves: Curves) -> dict[str, list[tuple[float, dict[str, Any]]]]:
+    """The results in place of the accuracies of `points_of`."""
+    found: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     every: list[Results] = [report.results for report in curves.reports.values()]
-    natural = [(0.0, results[NO_ATTACK]["accuracy"]) for results in every if NO_ATTACK in results]
+    natural = [(0.0, results[NO_ATTACK]) for results in every if NO_ATTACK in results]
     for radius, report in curves.reports.items():
         for attack, result in report.results.items():
             if attack != NO_ATTACK:
                 line = found.setdefault(table.title(attack, result), [*natural])
-                line.append((radius.value * _LEVELS[curves.threat_model], result["accuracy"]))
+                line.append((radius.value * _LEVELS[curves.threat_model], result))
     return found or {table.title(NO_ATTACK, {}): natural}

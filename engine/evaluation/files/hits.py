@@ -66,13 +66,14 @@ class HitNotes:
 
 
 def _with_images(note: Mapping[str, Any], there: Collection[tuple[int, int]]) -> dict[str, Any]:
-    part = note["part"]
-    rows = [
-        row
-        for row, (image, digit) in enumerate(zip(note["images"], note["stood"], strict=True))
-        if part == 0 or digit == "1" or (part, image) in there
-    ]
-    columns = {name: [note[name][row] for row in rows] for name in ("images", "forward", "backward")}
+    part, images, stood = note["part"], note["images"], note["stood"]
+    rows = [row for row, image in enumerate(images) if part == 0 or stood[row] == "1" or (part, image) in there]
+    return rows_of_note(note, rows)
+
+
+def rows_of_note(note: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """A note of `whole_set` with some of its images alone."""
+    columns = {name: [note[name][row] for row in rows] for name in ("images", "predicted", "forward", "backward")}
     return {**note, **columns, "stood": "".join(note["stood"][row] for row in rows)}
 
 
