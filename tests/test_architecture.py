@@ -119,8 +119,9 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "evaluation",
         "accuracy under attacks",
         (
-            ("dataset_items", "partial_results", "reports", "results", "statistics", "statistics.intervals"),
-            ("files", "files.hits", "files.adversarial"),
+            ("dataset_items", "partial_results", "reports", "results"),
+            ("statistics", "statistics.intervals", "statistics.student_t", "statistics.paired"),
+            ("files", "files.hits", "files.adversarial", "files.verdicts"),
             ("arguments", "batches", "whole_set"),
             ("measure", "candidates", "robustbench"),
             ("files.candidate_plots", "pseudo_labels"),

@@ -99,6 +99,15 @@ class Result:
         return self.masked is not None and self.masked > MOST_MASKED
 
     def as_dict(self) -> dict[str, Any]:
+        """All numbers, and the verdict of each image, for JSON."""
+        return self.numbers() | {"images": self._images()}
+
+    def _images(self) -> dict[str, Any]:
+        """Verdicts in the order of the samples: "1" for an image that is classified correctly, else "0"."""
+        correct = "".join("01"[verdict] for verdict in self.verdicts.tolist())
+        return {"samples": self.samples.tolist(), "correct": correct}
+
+    def numbers(self) -> dict[str, Any]:
         """All numbers but those of each sample, for JSON."""
         numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
         numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
