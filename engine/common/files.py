@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,8 +159,14 @@ def seeds_in(folder: Path) -> dict[int, Path]:
 
 
 def checkpoints_of(name: str) -> list[Path]:
-    """A file, the best checkpoint of a run directory, or those of a group's runs. Raises as `seeds_in`."""
-    return [checkpoint_of(str(path)) for path in seeds_in(Path(name)).values()] or [checkpoint_of(name)]
+    """A file, the best checkpoint of a run directory, or those of a group's runs.
+
+    Raises ValueError as `seeds_in`, and where a run of the group has none yet.
+    """
+    found = [checkpoint_of(str(path)) for path in seeds_in(Path(name)).values()]
+    if absent := [path for path in found if not path.exists()]:
+        raise ValueError(f"{name}: {absent[0]} is not there yet: engine train --resume {shlex.quote(name)}")
+    return found or [checkpoint_of(name)]
 
 
 def cache_dir() -> Path:
