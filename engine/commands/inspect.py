@@ -73,7 +73,7 @@ class Told:
 @click.option("--save-safetensors", type=FILE, metavar="FILE", help="Write a checkpoint's network as safetensors.")
 @import_option
 def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: Any) -> None:
-    """Tell what a checkpoint, a run directory, a group of seeds, a folder, zip or .beton file of images, or an .npz file is.
+    """Tell what a checkpoint, a run, a group of seeds, a folder, zip or .beton file of images, or an .npz file is.
 
     Nothing in it is run.
     """
@@ -278,9 +278,11 @@ def _group(path: Path, runs: Mapping[int, Path]) -> Found:
     facts = {name: getattr(config, name) for name in ("method", "semantics", "dataset", "data", "model", "epochs")}
     facts |= {"seeds": len(rows), "unfinished": unfinished}
     quoted = shlex.quote(str(path))
-    following = (f"engine report {quoted}", f"engine eval {quoted}/seed-*")
-    if unfinished:
-        following = (f"engine train --resume {quoted}",)
+    following = (
+        (f"engine train --resume {quoted}",)
+        if unfinished
+        else (f"engine report {quoted}", f"engine eval {quoted}/seed-*")
+    )
     columns = ("seed", "finished", *(f"best: {name}" for name in _OF_BEST))
     return Found("group of seeds", facts, columns, rows, (), following)
 

@@ -193,16 +193,16 @@ def resume(
     changes: keys that are given anew, see `engine.runs.resuming`. Raises as `train` does, and ValueError where the
     runs differ in more than the seed.
     """
-    _train_group(group, existing(group, changes), places, reporter, profile)
+    _train_group(group, _existing(group, changes), places, reporter, profile)
 
 
-def existing(group: Path, changes: Tree) -> list[_SeedRun]:
+def _existing(group: Path, changes: Tree) -> list[_SeedRun]:
     """The runs of a group, with some keys given anew. Raises ValueError where not the seed alone differs."""
     runs = []
     for seed, path in seeds_in(group).items():
-        run, begun = RunDir.existing(path)
+        directory, begun = RunDir.existing(path)
         wanted = resuming.carried_on(begun, resuming.changed(begun, changes))
-        runs.append(_SeedRun(seed, wanted, PreparedRun(run, changes)))
+        runs.append(_SeedRun(seed, wanted, PreparedRun(directory, changes)))
     first = runs[0]
     for run in runs:
         same = first.config.model_copy(update={"seed": run.seed})

@@ -135,6 +135,8 @@ def _table(rows: Sequence[_Row]) -> Any:
     from rich.table import Column, Table
     from rich.text import Text
 
+    from engine.runs.seeds import mean_and_deviation
+
     of_groups = rows[0].found.only_a is None
     heads = ["attack", "n", "A", "B", "A - B, points", "95 % interval"]
     heads += ["bootstrap, seeds and images"] if of_groups else ["only A", "only B"]
@@ -145,8 +147,8 @@ def _table(rows: Sequence[_Row]) -> Any:
         table.add_row(
             Text(row.match.label),
             f"{found.n:,}",
-            f"{found.accuracy_a:.2%}",
-            f"{found.accuracy_b:.2%}",
+            mean_and_deviation(row.match.verdicts_a.mean(1).tolist()),
+            mean_and_deviation(row.match.verdicts_b.mean(1).tolist()),
             f"{100 * found.difference:+.2f}",
             "not known" if found.interval is None else _points(found.interval),
             *middle,
@@ -176,16 +178,17 @@ def sentence(attack: str, found: Comparison, adjusted: float | None) -> str:
     if (found.seeds_a, found.seeds_b) != (1, 1):
         images += f", {found.seeds_a} and {found.seeds_b} seeds"
     if found.interval is None or adjusted is None:
-        difference = f"A - B is {100 * found.difference:+.2f} points whatever the seed"
-        return f"{attack}: {difference} ({images}), so that no spread, and no interval, is known"
+        difference = f"A - B is {100 * found.difference:+.2f} points whatever the seed ({images})"
+        known = f"the bootstrap over images gives {_points(found.bootstrap)}"
+        return f"{attack}: {difference}: their spread, and an interval over seeds, is not known; {known}"
     if adjusted < 1 - CONFIDENCE:
         low, high = found.interval if found.difference > 0 else (-found.interval[1], -found.interval[0])
         better = "A is better than B" if found.difference > 0 else "B is better than A"
         by = f"{100 * abs(found.difference):.2f} points ({100 * low:.2f} to {100 * high:.2f})"
         return f"{attack}: {better} by {by}, {images}"
-    could = "whatever the difference, it could hardly have been"
+    could = "these images are too few to tell any"
     if found.resolvable is not None:
-        could = f"one of {100 * found.resolvable:.2f} points could have been, with a probability of {POWER:.0%}"
+        could = f"one of {100 * found.resolvable:.2f} points would be, with a probability of {POWER:.0%}"
     between = f"A - B = {100 * found.difference:+.2f}, {_points(found.interval)}"
     return f"{attack}: no difference can be told ({between}, {images}); {could}"
 
@@ -196,7 +199,7 @@ def few_seeds(found: Comparison) -> list[str]:
     if sizes == (1, 1):
         return ["one network each: other seeds of the same trainings may differ by more than the interval tells"]
     return [
-        f"{letter} has {size} seed{'s' * (size > 1)}: fewer than 3 hardly tell their spread"
+        f"{letter} has {size} seed{'s' * (size > 1)}: the spread of fewer than 3 is hardly known"
         for letter, size in zip("AB", sizes, strict=True)
         if size < 3
     ]

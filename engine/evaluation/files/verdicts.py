@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ _OPTIONS = {
     "batch_size": "--batch-size", "seed": "--seed", "image_size": "--image-size", "on_bad_image": "--on-bad-image",
 }  # fmt: skip
 _SUMMARY = "summary.json"  # of a finished run
+_IMPLIES = {"n": ("data", "samples"), "data": ("samples",), "epsilon": ("step_size",)}
+"""Conditions that usually differ where one does: a line tells of the cause alone."""
 _SHOWN = 12  # characters of a hash that tell it apart
 
 
@@ -49,6 +51,9 @@ class Measured:
     def key(self) -> str:
         """The conditions as one text."""
         return json.dumps(self.conditions, sort_keys=True)
+
+
+_ByKey = Mapping[str, Measured]
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,12 @@ def read_subject(name: str) -> Subject:
 def matches(a: Subject, b: Subject) -> tuple[list[Match], list[str]]:
     """Attacks under which both were measured on the same images in the same way, and lines about the others."""
     of_a, of_b = a.common(), b.common()
-    both = {key: (of_a[key][0], *of_b[key][:1]) for key in of_a if key in of_b}
-    labels = _labels({key: first for key, (first, *_) in both.items()})
+    both = [key for key in of_a if key in of_b]
+    labels = _labels({key: of_a[key][0] for key in both})
     found = [Match(labels[key], of_a[key][0].conditions, of_a[key], of_b[key]) for key in both]
     told = [*_of_some_seeds("A", a), *_of_some_seeds("B", b)]
-    left = ([results[0] for key, results in of.items() if key not in both] for of in (of_a, of_b))
-    return found, told + list(_unmatched(*left))
+    first_of_each = ({key: results[0] for key, results in of.items()} for of in (of_a, of_b))
+    return found, [*told, *_unmatched(*first_of_each)]
 
 
 # ---------------------------------------------------------------- reading
@@ -189,8 +194,9 @@ def _of_current_content(report: Path, checkpoint: Path, entries: Sequence[Entry]
 def _measured(report: Path, entry: Entry) -> Measured:
     """A result with its verdicts. Raises ValueError where they do not fit its numbers."""
     images, parameters = entry["images"], entry["parameters"]
-    samples, correct = (images.get("samples"), images.get("correct")) if isinstance(images, dict) else (None, None)
-    fits = (
+    known = images if isinstance(images, dict) else {}
+    samples, correct = known.get("samples"), known.get("correct")
+    if not (
         isinstance(parameters, dict)
         and isinstance(samples, list)
         and isinstance(correct, str)
@@ -198,8 +204,7 @@ def _measured(report: Path, entry: Entry) -> Measured:
         and set(correct) <= {"0", "1"}
         and correct.count("1") == entry.get("correct")
         and len(set(map(str, samples))) == len(samples)
-    )
-    if not fits:
+    ):
         raise ValueError(f"{report} is damaged: the verdicts of {entry['attack']} do not fit its numbers")
     software = {name: parameters[name] for name in _OF_THE_SOFTWARE if name in parameters}
     apart = (*_OF_THE_NETWORK, *_OF_THE_SOFTWARE)
@@ -253,8 +258,8 @@ def _labels(results: Mapping[str, Measured]) -> dict[str, str]:
     labels = {}
     for key, result in results.items():
         same = [other for other in results.values() if other.title == result.title]
-        telling = sorted({name for other in same for name in _differing(result.conditions, other.conditions)})
-        told = ", ".join(f"{name} {_shown(result.conditions.get(name))}" for name in telling)
+        differing = {name for other in same for name in _differing(result.conditions, other.conditions)}
+        told = ", ".join(f"{name} {_shown(result.conditions.get(name))}" for name in sorted(_decisive(differing)))
         labels[key] = f"{result.title} ({told})" if told else result.title
     return labels
 
@@ -263,40 +268,59 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [name for name in (*a, *(name for name in b if name not in a)) if a.get(name) != b.get(name)]
 
 
+def _decisive(names: Collection[str]) -> list[str]:
+    """The names without those that differ because others do."""
+    implied = {each for name in names for each in _IMPLIES.get(name, ())}
+    return [name for name in names if name not in implied]
+
+
 def _of_some_seeds(letter: str, subject: Subject) -> Iterator[str]:
     """A line for each result that some seeds of a group lack."""
-    whole, every = subject.common(), {}
+    whole = subject.common()
+    every: dict[str, Measured] = {}
     for network in subject.networks:
         every |= {key: result for key, result in network.measured.items() if key not in whole}
     for key, result in every.items():
-        those = [str(network.checkpoint) for network in subject.networks if key not in network.measured]
+        lacking = [str(network.checkpoint) for network in subject.networks if key not in network.measured]
         yield (
-            f"{result.attack}: not compared: {len(those)} of {len(subject.networks)} seeds of {letter} lack it as "
-            + (f"the others have it: {', '.join(those[:3])}{', ...' * (len(those) > 3)}")
+            f"{result.attack} ({result.description}): not compared: {len(lacking)} of {len(subject.networks)} seeds "
+            f"of {letter} were not measured so: {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}"
         )
 
 
-def _unmatched(of_a: Sequence[Measured], of_b: Sequence[Measured]) -> Iterator[str]:
+def _unmatched(of_a: _ByKey, of_b: _ByKey) -> Iterator[str]:
     """A line for each result that only one of two subjects has: how it differs from the nearest of the other."""
     told: set[str] = set()
-    for ours in of_a:
-        others = [theirs for theirs in of_b if theirs.attack == ours.attack]
-        if not others:
-            yield f"{ours.attack}: not compared: only A has it{_as(ours)}"
+    for key, ours in of_a.items():
+        if key in of_b:
             continue
-        nearest = min(others, key=lambda theirs: len(_differing(ours.conditions, theirs.conditions)))
-        told.add(nearest.key)
-        yield f"{ours.attack}: not compared: " + "; ".join(
-            f"{name} is {_shown(ours.conditions.get(name))} in A and {_shown(nearest.conditions.get(name))} in B"
-            for name in _differing(ours.conditions, nearest.conditions)
+        others = [theirs for theirs in of_b.values() if theirs.attack == ours.attack]
+        if not others:
+            yield f"{ours.attack}: not compared: only A has it ({ours.description})"
+            continue
+        # One that is not compared either, before one that is.
+        nearest = min(
+            others, key=lambda theirs: (theirs.key in of_a, len(_differing(ours.conditions, theirs.conditions)))
         )
-    for theirs in of_b:
-        if theirs.key not in told:
-            yield f"{theirs.attack}: not compared: only B has it{_as(theirs)}"
+        told.add(nearest.key)
+        yield f"{ours.attack}: not compared: {_difference(ours, nearest)}"
+    for key, theirs in of_b.items():
+        if key in of_a or key in told:
+            continue
+        others = [ours for ours in of_a.values() if ours.attack == theirs.attack]
+        if others:
+            nearest = min(others, key=lambda ours: len(_differing(ours.conditions, theirs.conditions)))
+            yield f"{theirs.attack}: not compared: {_difference(nearest, theirs)}"
+        else:
+            yield f"{theirs.attack}: not compared: only B has it ({theirs.description})"
 
 
-def _as(result: Measured) -> str:
-    return f" ({result.description})" if result.description else ""
+def _difference(a: Measured, b: Measured) -> str:
+    """Conditions that differ, in words."""
+    return "; ".join(
+        f"{name} is {_shown(a.conditions.get(name))} in A and {_shown(b.conditions.get(name))} in B"
+        for name in _decisive(_differing(a.conditions, b.conditions))
+    )
 
 
 def _shown(value: Any) -> str:

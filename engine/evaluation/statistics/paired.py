@@ -45,7 +45,8 @@ class Comparison:
     """Accuracy of A minus that of B on the same n images, in [-1, 1]; of groups, of the mean over their seeds.
 
     test: one of `TESTS`. interval: of the difference, at the level `CONFIDENCE`. p_value: two-sided, of no
-    difference. Both are None where every seed has the same difference, which is not 0: their spread is not known.
+    difference. Where the seeds do not vary, their spread is not known: there is no interval then, and the p-value
+    is 1 for no difference, else None.
     bootstrap: percentiles over images, of groups over seeds and images.
     only_a, only_b: images that A alone, and B alone, classifies correctly; None of groups.
     resolvable: the smallest difference that is told apart with probability `POWER`, as often as the networks
@@ -191,13 +192,7 @@ def _over_seeds(a_SN: Bools, b_SN: Bools, difference: float, level: float, *, pa
     parts = [statistics.variance(sample) / len(sample) for sample in samples]
     error = math.sqrt(sum(parts)) / n
     if not error:
-        known = difference == 0
-        return {
-            "test": name,
-            "interval": (0.0, 0.0) if known else None,
-            "p_value": 1.0 if known else None,
-            "resolvable": None,
-        }
+        return {"test": name, "interval": None, "p_value": None if difference else 1.0, "resolvable": None}
     squares = sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
     df = sum(parts) ** 2 / squares  # Welch and Satterthwaite; of one sample S - 1
     half = student_t.quantile((1 + CONFIDENCE) / 2, df) * error
