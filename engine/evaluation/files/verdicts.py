@@ -283,8 +283,8 @@ def _of_some_seeds(letter: str, subject: Subject) -> Iterator[str]:
     for key, result in every.items():
         lacking = [str(network.checkpoint) for network in subject.networks if key not in network.measured]
         yield (
-            f"{result.attack} ({result.description}): not compared: {len(lacking)} of {len(subject.networks)} seeds "
-            f"of {letter} were not measured so: {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}"
+            f"{result.attack} ({result.description}): not compared: {len(lacking)} of {len(subject.networks)} "
+            f"seeds of {letter} were not measured so: {', '.join(lacking[:3])}{', ...' * (len(lacking) > 3)}"
         )
 
 
