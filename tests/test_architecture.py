@@ -119,11 +119,13 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "evaluation",
         "accuracy under attacks",
         (
-            ("dataset_items", "partial_results", "reports", "results", "statistics", "statistics.intervals"),
+            ("dataset_items", "partial_results", "reports", "results"),
+            ("statistics", "statistics.intervals", "statistics.student_t", "statistics.paired"),
             (
                 "files",
                 "files.hits",
                 "files.adversarial",
+                "files.verdicts",
                 "files.kept_images",
                 "files.image_grid",
                 "files.class_plots",

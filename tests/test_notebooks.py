@@ -17,9 +17,8 @@ def executed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The notebook with its outputs; its kernel speaks over files of the folder, and not over ports."""
     nbclient = pytest.importorskip("nbclient", reason=NOT_INSTALLED)
     pytest.importorskip("ipykernel", reason=NOT_INSTALLED)
-    from jupyter_client.manager import AsyncKernelManager
-
     import nbformat
+    from jupyter_client.manager import AsyncKernelManager
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the other tests, of which some run at the same time

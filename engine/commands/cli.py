@@ -13,6 +13,7 @@ from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.inspect import inspect
 from engine.commands.lists import list_attacks, list_datasets, list_methods, list_models, list_recipes
+from engine.commands.reports.compare import compare_networks
 from engine.commands.reports.report import report
 from engine.commands.reports.verify import verify
 from engine.commands.teachers import rank_teachers
@@ -77,6 +78,7 @@ def _say(message: str) -> None:
         inspect,
         data,
         report,
+        compare_networks,
         doctor,
         list_attacks,
         list_methods,

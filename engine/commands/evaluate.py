@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.commands.options import (
     process_options,
     weights_option,
 )
-from engine.common.files import checkpoint_of
+from engine.common.files import checkpoints_of, seeds_in
 
 
 @click.command("eval")
@@ -112,7 +112,7 @@ def evaluate(
     processes: Processes,
     **options: Any,
 ) -> None:
-    """Attack checkpoints (files, or run directories for their best) on the test images.
+    """Attack checkpoints (files, run directories for their best, or groups of seeds) on the test images.
 
     Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
     goes on where it was.
@@ -128,18 +128,20 @@ def evaluate(
     names = [name.strip() for name in attacks.split(",") if name.strip()]
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
+    files = {name: checkpoints_of(name) for name in checkpoints}
+    every = list(dict.fromkeys(path for paths in files.values() for path in paths))
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    entry = robustbench.asked(robustbench_json, robustbench_info, checkpoints, options["limit_aa"])
+    entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, every)], options["limit_aa"])
     radii = epsilons.asked(options["epsilon"])
-    _check_together(checkpoints, radii, options["save_adversarial"], robustbench_json)
+    _check_together(every, radii, options["save_adversarial"], robustbench_json)
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
         sys.exit(launcher.launch(count, launcher.command(*sys.argv[1:]), None))
 
     folder = None if out is None else Path(out)
-    paths = {path: reports.path_of(path, folder) for path in map(checkpoint_of, checkpoints)}
+    paths = {path: reports.path_of(path, folder) for path in every}
     found, curves = {}, {}
     with distributed.joined(config, processes.timeout) as world:
         reporter = ConsoleReporter() if world.is_main else Reporter()
@@ -148,12 +150,15 @@ def evaluate(
                 curves[path] = epsilons.evaluated(path, wanted, radii, reporter, out=report_path, world=world)
                 continue
             report = evaluate_checkpoint.run(path, wanted, reporter, out=report_path, world=world)
-            found[f"{report.title}  {path}"] = report.results
+            found[path] = report
     if isinstance(reporter, ConsoleReporter):
         for path, each in curves.items():
             print_by_radius(reporter, f"{each.title}  {path}", each.results())
         if found:
-            print_accuracies(reporter, found)
+            print_accuracies(reporter, {f"{each.title}  {path}": each.results for path, each in found.items()})
+        for name, of_group in files.items():
+            if seeds_in(Path(name)) and found:
+                reporter.message(_means(name, [found[path].results for path in of_group]))
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
             if radii:
@@ -163,8 +168,24 @@ def evaluate(
                 reporter.message(line)
 
 
+def _means(group: str, results: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Mean accuracies of a group, in a line; an attack that not all networks needed has none."""
+    from engine.attacks.table import title
+    from engine.runs.seeds import mean_and_deviation
+
+    means = (
+        f"{title(attack, first)} {mean_and_deviation([each[attack]['accuracy'] for each in results])}"
+        for attack, first in results[0].items()
+        if all(attack in each for each in results)
+    )
+    return f"{group}: mean +- standard deviation of {len(results)} seeds: {', '.join(means)}"
+
+
 def _check_together(
-    checkpoints: Sequence[str], radii: Sequence[object], save_adversarial: str | None, robustbench_json: str | None
+    checkpoints: Sequence[Path],
+    radii: Sequence[object],
+    save_adversarial: str | None,
+    robustbench_json: str | None,
 ) -> None:
     """Raise ValueError where options do not fit together."""
     if save_adversarial is not None and len(checkpoints) > 1:

@@ -16,6 +16,7 @@ import click
 
 from engine.commands.completion import FILE, named
 from engine.commands.options import import_option, normalisation_options, weights_option
+from engine.common.files import seeds_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ class Told:
 @click.option("--save-safetensors", type=FILE, metavar="FILE", help="Write a checkpoint's network as safetensors.")
 @import_option
 def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: Any) -> None:
-    """Tell what a checkpoint, a run directory, a folder, zip or .beton file of images, or an .npz file is.
+    """Tell what a checkpoint, a run, a group of seeds, a folder, zip or .beton file of images, or an .npz file is.
 
     Nothing in it is run.
     """
@@ -113,6 +114,8 @@ def _look(path: Path, told: Told) -> Found:
         raise ValueError(f"{path} does not exist")
     if path.is_dir() and (path / "config.yaml").is_file():
         return _run(path, told)
+    if group := seeds_in(path):
+        return _group(path, group)
     if is_beton(path):
         return _beton(path)
     if path.is_dir():
@@ -259,6 +262,29 @@ def _run(path: Path, told: Told) -> Found:
         (f"engine eval {quoted}", f"engine report {quoted}") if summary else (f"engine train --resume {quoted}",)
     )
     return Found("run directory", facts, columns, rows, tuple(notes), following)
+
+
+def _group(path: Path, runs: Mapping[int, Path]) -> Found:
+    """A group of seeds: how far each run is."""
+    from engine.runs.run_directory import RunDir
+
+    rows: list[tuple[Any, ...]] = []
+    for seed, place in runs.items():
+        summary = RunDir(place).read_summary()
+        best = {} if summary is None else summary["best"]
+        rows.append((seed, summary is not None, *(best.get(name) for name in _OF_BEST)))
+    config = RunDir.existing(next(iter(runs.values())))[1]
+    unfinished = sum(not finished for _, finished, *_ in rows)
+    facts = {name: getattr(config, name) for name in ("method", "semantics", "dataset", "data", "model", "epochs")}
+    facts |= {"seeds": len(rows), "unfinished": unfinished}
+    quoted = shlex.quote(str(path))
+    following = (
+        (f"engine train --resume {quoted}",)
+        if unfinished
+        else (f"engine report {quoted}", f"engine eval {quoted}/seed-*")
+    )
+    columns = ("seed", "finished", *(f"best: {name}" for name in _OF_BEST))
+    return Found("group of seeds", facts, columns, rows, (), following)
 
 
 def _beton(path: Path) -> Found:

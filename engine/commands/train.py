@@ -12,6 +12,7 @@ import click
 
 from engine.commands.completion import ASSIGNMENT, CONFIG, RUN
 from engine.commands.options import GroupedCommand, Processes, import_option, imported, option, process_options
+from engine.common.files import seeds_in
 
 if TYPE_CHECKING:
     from engine.config import RunConfig, Tree
@@ -28,7 +29,10 @@ class _Train(GroupedCommand):
 
 @dataclass(frozen=True)
 class _Request:
-    """The configuration to train and how; directory: of a run to go on with, whose keys `changes` gives anew."""
+    """The configuration to train and how; directory: of a run or group to go on with, with `changes` of its keys.
+
+    The configuration of a group is that of its first run.
+    """
 
     config: RunConfig
     changes: Tree
@@ -61,7 +65,7 @@ class _Request:
     type=RUN,
     group="essentials",
     metavar="DIR",
-    help="Continue that run; auto: the one of these settings, if it began.",
+    help="Continue that run or group; auto: the one of these settings, if it began.",
 )
 @import_option
 @process_options
@@ -125,7 +129,7 @@ def train(
         config = _continued(directory, changes)
     again = resume == "auto" or distributed.is_restarted()
     request = _Request(config, changes, directory, again, processes, profile)
-    if wanted is not None:
+    if wanted is not None or (directory is not None and seeds_in(directory)):
         _train_seeds(request, wanted)
     elif not distributed.is_launched() and (count := processes.count(config.device)):
         _launch(request, count)
@@ -137,28 +141,27 @@ def _continued(directory: Path, changes: Tree) -> RunConfig:
     from engine.runs import resuming
     from engine.runs.run_directory import RunDir
 
-    _, begun = RunDir.existing(directory)
+    first = next(iter(seeds_in(directory).values()), directory)
+    _, begun = RunDir.existing(first)
     return resuming.carried_on(begun, resuming.changed(begun, changes))
 
 
-def _train_seeds(request: _Request, wanted: Sequence[int]) -> None:
-    """Train the configuration with each seed, as many at a time as there may be processes."""
+def _train_seeds(request: _Request, wanted: Sequence[int] | None) -> None:
+    """Train with each seed, or go on with a group, as many at a time as there may be processes."""
     from engine.common.console import ConsoleReporter
     from engine.runs import seeds
     from engine.system import distributed
 
     if distributed.is_launched():
         raise ValueError("--seeds starts processes of its own, and none under torchrun; use --gpus or --procs")
-    at_once = min(request.processes.count(request.config.device) or 1, len(wanted))
+    group, reporter = request.directory, ConsoleReporter()
+    runs = len(seeds_in(group) if group is not None else wanted or ())
+    at_once = min(request.processes.count(request.config.device) or 1, runs)
     places = seeds.slots(at_once, gpus=request.processes.gpus is not None)
-    seeds.train(
-        request.config,
-        wanted,
-        places,
-        ConsoleReporter(),
-        again=request.again,
-        profile=request.profile,
-    )
+    if group is not None:
+        seeds.resume(group, request.changes, places, reporter, profile=request.profile)
+    elif wanted is not None:
+        seeds.train(request.config, wanted, places, reporter, again=request.again, profile=request.profile)
 
 
 def _launch(request: _Request, count: int) -> None:
@@ -230,7 +233,9 @@ def _train(request: _Request) -> None:
 def _check_seeds(given: Mapping[str, Any], assignments: Sequence[str], *, begins: bool) -> None:
     """Refuse what contradicts --seeds."""
     if not begins:
-        raise ValueError("--resume DIR and --seeds exclude each other: --resume auto continues all of them")
+        raise ValueError(
+            "--resume DIR and --seeds exclude each other: --resume auto takes seeds, and a group knows its own"
+        )
     if "seed" in given:
         raise ValueError("--seed and --seeds exclude each other")
     if any(text.partition("=")[0].strip() == "seed" for text in assignments):

@@ -9,13 +9,19 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _HALF_WRITTEN = ".tmp"
+_CONFIG = "config.yaml"  # in every run directory
+_SEED = re.compile(r"seed-(0|[1-9][0-9]*)")
+# Only outside of strings does a line break stand in JSON.
+_LINES_OF_INTEGERS = re.compile(r"\[\n\s*(?:(?:-?[0-9]+|null),\n\s*)*(?:-?[0-9]+|null)\n\s*\]")
 
 
 @contextmanager
@@ -40,8 +46,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write readable JSON, atomically: a line for each entry, but one for a whole list of integers."""
+    text = _LINES_OF_INTEGERS.sub(_on_one_line, json.dumps(value, indent=2))
+    write_atomically(path, (text + "\n").encode())
+
+
+def _on_one_line(lines: re.Match[str]) -> str:
+    return re.sub(r"\s+", " ", lines[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def create(path: Path, content: bytes) -> None:
@@ -131,6 +142,31 @@ def checkpoint_of(name: str) -> Path:
         return Path(name) / "best.pt" if Path(name).is_dir() else Path(name)
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}") from None
+
+
+def seeds_in(folder: Path) -> dict[int, Path]:
+    """Run directories of a group, seed-0, seed-1, ..., by seed in ascending order; none where it is no group.
+
+    A run directory itself is no group, whatever is in it. Raises ValueError where the folder cannot be looked up.
+    """
+    try:
+        if not folder.is_dir() or (folder / _CONFIG).is_file():
+            return {}
+        found = {int(name[1]): path for path in folder.iterdir() if (name := _SEED.fullmatch(path.name))}
+        return {seed: found[seed] for seed in sorted(found) if (found[seed] / _CONFIG).is_file()}
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+
+
+def checkpoints_of(name: str) -> list[Path]:
+    """A file, the best checkpoint of a run directory, or those of a group's runs.
+
+    Raises ValueError as `seeds_in`, and where a run of the group has none yet.
+    """
+    found = [checkpoint_of(str(path)) for path in seeds_in(Path(name)).values()]
+    if absent := [path for path in found if not path.exists()]:
+        raise ValueError(f"{name}: {absent[0]} is not there yet: engine train --resume {shlex.quote(name)}")
+    return found or [checkpoint_of(name)]
 
 
 def cache_dir() -> Path:

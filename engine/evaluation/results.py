@@ -103,20 +103,26 @@ class Result:
         return self.masked is not None and self.masked > MOST_MASKED
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers, for JSON. images: of each sample its index, verdict and class, null where not known."""
+        """All numbers, and what is known of each image, for JSON."""
+        return self.numbers() | {"images": self._images()}
+
+    def _images(self) -> dict[str, Any]:
+        """Index of each sample, a digit 1 where it is classified correctly, and its class, null if not known."""
+        return {
+            "samples": self.samples.tolist(),
+            "correct": "".join("01"[verdict] for verdict in self.verdicts.tolist()),
+            "predicted": [None if label < 0 else label for label in self.predicted.tolist()],
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """All numbers but those of each sample, for JSON."""
         numbers: dict[str, Any] = {"attack": self.attack, "correct": self.correct, "n": self.n}
         numbers |= {"accuracy": self.accuracy, "description": self.description, "seconds": self.seconds}
         numbers |= {"zero_gradients": self.zero_gradients, "non_finite_gradients": self.non_finite_gradients}
         numbers |= {"masked": self.masked, "parts": dict(self.parts)}
         numbers |= {"flags": list(self.flags), "warnings": list(self.warnings)}
         numbers |= {"per_class": {name: of_class._asdict() for name, of_class in self.per_class.items()}}
-        numbers |= {"details": {part: detail._asdict() for part, detail in self.details.items()}}
-        images = {
-            "samples": self.samples.tolist(),
-            "correct": "".join("01"[int(verdict)] for verdict in self.verdicts),
-            "predicted": [None if label < 0 else label for label in self.predicted.tolist()],
-        }
-        return numbers | {"images": images}
+        return numbers | {"details": {part: detail._asdict() for part, detail in self.details.items()}}
 
 
 def per_class(result: Result, labels_N: Tensor, names: Sequence[str] | None) -> dict[str, ClassAccuracy]:

@@ -385,7 +385,7 @@ class _Comparison:
             "method": method,
             "notes": list(network.notes),
             "warnings": warnings,
-            "attacks": {attack: result.as_dict() for attack, result in results.items()},
+            "attacks": {attack: result.numbers() for attack, result in results.items()},
             "measures": {name: measure.of(candidate)._asdict() for name, measure in MEASURES.items()},
             "alpha_histogram": candidate.alpha_histogram(),
         }

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from engine.common import yaml_text
-from engine.common.files import create, remove_leftovers, write_atomically
+from engine.common.files import create, remove_leftovers, seeds_in, write_atomically
 from engine.common.lookup import OBJECT
 from engine.common.stopping import RunFailed
 from engine.config import RunConfig, changes, differences, differing, read_file
@@ -37,8 +37,13 @@ def _text(config: RunConfig) -> bytes:
     return yaml_text.write(config.tree() | {"out": None}).encode()
 
 
-def _new_folder(parent: Path, name: str) -> Path:
-    """A folder named after this second, and numbered where other runs have begun in it."""
+def new_folder(config: RunConfig) -> Path:
+    """A folder below runs/ named after a configuration and this second, numbered where others have begun in it.
+
+    Raises OSError where it cannot be made.
+    """
+    parent, name = Path("runs"), f"{config.method}-{config.dataset}-{config.model}".replace(OBJECT, "")
+    parent.mkdir(parents=True, exist_ok=True)
     stamped = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count(1):
         path = parent / (stamped if number == 1 else f"{stamped}-{number}")
@@ -49,7 +54,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _usable(argument: str, path: Path) -> Iterator[None]:
+def usable(argument: str, path: Path) -> Iterator[None]:
     """Raise what the file system refuses inside as a ValueError of one line: permissions, too long names, ..."""
     try:
         yield
@@ -93,7 +98,7 @@ class _Provenance(BaseModel):
 
 def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any] | None:
     """A file that a run wrote, None where there is none. Raises ValueError where it is of another shape."""
-    with _usable("run directory", path):
+    with usable("run directory", path):
         if not path.exists():
             return None
         text = path.read_bytes()
@@ -129,6 +134,11 @@ class PreparedRun:
             self.remove_if_unused()
             raise
 
+    @property
+    def is_unused(self) -> bool:
+        """True while nothing was written by a training."""
+        return {path.name for path in self.run.path.iterdir()} <= _BEFORE_IT_BEGINS
+
     def remove_if_unused(self, *files: str) -> None:
         """Remove a new directory in which nothing was written yet: the mended command can be given again.
 
@@ -137,7 +147,7 @@ class PreparedRun:
         if not self.is_new:
             return
         with contextlib.suppress(ValueError, OSError), self.run.locked():
-            if {path.name for path in self.run.path.iterdir()} <= _BEFORE_IT_BEGINS:
+            if self.is_unused:
                 for name in (self.run.config.name, *files):
                     (self.run.path / name).unlink(missing_ok=True)
                 if self.made_folder:
@@ -164,12 +174,13 @@ class RunDir:
     def create(cls, config: RunConfig) -> PreparedRun:
         """A new run directory with its config.yaml. Raises ValueError where the place is taken."""
         path = Path("runs" if config.out is None else config.out)
-        with _usable("--out", path):
+        with usable("--out", path):
             made_folder = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
             if config.out is None:
-                name = f"{config.method}-{config.dataset}-{config.model}".replace(OBJECT, "")
-                path, made_folder = _new_folder(path, name), True
+                path, made_folder = new_folder(config), True
+            path.mkdir(parents=True, exist_ok=True)
+            if seeds_in(path):
+                raise ValueError(f"--out {path} holds a group of seeds; choose another place for a single run")
             run = cls(path)
             try:
                 create(run.config, _text(config))
@@ -200,7 +211,7 @@ class RunDir:
         """
         if config.out is not None:
             run = cls(Path(config.out))
-            with _usable("--out", run.path):
+            with usable("--out", run.path):
                 if not run.config.exists():
                     return None
             begun = cls.existing(run.path)[1]
@@ -209,7 +220,7 @@ class RunDir:
                     f"--out {config.out} holds a run of another configuration, which differs in {', '.join(keys)}"
                 )
             return PreparedRun(run, changes(begun, config))
-        with _usable("runs", Path("runs")):
+        with usable("runs", Path("runs")):
             files = sorted(Path("runs").glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in files:
             run = cls(path.parent)
@@ -222,7 +233,7 @@ class RunDir:
     def existing(cls, path: Path) -> tuple[RunDir, RunConfig]:
         """A run directory to continue, and its configuration. Raises ValueError where there is none."""
         run = cls(path)
-        with _usable("--resume", path):
+        with usable("--resume", path):
             if not run.config.is_file():
                 raise ValueError(f"--resume: {path} is no run directory (it has no config.yaml)")
         return run, load_config(read_file(run.config))
@@ -230,7 +241,7 @@ class RunDir:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process. Raises ValueError where another process has it or removed it."""
-        with _usable("--resume", self.path):
+        with usable("--resume", self.path):
             directory = os.open(self.path, os.O_RDONLY)
         try:
             try:
@@ -267,7 +278,7 @@ class RunDir:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of metrics.jsonl so far, but one that is being written. Raises ValueError where it is damaged."""
-        with _usable("run directory", self.metrics):
+        with usable("run directory", self.metrics):
             lines = self.metrics.read_bytes().split(b"\n") if self.metrics.exists() else [b""]
         for number, line in enumerate(lines[:-1], 1):
             try:

@@ -1,9 +1,14 @@
-"""Runs of one configuration with several seeds, side by side: each an ordinary run with a process of its own."""
+"""Groups of runs of one configuration with several seeds: each an ordinary run with a process of its own.
+
+A group is a directory that holds the run directories seed-0, seed-1, ...; nothing else marks it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -18,6 +23,7 @@ from rich.table import Table
 
 from engine.attacks.table import title
 from engine.common.console import ConsoleReporter
+from engine.common.files import seeds_in
 from engine.common.stopping import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -26,10 +32,11 @@ from engine.common.stopping import (
     RunFailed,
     signal_handler,
 )
-from engine.config import RunConfig, assignments, with_absolute_paths
+from engine.config import RunConfig, Tree, assignments, differences, differing, with_absolute_paths
 from engine.plugins import imports
-from engine.runs import lifecycle
-from engine.runs.run_directory import PreparedRun, RunDir
+from engine.runs import lifecycle, resuming, teachers
+from engine.runs.assemble import teacher_sections
+from engine.runs.run_directory import PreparedRun, RunDir, new_folder, usable
 from engine.system import launcher
 
 MOST = 1000
@@ -79,6 +86,7 @@ def slots(count: int, *, gpus: bool) -> list[dict[str, str]]:
 @dataclass(eq=False)
 class _SeedRun:
     seed: int
+    config: RunConfig
     begun: PreparedRun | None = None
     began: float = 0.0
     code: int | None = None  # None: not ended
@@ -93,20 +101,29 @@ class _SeedRun:
         assert self.begun is not None
         return self.begun.run.path
 
-    def begin(self, config: RunConfig, say: Callable[[str], None], *, again: bool) -> None:
-        """Find or make the run directory. Raises ValueError as `lifecycle.begin` does."""
-        out = None if config.out is None else str(Path(config.out) / f"seed-{self.seed}")
-        mine = with_absolute_paths(config.model_copy(update={"seed": self.seed, "out": out}))
-        found = RunDir.find(mine, finished=True) if again else None
-        self.begun = found or lifecycle.begin(mine, say=say)
+    @property
+    def has_begun(self) -> bool:
+        """True unless it has failed before anything was written: the mended command can be given again then."""
+        failed = self.code not in (None, 0, *_STOPPED)
+        return not failed or (self.begun is not None and not self.begun.is_unused)
 
-    def start(self, config: RunConfig, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
+    def begin(self, say: Callable[[str], None], *, again: bool) -> None:
+        """Find or make the run directory. Raises ValueError as `lifecycle.begin` does."""
+        self.begun = lifecycle.begin(self.config, again=again, say=say)
+
+    def start(self, environment: Mapping[str, str], profile: int) -> subprocess.Popen[bytes]:
         """The process that trains it; what it prints goes to the log."""
         assert self.begun is not None
         self.began = time.monotonic()
         changes = assignments(self.begun.changes)
         command = launcher.command(
-            "train", "--resume", str(self.path), "--profile", str(profile), *imports.arguments(config), *changes
+            "train",
+            "--resume",
+            str(self.path),
+            "--profile",
+            str(profile),
+            *imports.arguments(self.config),
+            *changes,
         )
         with self.log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603  # this program
@@ -127,14 +144,9 @@ class _SeedRun:
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"exit code {self.code}: {last.removeprefix('engine: ')}"
 
-    def summary(self) -> dict[str, Any] | None:
-        """summary.json of a finished run."""
-        return None if self.begun is None else self.begun.run.read_summary()
-
-    def remove_if_unused(self) -> None:
-        """Remove what failed before it began, with its log."""
-        if self.begun is not None:
-            self.begun.remove_if_unused(LOG)
+    def result(self) -> dict[str, Any] | None:
+        """summary.json of a run that has all its epochs."""
+        return None if self.begun is None else self.begun.run.result(self.config)
 
 
 def train(
@@ -148,38 +160,160 @@ def train(
 ) -> None:
     """Train a configuration once with each seed, as many at a time as there are places (`slots`), and compare.
 
-    The runs are those of `engine train --seed N`, in `out`/seed-N or below runs/. again: each goes on where it was
-    stopped, and finished ones are not run again. A failure does not stop the others.
+    The runs are those of `engine train --seed N`, in seed-N of the group `out`, or of a new group below runs/. All
+    directories are made before the first run is trained: `resume` knows of all. again: each goes on where it was
+    stopped, without `out` in the latest such group below runs/, and finished ones are not run again. A failure
+    does not stop the others; where every run fails before it has begun, the group is removed again.
     Raises ValueError where runs failed by what the user can mend, RunFailed where one failed otherwise, and
     Interrupted after a signal, when all are saved.
     """
-    runs = [_SeedRun(seed) for seed in seeds]
+    group, is_new = _group(config, again=again)
+    runs = [_SeedRun(seed, _of_seed(config, seed, group)) for seed in seeds]
+    for run in runs:
+        try:
+            run.begin(lambda line, seed=run.seed: reporter.message(f"seed {seed}: {line}"), again=again)  # type: ignore[misc]
+        except (ValueError, OSError) as error:
+            _refuse(run, error, reporter)
+    try:
+        _train_group(group, runs, places, reporter, profile)
+    finally:
+        if not any(run.has_begun for run in runs):
+            for run in runs:
+                if run.begun is not None:
+                    run.begun.remove_if_unused(LOG)
+            if is_new and not any(group.iterdir()):
+                group.rmdir()
+
+
+def resume(
+    group: Path, changes: Tree, places: Sequence[Mapping[str, str]], reporter: ConsoleReporter, *, profile: int = 0
+) -> None:
+    """Go on with all runs of a group that are not finished, and compare all.
+
+    changes: keys that are given anew, see `engine.runs.resuming`. Raises as `train` does, and ValueError where the
+    runs differ in more than the seed.
+    """
+    _train_group(group, _existing(group, changes), places, reporter, profile)
+
+
+def _existing(group: Path, changes: Tree) -> list[_SeedRun]:
+    """The runs of a group, with some keys given anew. Raises ValueError where not the seed alone differs."""
+    runs = []
+    for seed, path in seeds_in(group).items():
+        directory, begun = RunDir.existing(path)
+        wanted = resuming.carried_on(begun, resuming.changed(begun, changes))
+        runs.append(_SeedRun(seed, wanted, PreparedRun(directory, changes)))
+    first = runs[0]
+    for run in runs:
+        same = first.config.model_copy(update={"seed": run.seed})
+        if keys := differing(run.config, same):
+            raise ValueError(
+                f"--resume: {group} is no group of one configuration: seed-{run.seed} differs from "
+                f"seed-{first.seed} in {', '.join(keys)}; --resume {run.path} goes on with that one"
+            )
+    return runs
+
+
+def _group(config: RunConfig, *, again: bool) -> tuple[Path, bool]:
+    """The group's directory, and whether it is new. Raises ValueError where there can be none."""
+    if config.out is not None:
+        group = Path(config.out)
+        with usable("--out", group):
+            if (group / "config.yaml").exists():
+                raise ValueError(f"--out {group} holds a single run; choose another place for a group of seeds")
+            is_new = not group.exists()
+            group.mkdir(parents=True, exist_ok=True)
+            return group, is_new
+    found = _latest(config) if again else None
+    if found is not None:
+        return found, False
+    with usable("runs", Path("runs")):
+        return new_folder(config), True
+
+
+def _latest(config: RunConfig) -> Path | None:
+    """The group below runs/ that began last of those of this configuration."""
+    with usable("runs", Path("runs")):
+        folders = [path for path in Path("runs").glob("*") if seeds_in(path)]
+        folders.sort(key=lambda path: max(run.stat().st_mtime for run in seeds_in(path).values()), reverse=True)
+    for folder in folders:
+        try:
+            pairs = [(RunDir.existing(path)[1], _of_seed(config, n, None)) for n, path in seeds_in(folder).items()]
+        except ValueError:  # of another version, or damaged: it is not the one
+            continue
+        if not any(differences(begun, wanted) for begun, wanted in pairs):
+            return folder
+    return None
+
+
+def _of_seed(config: RunConfig, seed: int, group: Path | None) -> RunConfig:
+    """The configuration of one run of a group."""
+    out = None if group is None else str(group / f"seed-{seed}")
+    return with_absolute_paths(config.model_copy(update={"seed": seed, "out": out}))
+
+
+def _train_group(
+    group: Path,
+    runs: Sequence[_SeedRun],
+    places: Sequence[Mapping[str, str]],
+    reporter: ConsoleReporter,
+    profile: int,
+) -> None:
+    """Train what is not finished, and show all. Raises as `train` does."""
+    ready = [run for run in runs if run.code is None]
+    if ready:
+        reporter.message(f"Group of {len(runs)} seeds: {group}")
+        with contextlib.suppress(ValueError):  # each run tells why it cannot begin
+            reporter.notes(_teachers(ready[0].config))
     heard = launcher.SignalFlags()
     with signal_handler(heard.handle):
-        _train_all(runs, config, list(places), reporter, heard, again=again, profile=profile)
-    finished = {run.seed: found for run in runs if run.code == 0 and (found := run.summary()) is not None}
+        _train_all(ready, list(places), reporter, heard, profile)
+    finished = {run.seed: found for run in runs if run.code == 0 and (found := run.result()) is not None}
     if finished:
         for which in ("best", "last"):
             reporter.table(table(finished, which))
+    place = shlex.quote(str(group))
     if heard.received or any(run.code in _STOPPED for run in runs):
         raise Interrupted(
-            f"interrupted, all saved; {len(finished)} of {len(runs)} runs are finished; to continue: the same "
-            "command with --resume auto"
+            f"interrupted, all saved; {len(finished)} of {len(runs)} runs are finished; to continue: "
+            f"engine train --resume {place}"
         )
+    if finished:
+        reporter.message(f"Next: engine report {place}")
+        reporter.message(f"Next: engine eval {place}/seed-*")
     if failed := [run for run in runs if run.code != 0]:
         error = ValueError if all(run.code == EXIT_USER_ERROR for run in failed) else RunFailed
         names = ", ".join(str(run.seed) for run in failed)
-        raise error(f"{len(failed)} of {len(runs)} runs failed: seed {names}; --resume auto runs these again")
+        again = f"; to run these again: engine train --resume {place}" * any(run.has_begun for run in runs)
+        raise error(f"{len(failed)} of {len(runs)} runs failed: seed {names}{again}")
+
+
+def _teachers(config: RunConfig) -> list[str]:
+    """A sentence for each teacher: whether the seeds share it."""
+    lines = []
+    for section in teacher_sections(config):
+        wanted = getattr(config, section)
+        if wanted.checkpoint is not None:
+            lines.append(f"{section}: all seeds learn from {wanted.checkpoint}")
+        elif wanted.seed is not None:
+            lines.append(
+                f"{section}: all seeds learn from the same one, of seed {wanted.seed}: from the teacher cache, or "
+                "trained once by the first run, for which the others wait"
+            )
+        else:
+            offset = teachers.run_config(config, section).seed - config.seed
+            lines.append(
+                f"{section}: every seed has its own, of seed + {offset}, from the teacher cache or trained first; "
+                f"--set {section}.seed=N gives all the same one"
+            )
+    return lines
 
 
 def _train_all(
     runs: Sequence[_SeedRun],
-    config: RunConfig,
     free: list[Mapping[str, str]],
     reporter: ConsoleReporter,
     heard: launcher.SignalFlags,
-    *,
-    again: bool,
     profile: int,
 ) -> None:
     waiting = list(runs)
@@ -187,7 +321,7 @@ def _train_all(
     while at_work or (waiting and not heard.received):
         while free and waiting and not heard.received:
             run = waiting.pop(0)
-            process = _start(run, config, free[0], reporter, again=again, profile=profile)
+            process = _start(run, free[0], reporter, profile)
             if process is not None:
                 at_work[run] = process, free.pop(0)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -205,37 +339,34 @@ def _train_all(
 
 
 def _start(
-    run: _SeedRun,
-    config: RunConfig,
-    environment: Mapping[str, str],
-    reporter: ConsoleReporter,
-    *,
-    again: bool,
-    profile: int,
+    run: _SeedRun, environment: Mapping[str, str], reporter: ConsoleReporter, profile: int
 ) -> subprocess.Popen[bytes] | None:
     """The process of a run; None where it is finished already, or cannot begin."""
     try:
-        run.begin(config, lambda line: reporter.message(f"seed {run.seed}: {line}"), again=again)
-        if run.summary() is not None:
+        if run.result() is not None:
             run.code = 0
             reporter.message(f"seed {run.seed}: finished before, {run.path}")
             return None
-        process = run.start(config, environment, profile)
+        process = run.start(environment, profile)
     except (ValueError, OSError) as error:
-        run.code = EXIT_USER_ERROR
-        run.remove_if_unused()
-        reporter.message(f"seed {run.seed}: failed: {' '.join(str(error).split())}")
+        _refuse(run, error, reporter)
         return None
     gpu = environment.get("CUDA_VISIBLE_DEVICES")
     reporter.message(f"seed {run.seed}: begins{'' if gpu is None else f' on GPU {gpu}'}, {run.log}")
     return process
 
 
+def _refuse(run: _SeedRun, error: Exception, reporter: ConsoleReporter) -> None:
+    """Note and tell that a run cannot begin."""
+    run.code = EXIT_USER_ERROR
+    reporter.message(f"seed {run.seed}: failed: {' '.join(str(error).split())}")
+
+
 def _tell(run: _SeedRun, reporter: ConsoleReporter) -> None:
     """Report how a process ended."""
     seconds = f"{time.monotonic() - run.began:,.0f} s"
     if run.code == 0:
-        summary = run.summary()
+        summary = run.result()
         assert summary is not None
         numbers = (f"{name} {value:.2%}" for name, value in accuracies(summary, "best").items())
         reporter.message(f"seed {run.seed}: ended after {seconds}, best epoch: {', '.join(numbers)}")
@@ -243,7 +374,6 @@ def _tell(run: _SeedRun, reporter: ConsoleReporter) -> None:
         reporter.message(f"seed {run.seed}: stopped after {seconds}")
     else:
         reporter.message(f"seed {run.seed}: failed after {seconds}, {run.why()}")
-        run.remove_if_unused()
 
 
 def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
@@ -255,7 +385,8 @@ def accuracies(summary: Mapping[str, Any], which: str) -> dict[str, float]:
     return {f"{name} {held_out}": row[f"{name}_accuracy"] for name in ("natural", "robust")}
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean of accuracies in percent, and their sample standard deviation (n - 1) where there are several."""
     spread = f" +- {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2%}{spread}"
 
@@ -273,6 +404,6 @@ def table(summaries: Mapping[int, Mapping[str, Any]], which: str) -> Table:
         )
     columns = [[row[name] for row in rows.values() if name in row] for name in names]
     # An attack that was added where gradients were masked has no mean over the seeds.
-    means = (_mean(column) if len(column) == len(rows) else "" for column in columns)
+    means = (mean_and_deviation(column) if len(column) == len(rows) else "" for column in columns)
     result.add_row(f"mean{' +- std' if len(rows) > 1 else ''}, n = {len(rows)}", "", *means)
     return result

@@ -394,7 +394,7 @@ class Trainer:
         for result in results.values():
             for warning in result.warnings:
                 self.session.console.message(f"Warning: {warning}")
-        return {name: result.as_dict() for name, result in results.items()}
+        return {name: result.numbers() for name, result in results.items()}
 
     @property
     def _choosing(self) -> Precision:

@@ -74,6 +74,8 @@ def test_keys_and_recipes_are_completed() -> None:
         (["train", "--out", "ru"], "dir"),
         (["train", "--resume", ""], "dir"),
         (["eval", "ru"], "file"),
+        (["compare", "ru"], "file"),
+        (["compare", "runs/a", "runs/b", "--json", ""], "file"),
     ],
 )
 def test_paths_are_left_to_the_shell(words: list[str], kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -198,9 +199,15 @@ def command(tiny: Any, **keys: Any) -> list[str]:
     return [sys.executable, "-m", "engine", *tiny.flags(**config.merge(quick, keys))]
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+
+
+def before(text: str, first: str, second: str) -> bool:
+    """True if all that the one pattern finds stands before all that the other one finds."""
+    places = [[match.start() for match in re.finditer(pattern, text)] for pattern in (first, second)]
+    return max(places[0]) < min(places[1])
 
 
 def student(path: Path) -> dict[str, torch.Tensor]:
@@ -211,12 +218,19 @@ def student(path: Path) -> dict[str, torch.Tensor]:
 def test_a_failing_run_does_not_stop_the_others_and_all_are_single_runs(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "all" / "seed-1").mkdir(parents=True)
     (tmp_path / "all" / "seed-1" / "config.yaml").write_text("method: st\n")
-    found = run([*command(tiny), "--procs", "2", "--seeds", "0..2", "--out", "all"], tmp_path)
+    found = run([*command(tiny), "--procs", "3", "--seeds", "0..2", "--out", "all"], tmp_path)
     assert found.returncode == 2, found.stdout + found.stderr
     assert "seed 1: failed: --out all/seed-1 holds a run already" in found.stdout
     assert "1 of 3 runs failed: seed 1" in found.stderr
     assert "mean +- std, n = 2" in found.stdout
+    assert before(found.stdout, r"seed [02]: begins", r"seed [02]: ended")  # side by side
     assert (tmp_path / "all" / "seed-1" / "config.yaml").read_text() == "method: st\n"
+    assert "Next: engine report all" in found.stdout
+    assert "Next: engine eval all/seed-*" in found.stdout
+    assert "engine train --resume all" in found.stderr
+    refused = run([*command(tiny)[:3], "train", "--resume", "all"], tmp_path)
+    assert refused.returncode == 2
+    assert "all is no group of one configuration: seed-1 differs from seed-0 in " in refused.stderr
     single = run([*command(tiny), "--seed", "2", "--out", "single"], tmp_path)
     assert single.returncode == 0, single.stderr
     ours, theirs = student(tmp_path / "all" / "seed-2"), student(tmp_path / "single")
@@ -248,13 +262,13 @@ def test_sigterm_saves_all_and_resume_auto_goes_on(tiny: Any, tmp_path: Path) ->
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, out + err
-    assert "0 of 3 runs are finished; to continue: the same command with --resume auto" in err
-    assert not (tmp_path / "all" / "seed-4").exists()
+    assert "0 of 3 runs are finished; to continue: engine train --resume all" in err
+    assert [path.name for path in (tmp_path / "all" / "seed-4").iterdir()] == ["config.yaml"]
     begun = {
         n: torch.load(tmp_path / f"all/seed-{n}/last.pt", weights_only=True)["progress"]["step"] for n in (0, 1)
     }
     assert all(0 < step < 40 for step in begun.values())
-    again = run([*arguments, "--resume", "auto"], tmp_path)
+    again = run([*command(tiny)[:3], "train", "--resume", "all", "--procs", "2"], tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "mean +- std, n = 3" in again.stdout
     last = RunDir(tmp_path / "all" / "seed-0").last.stat().st_mtime_ns
@@ -286,11 +300,125 @@ def test_a_run_that_crashes_is_named_and_the_rest_goes_on(tiny: Any, tmp_path: P
     assert "1 of 2 runs failed: seed 0" in err
 
 
-@pytest.mark.slow
-def test_runs_without_a_place_have_names_of_their_own_and_are_found_again(tiny: Any, tmp_path: Path) -> None:
-    arguments = [*command(tiny), "--seeds", "0..1"]
-    assert run(arguments, tmp_path).returncode == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 2
-    again = run([*arguments, "--resume", "auto"], tmp_path)
+def test_a_group_without_a_place_is_one_directory_and_is_found_again(tiny: Any, tmp_path: Path) -> None:
+    """Its seeds share a teacher, which is trained once; killed and resumed, it has the same numbers."""
+    cache = {"ENGINE_CACHE": str(tmp_path / "cache")}
+    shared = {
+        "method": "ard",
+        "teacher": {"checkpoint": None, "method": "st", "seed": 7, "epochs": 1},
+        "epochs": 2,
+    }
+    arguments = [*command(tiny, **shared), "--seeds", "0..1", "--procs", "2"]
+    first = run(arguments, tmp_path, **cache)
+    assert first.returncode == 0, first.stdout + first.stderr
+    (group,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"ard-folder-resnet8-\d{8}-\d{6}", group.name)
+    assert sorted(path.name for path in group.iterdir()) == ["seed-0", "seed-1"]
+    assert "teacher: all seeds learn from the same one, of seed 7" in first.stdout
+    logs = [(group / f"seed-{seed}" / "log.txt").read_text() for seed in range(2)]
+    assert sum("training one first" in log for log in logs) == 1
+    assert len(list((tmp_path / "cache" / "teachers").glob("*.pt"))) == 1
+    assert sum((group / f"seed-{seed}" / "teacher").exists() for seed in range(2)) == 1
+    whole = {seed: student(group / f"seed-{seed}") for seed in range(2)}
+    measured = {seed: RunDir(group / f"seed-{seed}").read_summary() for seed in range(2)}
+
+    again = run([*arguments, "--resume", "auto"], tmp_path, **cache)
     assert again.stdout.count("finished before") == 2
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [group.name]
+
+    killed = killed_group(arguments, tmp_path, cache)
+    resumed = run([*command(tiny)[:3], "train", "--resume", str(killed), "--procs", "2"], tmp_path, **cache)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"Next: engine eval {killed}/seed-*" in resumed.stdout
+    for seed in range(2):
+        ours, summary = student(killed / f"seed-{seed}"), RunDir(killed / f"seed-{seed}").read_summary()
+        assert all(torch.equal(ours[name], whole[seed][name]) for name in whole[seed])
+        assert results(summary) == results(measured[seed])
+
+
+def results(summary: dict[str, Any] | None) -> list[Any]:
+    assert summary is not None
+    found = [summary[f"test_of_{which}"]["natural"]["correct"] for which in ("best", "last")]
+    return [*found, *(summary[which]["robust_accuracy"] for which in ("best", "last"))]
+
+
+def killed_group(arguments: list[str], folder: Path, cache: dict[str, str]) -> Path:
+    """A group whose processes are all killed once both runs have saved something."""
+    place = folder / "killed"
+    process = subprocess.Popen(
+        [*arguments, "--out", str(place), "--set", "checkpoint_every=1"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | cache | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_until(lambda: any((place / f"seed-{n}" / "last.pt").exists() for n in (0, 1)), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in (process.pid, *map(int, children)):
+        os.kill(number, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    return place
+
+
+def test_a_group_and_a_single_run_do_not_share_a_place(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "group" / "seed-3").mkdir(parents=True)
+    for name in ("single", "group/seed-3"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.yaml").write_text("method: st\n")
+    outcome = cli(*tiny.flags(), "--seeds", "0..1", "--out", str(tmp_path / "single"))
+    assert (outcome.code, "holds a single run" in outcome.err) == (2, True)
+    outcome = cli(*tiny.flags(), "--out", str(tmp_path / "group"))
+    assert (outcome.code, "holds a group of seeds" in outcome.err) == (2, True)
+    assert not (tmp_path / "group" / "config.yaml").exists()
+
+
+def test_a_group_of_which_no_run_has_begun_is_removed(tiny: Any, tmp_path: Path) -> None:
+    broken = [*command(tiny), "--set", "data=nowhere", "--seeds", "0,1"]
+    found = run(broken, tmp_path)
+    assert found.returncode == 2, found.stdout
+    assert "2 of 2 runs failed: seed 0, 1" in found.stderr
+    assert "--resume" not in found.stderr
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        ({"checkpoint": "t.pt"}, "teacher: all seeds learn from t.pt"),
+        ({"seed": 5}, "teacher: all seeds learn from the same one, of seed 5"),
+        ({}, "teacher: every seed has its own, of seed + 1"),
+    ],
+)
+def test_it_is_said_whether_seeds_share_a_teacher(teacher: dict[str, Any], told: str) -> None:
+    (line,) = seeds._teachers(config.load({"method": "iad1", "teacher": teacher, "seed": 3}))
+    assert line.startswith(told)
+    assert seeds._teachers(config.load({"method": "at"})) == []
+
+
+def test_a_group_is_evaluated_and_described_as_a_whole(tiny: Any, tmp_path: Path, cli: Any) -> None:
+    for seed, checkpoint in enumerate((tiny.teacher, tiny.teacher_st)):
+        folder = tmp_path / "group" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"method: at\nseed: {seed}\n")
+        (folder / "best.pt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "group" / "seed-x").mkdir()
+    group = str(tmp_path / "group")
+    data = ("--dataset", "folder", "--data", str(tiny.folder))
+    outcome = cli("eval", group, *data, "--attacks", "natural,fgsm")
+    assert outcome.code == 0, outcome.err
+    accuracies = [
+        json.loads((tmp_path / "group" / f"seed-{seed}" / "best.pt.eval.json").read_text())["results"][0][
+            "accuracy"
+        ]
+        for seed in (0, 1)
+    ]
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    told = f"{group}: mean +- standard deviation of 2 seeds: Natural {mean:.2%} +- {100 * deviation:.2f}, FGSM"
+    assert told in outcome.out
+    outcome = cli("inspect", group, "--json")
+    found = json.loads(outcome.out)
+    assert found["kind"] == "group of seeds"
+    assert [row[:2] for row in found["rows"]] == [[0, False], [1, False]]
+    assert found["next"] == [f"engine train --resume {group}"]
+    (tmp_path / "group" / "seed-1" / "best.pt").unlink()
+    outcome = cli("eval", group, *data)
+    assert outcome.code == 2
+    assert f"seed-1/best.pt is not there yet: engine train --resume {group}" in outcome.err
