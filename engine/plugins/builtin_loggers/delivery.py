@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from engine.common.files import write_json
 from engine.plugins.builtin_loggers import numbers_of
@@ -34,7 +34,7 @@ class _Known(BaseModel):
     """What is remembered of a run in a tool; ahead: rows there that the run has yet to write again."""
 
     place: str
-    id: str
+    id: str = Field(pattern=r"^[\w-]{1,64}$")
     rows: int
     number: int = 1
     ahead: list[dict[str, Any]] = []
@@ -108,7 +108,7 @@ class Delivery:
             self._thread.join(seconds)
         self.check()
         if self._thread.is_alive():
-            raise TimeoutError(f"no answer in {seconds:.0f} s; the rows that it lacks are sent when the run goes on")
+            raise TimeoutError(f"no answer in {seconds:.0f} s; what it lacks is sent when the run goes on")
 
     def notes(self) -> Iterator[str]:
         """Lines for the user since the last call."""
