@@ -140,7 +140,19 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "plugins",
         "what users bring: methods, models, data, attacks, loggers",
-        (("origins", "guests"), ("imports", "loggers", "own_data"), ("register",), ("objects",)),
+        (
+            ("origins", "guests", "builtin_loggers", "builtin_loggers.numbers_of", "builtin_loggers.run_facts"),
+            (
+                "builtin_loggers.delivery",
+                "builtin_loggers.to_mlflow",
+                "builtin_loggers.to_trackio",
+                "builtin_loggers.to_wandb",
+            ),
+            ("builtin_loggers.table",),
+            ("imports", "loggers", "own_data"),
+            ("register",),
+            ("objects",),
+        ),
     ),
     (
         "runs",

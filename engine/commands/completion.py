@@ -91,6 +91,12 @@ def _normalisations() -> Sequence[str]:
     return tuple(normalize.CONSTANTS)
 
 
+def _loggers() -> Sequence[str]:
+    from engine.plugins import loggers
+
+    return loggers.known_names()
+
+
 KNOWN_NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "method": _methods,
     "teacher method": lambda: semantics.TEACHER_METHODS,
@@ -100,9 +106,10 @@ KNOWN_NAMES: dict[str, Callable[[], Sequence[str]]] = {
     "attack loss": lambda: tuple(objectives.ATTACK_LOSSES),
     "normalisation": _normalisations,
     "device": lambda: ("auto", "cpu", "cuda"),
+    "logger": _loggers,
 }
 """Names that a value may be."""
-WITHOUT_TORCH = ("method", "teacher method", "attack loss", "device")
+WITHOUT_TORCH = ("method", "teacher method", "attack loss", "device", "logger")
 
 
 def values_of(key: Key) -> Iterator[str]:

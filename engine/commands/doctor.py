@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import click
 
@@ -45,6 +46,7 @@ def examine() -> list[Finding]:
     from engine.kernels import dispatch
     from engine.pipelines import dali, ffcv
     from engine.pipelines.datasets import cache_dir
+    from engine.plugins.builtin_loggers import table
     from engine.runs import format_probe
     from engine.system import environment, precision
     from engine.training.weights.optimizer import check_apex
@@ -85,6 +87,11 @@ def examine() -> list[Finding]:
             lambda: check_names(("aa",)),
             ("pyautoattack", "autoattack"),
             "pip install pyautoattack",
+        ),
+        *(
+            _checked(name, partial(table.check_installed, name), one.distributions, table.how_to_install(name))
+            for name, one in table.BUILT_IN.items()
+            if one.make is not None
         ),
         *(_tool(name, what) for name, what in (("cmake", "builds native ops"), ("nvcc", "builds those for CUDA"))),
         Finding("data sets", True, f"looked for in {' and '.join((*given, './data', str(cache_dir())))}"),

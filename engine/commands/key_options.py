@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from engine.commands.completion import KNOWN_NAMES, WITHOUT_TORCH, Completed, values_of
+from engine.commands.completion import KNOWN_NAMES, WITHOUT_TORCH, Completed, list_of, values_of
 from engine.commands.options import GroupedOption
 from engine.config import DEFAULTS, KEYS, Key, RunConfig, flat, semantics
 
@@ -27,6 +27,8 @@ def _key_option(name: str, key: Key) -> click.Option:
 
 
 def _type(key: Key) -> dict[str, Any]:
+    if key.values is not None and tuple in key.kinds:
+        return {"type": list_of(key.values), "metavar": "NAME,..."}
     if key.values is not None:
         path: dict[str, Literal["file", "dir"]] = {
             "file": "file",

@@ -24,6 +24,7 @@ Values = Literal[
     "attack",
     "attack loss",
     "device",
+    "logger",
     "file",
     "dir",
     "path",

@@ -19,6 +19,7 @@ from engine.config.values import (
     Graphs,
     Guard,
     Length,
+    Names,
     NotNegative,
     Number,
     OverfittingGuard,
@@ -748,8 +749,14 @@ class RunConfig(Section):
         ),
     ] = ()
     loggers: Annotated[
-        tuple[str, ...],
-        runtime("[loggers of your own](extending.md#a-logger) that get every row of `metrics.jsonl`"),
+        Names,
+        runtime(
+            "who gets every row of `metrics.jsonl`: {names}, see [loggers.md](loggers.md), or "
+            "[loggers of your own](extending.md#a-logger)",
+            flag="--log-to",
+            group="output",
+            values="logger",
+        ),
     ] = ()
     loss: LossConfig = LossConfig()
     attack: AttackSpec = AttackSpec()

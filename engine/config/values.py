@@ -92,6 +92,7 @@ Utf8PathText = Annotated[PathText, AfterValidator(_utf8)]
 Augmentations = Annotated[
     tuple[Literal["random-resized-crop", "trivial-augment", "colour-jitter"], ...], BeforeValidator(_words)
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Auto = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 Graphs = Annotated[Literal["step", "attack", "off"], BeforeValidator(_graphs), BeforeValidator(_switch)]

@@ -193,11 +193,11 @@ def attack(
 def logger(name: str, function: Callable[..., object]) -> None:
     """Register a logger: f(row) is called with every row of metrics.jsonl, and f.close(), if any, at the end.
 
-    By keyword f gets `run`, the path of the run directory, where it has such a parameter. A run has those loggers
-    that its key `loggers` names.
+    By keyword f gets `run`, the path of the run directory, where it has such a parameter, and close `status`:
+    "finished", "failed" or "killed". A run has those loggers that its key `loggers` names.
     Raises ValueError, one line, for whatever is no such thing, and for a name that is taken.
     """
-    origin = claim("logger", name, loggers.LOGGERS)
+    origin = claim("logger", name, loggers.known_names())
     _check_callable(f"logger {name!r}", function, 1, "run")
     loggers.LOGGERS[name] = function
     REGISTERED["logger", name] = origin

@@ -23,7 +23,7 @@ from engine.attacks.autoattack import NO_ATTACK
 from engine.common.console import Reporter
 from engine.common.lookup import is_on, nearest
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
-from engine.config import RunConfig, differing, load, merge, semantics, with_absolute_paths
+from engine.config import RunConfig, differing, flat, load, merge, semantics, with_absolute_paths
 from engine.evaluation.measure import check_names
 from engine.kernels import dispatch
 from engine.models.weights import origin
@@ -31,6 +31,7 @@ from engine.objectives import TERMS
 from engine.pipelines import datasets
 from engine.pipelines.datasets import AnyDataset
 from engine.plugins import imports, loggers
+from engine.plugins.builtin_loggers.run_facts import History, RunFacts
 from engine.plugins.loggers import Loggers, RowFunction
 from engine.plugins.objects import Model, Objects
 from engine.runs import checkpoints, format_probe, provenance, resuming
@@ -296,22 +297,35 @@ def _make_trainer(
     hooks: dict[str, Callable[..., object]] = {}
     if world.is_main:
         run.update(session.config)  # what was given anew fits: the hashes are those of before
+        withdrawn = run.rows_after(progress.rows_size)
         writer = MetricsWriter(run, progress.rows_size, progress.step)
         resources.enter_context(closing(writer))
-        callbacks = session.objects.callbacks
-        others = Loggers(session.config.loggers, run.path, session.console.message, callbacks)
-        resources.enter_context(closing(others))
+        others = _loggers(session, withdrawn)
+        resources.enter_context(others)
 
         def write_row(row: Mapping[str, Any]) -> None:
             writer.write(row)
             others.write(row)
 
+        def cut_rows(size: int, step: int) -> None:
+            writer.cut(size, step)
+            others.cut(sum(1 for _ in run.rows()))
+
         hooks["write_row"] = write_row
-        hooks["cut_rows"] = writer.cut
+        hooks["cut_rows"] = cut_rows
         if profile:
             profiler = Profiler(profile, run.path, session.precision.device, session.console)
             hooks["on_step"] = resources.enter_context(closing(profiler)).step
     return Trainer(session, parts, progress, **hooks)
+
+
+def _loggers(session: Session, withdrawn: Sequence[Mapping[str, Any]]) -> Loggers:
+    """Those of a run, before its first row of this session. withdrawn: rows that it will write again."""
+    run, config = session.run, session.config
+    tree = config.tree()
+    facts = RunFacts(run.path, tree, flat(tree), run.sessions()[-1])
+    history = History(facts, run.rows, sum(1 for _ in run.rows()), withdrawn, run.read_summary)
+    return Loggers(config.loggers, run.path, session.console.message, session.objects.callbacks, history)
 
 
 def _train_teacher(session: Session, wanted: RunConfig, path: Path, dataset: AnyDataset) -> Path:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from engine.plugins.builtin_loggers import numbers_of
 from engine.runs.run_directory import RunDir
-
-_NOT_A_CURVE = ("event", "epoch", "step", "measured_n")
 
 
 class MetricsWriter:
@@ -43,14 +42,9 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; its numbers become points of TensorBoard's curves at the row's step."""
         self._run.append_row(row)
-        points = []
-        for key, value in row.items():
-            curves = value if isinstance(value, dict) else {None: value}
-            for name, number in curves.items():
-                if key in _NOT_A_CURVE or isinstance(number, bool) or not isinstance(number, int | float):
-                    continue
-                tag = f"{row['event']}/{key}" if name is None else f"{row['event']}/{key}/{name}"
-                points.append(self._summary.Value(tag=tag, simple_value=number))
+        points = [
+            self._summary.Value(tag=tag, simple_value=number) for tag, number in numbers_of.curves(row).items()
+        ]
         self._add(step=row["step"], summary=self._summary(value=points))
 
     def close(self) -> None:

@@ -286,6 +286,15 @@ class RunDir:
             except (ValueError, TypeError):
                 raise ValueError(f"{self.metrics} is damaged: line {number} is no row") from None
 
+    def rows_after(self, size: int) -> list[dict[str, Any]]:
+        """Rows beyond that many bytes of metrics.jsonl, up to the first that is not whole."""
+        found: list[dict[str, Any]] = []
+        if self.metrics.exists():
+            with contextlib.suppress(ValueError, TypeError):
+                for line in self.metrics.read_bytes()[size:].split(b"\n")[:-1]:
+                    found.append(dict(json.loads(line)))
+        return found
+
     def rows_size(self) -> int:
         """Length of metrics.jsonl in bytes, safely on the disk: a checkpoint remembers it."""
         if not self.metrics.exists():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine.commands import doctor
+from engine.common import optional
 from engine.kernels import native
 from engine.runs import format_probe
 
@@ -76,6 +77,16 @@ def test_what_is_missing_is_told_with_the_way_to_get_it(
     lines = outcome.out.splitlines()
     (at,) = [number for number, line in enumerate(lines) if line.startswith(f"no   {name} ")]
     assert lines[at + 1].split() == f"to get it: {how}".split()
+
+
+def test_loggers_are_told_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"trackio": "1.2", "mlflow": None}
+    monkeypatch.setattr(optional, "version", lambda *names: versions.get(names[0]))
+    findings = found()
+    assert findings["trackio"] == doctor.Finding("trackio", True, "1.2")
+    assert findings["mlflow"].how == "pip install 'iad-engine[mlflow]'"
+    assert findings["wandb"].detail == "wandb needs the package wandb, which is not installed"
+    assert "tensorboard" not in findings  # every run has it
 
 
 def test_a_library_that_is_not_built_is_told_with_the_way_to_build_it(

@@ -1,0 +1,1 @@
+"""Loggers that are built in: Weights & Biases, MLflow and Trackio."""
