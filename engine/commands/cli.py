@@ -71,7 +71,9 @@ _CODES = {ValueError: EXIT_USER_ERROR, RunFailed: EXIT_FAILED, Interrupted: EXIT
 def _say(message: str) -> None:
     if message:  # else another process of the run has said it
         told = f"engine: {errors.printable(message)}"
-        click.echo("\n".join(wrapping.wrapped(told, wrapping.columns())) if sys.stderr.isatty() else told, err=True)
+        click.echo(
+            "\n".join(wrapping.wrapped(told, wrapping.columns())) if sys.stderr.isatty() else told, err=True
+        )
 
 
 @click.group(

@@ -223,7 +223,20 @@ class _Task:
         *("loss", "speed", "measured", "more", "elapsed"),
     )
     """In the order in which a narrow terminal goes without them: the last first."""
-    _SHOWN = ("role", "what", "more", "epoch", "bar", "count", "doing", "loss", "speed", "measured", "elapsed", "left")
+    _SHOWN = (
+        "role",
+        "what",
+        "more",
+        "epoch",
+        "bar",
+        "count",
+        "doing",
+        "loss",
+        "speed",
+        "measured",
+        "elapsed",
+        "left",
+    )
     """The same, from left to right."""
 
     def __init__(self, role: str, what: str, total: int, done: int) -> None:

@@ -54,7 +54,10 @@ def _filled(paragraph: str, width: int, hang: int) -> Iterator[str]:
 
 
 def wrapped_command(words: Sequence[str], width: int | None) -> list[str]:
-    r"""A command as a shell takes it, its words quoted, over lines that end in \. width: in cells; None: one line."""
+    r"""A command as a shell takes it, its words quoted, over lines that end in \.
+
+    width: of a line, in cells; None: all of it is one line.
+    """
     quoted = [shlex.quote(word) for word in words]
     if width is None:
         return [" " * _HANG + " ".join(quoted)]

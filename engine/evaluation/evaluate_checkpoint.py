@@ -348,6 +348,10 @@ class _Evaluation:
                     )
         return found
 
+    def _tell(self, name: str, done: int, total: int, doing: str) -> None:
+        self.reporter.doing(doing)
+        self.reporter.advance(done)
+
     def _attacked(self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None) -> dict[str, Result]:
         """The result of one attack, by its name, with a line of progress."""
         subject = self.subject
@@ -364,7 +368,7 @@ class _Evaluation:
                 batch_size=subject.batch_size,
                 limit=subject.limit(attack.name),
                 seed=subject.config.seed,
-                on_batch=lambda name, done, total: self.reporter.advance(done),
+                on_pass=self._tell,
                 stop=stop,
                 world=self.world,
                 partial=partial,

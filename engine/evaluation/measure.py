@@ -26,7 +26,7 @@ from engine.evaluation.arguments import (
     check_whole,
     count_classes,
 )
-from engine.evaluation.batches import Attack, BatchRunner, batch_of, size_of_batch
+from engine.evaluation.batches import Attack, BatchRunner, OnPass, batch_of, size_of_batch
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance, per_class
 from engine.evaluation.whole_set import SetAttack, SetRunner
@@ -37,6 +37,7 @@ from engine.system.precision import Precision, full_precision
 __all__ = [
     "UNMASKED",
     "LabelledImages",
+    "OnPass",
     "Result",
     "batch_of",
     "check_names",
@@ -71,6 +72,7 @@ def evaluate(
     partial: PartialResults | None = None,
     precision: Precision | None = None,
     keeps_images: bool = False,
+    on_pass: OnPass | None = None,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -89,6 +91,7 @@ def evaluate(
     without autocast and TF32.
     keeps_images: of AutoAttack and its parts the images that broke are in the main process's results (`hits`);
     until then they lie beside the notes of partial, which is needed for it.
+    on_pass: as on_batch, and in a batch too: see `OnPass`.
 
     Runs in eval mode. Attacks differentiate the model in the form of `prepared`, on a CPU with Winograd's
     convolutions. The model itself classifies, unless a precision is given, and a function gets it too. Every mode
@@ -116,7 +119,7 @@ def evaluate(
         return batch_of(images_N, labels_N, sample_B, where, dtype)
 
     with undisturbed(model, where, precision):
-        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial)
+        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial, on_pass)
         first = batch(sample_N[:1])[0]
         size = size_of_batch(batch_size, where, *first.shape[2:])
         num_classes = count_classes(model, first, labels_N)
@@ -132,7 +135,7 @@ def evaluate(
             else _made(attack, as_run if attack.takes_any_form else task, classifier, about)
             for attack in chosen
         ]
-        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images)
+        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images, on_pass)
         results = {
             attack.name: whole.result(attack, sample_N, size)
             if isinstance(attack, SetAttack)
@@ -158,6 +161,7 @@ def _made(attack: EvaluationAttack, task: Task, classifier: nn.Module, size: str
         attack.crafts_on(task),
         attack.parts(task.num_classes),
         attack.takes_whole_batches,
+        attack.gradients,
     )
 
 

@@ -281,10 +281,11 @@ class _Comparison:
         learner, step = build_learner(config, student, {}, self.place), 0
         pipeline = build_pipeline(config, images, self.place, flips=self.dataset.flip)
         steps = config.epochs * pipeline.steps_per_epoch
-        self.reporter.begin(f"student, {config.model}", steps)
+        self.reporter.begin(f"AT, {config.model}", steps)
         try:
             with closing(pipeline):
                 for epoch in range(config.epochs):
+                    self.reporter.at_epoch(epoch + 1, config.epochs)
                     student.train()
                     for batch in learner.batches(pipeline.epoch(epoch)):
                         lr = schedule.learning_rate(config, step, pipeline.steps_per_epoch)
@@ -399,7 +400,7 @@ class _Comparison:
             threat_model=self.ball[1],
             batch_size=self.batch_size,
             seed=self.config.seed,
-            on_batch=lambda attack, done, total: self.reporter.advance(done),
+            on_pass=lambda attack, done, total, doing: self.reporter.advance(done),
             stop=self.stop,
         )
 
