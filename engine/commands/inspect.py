@@ -88,7 +88,7 @@ def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: A
     found = look(Path(path), told)
     reporter = ConsoleReporter()
     if as_json:
-        reporter.message(json.dumps({"path": path} | asdict(found), indent=2))
+        reporter.verbatim(json.dumps({"path": path} | asdict(found), indent=2))
     else:
         _show(reporter, path, found)
     if save_safetensors is not None:

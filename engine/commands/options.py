@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import click
 
 from engine.commands.completion import FILE, named
 from engine.common import wrapping
+from engine.common.stopping import Interrupted
 
 COUNT, SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
 
@@ -200,6 +203,15 @@ def imported() -> tuple[str, ...]:
     """Files and modules that --import of the running command has loaded."""
     names: tuple[str, ...] = click.get_current_context().meta[_IMPORTS]
     return names
+
+
+@contextmanager
+def continued_by_itself(kept: str, again: str = "to continue") -> Iterator[None]:
+    """Context in which Interrupted names the running command, which goes on. kept: what is there of its work."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted(f"interrupted; {kept}; {again}", ("engine", *sys.argv[1:])) from None
 
 
 def _warn(line: str) -> None:

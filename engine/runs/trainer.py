@@ -204,12 +204,12 @@ class Trainer:
     def _tell_forecast(self, seconds: float) -> None:
         """Tell how long the training will take, of so many seconds a step, and how much memory it needs."""
         config, progress, parts, precision = self.session.config, self.progress, self.parts, self.session.precision
-        dataset, student, per_second = parts.data.dataset, self.session.student, config.batch_size / seconds
+        dataset, student, steps = parts.data.dataset, self.session.student, parts.data.pipeline.steps_per_epoch
         images = Images(parts.data.sampling.epoch_size, len(parts.data.held_out), len(dataset.test))
+        per_second = images.training / steps / seconds  # the last batch of an epoch may be smaller
         work = workload(config, self.method, parts.speedometer.forward, images)
         flops_per_second = work.training[progress.epoch] / images.training * per_second
-        share_done = progress.step_in_epoch / parts.data.pipeline.steps_per_epoch
-        left = work.left(progress.epoch, share_done) / flops_per_second
+        left = work.left(progress.epoch, progress.step_in_epoch / steps) / flops_per_second
         texts = [f"{told(work, progress.epoch, left)}, at {per_second:,.0f} images/s"]
         if student is not None:
             network = build_student(student, dataset, precision)

@@ -50,8 +50,8 @@ def picture(report: Mapping[str, Any]) -> bytes:
     figure.suptitle(
         f"Candidate teachers on {data['n']:,} {data['split']} images of {data['name']}, by {report['sort_by']}\n"
         f"{report['attack']['description']}\n"
-        f"x~ is crafted on the student ({student['model']}: natural {student['natural']:.1%}, on x~ "
-        f"{student['adversarial']:.1%}), x^ on each candidate; alpha = P_T(x~ | y)^{report['beta']:g}",
+        f"x~ is crafted on the student ({student['model']}: natural {student['natural']:.2%}, on x~ "
+        f"{student['adversarial']:.2%}), x^ on each candidate; alpha = P_T(x~ | y)^{report['beta']:g}",
         fontsize=10,
     )
     content = io.BytesIO()
