@@ -330,8 +330,9 @@ class _Comparison:
         warnings = []
         if is_chance(accuracies["natural"], n, len(self.dataset.class_names)):
             warnings.append(
-                f"the student is no better than guessing ({percent(accuracies['natural'])}), and images attacked on "
-                "it tell little: train it longer by --student-epochs and --student-images, or give one by --student"
+                f"the student is no better than guessing ({percent(accuracies['natural'])}), and images attacked "
+                "on it tell little: train it longer by --student-epochs and --student-images, or give one by "
+                "--student"
             )
         if attacked.zero_gradients > MOST_ZEROS:
             warnings.append(
