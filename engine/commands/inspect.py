@@ -387,7 +387,8 @@ def _show(reporter: Any, path: str, found: Found) -> None:
     for note in found.notes:
         reporter.message(f"Note: {printable(note)}")
     for command in found.next:
-        reporter.message(f"Next: {printable(command)}")
+        reporter.message("Next:")
+        reporter.command(shlex.split(command))
 
 
 def _text(value: Any) -> str:

@@ -60,8 +60,11 @@ class Reporter:
     def advance(self, done: int) -> None:
         """Report that so many steps of the task are done."""
 
-    def doing(self, text: str) -> None:
-        """Tell in a few words what the task is at; empty: nothing in particular."""
+    def doing(self, text: str, *, is_uneven: bool = False) -> None:
+        """Tell in a few words what the task is at; empty: nothing in particular.
+
+        is_uneven: what is left may take much longer than what is done, and nothing is said of its end.
+        """
 
     def epoch(self, row: Mapping[str, Any], epochs: int, measured: str) -> None:
         """Report an epoch that is trained and evaluated. measured: its accuracies, with what they are of."""
@@ -160,8 +163,9 @@ class ConsoleReporter(Reporter):
         self._task.done = done
         self._refresh()
 
-    def doing(self, text: str) -> None:
+    def doing(self, text: str, *, is_uneven: bool = False) -> None:
         self._show("doing", text)
+        self._task.is_uneven = is_uneven
         self._refresh()
 
     def epoch(self, row: Mapping[str, Any], epochs: int, measured: str) -> None:
@@ -242,13 +246,15 @@ class _Task:
     def __init__(self, role: str, what: str, total: int, done: int) -> None:
         first, _, more = what.partition(", ")
         self._what, self._first, self._begin = what, done, time.monotonic()
-        self.total, self.done = total, done
+        self.total, self.done, self.is_uneven = total, done, False
         self.told = {"role": role, "what": "" if role else first, "more": what if role else more}
 
     def left(self) -> float | None:
         """Seconds until the end, if the rest is as fast as what was done here; None where that is not known."""
         here = self.done - self._first
-        return (time.monotonic() - self._begin) * (self.total - self.done) / here if here > 0 else None
+        if here <= 0 or self.is_uneven:
+            return None
+        return (time.monotonic() - self._begin) * (self.total - self.done) / here
 
     def text(self) -> str:
         """All of it in one line for a log file, whose reader is told the role."""

@@ -96,6 +96,10 @@ def _records(table: Table, cells: Sequence[Sequence[str]]) -> Iterator[str]:
     heads, *rows = zip(*cells, strict=True)
     if table.title:
         yield _plain(table.title)
+    if len(heads) == 2:  # a name and its value
+        rows = [heads, *rows]
+        yield from (": ".join(_in_one_line(cell) for cell in row if cell) for row in rows)
+        return
     for first, *others in rows:
         yield _in_one_line(first)
         for head, cell in zip(heads[1:], others, strict=True):

@@ -349,7 +349,7 @@ class _Evaluation:
         return found
 
     def _tell(self, name: str, done: int, total: int, doing: str) -> None:
-        self.reporter.doing(doing)
+        self.reporter.doing(doing, is_uneven=doing != "")
         self.reporter.advance(done)
 
     def _attacked(self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None) -> dict[str, Result]:

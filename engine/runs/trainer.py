@@ -432,7 +432,7 @@ class Trainer:
                 current = name
                 console.begin("test", total)
                 console.at_epoch(of_epoch["epoch"], config.epochs)
-            console.doing(doing or table.find(name).title)
+            console.doing(doing or table.find(name).title, is_uneven=doing != "")
             console.advance(done)
 
         try:
