@@ -181,7 +181,7 @@ def _trained(run: RunConfig, say: Callable[[str], None]) -> RunDir:
     """The run directory of a training that was finished before, or now."""
 
     class Told(Reporter):
-        def epoch(self, row: Any, epochs: int) -> None:
+        def epoch(self, row: Any, epochs: int, measured: str) -> None:
             say(f"{run.method}, epoch {row['epoch']}/{epochs}, loss {row['loss']:.3f}")
 
     return RunDir(train(run, Told(), again=True).path)

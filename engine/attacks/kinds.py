@@ -86,6 +86,11 @@ class EvaluationAttack(ABC):
         return False
 
     @property
+    def gradients(self) -> int | None:
+        """Passes with a gradient over every image of a batch; None: that depends on the images, or is unknown."""
+        return None
+
+    @property
     def takes_any_form(self) -> bool:
         """False if it may look into the network, and so gets it with the layers that it has."""
         return True
@@ -133,6 +138,10 @@ class EvaluationAttack(ABC):
 class NoAttack(EvaluationAttack):
     """The images as they are."""
 
+    @property
+    def gradients(self) -> int:
+        return 0
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return "no attack"
 
@@ -145,6 +154,10 @@ class NoAttack(EvaluationAttack):
 
 class Preset(EvaluationAttack):
     """An attack by `pgd`, of a name that `preset` knows. Its random starts depend on seed, name and sample."""
+
+    @property
+    def gradients(self) -> int:
+        return preset(self.name, 1.0).num_steps
 
     @property
     def takes_whole_batches(self) -> bool:
@@ -335,6 +348,10 @@ class Transferred(EvaluationAttack):
     @property
     def takes_whole_batches(self) -> bool:
         return self.inner.takes_whole_batches
+
+    @property
+    def gradients(self) -> int | None:
+        return self.inner.gradients
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return f"crafted on {self.path}: {self.inner.numbers(num_classes, ball)}"

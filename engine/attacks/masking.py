@@ -78,18 +78,18 @@ def complaint(row: Mapping[str, Any]) -> str:
     """Signs in an epoch's row that the attack of the training is masked, in words; empty where there is none."""
     found = []
     if (zeros := row.get("attack_zero_gradients", 0.0)) > MOST_ZEROS:
-        found.append(f"{zeros:.1%} of the attack's gradients are zero (limit {MOST_ZEROS:.0%})")
+        found.append(f"{zeros:.2%} of the attack's gradients are zero (limit {MOST_ZEROS:.0%})")
     if (broken := row.get("attack_non_finite_gradients", 0.0)) > 0:
         found.append(f"{broken:.2%} of the attack's gradients are not finite")
     if (masked := row.get("robust_masked") or 0.0) > MOST_MASKED:
         found.append(
-            f"{masked:.1%} of the held-out images kept their class although their gradient was zero "
+            f"{masked:.2%} of the held-out images kept their class although their gradient was zero "
             f"(limit {MOST_MASKED:.0%})"
         )
     if (agreement := row.get("probe_amp_sign_agreement", 1.0)) < LEAST_AGREEMENT:
         found.append(
-            f"AMP agrees with full precision on {agreement:.1%} of the signs (limit {LEAST_AGREEMENT:.0%})"
+            f"AMP agrees with full precision on {agreement:.2%} of the signs (limit {LEAST_AGREEMENT:.0%})"
         )
     if (gap := row.get("probe_amp_accuracy_gap", 0.0)) > LARGEST_GAP:
-        found.append(f"accuracy under the attack is {gap:.1%} higher with AMP (limit {LARGEST_GAP:.0%})")
+        found.append(f"accuracy under the attack is {gap:.2%} higher with AMP (limit {LARGEST_GAP:.0%})")
     return "; ".join(found)

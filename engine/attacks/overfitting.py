@@ -86,10 +86,10 @@ def complaint(row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     found = []
     if (gap := row["probe_fgsm_pgd_gap"]) > LARGEST_FGSM_PGD_GAP:
         found.append(
-            f"accuracy on the probe is {gap:.1%} higher under the attack of the training than under PGD-10 "
+            f"accuracy on the probe is {gap:.2%} higher under the attack of the training than under PGD-10 "
             f"(limit {LARGEST_FGSM_PGD_GAP:.0%})"
         )
     once, now = before.get("robust_accuracy", 0.0), row["robust_accuracy"]
     if once >= ONCE_ROBUST and now < NEARLY_NONE:
-        found.append(f"robust accuracy fell from {once:.1%} to {now:.1%} in one epoch")
+        found.append(f"robust accuracy fell from {once:.2%} to {now:.2%} in one epoch")
     return "; ".join(found)

@@ -13,12 +13,13 @@ from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.inspect import inspect
 from engine.commands.lists import list_attacks, list_datasets, list_methods, list_models, list_recipes
+from engine.commands.options import wrap_help_at_words
 from engine.commands.reports.compare import compare_networks
 from engine.commands.reports.report import report
 from engine.commands.reports.verify import verify
 from engine.commands.teachers import rank_teachers
 from engine.commands.train import train
-from engine.common import errors, standard_streams
+from engine.common import errors, standard_streams, wrapping
 from engine.common.stopping import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -56,7 +57,11 @@ def _run() -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         told = errors.as_user_error(error)
-        _say(str(told))
+        if isinstance(told, Interrupted) and told.command and sys.stderr.isatty():
+            _say(f"{told.message}:")
+            click.echo("\n".join(wrapping.wrapped_command(told.command, wrapping.columns())), err=True)
+        else:
+            _say(str(told))
         return next(code for kind, code in _CODES.items() if isinstance(told, kind))
     return 0
 
@@ -66,7 +71,10 @@ _CODES = {ValueError: EXIT_USER_ERROR, RunFailed: EXIT_FAILED, Interrupted: EXIT
 
 def _say(message: str) -> None:
     if message:  # else another process of the run has said it
-        click.echo(f"engine: {errors.printable(message)}", err=True)
+        told = f"engine: {errors.printable(message)}"
+        click.echo(
+            "\n".join(wrapping.wrapped(told, wrapping.columns())) if sys.stderr.isatty() else told, err=True
+        )
 
 
 @click.group(
@@ -95,6 +103,8 @@ def commands() -> None:
     A first run, on any machine: engine train --method at --dataset digits --model resnet8 --epochs 3
     """
 
+
+wrap_help_at_words(commands)
 
 if __name__ == "__main__":
     main()

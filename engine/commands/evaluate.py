@@ -15,6 +15,7 @@ from engine.commands.options import (
     SEED,
     Processes,
     batch_size_option,
+    continued_by_itself,
     device_option,
     import_option,
     normalisation_options,
@@ -143,7 +144,7 @@ def evaluate(
     folder = None if out is None else Path(out)
     paths = {path: reports.path_of(path, folder) for path in every}
     found, curves = {}, {}
-    with distributed.joined(config, processes.timeout) as world:
+    with distributed.joined(config, processes.timeout) as world, continued_by_itself("what was measured is kept"):
         reporter = ConsoleReporter() if world.is_main else Reporter()
         for path, report_path in paths.items():
             if radii:

@@ -89,7 +89,7 @@ def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: A
     found = look(Path(path), told)
     reporter = ConsoleReporter()
     if as_json:
-        reporter.message(json.dumps({"path": path} | asdict(found), indent=2))
+        reporter.verbatim(json.dumps({"path": path} | asdict(found), indent=2))
     else:
         _show(reporter, path, found)
     if save_safetensors is not None:
@@ -413,7 +413,8 @@ def _show(reporter: Any, path: str, found: Found) -> None:
     for note in found.notes:
         reporter.message(f"Note: {printable(note)}")
     for command in found.next:
-        reporter.message(f"Next: {printable(command)}")
+        reporter.message("Next:")
+        reporter.command(shlex.split(command))
 
 
 def _text(value: Any) -> str:

@@ -1,15 +1,19 @@
-"""Options that commands share, and the groups in which a help lists them."""
+"""Options that commands share, the groups in which a help lists them, and its form on a terminal of any width."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from engine.commands.completion import FILE, named
+from engine.common import wrapping
+from engine.common.stopping import Interrupted
 
 COUNT, SEED = click.IntRange(1, 2**31 - 1), click.IntRange(0, 2**63 - 1)
 
@@ -35,6 +39,59 @@ class GroupedCommand(click.Command):
         for group, records in groups.items():
             with formatter.section(group.capitalize()):
                 formatter.write_dl(records)
+
+
+class _Help(click.HelpFormatter):
+    """Text of a help, broken between words; what an option means stands below it where there is little room."""
+
+    _LEAST_BESIDE = 60  # columns from which on meanings stand beside the options
+
+    def __init__(self, *, max_width: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings | {"width": max(min(wrapping.columns(), max_width or 80) - 2, 20)})
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        self._write_lines(f"{prefix or 'Usage: '}{prog} {args}".rstrip(), hang=4)
+
+    def write_text(self, text: str) -> None:
+        for number, paragraph in enumerate(text.split("\n\n")):
+            is_kept = paragraph.startswith("\b")
+            self.write("\n" if number else "")
+            if is_kept:
+                self._write_lines(paragraph.removeprefix("\b").strip("\n"), hang=4)
+            else:
+                self._write_lines(" ".join(paragraph.split()))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        rows = list(rows)
+        longest = max((len(first) for first, _ in rows), default=0)
+        beside = min(longest, col_max) + col_spacing if self.width >= self._LEAST_BESIDE else 0
+        for first, second in rows:
+            room = self.width - (beside or 4) - self.current_indent
+            told = wrapping.wrapped(" ".join(second.split()), room, hang=0)
+            fits = beside and len(first) + col_spacing <= beside
+            if fits:
+                self.write(f"{'':{self.current_indent}}{first:{beside}}{told.pop(0)}".rstrip() + "\n")
+            else:
+                self._write_lines(first, hang=4)
+            for line in told if second else ():
+                self.write(f"{'':{self.current_indent + (beside or 4)}}{line}\n")
+
+    def _write_lines(self, text: str, hang: int = 0) -> None:
+        for line in wrapping.wrapped(text, self.width - self.current_indent, hang):
+            self.write(f"{'':{self.current_indent}}{line}\n")
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
+def wrap_help_at_words(command: click.Command) -> None:
+    """Give the help of a command, and of those below it, this form; lists of commands have whole sentences."""
+    command.context_class = _Context
+    if command.short_help is None and command.help:
+        command.short_help = " ".join(command.help.partition("\n\n")[0].split()).partition(". ")[0]
+    for below in getattr(command, "commands", {}).values():
+        wrap_help_at_words(below)
 
 
 @dataclass(frozen=True)
@@ -146,6 +203,15 @@ def imported() -> tuple[str, ...]:
     """Files and modules that --import of the running command has loaded."""
     names: tuple[str, ...] = click.get_current_context().meta[_IMPORTS]
     return names
+
+
+@contextmanager
+def continued_by_itself(kept: str, again: str = "to continue") -> Iterator[None]:
+    """Context in which Interrupted names the running command, which goes on. kept: what is there of its work."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted(f"interrupted; {kept}; {again}", ("engine", *sys.argv[1:])) from None
 
 
 def _warn(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from engine.common import standard_streams
 from engine.common.console import ConsoleReporter
+from engine.common.numbers import percent
 
 if TYPE_CHECKING:
     from engine.runs.lifecycle import RunResult
@@ -64,17 +66,40 @@ def print_by_radius(reporter: ConsoleReporter, title: str, found: dict[str, dict
 
 
 def _accuracy(result: dict[str, Any]) -> str:
-    return f"{result['accuracy']:.2%}{'*' * bool(result.get('warnings'))}"
+    return f"{percent(result['accuracy'])}{'*' * bool(result.get('warnings'))}"
 
 
 def print_summary(reporter: ConsoleReporter, result: RunResult) -> None:
-    """Print the accuracies of a finished run, and its files."""
+    """Print the accuracies of a finished run, its files, and the commands that go on with them."""
+    from engine.attacks.table import find
+    from engine.plugins import imports
+    from engine.runs.run_directory import RunDir
+
     summary = result.summary
+    run, config = RunDir.existing(result.path)
+    best = summary["best"]
     if "test_of_best" in summary:
-        best = f"best (epoch {summary['best']['epoch']}, selected on {summary['selected_on']})"
+        name = f"best (epoch {best['epoch']}, selected on {summary['selected_on']})"
         last = f"last (epoch {summary['last']['epoch']})"
         reporter.message("Accuracy on test images:")
-        print_accuracies(reporter, {best: summary["test_of_best"], last: summary["test_of_last"]})
+        print_accuracies(reporter, {name: summary["test_of_best"], last: summary["test_of_last"]})
+    else:
+        held_out = f"{best.get('measured_n', 'the'):,} {best['measured_on']} images"
+        reporter.message(
+            f"Best epoch: {best['epoch']}, natural {percent(best['natural_accuracy'])}, "
+            f"{find(config.eval.attack).title} {percent(best['robust_accuracy'])} of {held_out}, "
+            f"{find(config.eval.attack).numbers(2, (config.attack.epsilon, config.attack.threat_model))}"
+        )
     reporter.message("Written:")
-    for path in sorted(result.path.iterdir()):
+    for path in sorted(run.path.iterdir()):
         reporter.message(f"  {path}")
+    print_next(reporter, run.path, imports.arguments(config))
+
+
+def print_next(reporter: ConsoleReporter, path: Path, also: Sequence[str]) -> None:
+    """Print the commands that one runs after a training. also: arguments that its plugins need."""
+    reporter.message("Next:")
+    where = str(path)
+    reporter.command(("engine", "eval", where, "--attacks", "natural,pgd20,aa", *also))
+    reporter.command(("engine", "report", where))
+    reporter.command(("engine", "export", where, "--format", "onnx", *also))

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import DIR, FILE, named, one_of
-from engine.commands.options import COUNT, SEED, batch_size_option, device_option, import_option, weights_option
+from engine.commands.options import (
+    COUNT,
+    SEED,
+    batch_size_option,
+    continued_by_itself,
+    device_option,
+    import_option,
+    weights_option,
+)
 from engine.common.files import checkpoint_of
+from engine.common.numbers import percent
 
 if TYPE_CHECKING:
     from engine.common.console import ConsoleReporter
@@ -82,7 +91,8 @@ def rank_teachers(candidates: tuple[str, ...], student: str | None, out: str | N
     at = None if student is None else checkpoint_of(student)
     config = compare_teachers.TeachersConfig(student=at, **options)
     folder, reporter = None if out is None else Path(out), ConsoleReporter()
-    report = compare_teachers.run([checkpoint_of(name) for name in candidates], config, reporter, folder)
+    with continued_by_itself("nothing was written", "to begin again"):
+        report = compare_teachers.run([checkpoint_of(name) for name in candidates], config, reporter, folder)
     print_comparison(reporter, report)
     for name in compare_teachers.REPORT_FILES if folder is not None else ():
         reporter.message(f"Written: {folder}/{name}")
@@ -128,8 +138,8 @@ def _about_images(report: Mapping[str, Any]) -> Sequence[str]:
     return [
         f"x: {data['n']:,} {data['split']} images of {data['name']}, from {data['source']}",
         f"x~: x attacked on the student, x^: on the candidate itself: {report['attack']['description']}",
-        f"Student S: {student['origin']}; S(x) right {student['natural']:.1%}, S(x~) right "
-        f"{student['adversarial']:.1%}",
+        f"Student S: {student['origin']}; S(x) right {percent(student['natural'])}, S(x~) right "
+        f"{percent(student['adversarial'])}",
         f"Below a value: its 95 % interval; seed {report['seed']}; *: the order",
     ]
 

@@ -1,7 +1,8 @@
-"""The host's memory: how much is available, and what glibc does with freed memory: a tenth of a training step."""
+"""The host's memory: how much there is, and what glibc does with freed memory: a tenth of a training step."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from pathlib import Path
 
@@ -12,11 +13,30 @@ _MAX_INT = 2**31 - 1
 
 def available() -> int:
     """Bytes that new data may take, as Linux estimates them; elsewhere more than there can be."""
+    found = _kibibytes(Path("/proc/meminfo"), "MemAvailable:")
+    return 1 << 62 if found is None else found
+
+
+def total() -> int | None:
+    """Bytes of memory that the process may have: of the machine, or of its control group; None: not known."""
+    limits = [_kibibytes(Path("/proc/meminfo"), "MemTotal:")]
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def peak() -> int | None:
+    """Bytes that the process has had in memory at most; None: not known."""
+    return _kibibytes(Path("/proc/self/status"), "VmHWM:")
+
+
+def _kibibytes(path: Path, name: str) -> int | None:
+    """The number of KiB that Linux tells there by that name, in bytes."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
     except (OSError, StopIteration):
-        return 1 << 62
+        return None
 
 
 def keep_freed_memory() -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -27,7 +28,11 @@ A cluster signals all processes, and the launcher passes the signal on to the ot
 
 
 class Interrupted(Exception):  # like KeyboardInterrupt, no error
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved. command: goes on, or begins again, as the message says."""
+
+    def __init__(self, message: str = "", command: Sequence[str] = ()) -> None:
+        super().__init__(f"{message}: {shlex.join(command)}" if command else message)
+        self.message, self.command = message, tuple(command)
 
 
 class RunFailed(RuntimeError):

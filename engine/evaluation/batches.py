@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -56,11 +56,16 @@ def batch_of(
     return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(device)
 
 
+OnPass = Callable[[str, int, int, str], object]
+"""Gets attack, samples done, samples in all, and what it is at in words, or ""; several times a batch."""
+
+
 class Attack(NamedTuple):
     """Attack that is made.
 
     classifier: the network that is attacked. crafts_on: the one whose gradients it takes. parts: to survive, in
     order. by_image: every gradient is of all images of the batch, so that those without one can be counted.
+    gradients: passes of a batch that have one; None: not known.
     """
 
     name: str
@@ -70,16 +75,19 @@ class Attack(NamedTuple):
     crafts_on: nn.Module
     parts: tuple[str, ...]
     by_image: bool
+    gradients: int | None = None
 
 
 class _GradientCounts:
     """Counts, on the device, entries of the gradients with respect to what the model is given.
 
     signed_B: entries that have a sign, neither zero nor NaN, of each image of the batch; per_image: of how many.
+    passes: their number, which on_pass is called with after each; the device is not waited for.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.entries = self.per_image = 0
+    def __init__(self, size: int, device: torch.device, on_pass: Callable[[int], object]) -> None:
+        self.entries = self.per_image = self.passes = 0
+        self._on_pass = on_pass
         self.zeros, self.not_finite = torch.zeros(2, dtype=torch.int64, device=device)
         self.signed_B = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -97,6 +105,8 @@ class _GradientCounts:
             inputs[0].register_hook(self._count)
 
     def _count(self, gradient: Tensor) -> None:
+        self.passes += 1
+        self._on_pass(self.passes)
         self.entries += gradient.numel()
         self.zeros += gradient.numel() - torch.count_nonzero(gradient)
         self.not_finite += torch.count_nonzero(gradient - gradient)  # NaN where an entry is not finite
@@ -123,6 +133,7 @@ class BatchRunner:
     world: World
     partial: PartialResults | None
     keeps: Tensor | None = None
+    on_pass: OnPass | None = None
 
     def result(self, attack: Attack, sample_N: Tensor, batch_size: int) -> Result:
         """The accuracy under an attack. Raises FloatingPointError and RunFailed as `evaluate` does."""
@@ -136,8 +147,10 @@ class BatchRunner:
                 table.add(number, Measured(*values))
         left = [number for number in range(len(batches)) if number not in known]
         done, total = sum(table.sizes[number] for number in known), len(sample_N)
+        gradients = attack.gradients  # of a batch; where it is not known, as many as the batch before had
         for number in left[world.rank :: world.size]:
-            measured, lost = self._measure(attack, batches[number], kept)
+            tell = partial(self._tell, attack.name, (done, table.sizes[number] * world.size, total), gradients)
+            measured, lost, gradients = self._measure(attack, batches[number], kept, tell)
             table.add(number, measured, lost)
             if lost or not measured.excess <= _SLACK:
                 break
@@ -146,21 +159,31 @@ class BatchRunner:
             done += table.sizes[number] * world.size
             if self.on_batch is not None:
                 self.on_batch(attack.name, min(done, total), total)
+            self._tell(attack.name, (done, 0, total), None, 0)
             world.check(self.stop)
         world.barrier(self.stop)
         result = table.gathered(world, attack, sample_N)
         return replace(result, attacked=kept.gathered(world, self.batch))
+
+    def _tell(self, name: str, images: tuple[int, int, int], gradients: int | None, count: int) -> None:
+        """Tell of so many gradients of a batch. images: done before it, of the batch, and of all batches."""
+        before, size, total = images
+        if self.on_pass is not None:
+            done = before + (min(count, gradients) * size // gradients if gradients else 0)
+            self.on_pass(name, min(done, total), total, "")
 
     def _known(self, attack: Attack) -> dict[int, list[Any]]:
         """Batches on the disk, in plain types for the broadcast."""
         assert self.partial is not None
         return {number: list(measured) for number, measured in self.partial.known(attack.name).items()}
 
-    def _measure(self, attack: Attack, sample_B: Tensor, kept: KeptImages) -> tuple[Measured, int]:
-        """A batch, and how many of its images have logits that are not finite. The device is waited for once."""
+    def _measure(
+        self, attack: Attack, sample_B: Tensor, kept: KeptImages, on_gradient: Callable[[int], object]
+    ) -> tuple[Measured, int, int]:
+        """A batch, its images whose logits are not finite, its gradients. The device is waited for once."""
         begin = time.perf_counter()
         x_nat, labels_B = self.batch(sample_B)
-        gradients = _GradientCounts(len(sample_B), x_nat.device)
+        gradients = _GradientCounts(len(sample_B), x_nat.device, on_gradient)
         with gradients.of(attack.crafts_on):
             attacked = attack.perturb(x_nat, labels_B, sample_B.to(x_nat.device))
         x_adv, survived_parts_B, flags = (
@@ -186,7 +209,8 @@ class BatchRunner:
         seconds = time.perf_counter() - begin
         kept.add(sample_B, x_adv.to(x_nat.dtype))
         counts = (gradients.entries, int(zeros), int(not_finite), int(masked), flags)
-        return Measured("".join(survived), " ".join(predicted), excess, seconds, *counts), int(lost)
+        measured = Measured("".join(survived), " ".join(predicted), excess, seconds, *counts)
+        return measured, int(lost), gradients.passes
 
 
 class _BatchTable:

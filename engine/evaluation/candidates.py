@@ -219,7 +219,7 @@ class Measure:
     values: Callable[[CandidateTeacher], Tensor]
     statistic: Callable[[Tensor], Tensor] = mean
     higher: bool = True
-    style: str = "{:.1%}"
+    style: str = "{:.2%}"
     by_chance: Callable[[Tensor], float] | None = None
 
     def of(self, candidate: CandidateTeacher) -> Estimate:

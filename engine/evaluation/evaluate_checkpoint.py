@@ -408,6 +408,10 @@ class _Evaluation:
         samples = [subject.samples(attack.name) for attack in attacks]
         return natural, pictures.choose(natural[NO_ATTACK], subject.images.labels, count, samples)
 
+    def _tell(self, name: str, done: int, total: int, doing: str) -> None:
+        self.reporter.doing(doing, is_uneven=doing != "")
+        self.reporter.advance(done)
+
     def _attacked(
         self, attack: EvaluationAttack, stop: Stop, partial: PartialResults | None, chosen: Tensor | None
     ) -> dict[str, Result]:
@@ -426,7 +430,7 @@ class _Evaluation:
                 batch_size=subject.batch_size,
                 limit=subject.limit(attack.name),
                 seed=subject.config.seed,
-                on_batch=lambda name, done, total: self.reporter.advance(done),
+                on_pass=self._tell,
                 stop=stop,
                 world=self.world,
                 partial=partial,

@@ -26,7 +26,7 @@ from engine.evaluation.arguments import (
     check_whole,
     count_classes,
 )
-from engine.evaluation.batches import Attack, BatchRunner, batch_of, size_of_batch
+from engine.evaluation.batches import Attack, BatchRunner, OnPass, batch_of, size_of_batch
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance, per_class
 from engine.evaluation.whole_set import SetAttack, SetRunner
@@ -37,6 +37,7 @@ from engine.system.precision import Precision, full_precision
 __all__ = [
     "UNMASKED",
     "LabelledImages",
+    "OnPass",
     "Result",
     "batch_of",
     "check_names",
@@ -72,6 +73,7 @@ def evaluate(
     precision: Precision | None = None,
     keeps_images: bool = False,
     keeps: Tensor | None = None,
+    on_pass: OnPass | None = None,
 ) -> dict[str, Result]:
     """Accuracy of the model on natural images and under each of the attacks, by name in the order given.
 
@@ -92,6 +94,7 @@ def evaluate(
     until then they lie beside the notes of partial, which is needed for it.
     keeps: indices in data, of those that are evaluated, whose images as attacked are in the results (`attacked`),
     in that order; of an image that AutoAttack has not broken the image as it is.
+    on_pass: as on_batch, and in a batch too: see `OnPass`.
 
     Runs in eval mode. Attacks differentiate the model in the form of `prepared`, on a CPU with Winograd's
     convolutions. The model itself classifies, unless a precision is given, and a function gets it too. Every mode
@@ -121,7 +124,7 @@ def evaluate(
         return batch_of(images_N, labels_N, sample_B, where, dtype)
 
     with undisturbed(model, where, precision):
-        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial, keeps)
+        runner = BatchRunner(batch, ball, on_batch, stop or Stop(), world, partial, keeps, on_pass)
         first = batch(sample_N[:1])[0]
         size = size_of_batch(batch_size, where, *first.shape[2:])
         num_classes = count_classes(model, first, labels_N)
@@ -137,7 +140,7 @@ def evaluate(
             else _made(attack, as_run if attack.takes_any_form else task, classifier, about)
             for attack in chosen
         ]
-        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images, keeps)
+        whole = SetRunner(batch, on_batch, runner.stop, world, partial, keeps_images, keeps, on_pass)
         results = {
             attack.name: whole.result(attack, sample_N, size)
             if isinstance(attack, SetAttack)
@@ -169,6 +172,7 @@ def _made(attack: EvaluationAttack, task: Task, classifier: nn.Module, size: str
         attack.crafts_on(task),
         attack.parts(task.num_classes),
         attack.takes_whole_batches,
+        attack.gradients,
     )
 
 

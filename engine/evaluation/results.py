@@ -164,10 +164,10 @@ def gradient_warnings(result: Result) -> Iterator[str]:
     name = result.attack
     if result.is_masked:
         yield (
-            f"{name}: {result.masked:.1%} of the images kept their class although their gradient was zero "
+            f"{name}: {result.masked:.2%} of the images kept their class although their gradient was zero "
             f"(limit {MOST_MASKED:.0%}): the accuracy may be that much too high"
         )
     elif (result.zero_gradients or 0) > MOST_ZEROS and result.masked is None:
-        yield f"{name}: {result.zero_gradients:.1%} of its gradients are zero (limit {MOST_ZEROS:.0%})"
+        yield f"{name}: {result.zero_gradients:.2%} of its gradients are zero (limit {MOST_ZEROS:.0%})"
     if result.non_finite_gradients:
         yield f"{name}: {result.non_finite_gradients:.2%} of its gradients are not finite"

@@ -18,6 +18,7 @@ from engine.attacks.auto.search import PassCount
 from engine.attacks.auto.standard import AttackBatch, AutoAttack
 from engine.attacks.autoattack import complaints, raised
 from engine.common.stopping import Stop
+from engine.evaluation.batches import OnPass
 from engine.evaluation.files.hits import Hit, HitNotes, classified, in_parts, judged, rows_of_note
 from engine.evaluation.files.kept_images import KeptImages
 from engine.evaluation.partial_results import PartialResults
@@ -52,6 +53,7 @@ class SetRunner:
     partial: PartialResults | None
     keeps_images: bool = False
     keeps: Tensor | None = None
+    on_pass: OnPass | None = None
 
     def hit_notes(self, attack: SetAttack) -> HitNotes | None:
         """The place of the images that broke, where they are kept."""
@@ -210,9 +212,9 @@ class _Share:
         self._runner, self._attack, self._table = runner, attack, table
         self._sample_N, self._kept = sample_N, kept
         self._targets: dict[int, Tensor] = {}
-        self._part = 0
+        self._part = self._checks = 0
         self._fresh: list[ImageOutcome] = []
-        self._begin = time.perf_counter()
+        self._begin = self._told = time.perf_counter()
 
     def attack_all(self, images: list[int], size: int) -> None:
         """Attack them with all parts."""
@@ -223,7 +225,7 @@ class _Share:
             self._look(some)
         for part in range(1, len(self._attack.parts)):
             self.flush()
-            self._part = part
+            self._part, self._checks = part, 0
             name, waiting = self._attack.parts[part], self._table.waiting(part, images)
             for outcome in auto.run(name, waiting, self._with_targets, size, self._check):
                 self._add(outcome)
@@ -249,6 +251,7 @@ class _Share:
         if self._runner.on_batch is not None:
             n = len(self._sample_N)
             self._runner.on_batch(self._attack.name, int(n * self._table.share_done()), n)
+        self._tell()
 
     def _classes(self) -> list[int]:
         """Classes of the images that broke since the last time, -1 for others.
@@ -299,7 +302,19 @@ class _Share:
             self.flush()
 
     def _check(self) -> None:
+        """Look after the steps of an attack at the other processes, and tell of them."""
+        self._checks += 1
+        now = time.perf_counter()
+        if now - self._told > _SECONDS_BETWEEN_NOTES:
+            self._told = now
+            self._tell()
         self._runner.world.check(self._runner.stop)
+
+    def _tell(self) -> None:
+        if self._runner.on_pass is not None:
+            n, part = len(self._sample_N), self._attack.parts[self._part]
+            doing = f"{part}, {self._checks:,} checks" if self._part else ""
+            self._runner.on_pass(self._attack.name, int(n * self._table.share_done()), n, doing)
 
     def _batch(self, images: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self._runner.batch(self._sample_N[torch.tensor(images)])

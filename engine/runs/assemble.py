@@ -317,8 +317,9 @@ def _obtain_teachers(
         if section in session.objects.teachers:
             _check_logits(teacher.name, teacher.model, data.dataset, data.image_CHW)
         found[section] = teacher
-        for line in card(session, section, teacher, data.held_out):
-            session.console.message(line)
+        with session.console.speaking_of(section):
+            for line in card(session, section, teacher, data.held_out):
+                session.console.message(line)
     return found
 
 

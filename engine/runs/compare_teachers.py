@@ -17,6 +17,7 @@ from engine.attacks.pgd import describe, preset
 from engine.common.console import Reporter
 from engine.common.files import create
 from engine.common.lookup import check_known, look_up
+from engine.common.numbers import percent
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation.batches import size_of_batch
@@ -281,10 +282,11 @@ class _Comparison:
         learner, step = build_learner(config, student, {}, self.place), 0
         pipeline = build_pipeline(config, images, self.place, flips=self.dataset.flip)
         steps = config.epochs * pipeline.steps_per_epoch
-        self.reporter.begin(f"student, {config.model}", steps)
+        self.reporter.begin(f"AT, {config.model}", steps)
         try:
             with closing(pipeline):
                 for epoch in range(config.epochs):
+                    self.reporter.at_epoch(epoch + 1, config.epochs)
                     student.train()
                     for batch in learner.batches(pipeline.epoch(epoch)):
                         lr = schedule.learning_rate(config, step, pipeline.steps_per_epoch)
@@ -328,12 +330,13 @@ class _Comparison:
         warnings = []
         if is_chance(accuracies["natural"], n, len(self.dataset.class_names)):
             warnings.append(
-                f"the student is no better than guessing ({accuracies['natural']:.1%}), and images attacked on it "
-                "tell little: train it longer by --student-epochs and --student-images, or give one by --student"
+                f"the student is no better than guessing ({percent(accuracies['natural'])}), and images attacked "
+                "on it tell little: train it longer by --student-epochs and --student-images, or give one by "
+                "--student"
             )
         if attacked.zero_gradients > MOST_ZEROS:
             warnings.append(
-                f"{attacked.zero_gradients:.1%} of the gradients of the attack on the student are zero "
+                f"{percent(attacked.zero_gradients)} of the gradients of the attack on the student are zero "
                 f"(limit {MOST_ZEROS:.0%}): its images are weaker than they could be"
             )
         self._warn("", warnings)
@@ -399,7 +402,7 @@ class _Comparison:
             threat_model=self.ball[1],
             batch_size=self.batch_size,
             seed=self.config.seed,
-            on_batch=lambda attack, done, total: self.reporter.advance(done),
+            on_pass=lambda attack, done, total, doing: self.reporter.advance(done),
             stop=self.stop,
         )
 
@@ -407,7 +410,9 @@ class _Comparison:
         natural, classes = MEASURES["natural"].of(candidate), len(self.dataset.class_names)
         if natural.value is None or not is_chance(natural.value, natural.n, classes):
             return []
-        told = f"{natural.value:.1%} is no better than guessing among {classes} classes"
+        told = (
+            f"{percent(natural.value)} of {natural.n:,} images is no better than guessing among {classes} classes"
+        )
         if network.config is None and network.normalize is None:
             told += "; if its loader normalised the images, say so by --normalize"
         return [told]

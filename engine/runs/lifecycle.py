@@ -20,14 +20,14 @@ from torch import nn
 
 from engine import models
 from engine.attacks.autoattack import NO_ATTACK
-from engine.common.console import Reporter
+from engine.common.console import Reporter, usual_reporter
 from engine.common.lookup import is_on, nearest
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, differing, flat, load, merge, semantics, with_absolute_paths
 from engine.evaluation.measure import check_names
 from engine.kernels import dispatch
 from engine.models.weights import origin
-from engine.objectives import TERMS
+from engine.objectives import STUDENT, TERMS
 from engine.pipelines import datasets
 from engine.pipelines.datasets import AnyDataset
 from engine.plugins import imports, loggers
@@ -78,13 +78,13 @@ def train(
     dataset: a name; or (train, test), see `engine.plugins.own_data.as_images`, or a function that gives them.
     teachers: networks by section, "teacher" and "teacher_st". callbacks: functions that get every row of
     metrics.jsonl, in the main process; what they raise ends the call. A run with objects goes on by `resume`.
-    reporter: who tells the user; None says nothing.
+    reporter: who tells the user; None: one with a progress bar in a notebook, and elsewhere one that says nothing.
     profile: that many steps are traced, see `engine.training.performance.profiling`. world: processes that train
     together; all call this with the same arguments. again: see `begin`.
     Raises ValueError for what the user can mend, RunFailed for a run that cannot go on, and Interrupted after a
     signal, when everything is saved for `resume`.
     """
-    world, console = world or World(), reporter or Reporter()
+    world, console = world or World(), reporter or usual_reporter()
     imports.load_installed(console.message)
     named = {"model": model, "dataset": dataset}
     keys |= {key: given for key, given in named.items() if isinstance(given, str)}
@@ -97,7 +97,7 @@ def train(
         mine.append(begin(config, again=again, processes=world.size, say=console.message))
         return str(mine[0].run.path), dict(mine[0].changes)
 
-    with objects.registered(config):
+    with console.speaking_of(STUDENT), objects.registered(config):
         path, changes = world.broadcast_from_main(prepare)
         with mine[0].removed_on_failure() if mine else nullcontext():
             return _resume(path, changes, objects, console, world, profile=profile)
@@ -139,12 +139,12 @@ def resume(
     model, dataset, teachers, callbacks: as of `train`; a run that began with objects needs the same ones.
     Raises as `train` does.
     """
-    console = reporter or Reporter()
+    console = reporter or usual_reporter()
     imports.load_installed(console.message)
     objects = Objects(model, dataset, teachers or {}, callbacks)
     begun = RunDir.existing(Path(path))[1]
     objects.check(begun)
-    with objects.registered(begun):
+    with console.speaking_of(STUDENT), objects.registered(begun):
         return _resume(path, changes, objects, console, world or World(), profile=profile)
 
 
@@ -175,8 +175,15 @@ def _resume(
             with world.collective_errors(stop):
                 summary = _run(run, config, world, console, stop, objects=objects, profile=profile)
         except Interrupted:
-            raise Interrupted(f"interrupted, all saved; to continue: engine train --resume {run.path}") from None
+            raise Interrupted("interrupted, all saved; to continue", _resuming(run, config, world)) from None
     return RunResult(run.path, summary)
+
+
+def _resuming(run: RunDir, config: RunConfig, world: World) -> list[str]:
+    """The command that continues a run, with as many processes as it had."""
+    kind = "gpus" if precision.device(config.device, world.local_rank).type == "cuda" else "procs"
+    processes = [f"--{kind}", str(world.size)] if world.size > 1 else []
+    return ["engine", "train", "--resume", str(run.path), *processes, *imports.arguments(config)]
 
 
 def _complete(given: RunConfig | Mapping[str, Any] | None, keys: Mapping[str, Any]) -> RunConfig:
@@ -213,6 +220,7 @@ def _check_names(config: RunConfig) -> None:
     loggers.check(config.loggers)
 
 
+# many parameters: a session's, which it makes, and two of a teacher's run alone
 def _run(
     run: RunDir,
     config: RunConfig,
@@ -222,9 +230,13 @@ def _run(
     *,
     dataset: AnyDataset | None = None,
     objects: Objects | None = None,
+    student: RunConfig | None = None,
     profile: int = 0,
 ) -> dict[str, Any]:
-    """Train the run to its end; its summary. dataset: that of a teacher's student; None: it is loaded."""
+    """Train the run to its end; its summary.
+
+    dataset: that of a teacher's student; None: it is loaded. student: its configuration.
+    """
     try:
         with ExitStack() as resources:
             fast = precision.is_fast(config, precision.device(config.device, world.local_rank))
@@ -237,7 +249,7 @@ def _run(
                 for line in imports.changed(sessions[-1].get("plugins", {}), imports.record(config)):
                     console.message(f"Warning: {line}")
             at = precision.choose(config, world.local_rank)
-            session = Session(config, at, world, console, stop, run, objects or Objects())
+            session = Session(config, at, world, console, stop, run, objects or Objects(), student)
             _announce(session, saved)
             return _make_trainer(session, saved, resources, dataset, profile).fit()
     except FloatingPointError as error:
@@ -349,5 +361,6 @@ def _train_teacher(session: Session, wanted: RunConfig, path: Path, dataset: Any
     finished = world.broadcast_from_main(prepare)
     with prepared.removed_on_failure():
         if not finished:
-            _run(run, config, world, session.console, session.stop, dataset=dataset)
+            with session.console.speaking_of(path.name):  # that of its section
+                _run(run, config, world, session.console, session.stop, dataset=dataset, student=session.config)
     return run.best

@@ -19,7 +19,8 @@ class Session:
 
     config: complete, as the run goes on with it. world: the processes that train together, all with a session of
     their own. console: is told of the progress. stop: is set by a signal. run: the run's directory. objects: of a
-    Python program, in place of names.
+    Python program, in place of names. student: the configuration that is trained next, where this run is of a
+    teacher of it.
     """
 
     config: RunConfig
@@ -29,3 +30,4 @@ class Session:
     stop: Stop
     run: RunDir
     objects: Objects = field(default_factory=Objects)
+    student: RunConfig | None = None

@@ -17,6 +17,7 @@ from torch import nn
 
 from engine import models
 from engine.common.files import write_atomically
+from engine.common.numbers import percent
 from engine.common.stopping import Interrupted
 from engine.config import (
     LABELLED_BY_TEACHER,
@@ -226,12 +227,11 @@ def card(session: Session, role: str, teacher: Teacher, held_out: AnySplit) -> l
     if is_chance(natural.accuracy, natural.n, classes):
         warnings.append(f"this teacher has learnt nothing: guessing among {classes} classes is right as often")
     return [
-        f"{role}: {teacher.name}, {parameters:,} parameters",
-        f"  source    {teacher.source}",
-        f"  natural   {natural.accuracy:.2%}   PGD-10 {robust.accuracy:.2%}   on {natural.n} held-out images",
-        f"  attack    {robust.description}",
-        *(f"  note      {note}" for note in teacher.notes),
-        *(f"  WARNING   {warning}" for warning in warnings),
+        f"{teacher.name}, {parameters:,} parameters, {teacher.source}",
+        f"natural {percent(natural.accuracy)}, PGD-10 {percent(robust.accuracy)} of {natural.n:,} held-out images",
+        f"attacked by {robust.description}",
+        *(f"Note: {note}" for note in teacher.notes),
+        *(f"WARNING: {warning}" for warning in warnings),
     ]
 
 

@@ -17,19 +17,22 @@ from engine.attacks.kinds import Task, craft
 from engine.attacks.pgd import describe
 from engine.common.files import write_json
 from engine.common.lookup import look_up
+from engine.common.numbers import percent
 from engine.common.stopping import Interrupted, RunFailed
 from engine.config import AttackSpec, epochs_of
-from engine.evaluation.measure import Result, evaluate, further
+from engine.evaluation.measure import OnPass, Result, evaluate, further
 from engine.methods import Method
 from engine.pipelines.datasets import AnySplit
 from engine.runs import checkpoints
-from engine.runs.assemble import Parts
+from engine.runs.assemble import Parts, build_student, method_of
 from engine.runs.checkpoints import Progress
 from engine.runs.reporting import plots
 from engine.runs.session import Session
 from engine.system import memory
 from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry
+from engine.training.performance.forecast import Images, StepClock, peak_memory, told, workload
+from engine.training.performance.speed import forward_flops
 from engine.training.step import OnDevice, StepOutput
 
 # By `overfitting_guard`: the last good epoch is kept, and one that overfits does not replace the best.
@@ -56,6 +59,7 @@ class Trainer:
         self.session, self.parts, self.progress = session, parts, progress
         self.write_row, self.cut_rows, self.on_step = write_row, cut_rows, on_step
         self.saver = checkpoints.Saver()
+        self._clock: StepClock | None = None  # of the first epoch that is trained here, from its begin
 
     @property
     def method(self) -> Method:
@@ -85,7 +89,7 @@ class Trainer:
         """Train the epochs that are left, evaluate, and return summary.json."""
         config, console = self.session.config, self.session.console
         steps = config.epochs * self.parts.data.pipeline.steps_per_epoch
-        console.begin(f"{self.method.name} {config.model}", steps, self.progress.step)
+        console.begin(f"{self.method.name}, {config.model}", steps, self.progress.step)
         try:
             with self.saver:
                 if not self.progress.step:
@@ -112,7 +116,10 @@ class Trainer:
             self._use_attack()
         memory.forget_peak(self.session.precision.device)
         learner.student.train()
+        console.at_epoch(epoch + 1, config.epochs)
         self.parts.telemetry.start_clock()
+        if self._clock is None:
+            self._clock = StepClock(is_synchronous=self.session.precision.device.type == "cpu")
         for batch in learner.batches(data.pipeline.epoch(epoch, progress.step_in_epoch)):
             lr = schedule.learning_rate(config, progress.step, data.pipeline.steps_per_epoch)
             size = data.sampling.size_of(progress.step_in_epoch)
@@ -180,18 +187,38 @@ class Trainer:
         """Log, save and stop where it is time to."""
         config, progress, session = self.session.config, self.progress, self.session
         epoch_is_trained = progress.step_in_epoch == self.parts.data.pipeline.steps_per_epoch
-        if progress.step % config.log_every == 0 or epoch_is_trained:
+        if has_waited := progress.step % config.log_every == 0 or epoch_is_trained:
             totals = self.parts.telemetry.read()
             progress.totals = telemetry.add(progress.totals, totals)
             row = self._row("step", totals)
             self.write_row(row)
             session.console.step(row)
+        assert self._clock is not None
+        if seconds := self._clock.after_step(has_waited=has_waited, ends_epoch=epoch_is_trained):
+            self._tell_forecast(seconds)
         self._snapshot()
         every, asked_to_stop = config.checkpoint_every, session.world.delayed_any(session.stop.requested)
         if (every and progress.step % every == 0) or asked_to_stop:
             self.save()
         if asked_to_stop:
             raise Interrupted
+
+    def _tell_forecast(self, seconds: float) -> None:
+        """Tell how long the training will take, of so many seconds a step, and how much memory it needs."""
+        config, progress, parts, precision = self.session.config, self.progress, self.parts, self.session.precision
+        dataset, student, steps = parts.data.dataset, self.session.student, parts.data.pipeline.steps_per_epoch
+        images = Images(parts.data.sampling.epoch_size, len(parts.data.held_out), len(dataset.test))
+        per_second = images.training / steps / seconds  # the last batch of an epoch may be smaller
+        work = workload(config, self.method, parts.speedometer.forward, images)
+        flops_per_second = work.training[progress.epoch] / images.training * per_second
+        left = work.left(progress.epoch, progress.step_in_epoch / steps) / flops_per_second
+        texts = [f"{told(work, progress.epoch, left)}, at {per_second:,.0f} images/s"]
+        if student is not None:
+            network = build_student(student, dataset, precision)
+            then = workload(student, method_of(student), forward_flops(network, parts.data.image_CHW), images)
+            texts.append(told(then, 0, then.left(0) / flops_per_second, " of the student after it"))
+        texts.append(peak_memory(precision.device))
+        self.session.console.message("; ".join(filter(None, texts)))
 
     def _snapshot(self) -> None:
         """Keep the weights as they are after this step, to be compared with those of another program."""
@@ -212,7 +239,10 @@ class Trainer:
             self._seed_dropout()
             learner.average.after_epoch(progress.epoch, clean, parts.data.sampling.epoch_size, world)
         try:
-            accuracies = self._evaluate(parts.data.held_out, ("natural", attack), self._choosing)
+            accuracies = self._evaluate(
+                parts.data.held_out, ("natural", attack), self._choosing, on_pass=self._tell_evaluation
+            )
+            self.session.console.doing("")
         except Interrupted:
             self.save()
             raise
@@ -227,7 +257,12 @@ class Trainer:
         row |= world.broadcast_from_main(self._probe)
         if overfits := overfitting.complaint(row, progress.last):
             row[overfitting.COMPLAINT] = overfits
-        self.session.console.epoch(row, config.epochs)
+        natural, robust = (percent(row[f"{name}_accuracy"]) for name in ("natural", "robust"))
+        measured = (
+            f"natural {natural}, {table.find(attack).title} {robust} "
+            f"of {row['measured_n']:,} {row['measured_on']} images"
+        )
+        self.session.console.epoch(row, config.epochs, measured)
         if overfits and self._can_roll_back():
             self._roll_back(row)
             return
@@ -377,20 +412,37 @@ class Trainer:
             "last": last,
         }
         if config.eval.final:
-            summary["test_of_last"] = summary["test_of_best"] = self._test()
+            summary["test_of_last"] = summary["test_of_best"] = self._test(last)
             if best["epoch"] != last["epoch"]:
                 checkpoints.load_best(run.best, self.parts.learner.evaluated, best["epoch"])
-                summary["test_of_best"] = self._test()
+                summary["test_of_best"] = self._test(best)
         if self.session.world.is_main:
             plots.draw(run, best)
             write_json(run.summary, summary)
         return summary
 
-    def _test(self) -> dict[str, dict[str, Any]]:
-        """Results of `eval.final` on the test images, and of the further attacks that these call for."""
-        images = self.parts.data.dataset.test
-        results = self._evaluate(images, self.session.config.eval.final)
-        results |= self._evaluate(images, further(results))
+    def _test(self, of_epoch: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Results of `eval.final` on the test images, and of the further attacks that these call for.
+
+        of_epoch: the row of the student that is tested.
+        """
+        images, config, console = self.parts.data.dataset.test, self.session.config, self.session.console
+        current = ""
+
+        def tell(name: str, done: int, total: int, doing: str) -> None:
+            nonlocal current
+            if name != current:
+                current = name
+                console.begin("test", total)
+                console.at_epoch(of_epoch["epoch"], config.epochs)
+            console.doing(doing or table.find(name).title, is_uneven=doing != "")
+            console.advance(done)
+
+        try:
+            results = self._evaluate(images, config.eval.final, on_pass=tell)
+            results |= self._evaluate(images, further(results), on_pass=tell)
+        finally:
+            console.end()
         for result in results.values():
             for warning in result.warnings:
                 self.session.console.message(f"Warning: {warning}")
@@ -403,8 +455,17 @@ class Trainer:
         in_any_form = table.find(self.session.config.eval.attack).takes_any_form
         return precision if in_any_form else replace(precision, amp_dtype=None)
 
+    def _tell_evaluation(self, name: str, done: int, total: int, doing: str) -> None:
+        """Show where the evaluation after an epoch is, beside the steps of the training."""
+        self.session.console.doing(f"{doing or table.find(name).title} {done:,}/{total:,} images")
+
     def _evaluate(
-        self, images: AnySplit, attacks: Sequence[str], precision: Precision | None = None
+        self,
+        images: AnySplit,
+        attacks: Sequence[str],
+        precision: Precision | None = None,
+        *,
+        on_pass: OnPass,
     ) -> dict[str, Result]:
         config = self.session.config
         return evaluate(
@@ -416,6 +477,7 @@ class Trainer:
             batch_size=config.eval.batch_size,
             seed=config.seed,
             device=self.session.precision.device,
+            on_pass=on_pass,
             stop=self.session.stop,
             world=self.session.world,
             precision=precision,

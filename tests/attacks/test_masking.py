@@ -86,10 +86,10 @@ def test_flags_modes_and_statistics_stay(bn: str, bf16: None) -> None:
     [
         ({}, []),
         ({"attack_zero_gradients": 0.5, "probe_amp_sign_agreement": 0.7, "probe_amp_accuracy_gap": 0.05}, []),
-        ({"attack_zero_gradients": 0.51}, ["51.0% of the attack's gradients are zero"]),
+        ({"attack_zero_gradients": 0.51}, ["51.00% of the attack's gradients are zero"]),
         ({"attack_non_finite_gradients": 0.01}, ["1.00% of the attack's gradients are not finite"]),
-        ({"probe_amp_sign_agreement": 0.6}, ["agrees with full precision on 60.0% of the signs"]),
-        ({"probe_amp_accuracy_gap": 0.06, "attack_zero_gradients": 0.9}, ["90.0%", "6.0% higher with AMP"]),
+        ({"probe_amp_sign_agreement": 0.6}, ["agrees with full precision on 60.00% of the signs"]),
+        ({"probe_amp_accuracy_gap": 0.06, "attack_zero_gradients": 0.9}, ["90.00%", "6.00% higher with AMP"]),
     ],
 )
 def test_what_is_complained_of(row: dict[str, float], words: list[str]) -> None:

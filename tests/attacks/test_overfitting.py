@@ -83,10 +83,10 @@ def test_an_attack_of_a_teacher_is_measured_with_it(loss: str) -> None:
     ("gap", "before", "now", "words"),
     [
         (0.3, 0.5, 0.06, []),
-        (0.31, 0.5, 0.4, ["31.0% higher"]),
-        (0.1, 0.2, 0.04, ["fell from 20.0% to 4.0% in one epoch"]),
+        (0.31, 0.5, 0.4, ["31.00% higher"]),
+        (0.1, 0.2, 0.04, ["fell from 20.00% to 4.00% in one epoch"]),
         (0.1, 0.19, 0.0, []),
-        (0.9, 0.5, 0.0, ["90.0% higher", "fell from 50.0% to 0.0%"]),
+        (0.9, 0.5, 0.0, ["90.00% higher", "fell from 50.00% to 0.00%"]),
         (-0.4, None, 0.0, []),
         (None, 0.5, 0.0, []),  # not measured
     ],

@@ -265,9 +265,9 @@ def test_the_paper_s_row_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.
 
 def test_plain_lines_without_a_terminal(tiny: Any, cli: Any, tmp_path: Path) -> None:
     outcome = cli(*tiny.flags(method="at", out=str(tmp_path / "run")))
-    lines = [line for line in outcome.out.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 2
-    for word in ("loss", "natural", "robust", "images/s"):
+    lines = [line for line in outcome.out.splitlines() if line.startswith("student: epoch ")]
+    assert [line.split(":")[1] for line in lines] == [" epoch 1/2", " epoch 2/2"]
+    for word in ("loss", "natural", "PGD-10", "of 18 test images", "images/s"):
         assert all(word in line for line in lines)
     assert "\x1b" not in outcome.out
 
@@ -288,7 +288,7 @@ def test_a_progress_bar_on_a_terminal(tiny: Any, tmp_path: Path) -> None:
     os.close(ours)
     assert process.wait(timeout=120) == 0
     text = shown.decode(errors="replace")
-    for word in ("━", "18/18", "ETA", "images/s", "loss", "robust"):
+    for word in ("━", "18/18", "ETA", "images/s", "loss", "PGD-10", "epoch 3/3"):
         assert word in text
 
 

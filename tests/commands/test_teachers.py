@@ -36,7 +36,7 @@ def test_two_checkpoints_on_the_digits(two: list[str], cli: Any, tmp_path: Path)
         (line,) = re.findall(
             rf"^ +{entry['rank']} +{entry['label']} .*%.*%.*%.*%.*78,042", outcome.out, re.MULTILINE
         )
-        assert f"{entry['measures']['natural']['value']:.1%}" in line
+        assert f"{entry['measures']['natural']['value']:.2%}" in line
         assert f"\n{entry['rank']}: {entry['path']}\n" in outcome.out
     assert "natural *" in outcome.out
     assert "x: 30 test images of digits" in outcome.out

@@ -332,7 +332,7 @@ def test_a_larger_head_does_not_look_more_robust(name: str, factor: float) -> No
     assert found[name].correct > plain[name].correct
     # So much too high may it be, and no more.
     assert found[name].accuracy - masked <= plain[name].accuracy
-    assert f"{name}: {masked:.1%} of the images kept their class" in found[name].warnings[0]
+    assert f"{name}: {masked:.2%} of the images kept their class" in found[name].warnings[0]
     assert further(found) == [UNMASKED]
     found |= evaluate(scaled(factor), data, further(found), epsilon=4 / 255)
     worst = min(result.correct for result in found.values())

@@ -157,7 +157,8 @@ def test_guessing_is_warned_of(tiny: Any, config: TeachersConfig, tmp_path: Path
     (entry,) = report["candidates"]
     assert entry["measures"]["natural"]["value"] == pytest.approx(1 / 3)
     assert any(
-        "33.3% is no better than guessing among 3 classes; if its loader" in line for line in listener.lines
+        "33.33% of 18 images is no better than guessing among 3 classes; if its loader" in line
+        for line in listener.lines
     )
     assert any("the student is no better than guessing" in line for line in listener.lines)
 

@@ -43,14 +43,14 @@ def test_a_run_is_profiled(tiny: Any, tmp_path: Path, cli: Any) -> None:
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert named.count("student") == 4
     assert "Profile of 2 steps" in outcome.out
-    assert "% of peak" in outcome.out
+    assert "% of the device's measured matrix-product speed" in outcome.out
 
 
 def test_the_share_of_the_peak_is_shown_with_a_profile_alone(tiny: Any, tmp_path: Path, cli: Any) -> None:
     run = tmp_path / "run"
     outcome = cli(*tiny.flags(method="st", epochs=1, out=str(run)))
     assert "images/s" in outcome.out
-    assert "of peak" not in outcome.out
+    assert "matrix-product speed" not in outcome.out
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["share_of_peak"] > 0 for row in rows if row["event"] == "step")
 

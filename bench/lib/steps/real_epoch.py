@@ -81,7 +81,7 @@ class Watch(Reporter):
         """The last one of an epoch is at the end of its training, when the device has done all of it."""
         self._trained, self._allocated = time.perf_counter(), self._meter.peak()
 
-    def epoch(self, row: Mapping[str, Any], epochs: int) -> None:
+    def epoch(self, row: Mapping[str, Any], epochs: int, measured: str) -> None:
         evaluation_s = time.perf_counter() - self._trained
         peaks = Peaks(self._allocated, reserved(self._device), self._smi.mebibytes(self._device))
         images = round(row["images_per_second"] * row["seconds"])

@@ -45,8 +45,8 @@ def _figure(report: Mapping[str, Any]) -> Figure:
     title = wrapped(
         f"Candidate teachers on {data['n']:,} {data['split']} images of {data['name']}, by {report['sort_by']}\n"
         f"{report['attack']['description']}\n"
-        f"x~ is crafted on the student ({student['model']}: natural {student['natural']:.1%}, on x~ "
-        f"{student['adversarial']:.1%}), x^ on each candidate; alpha = P_T(x~ | y)^{report['beta']:g}",
+        f"x~ is crafted on the student ({student['model']}: natural {student['natural']:.2%}, on x~ "
+        f"{student['adversarial']:.2%}), x^ on each candidate; alpha = P_T(x~ | y)^{report['beta']:g}",
         most=70,
     )
     heights = [_PANEL + 0.75 * len(entries), _PANEL + 0.4 * len(entries), 0.9 + 0.8 * len(entries)]

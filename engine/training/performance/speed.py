@@ -87,6 +87,11 @@ class Speedometer:
         self._forward, self._first = forward_flops(network, image_CHW)
         self._peak = peak_flops_per_second(precision)
 
+    @property
+    def forward(self) -> tuple[float, float]:
+        """Operations of a forward pass over one image, and of its first layer."""
+        return self._forward, self._first
+
     def share(self, images_per_second: float, passes: Passes) -> float:
         """Share, about in [0, 1]; convolutions and matrix products count."""
         return images_per_second * passes.flops(self._forward, self._first) / self._peak
