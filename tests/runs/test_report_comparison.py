@@ -100,6 +100,17 @@ def test_without_test_results_the_images_that_chose_the_epoch_are_named(tmp_path
     assert "PGD-10\nvalidation images\nn = 500\nL-inf epsilon 8/255" in heads
 
 
+def test_what_is_not_finished_is_said(tmp_path: Path) -> None:
+    made_run(tmp_path / "seed-0", seed=0, tested=accuracies(0.5))
+    made_run(tmp_path / "seed-1", seed=1, finished=False)
+    group = lines(tmp_path)
+    (said,) = headline(group)
+    assert said.endswith("1 of 2 seeds are not finished.")
+    assert "Not finished: iad1, resnet8." in "".join(comparison(group).parts)
+    (said,) = headline(lines(tmp_path / "seed-1"))
+    assert said.endswith("it is not finished: 2 of 3 epochs so far.")
+
+
 def test_the_headline_of_a_run(tmp_path: Path) -> None:
     made_run(tmp_path / "run", tested=accuracies(0.52, aa=0.48))
     (said,) = headline(lines(tmp_path / "run"))

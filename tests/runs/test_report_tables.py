@@ -7,7 +7,7 @@ import io
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.runs.reporting.tables import Name, Number, Percent, ReportTable, latex
@@ -43,6 +43,7 @@ def test_a_csv_has_numbers_and_their_spread_in_columns_of_their_own() -> None:
     ]
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.text(), min_size=2, max_size=2), min_size=1, max_size=4))
 def test_every_text_comes_back_from_a_csv_and_none_is_a_formula(rows: list[list[str]]) -> None:
     text = ReportTable("t", ("a", "b"), rows).csv()
@@ -53,6 +54,7 @@ def test_every_text_comes_back_from_a_csv_and_none_is_a_formula(rows: list[list[
             assert cell == (f"'{given_text}" if is_formula else given_text)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.text(alphabet=st.sampled_from("".join(SPECIAL.values()) + "ab-. ")))
 def test_latex_sets_every_text_as_it_is(text: str) -> None:
     pattern = "|".join(sorted(map(re.escape, SPECIAL), key=len, reverse=True))

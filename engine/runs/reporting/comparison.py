@@ -49,8 +49,8 @@ def comparison(lines: Sequence[ComparedLine]) -> PageSection:
             table = ReportTable(f"seeds-{line.path.name}", *_of_seeds(line, measures))
             section.tables.append(table)
             section.add(details(f"Each of the {len(line.runs)} seeds of {line.label}", table.html()))
-    if only := [line for line in lines if not line.is_group and line.first and not line.first.is_finished]:
-        section.add(note(f"Not finished: {', '.join(line.label for line in only)}."))
+    if unfinished := [line.label for line in lines if not all(run.is_finished for run in line.runs)]:
+        section.add(note(f"Not finished: {', '.join(unfinished)}."))
     return section
 
 
@@ -150,7 +150,10 @@ def _alone(line: ComparedLine) -> str:
         config = run.config
         seeds = f", {len(line.runs)} seeds" if line.is_group else ""
         begin = f"{config.method} trained {config.model} on {config.dataset} ({len(run.epochs)} epochs{seeds})"
-        if not run.is_finished:
+        left = sum(not each.is_finished for each in line.runs)
+        if left and line.is_group:
+            return f"{begin}; {left} of {len(line.runs)} seeds are not finished."
+        if left:
             return f"{begin}; it is not finished: {len(run.epochs)} of {config.epochs} epochs so far."
     if measure is None:
         return f"{begin}; no accuracy under attack was measured."
