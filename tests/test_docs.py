@@ -192,6 +192,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
 
     monkeypatch.setattr("engine.commands.data.write", write)
     monkeypatch.setattr("engine.runs.reporting.html_report.write", lambda paths, out, tables: None)
+    monkeypatch.setattr("engine.commands.reports.compare.run", lambda networks, seed, json_path: None)
     monkeypatch.setattr("engine.commands.data.info", lambda path: Info((), (), ()))
     monkeypatch.setattr("engine.commands.inspect.look", lambda path, told: Found("", {}))
     monkeypatch.setattr("engine.commands.inspect.save", lambda path, told, out: None)

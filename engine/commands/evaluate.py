@@ -130,19 +130,18 @@ def evaluate(
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     files = {name: checkpoints_of(name) for name in checkpoints}
-    every = list(dict.fromkeys(path for paths in files.values() for path in paths))
+    folder = None if out is None else Path(out)
+    paths = {path: reports.path_of(path, folder) for each in files.values() for path in each}
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, every)], options["limit_aa"])
+    entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, paths)], options["limit_aa"])
     radii = epsilons.asked(options["epsilon"])
-    _check_together(every, radii, options["save_adversarial"], robustbench_json)
+    _check_together([*paths], radii, options["save_adversarial"], robustbench_json)
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):
         sys.exit(launcher.launch(count, launcher.command(*sys.argv[1:]), None))
 
-    folder = None if out is None else Path(out)
-    paths = {path: reports.path_of(path, folder) for path in every}
     found, curves = {}, {}
     with distributed.joined(config, processes.timeout) as world, continued_by_itself("what was measured is kept"):
         reporter = ConsoleReporter() if world.is_main else Reporter()
@@ -150,16 +149,14 @@ def evaluate(
             if radii:
                 curves[path] = epsilons.evaluated(path, wanted, radii, reporter, out=report_path, world=world)
                 continue
-            report = evaluate_checkpoint.run(path, wanted, reporter, out=report_path, world=world)
-            found[path] = report
+            found[path] = report = evaluate_checkpoint.run(path, wanted, reporter, out=report_path, world=world)
     if isinstance(reporter, ConsoleReporter):
         for path, each in curves.items():
             print_by_radius(reporter, f"{each.title}  {path}", each.results())
         if found:
             print_accuracies(reporter, {f"{each.title}  {path}": each.results for path, each in found.items()})
-        for name, of_group in files.items():
-            if seeds_in(Path(name)) and found:
-                reporter.message(_means(name, [found[path].results for path in of_group]))
+            for name in filter(lambda name: seeds_in(Path(name)), files):
+                reporter.message(_means(name, [found[path].results for path in files[name]]))
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
             if radii:

@@ -233,7 +233,8 @@ class Trainer:
         config, progress, parts, learner = self.session.config, self.progress, self.parts, self.parts.learner
         attack, world = config.eval.attack, self.session.world
         row = self._row("epoch", progress.totals)
-        row["peak_memory"] = memory.peak(self.session.precision.device)
+        if (peak := memory.peak(self.session.precision.device)) is not None:
+            row["peak_memory"] = peak
         if learner.average is not None:
             clean = parts.data.pipeline.epoch(progress.epoch)
             self._seed_dropout()

@@ -1,13 +1,10 @@
-"""Peak memory of a training: of tensors on a GPU, of the process on a CPU."""
+"""Memory of a training: of tensors on a GPU, of the process on a CPU."""
 
 from __future__ import annotations
 
-import resource
-import sys
-
 import torch
 
-_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+from engine.common import host_memory
 
 
 def forget_peak(device: torch.device) -> None:
@@ -16,11 +13,17 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since then, else the largest resident size of the process.
+def peak(device: torch.device) -> int | None:
+    """Bytes: on a GPU the most that tensors took since then, else the most that the process had; None: not known.
 
     Neither waits for the device.
     """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory.peak()
+
+
+def total(device: torch.device) -> int | None:
+    """Bytes that there are: of the GPU, else for the process; None: not known."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+        found: int = torch.cuda.get_device_properties(device).total_memory
+        return found
+    return host_memory.total()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from engine.evaluation.statistics import paired, student_t
-from engine.evaluation.statistics.paired import Comparison, compare
+from engine.evaluation.statistics.paired import PairedComparison, compare
 
 Shape = tuple[int, int, int]
 
@@ -33,14 +33,14 @@ def drawn(seed: int, seeds: int, n: int, share: float) -> paired.Bools:
     return (hardness_N + 0.15 * generator.standard_normal((seeds, n))) < share
 
 
-def turned(found: Comparison) -> tuple[Any, ...]:
+def turned(found: PairedComparison) -> tuple[Any, ...]:
     """Numbers of compare(b, a), as those of compare(a, b) say they are."""
     low, high = found.bootstrap
     of_t = None if found.interval is None else (-found.interval[1], -found.interval[0])
     return -found.difference, of_t, (-high, -low), found.p_value, found.resolvable, found.only_b, found.only_a
 
 
-def numbers(found: Comparison) -> tuple[Any, ...]:
+def numbers(found: PairedComparison) -> tuple[Any, ...]:
     return (
         found.difference, found.interval, found.bootstrap, found.p_value, found.resolvable, found.only_a,
         found.only_b,

@@ -14,20 +14,20 @@ from engine.commands.completion import FILE
 from engine.commands.options import SEED, import_option
 
 if TYPE_CHECKING:
-    from engine.evaluation.files.verdicts import Match, Subject
-    from engine.evaluation.statistics.paired import Comparison
+    from engine.evaluation.files.verdicts import ComparedNetwork, MatchedAttack
+    from engine.evaluation.statistics.paired import PairedComparison
 
 COMPARISON_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Comparison of two subjects under one attack. adjusted: p of all comparisons together, by Holm."""
+    """PairedComparison of two subjects under one attack. adjusted: p of all comparisons together, by Holm."""
 
-    a: Subject
-    b: Subject
-    match: Match
-    found: Comparison
+    a: ComparedNetwork
+    b: ComparedNetwork
+    match: MatchedAttack
+    found: PairedComparison
     adjusted: float | None = None
 
 
@@ -41,11 +41,16 @@ def compare_networks(networks: tuple[str, ...], json_path: str | None, seed: int
 
     A, B: checkpoints, run directories for their best, reports (.eval.json), or groups of seeds. Nothing is run.
     """
+    _check(networks, json_path)
+    run(networks, seed, json_path)
+
+
+def run(networks: Sequence[str], seed: int, json_path: str | None) -> None:
+    """Compare, print, and write. Raises ValueError where there is nothing to compare."""
     from engine.common import standard_streams
     from engine.common.console import ConsoleReporter
     from engine.evaluation.files.verdicts import read_subject
 
-    _check(networks, json_path)
     reporter = ConsoleReporter()
     subjects = [read_subject(name) for name in networks]
     notes = [
@@ -73,7 +78,9 @@ def _check(networks: Sequence[str], json_path: str | None) -> None:
         raise ValueError(f"--json: {json_path} exists")
 
 
-def _compared(subjects: Sequence[Subject], seed: int) -> tuple[list[_Row], dict[tuple[str, str], list[str]]]:
+def _compared(
+    subjects: Sequence[ComparedNetwork], seed: int
+) -> tuple[list[_Row], dict[tuple[str, str], list[str]]]:
     """Rows of all pairs under all attacks, and what cannot be compared, by the names of the pair."""
     from engine.evaluation.files.verdicts import matches
     from engine.evaluation.statistics.intervals import holm
@@ -106,9 +113,11 @@ def _compared(subjects: Sequence[Subject], seed: int) -> tuple[list[_Row], dict[
 # ---------------------------------------------------------------- output
 
 
-def _show(reporter: Any, a: Subject, b: Subject, rows: Sequence[_Row], told: Sequence[str]) -> None:
+def _show(
+    reporter: Any, a: ComparedNetwork, b: ComparedNetwork, rows: Sequence[_Row], told: Sequence[str]
+) -> None:
     """Print the comparison of two subjects."""
-    from engine.evaluation.statistics.paired import TESTS
+    from engine.evaluation.statistics.paired import PAIRED_TESTS
 
     reporter.message(f"A: {a.name}{_seeds(a)}")
     reporter.message(f"B: {b.name}{_seeds(b)}")
@@ -117,7 +126,7 @@ def _show(reporter: Any, a: Subject, b: Subject, rows: Sequence[_Row], told: Seq
         for row in rows:
             reporter.message(sentence(row.match.label, row.found, row.adjusted))
         test = rows[0].found.test
-        reporter.message(f"Test: {TESTS[test]}; p, Holm: adjusted for all comparisons of this command")
+        reporter.message(f"Test: {PAIRED_TESTS[test]}; p, Holm: adjusted for all comparisons of this command")
     warnings = dict.fromkeys(line for row in rows for line in (*few_seeds(row.found), *row.match.notes()))
     for warning in warnings:
         reporter.message(f"Warning: {warning}")
@@ -125,7 +134,7 @@ def _show(reporter: Any, a: Subject, b: Subject, rows: Sequence[_Row], told: Seq
         reporter.message(line)
 
 
-def _seeds(subject: Subject) -> str:
+def _seeds(subject: ComparedNetwork) -> str:
     return f", seeds {', '.join(map(str, subject.seeds))}" if subject.seeds else ""
 
 
@@ -169,8 +178,8 @@ def _probability(p_value: float | None) -> str:
     return f"{p_value:.4f}" if p_value >= 0.0001 else "< 0.0001"
 
 
-def sentence(attack: str, found: Comparison, adjusted: float | None) -> str:
-    """Comparison in plain words. adjusted: p of all comparisons that are made together; None where not known."""
+def sentence(attack: str, found: PairedComparison, adjusted: float | None) -> str:
+    """Comparison in plain words. adjusted: p of all comparisons that are made together; None: not known."""
     from engine.evaluation.statistics.intervals import CONFIDENCE
     from engine.evaluation.statistics.paired import POWER
 
@@ -193,7 +202,7 @@ def sentence(attack: str, found: Comparison, adjusted: float | None) -> str:
     return f"{attack}: no difference can be told ({between}, {images}); {could}"
 
 
-def few_seeds(found: Comparison) -> list[str]:
+def few_seeds(found: PairedComparison) -> list[str]:
     """Sentences on what too few seeds do not tell."""
     sizes = (found.seeds_a, found.seeds_b)
     if sizes == (1, 1):
@@ -206,7 +215,7 @@ def few_seeds(found: Comparison) -> list[str]:
 
 
 def _write(
-    path: Path, subjects: Sequence[Subject], rows: Sequence[_Row], told: dict[tuple[str, str], list[str]]
+    path: Path, subjects: Sequence[ComparedNetwork], rows: Sequence[_Row], told: dict[tuple[str, str], list[str]]
 ) -> None:
     """Write the comparisons as JSON. Raises ValueError where that cannot be written."""
     from engine.common.files import write_json

@@ -32,7 +32,7 @@ _SHOWN = 12  # characters of a hash that tell it apart
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredAttack:
     """Verdicts of a network under one attack, (N,).
 
     conditions: all that has to be equal for two of them to be compared. software: versions and number format, by
@@ -53,28 +53,28 @@ class Measured:
         return json.dumps(self.conditions, sort_keys=True)
 
 
-_ByKey = Mapping[str, Measured]
+_ByKey = Mapping[str, MeasuredAttack]
 
 
 @dataclass(frozen=True)
 class NetworkVerdicts:
-    """Results in the report of one checkpoint, by `Measured.key`. notes: what the user should know of them."""
+    """Results in the report of one checkpoint, by `MeasuredAttack.key`. notes: for the user."""
 
     checkpoint: Path
-    measured: Mapping[str, Measured]
+    measured: Mapping[str, MeasuredAttack]
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedNetwork:
     """One of the networks that are compared, or a group of seeds of one. seeds: of a group, in order."""
 
     name: str
     networks: Sequence[NetworkVerdicts]
     seeds: tuple[int, ...] = ()
 
-    def common(self) -> dict[str, list[Measured]]:
-        """Results of every network, by `Measured.key`, in the order of the first one's."""
+    def common(self) -> dict[str, list[MeasuredAttack]]:
+        """Results of every network, by `MeasuredAttack.key`, in the order of the first one's."""
         first, *others = (network.measured for network in self.networks)
         return {
             key: [result, *(other[key] for other in others)]
@@ -84,22 +84,22 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Match:
+class MatchedAttack:
     """Results of two subjects under one attack on the same images: verdicts (S, N) of each. label: a heading."""
 
     label: str
     conditions: Mapping[str, Any]
-    a: list[Measured]
-    b: list[Measured]
+    a: list[MeasuredAttack]
+    b: list[MeasuredAttack]
 
     @property
     def verdicts_a(self) -> Bools:
-        """Of the first subject."""
+        """Verdicts of the first one, (S, N)."""
         return np.stack([result.verdicts for result in self.a])
 
     @property
     def verdicts_b(self) -> Bools:
-        """Of the second subject."""
+        """Verdicts of the second one, (S, N)."""
         return np.stack([result.verdicts for result in self.b])
 
     def notes(self) -> Iterator[str]:
@@ -113,23 +113,23 @@ class Match:
                 yield f"{letter}: {warning}"
 
 
-def read_subject(name: str) -> Subject:
+def read_subject(name: str) -> ComparedNetwork:
     """The verdicts of a checkpoint, a run directory's best one, a report, or the runs of a group.
 
     Raises ValueError, one line, with the command that measures where there is nothing to compare.
     """
     group = seeds_in(Path(name))
     if group:
-        return Subject(name, [_network(str(path)) for path in group.values()], tuple(group))
-    return Subject(name, [_network(name)])
+        return ComparedNetwork(name, [_network(str(path)) for path in group.values()], tuple(group))
+    return ComparedNetwork(name, [_network(name)])
 
 
-def matches(a: Subject, b: Subject) -> tuple[list[Match], list[str]]:
+def matches(a: ComparedNetwork, b: ComparedNetwork) -> tuple[list[MatchedAttack], list[str]]:
     """Attacks under which both were measured on the same images in the same way, and lines about the others."""
     of_a, of_b = a.common(), b.common()
     both = [key for key in of_a if key in of_b]
     labels = _labels({key: of_a[key][0] for key in both})
-    found = [Match(labels[key], of_a[key][0].conditions, of_a[key], of_b[key]) for key in both]
+    found = [MatchedAttack(labels[key], of_a[key][0].conditions, of_a[key], of_b[key]) for key in both]
     told = [*_of_some_seeds("A", a), *_of_some_seeds("B", b)]
     first_of_each = ({key: results[0] for key, results in of.items()} for of in (of_a, of_b))
     return found, [*told, *_unmatched(*first_of_each)]
@@ -154,7 +154,7 @@ def _network(name: str) -> NetworkVerdicts:
     notes = [f"{_attacks(old)}: no verdicts of images in {report}; {_again(checkpoint, old)}"] if old else []
     if Path(name).is_dir() and not (Path(name) / _SUMMARY).is_file():
         notes.append("the training is not finished; this is its best epoch so far")
-    measured: dict[str, Measured] = {}
+    measured: dict[str, MeasuredAttack] = {}
     for entry in current:
         if entry not in old:
             result = _measured(report, entry)
@@ -191,7 +191,7 @@ def _of_current_content(report: Path, checkpoint: Path, entries: Sequence[Entry]
     return current
 
 
-def _measured(report: Path, entry: Entry) -> Measured:
+def _measured(report: Path, entry: Entry) -> MeasuredAttack:
     """A result with its verdicts. Raises ValueError where they do not fit its numbers."""
     images, parameters = entry["images"], entry["parameters"]
     known = images if isinstance(images, dict) else {}
@@ -217,7 +217,7 @@ def _measured(report: Path, entry: Entry) -> Measured:
     verdicts_N = np.frombuffer(correct.encode(), np.uint8) == ord("1")
     warnings = tuple(map(str, entry.get("warnings", ())))
     description = str(entry.get("description", ""))
-    return Measured(entry["attack"], conditions, software, verdicts_N, title, description, warnings)
+    return MeasuredAttack(entry["attack"], conditions, software, verdicts_N, title, description, warnings)
 
 
 # ---------------------------------------------------------------- commands that measure again
@@ -253,7 +253,7 @@ def _command(checkpoint: Path, options: Mapping[str, Any], entries: Sequence[Ent
 # ---------------------------------------------------------------- what tells two results apart
 
 
-def _labels(results: Mapping[str, Measured]) -> dict[str, str]:
+def _labels(results: Mapping[str, MeasuredAttack]) -> dict[str, str]:
     """Titles, with the conditions that tell results of one title apart."""
     labels = {}
     for key, result in results.items():
@@ -274,10 +274,10 @@ def _decisive(names: Collection[str]) -> list[str]:
     return [name for name in names if name not in implied]
 
 
-def _of_some_seeds(letter: str, subject: Subject) -> Iterator[str]:
+def _of_some_seeds(letter: str, subject: ComparedNetwork) -> Iterator[str]:
     """A line for each result that some seeds of a group lack."""
     whole = subject.common()
-    every: dict[str, Measured] = {}
+    every: dict[str, MeasuredAttack] = {}
     for network in subject.networks:
         every |= {key: result for key, result in network.measured.items() if key not in whole}
     for key, result in every.items():
@@ -315,7 +315,7 @@ def _unmatched(of_a: _ByKey, of_b: _ByKey) -> Iterator[str]:
             yield f"{theirs.attack}: not compared: only B has it ({theirs.description})"
 
 
-def _difference(a: Measured, b: Measured) -> str:
+def _difference(a: MeasuredAttack, b: MeasuredAttack) -> str:
     """Conditions that differ, in words."""
     return "; ".join(
         f"{name} is {_shown(a.conditions.get(name))} in A and {_shown(b.conditions.get(name))} in B"

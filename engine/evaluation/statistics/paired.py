@@ -1,4 +1,4 @@
-"""Comparison of two networks, or of two groups of seeds, by their verdicts on the same images.
+"""PairedComparison of two networks, or of two groups of seeds, by their verdicts on the same images.
 
 ```python
 from engine.evaluation.statistics.paired import compare
@@ -26,7 +26,7 @@ from engine.evaluation.statistics.intervals import CONFIDENCE
 RESAMPLES = 20_000
 POWER = 0.8
 """Probability with which a `resolvable` difference is told apart."""
-TESTS = {
+PAIRED_TESTS = {
     "mcnemar": "McNemar's exact test; interval: percentiles of the bootstrap over images",
     "paired t": "t-test and t-interval of the differences, seed by seed",
     "welch": "Welch's t-test and t-interval of the seeds' accuracies",
@@ -41,10 +41,10 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """Accuracy of A minus that of B on the same n images, in [-1, 1]; of groups, of the mean over their seeds.
 
-    test: one of `TESTS`. interval: of the difference, at the level `CONFIDENCE`. p_value: two-sided, of no
+    test: one of `PAIRED_TESTS`. interval: of the difference, at the level `CONFIDENCE`. p_value: two-sided, of no
     difference. Where the seeds do not vary, their spread is not known: there is no interval then, and the p-value
     is 1 for no difference, else None.
     bootstrap: percentiles over images, of groups over seeds and images.
@@ -70,7 +70,7 @@ class Comparison:
 
 def compare(
     verdicts_a: Any, verdicts_b: Any, *, paired_seeds: bool = False, comparisons: int = 1, seed: int = 0
-) -> Comparison:
+) -> PairedComparison:
     """Compare two networks, or two groups of them, on the same images.
 
     verdicts: True where an image is classified correctly, (N,) of one network or (S, N) of a seed in each row;
@@ -102,7 +102,7 @@ def compare(
     }
     if sizes == (1, 1):
         only_a, only_b = int((a_SN & ~b_SN).sum()), int((b_SN & ~a_SN).sum())
-        return Comparison(
+        return PairedComparison(
             "mcnemar",
             **common,
             interval=common["bootstrap"],
@@ -111,7 +111,7 @@ def compare(
             only_a=only_a,
             only_b=only_b,
         )
-    return Comparison(**common, **_over_seeds(a_SN, b_SN, difference, level, paired=paired_seeds))
+    return PairedComparison(**common, **_over_seeds(a_SN, b_SN, difference, level, paired=paired_seeds))
 
 
 def _checked(argument: str, verdicts: Any) -> Bools:
@@ -256,5 +256,5 @@ def _resampled(
 
 
 def _seeds(generator: np.random.Generator, size: int, rows: int) -> NDArray[np.int64]:
-    """How often each seed is taken, (R, S)."""
+    """Number of times that each seed is taken, (R, S)."""
     return generator.multinomial(size, [1 / size] * size, rows)

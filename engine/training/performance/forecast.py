@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 
 from engine.attacks import table
-from engine.common import host_memory
 from engine.common.numbers import duration, gibibytes
 from engine.config import RunConfig, epochs_of
 from engine.methods import Method
+from engine.system import memory
 from engine.training import plan, schedule
 from engine.training.plan import Passes
 
@@ -108,12 +108,8 @@ def told(work: Workload, epoch: int, seconds: float, of: str = "") -> str:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory in use so far, and all there is, of the GPU, else of the process; empty: not known."""
-    if device.type == "cuda":
-        peak: int | None = torch.cuda.max_memory_reserved(device)
-        there: int | None = torch.cuda.get_device_properties(device).total_memory
-    else:
-        peak, there = host_memory.peak(), host_memory.total()
+    """The most memory in use so far, and all there is, of the GPU, else for the process; empty: not known."""
+    peak, there = memory.peak(device), memory.total(device)
     if peak is None or there is None:
         return ""
     return f"peak memory so far {gibibytes(peak)} of {gibibytes(there)}"
