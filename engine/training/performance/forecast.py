@@ -91,7 +91,8 @@ def workload(config: RunConfig, method: Method, forward: tuple[float, float], im
         gradients = table.find(name).gradients
         if gradients is None:
             unknown.append(table.find(name).title)
-        return Passes(attacked=gradients or 0, trained=0, forward=1).flops(*forward)
+            return 0.0
+        return Passes(attacked=gradients, trained=0, forward=1).flops(*forward)
 
     after_epoch = images.held_out * sum(map(evaluated, ("natural", config.eval.attack)))
     # Of the last student and of the best one.
@@ -102,7 +103,9 @@ def workload(config: RunConfig, method: Method, forward: tuple[float, float], im
 def told(work: Workload, epoch: int, seconds: float, of: str = "") -> str:
     """The duration in words. epoch: where it begins, from 0. seconds: of what is left. of: which training."""
     left = len(work.training) - epoch
-    epochs = f"{left:,} epoch{'s' * (left > 1)}" if not epoch else f"the {left:,} epochs that are left"
+    epochs = f"{left:,} epoch{'s' * (left > 1)}"
+    if epoch:
+        epochs = f"the {epochs} that {'are' if left > 1 else 'is'} left"
     but = f" but for {', '.join(work.unknown)}" if work.unknown else ""
     return f"about {duration(seconds)} for {epochs}{of}, evaluations included{but}"
 
