@@ -1,4 +1,4 @@
-"""The command line on real pseudo-terminals of several widths, and in a notebook; commands that it tells one to run."""
+"""The command line on pseudo-terminals of several widths, and in a notebook; the commands that it names."""
 
 from __future__ import annotations
 

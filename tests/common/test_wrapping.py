@@ -1,4 +1,4 @@
-"""Text, commands and tables at any width: no word is broken, none is lost, and no line is longer than it must be."""
+"""Text, commands and tables at any width: no word is broken or lost, and no line longer than it must be."""
 
 from __future__ import annotations
 

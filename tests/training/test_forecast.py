@@ -10,7 +10,6 @@ import torch
 
 from engine import config, methods
 from engine.common import host_memory
-from engine.training.performance import forecast
 from engine.training.performance.forecast import Images, StepClock, Workload, peak_memory, told, workload
 
 
@@ -51,7 +50,7 @@ def test_a_short_epoch_is_measured_as_a_whole() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """AT with 10 steps: 10 forwards and gradients of images, one trained pass; a first layer of 1 in 5 operations."""
+    """AT with 10 steps: 10 passes with a gradient of the images, one trained; the first layer is a fifth."""
     run = config.load({"method": "at", "epochs": 4, "eval": {"attack": "pgd20", "final": ["natural", "fgsm"]}})
     method = methods.get("at", semantics=run.semantics, loss=run.loss)
     work = workload(run, method, (5.0, 1.0), Images(100, 10, 1000))
@@ -89,12 +88,13 @@ def test_words(epoch: int, unknown: tuple[str, ...], words: str) -> None:
 def test_the_peak_of_the_process_is_what_the_kernel_counts() -> None:
     torch.ones(2**26)
     peak, total = host_memory.peak(), host_memory.total()
-    assert peak is not None and total is not None
+    assert peak is not None
+    assert total is not None
     # The kernel's count of the process may be of the program that it was before, too.
     assert 2**28 < peak <= max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, peak) < total
     assert peak_memory(torch.device("cpu")).startswith("peak memory so far ")
 
 
 def test_unknown_memory_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast.host_memory, "peak", lambda: None)
+    monkeypatch.setattr(host_memory, "peak", lambda: None)
     assert peak_memory(torch.device("cpu")) == ""
