@@ -10,7 +10,7 @@ import torch
 
 from engine import config, methods
 from engine.common import host_memory
-from engine.training.performance.forecast import Images, StepClock, Workload, peak_memory, told, workload
+from engine.training.performance.forecast import ImageCounts, Operations, StepClock, operations, peak_memory, told
 
 
 class Clock:
@@ -53,7 +53,7 @@ def test_operations_by_hand() -> None:
     """AT with 10 steps: 10 passes with a gradient of the images, one trained; the first layer is a fifth."""
     run = config.load({"method": "at", "epochs": 4, "eval": {"attack": "pgd20", "final": ["natural", "fgsm"]}})
     method = methods.get("at", semantics=run.semantics, loss=run.loss)
-    work = workload(run, method, (5.0, 1.0), Images(100, 10, 1000))
+    work = operations(run, method, (5.0, 1.0), ImageCounts(100, 10, 1000))
     assert run.attack.num_steps == 10
     assert work.training == (100 * (10 * 2 * 5 + 3 * 5 - 1),) * 4
     assert work.evaluation == 10 * (5 + 20 * 2 * 5 + 5)
@@ -65,7 +65,7 @@ def test_operations_by_hand() -> None:
 def test_a_warm_up_and_unknown_attacks_count() -> None:
     run = config.load({"method": "iad1", "epochs": 4, "loss": {"warmup": 2}, "eval": {"final": ["aa", "pgd10"]}})
     method = methods.get("iad1", semantics=run.semantics, loss=run.loss)
-    work = workload(run, method, (5.0, 1.0), Images(100, 10, 1000))
+    work = operations(run, method, (5.0, 1.0), ImageCounts(100, 10, 1000))
     first, second, third, fourth = work.training
     assert first == second < third == fourth
     assert work.unknown == ("AA",)
@@ -81,7 +81,7 @@ def test_a_warm_up_and_unknown_attacks_count() -> None:
     ],
 )
 def test_words(epoch: int, unknown: tuple[str, ...], words: str) -> None:
-    assert told(Workload((1.0,) * 200, 0.0, 0.0, unknown), epoch, 7800.0) == words
+    assert told(Operations((1.0,) * 200, 0.0, 0.0, unknown), epoch, 7800.0) == words
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of a process")
