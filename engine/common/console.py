@@ -109,8 +109,10 @@ class ConsoleReporter(Reporter):
         plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
         self.console = console or Console(**plain)
         self._in_notebook = console is None and in_notebook()
-        if not self.console.is_terminal:  # a pipe has no width: nothing may be folded or cut for one
-            self.console.width = _NOTEBOOK_COLUMNS if self._in_notebook else _PIPE_COLUMNS
+        if self._in_notebook:
+            self.console.width = _NOTEBOOK_COLUMNS
+        elif not self.console.is_terminal:  # a pipe has no width: nothing may be folded or cut for one
+            self.console.width = _PIPE_COLUMNS
         self._task = _Task("", "", 0, 0)
         self._bar: _Bar | None = None
         self._said = 0.0
@@ -119,7 +121,7 @@ class ConsoleReporter(Reporter):
     @property
     def _width(self) -> int | None:
         """Cells of a line; None where lines have no end."""
-        return self.console.width if self.console.is_terminal else None
+        return self.console.width if self.console.is_terminal or self._in_notebook else None
 
     def message(self, text: str) -> None:
         told = f"{self.role}: {text}" if self.role else text
@@ -316,6 +318,7 @@ class _NotebookBar:
     def _content(self) -> dict[str, str]:
         """The line in the forms that a notebook may show."""
         text = io.StringIO()
-        Console(file=text, width=_NOTEBOOK_COLUMNS, force_jupyter=False).print(self._task.line(_NOTEBOOK_COLUMNS))
+        console = Console(file=text, width=_NOTEBOOK_COLUMNS, force_jupyter=False, color_system=None)
+        console.print(self._task.line(_NOTEBOOK_COLUMNS))
         line = text.getvalue().rstrip()
         return {"text/plain": line, "text/html": f"<pre>{html.escape(line)}</pre>"}

@@ -97,22 +97,20 @@ def _records(table: Table, cells: Sequence[Sequence[str]]) -> Iterator[str]:
     if table.title:
         yield _plain(table.title)
     if len(heads) == 2:  # a name and its value
-        rows = [heads, *rows]
-        yield from (": ".join(_in_one_line(cell) for cell in row if cell) for row in rows)
+        yield from (_labelled(name, value) for name, value in (heads, *rows))
         return
     for first, *others in rows:
-        yield _in_one_line(first)
-        for head, cell in zip(heads[1:], others, strict=True):
-            if cell:
-                yield f"  {_in_one_line(head)}: {_in_one_line(cell)}" if head else f"  {_in_one_line(cell)}"
+        yield _labelled(heads[0], first)
+        yield from ("  " + _labelled(head, cell) for head, cell in zip(heads[1:], others, strict=True) if cell)
 
 
 def _plain(cell: object) -> str:
     return str(getattr(cell, "plain", cell))  # of a Text, which str gives, too, but for its marks
 
 
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
+def _labelled(name: str, value: str) -> str:
+    """Both in one line, what is empty left out."""
+    return ": ".join(" ".join(each.split()) for each in (name, value) if each)
 
 
 def _most(cells: Sequence[str], separator: str | None) -> int:

@@ -35,6 +35,7 @@ from engine.evaluation.measure import evaluate, few_images, further, is_chance
 from engine.models import check
 from engine.models.normalize import normalisation
 from engine.models.weights import LoadedModel, load_model, read_weights, weights_sha256
+from engine.objectives import STUDENT
 from engine.pipelines import datasets
 from engine.pipelines.datasets import AnyDataset, AnySplit
 from engine.pipelines.splits import SPLIT_NAMES, Request, balanced
@@ -282,9 +283,9 @@ class _Comparison:
         learner, step = build_learner(config, student, {}, self.place), 0
         pipeline = build_pipeline(config, images, self.place, flips=self.dataset.flip)
         steps = config.epochs * pipeline.steps_per_epoch
-        self.reporter.begin(f"AT, {config.model}", steps)
         try:
-            with closing(pipeline):
+            with self.reporter.speaking_of(STUDENT), closing(pipeline):
+                self.reporter.begin(f"AT, {config.model}", steps)
                 for epoch in range(config.epochs):
                     self.reporter.at_epoch(epoch + 1, config.epochs)
                     student.train()

@@ -31,7 +31,7 @@ from engine.runs.session import Session
 from engine.system import memory
 from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry
-from engine.training.performance.forecast import Images, StepClock, peak_memory, told, workload
+from engine.training.performance.forecast import ImageCounts, StepClock, operations, peak_memory, told
 from engine.training.performance.speed import forward_flops
 from engine.training.step import OnDevice, StepOutput
 
@@ -207,15 +207,15 @@ class Trainer:
         """Tell how long the training will take, of so many seconds a step, and how much memory it needs."""
         config, progress, parts, precision = self.session.config, self.progress, self.parts, self.session.precision
         dataset, student, steps = parts.data.dataset, self.session.student, parts.data.pipeline.steps_per_epoch
-        images = Images(parts.data.sampling.epoch_size, len(parts.data.held_out), len(dataset.test))
+        images = ImageCounts(parts.data.sampling.epoch_size, len(parts.data.held_out), len(dataset.test))
         per_second = images.training / steps / seconds  # the last batch of an epoch may be smaller
-        work = workload(config, self.method, parts.speedometer.forward, images)
+        work = operations(config, self.method, parts.speedometer.forward, images)
         flops_per_second = work.training[progress.epoch] / images.training * per_second
         left = work.left(progress.epoch, progress.step_in_epoch / steps) / flops_per_second
         texts = [f"{told(work, progress.epoch, left)}, at {per_second:,.0f} images/s"]
         if student is not None:
             network = build_student(student, dataset, precision)
-            then = workload(student, method_of(student), forward_flops(network, parts.data.image_CHW), images)
+            then = operations(student, method_of(student), forward_flops(network, parts.data.image_CHW), images)
             texts.append(told(then, 0, then.left(0) / flops_per_second, " of the student after it"))
         texts.append(peak_memory(precision.device))
         self.session.console.message("; ".join(filter(None, texts)))

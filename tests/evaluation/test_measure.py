@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import random
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -464,6 +465,40 @@ def test_on_batch_tells_the_progress_and_may_interrupt() -> None:
     with pytest.raises(Interrupted):
         evaluate(model, data, ["natural", "fgsm"], batch_size=10, on_batch=interrupt)
     assert footprint(model) == before
+
+
+def test_progress_is_told_within_a_batch() -> None:
+    """After each gradient where their number is known; else in all batches but the first."""
+    model = network()
+    data = labelled(model)
+    calls: list[tuple[str, int, int, str]] = []
+
+    def two_steps(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(2):
+            with torch.enable_grad():
+                images = x.clone().requires_grad_()
+                torch.autograd.grad(model(images).sum(), images)
+        return x
+
+    attacks = ["natural", "pgd4", two_steps]
+    evaluate(model, data, attacks, batch_size=12, on_pass=lambda *call: calls.append(call))
+    assert {(total, doing) for _, _, total, doing in calls} == {(24, "")}
+    done = {
+        name: [done for attack, done, *_ in calls if attack == name] for name in ("natural", "pgd4", "two_steps")
+    }
+    assert done["natural"] == [12, 24]
+    assert done["pgd4"] == [3, 6, 9, 12, 12, 15, 18, 21, 24, 24]
+    assert done["two_steps"] == [0, 0, 12, 18, 24, 24]
+
+
+def test_autoattack_tells_what_it_is_at() -> None:
+    model = network()
+    calls: list[tuple[str, int, int, str]] = []
+    evaluate(model, labelled(model), ["apgd-ce"], limit=8, on_pass=lambda *call: calls.append(call))
+    assert [(name, total) for name, _, total, _ in calls] == [("apgd-ce", 8)] * len(calls)
+    done = [done for _, done, _, _ in calls]
+    assert done == sorted(done)
+    assert any(re.fullmatch(r"apgd-ce, \d+ checks", doing) for *_, doing in calls)
 
 
 def footprint(model: nn.Module) -> list[Any]:

@@ -51,7 +51,7 @@ class StepClock:
         return None
 
 
-class Workload(NamedTuple):
+class Operations(NamedTuple):
     """Floating-point operations of a training. training: by epoch. evaluation: after each. final: of the tests.
 
     unknown: attacks of the evaluations whose operations are not known, and not counted.
@@ -68,7 +68,7 @@ class Workload(NamedTuple):
         return own + sum(self.training[epoch + 1 :]) + self.evaluation * (len(self.training) - epoch) + self.final
 
 
-class Images(NamedTuple):
+class ImageCounts(NamedTuple):
     """Numbers of images: of an epoch's training, of the evaluation after it, and of the tests at the end."""
 
     training: int
@@ -76,7 +76,7 @@ class Images(NamedTuple):
     test: int
 
 
-def workload(config: RunConfig, method: Method, forward: tuple[float, float], images: Images) -> Workload:
+def operations(config: RunConfig, method: Method, forward: tuple[float, float], images: ImageCounts) -> Operations:
     """The operations of a training. forward: those of a pass over an image, and of its first layer."""
     warmup = epochs_of(config.loss.warmup, config.epochs) if method.warmup is not None else 0
     training = []
@@ -91,18 +91,21 @@ def workload(config: RunConfig, method: Method, forward: tuple[float, float], im
         gradients = table.find(name).gradients
         if gradients is None:
             unknown.append(table.find(name).title)
-        return Passes(attacked=gradients or 0, trained=0, forward=1).flops(*forward)
+            return 0.0
+        return Passes(attacked=gradients, trained=0, forward=1).flops(*forward)
 
     after_epoch = images.held_out * sum(map(evaluated, ("natural", config.eval.attack)))
     # Of the last student and of the best one.
     final = 2 * images.test * sum(map(evaluated, config.eval.final))
-    return Workload(tuple(training), after_epoch, final, tuple(dict.fromkeys(unknown)))
+    return Operations(tuple(training), after_epoch, final, tuple(dict.fromkeys(unknown)))
 
 
-def told(work: Workload, epoch: int, seconds: float, of: str = "") -> str:
+def told(work: Operations, epoch: int, seconds: float, of: str = "") -> str:
     """The duration in words. epoch: where it begins, from 0. seconds: of what is left. of: which training."""
     left = len(work.training) - epoch
-    epochs = f"{left:,} epoch{'s' * (left > 1)}" if not epoch else f"the {left:,} epochs that are left"
+    epochs = f"{left:,} epoch{'s' * (left > 1)}"
+    if epoch:
+        epochs = f"the {epochs} that {'are' if left > 1 else 'is'} left"
     but = f" but for {', '.join(work.unknown)}" if work.unknown else ""
     return f"about {duration(seconds)} for {epochs}{of}, evaluations included{but}"
 
