@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 
+def unit_images(images_N: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Images as evaluation gives them to a network: v / 255, NCHW and channels-last, on the device.
+
+    images_N: uint8 NHWC, or float NCHW in [0, 1].
+    """
+    x_N = images_N.to(device)
+    if x_N.dtype == torch.uint8:
+        x_N = x_N.permute(0, 3, 1, 2).to(dtype) / 255
+    return x_N.to(dtype, memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Other images that are mixed into those of a batch.

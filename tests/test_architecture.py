@@ -89,7 +89,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         (
             ("parts", "pgd"),
             ("autoattack", "masking", "overfitting", "twin", "auto", "auto.losses", "auto.search", "auto.windows"),
-            ("adversary", "evaluated", "fast", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
+            ("adversary", "checks", "evaluated", "fast", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
             ("auto.adaptive",),
             ("auto.standard",),
             ("kinds",),

@@ -104,9 +104,3 @@ def count_classes(model: nn.Module, x_1: Tensor, labels_N: Tensor) -> int:
     if int(labels_N.max()) >= logits.shape[1]:
         raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {logits.shape[1]} classes")
     return logits.shape[1]
-
-
-def check_whole(argument: str, value: object, *, least: int) -> None:
-    """Raise ValueError for what is no whole number in [least, 2^63)."""
-    if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{argument}: a whole number from {least} on is needed, got {value!r}")
