@@ -10,6 +10,21 @@ import torch
 from torch import Tensor
 
 
+def check_images(argument: str, images_N: Tensor) -> None:
+    """Raise ValueError, naming the argument, where images are not as `unit_images` takes them, or none."""
+    if images_N.dim() != 4 or not (images_N.dtype == torch.uint8 or images_N.dtype.is_floating_point):
+        raise ValueError(
+            f"{argument}: expected uint8 (N, H, W, C) or float (N, C, H, W), got {images_N.dtype} "
+            f"{tuple(images_N.shape)}"
+        )
+    if not images_N.numel():
+        raise ValueError(f"{argument}: there is nothing in images of shape {tuple(images_N.shape)}")
+    if images_N.dtype != torch.uint8:
+        low, high = (float(bound) for bound in images_N.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{argument}: floats must lie in [0, 1], got {low:g}..{high:g}")
+
+
 def unit_images(images_N: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Images as evaluation gives them to a network: v / 255, NCHW and channels-last, on the device.
 

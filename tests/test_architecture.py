@@ -99,7 +99,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "deployment",
         "trained networks in use",
-        (("__init__",),),
+        (("image_files", "views", "challenges"), ("predicting",), ("predicted_files",)),
     ),
     (
         "training",
@@ -154,7 +154,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("completion", "tables"),
             ("options",),
             ("key_options",),
-            ("train", "evaluate", "teachers", "data", "reports", "doctor", "lists"),
+            ("train", "evaluate", "teachers", "data", "reports", "deployment", "doctor", "lists"),
             ("inspect",),
             ("cli",),
         ),
