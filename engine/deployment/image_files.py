@@ -52,7 +52,7 @@ def image_files(places: Iterable[str]) -> ImageFiles:
     if strays:
         notes.append(f"files that are no images are left out: {len(strays):,}, the first {strays[0]}")
     if twice := count - len(found):
-        notes.append(f"files that are named more than once: {twice:,} names are left out")
+        notes.append(f"files that are named more than once count once: {twice:,} names are left out")
     return ImageFiles(tuple(found.values()), tuple(notes))
 
 
