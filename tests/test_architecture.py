@@ -320,7 +320,9 @@ def test_earlier_names_lead_to_the_same_module(earlier: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["methods"], ["recipes"], ["--version"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["train", "--help"], ["predict", "--help"], ["methods"], ["recipes"], ["--version"]]
+)
 def test_help_does_not_wait_for_torch(command: list[str]) -> None:
     code = (
         "import sys\nfrom engine.commands.cli import main\nsys.argv = ['engine'] + sys.argv[1:]\n"

@@ -23,7 +23,7 @@ from engine.system.precision import Precision
 class Held(NamedTuple):
     """A batch after the attack. labels_B: the classes then. holds_B: True where the answer is the same as before.
 
-    masked_B: True where most of an image's gradient was zero or NaN, so that holding says little; None: not known.
+    masked_B: True where it holds and most of the gradient was zero or NaN, so that this says little; None: not known.
     x_adv: the attacked images, BCHW.
     """
 
@@ -76,8 +76,8 @@ class Challenge:
         after_B = logits_BC.argmax(dim=1)
         holds_B = (after_B == labels_B) & self._begun_B(out, labels_B)
         by_image = self.attack.takes_whole_batches and gradients.entries > 0
-        masked_B = gradients.hidden_B() if by_image else None
-        self._count(gradients, holds_B, masked_B, out)
+        masked_B = holds_B & gradients.hidden_B() if by_image else None
+        self._count(gradients, masked_B, out)
         return Held(x_adv, after_B, holds_B, masked_B)
 
     def _begun_B(self, out: Tensor | Outcome, labels_B: Tensor) -> Tensor:
@@ -92,12 +92,12 @@ class Challenge:
         self, gradients: GradientCounts, holds_B: Tensor, masked_B: Tensor | None, out: Tensor | Outcome
     ) -> None:
         tally = self.tally
-        tally.images += len(holds_B)
+        tally.images += len(gradients.signed_B)
         tally.entries += gradients.entries
         tally.zeros += int(gradients.zeros)
         tally.not_finite += int(gradients.not_finite)
         if masked_B is not None:
-            tally.masked += int((holds_B & masked_B).sum())
+            tally.masked += int(masked_B.sum())
         if isinstance(out, Outcome):
             tally.flags |= out.flags
 

@@ -27,7 +27,7 @@ from engine.pipelines.reading.published import known_classes
 from engine.pipelines.splits import SKIPS
 from engine.system import environment, precision
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _prepare(folder: Path) -> None:
 def _header(loaded: LoadedModel, view: View, session: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     """Facts of the network, the view and the session, for JSON."""
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         **session,
         "checkpoint": {"path": str(loaded.path), "sha256": loaded.sha256},
         "model": loaded.name,

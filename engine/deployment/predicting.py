@@ -182,8 +182,6 @@ def _of_tensor(predictor: Predictor, images_N: Tensor) -> list[Predictions]:
         images_N.shape[3 if is_bytes else 1],
         images_N.shape[1:3] if is_bytes else images_N.shape[2:],
     )
-    if channels != 3:
-        raise ValueError(f"images: expected three channels, got {channels} in {tuple(images_N.shape)}")
     if size is not None and (height, width) != (size, size):
         raise ValueError(
             f"images: the network takes {size}x{size} pixels, got {width}x{height}; files are resized"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -101,7 +102,7 @@ def test_verdicts_of_an_evaluation_follow(tiny_folder: Path, tmp_path: Path) -> 
 def test_answers_hold_where_the_evaluation_finds_no_adversarial_image(
     name: str, checkpoint: Path, loaded: LoadedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the network is right, its answer is the label, and both attacks are one."""
+    """An answer that is right is the label, so both attacks are one."""
     shorten(monkeypatch)
     table.add("doubling", lambda model, x, y, epsilon: (2 * x).clamp(x - epsilon, x + epsilon).clamp(0, 1))
     images = datasets.find("folder", str(tiny_folder), Request(only_test=True))
@@ -135,7 +136,8 @@ def test_views_of_any_size_are_those_of_an_evaluation(tmp_path: Path) -> None:
         with Image.open(file) as image:
             side = round(min(image.size) * 7 / 8)
             top, left = (image.height - side) // 2, (image.width - side) // 2
-            return TF.to_tensor(TF.resized_crop(image, top, left, side, side, [size, size], antialias=True))
+            view = TF.resized_crop(image, top, left, side, side, [size, size], antialias=True)
+        return torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255
 
     x = torch.stack([by_torchvision(file) for file in files])
     with torch.no_grad():
@@ -160,12 +162,12 @@ def test_real_jpeg_files_are_classified_as_the_data_set_s(real_images: Path, tmp
         for name in names:
             (tmp_path / Path(name).name).write_bytes(archive.read(name))
     loaded = load_model(path)
-    part = replace(images.test, images=images.test.images[:count], labels=images.test.labels[:count])
+    part = images.test.take(torch.arange(count))
     natural = evaluate(loaded.module, part, ["natural"])["natural"]
     files = [str(tmp_path / Path(name).name) for name in names]
     found = predict(loaded, files)
     assert torch.equal(found.labels == part.labels, natural.verdicts)
-    logits = [loaded.predict(batch).logits for batch in part.images.split(64)]
+    logits = [loaded.predict(part.images[index_B]).logits for index_B in torch.arange(count).split(64)]
     assert torch.equal(found.logits, torch.cat(logits))
     assert found.notes == ()
 
@@ -333,7 +335,7 @@ def test_few_images_are_decoded_in_advance(loaded: LoadedModel) -> None:
     predictor = Predictor(loaded, View(None), batch_size=10)
     batches = predictor.batches(images)
     next(batches)
-    threads = len(predicting.os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0))
     assert images.taken <= 2 * (
         10 + predicting._AHEAD * threads + 1
     )  # read by two: decoding, and names for faults
