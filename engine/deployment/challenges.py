@@ -23,8 +23,8 @@ from engine.system.precision import Precision
 class Held(NamedTuple):
     """A batch after the attack. labels_B: the classes then. holds_B: True where the answer is the same as before.
 
-    masked_B: True where it holds and most of the gradient was zero or NaN, so that this says little; None: not known.
-    x_adv: the attacked images, BCHW.
+    masked_B: True where it holds and most of the gradient was zero or NaN, so that this says little; None: not
+    known. x_adv: the attacked images, BCHW.
     """
 
     x_adv: Tensor
@@ -88,9 +88,7 @@ class Challenge:
             return begun_B
         return torch.ones_like(labels_B, dtype=torch.bool)
 
-    def _count(
-        self, gradients: GradientCounts, holds_B: Tensor, masked_B: Tensor | None, out: Tensor | Outcome
-    ) -> None:
+    def _count(self, gradients: GradientCounts, masked_B: Tensor | None, out: Tensor | Outcome) -> None:
         tally = self.tally
         tally.images += len(gradients.signed_B)
         tally.entries += gradients.entries

@@ -177,11 +177,8 @@ def _stacked(images: list[Tensor]) -> Tensor:
 def _of_tensor(predictor: Predictor, images_N: Tensor) -> list[Predictions]:
     """Answers to images that are views already. Raises ValueError where they are none."""
     check_images("images", images_N)
-    is_bytes, size = images_N.dtype == torch.uint8, predictor.view.size
-    channels, (height, width) = (
-        images_N.shape[3 if is_bytes else 1],
-        images_N.shape[1:3] if is_bytes else images_N.shape[2:],
-    )
+    height, width = images_N.shape[1:3] if images_N.dtype == torch.uint8 else images_N.shape[2:]
+    size = predictor.view.size
     if size is not None and (height, width) != (size, size):
         raise ValueError(
             f"images: the network takes {size}x{size} pixels, got {width}x{height}; files are resized"

@@ -188,6 +188,8 @@ class LoadedModel:
         and takes files. Raises ValueError for other images, and FloatingPointError where a logit is not finite.
         """
         check_images("images", images_N)
+        if (channels := images_N.shape[3 if images_N.dtype == torch.uint8 else 1]) != 3:
+            raise ValueError(f"images: expected three channels, got {channels} in {tuple(images_N.shape)}")
         parameter = next(self.module.parameters(), torch.empty(0))
         logits_NC = self.module(unit_images(images_N, parameter.device, parameter.dtype))
         if lost := int((~logits_NC.isfinite().all(dim=1)).sum()):

@@ -190,6 +190,20 @@ def test_an_interrupted_command_leaves_no_file(run: Path, files: list[str], cli:
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"ends.py", "saved"}
 
 
+def test_a_file_that_comes_meanwhile_stays(run: Path, files: list[str], cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    code = (
+        f"import pathlib\nfrom engine import register\ndef writes(model, x, y):\n"
+        f"    pathlib.Path({str(out)!r}).write_text('another')\n    return x\n"
+        "register.attack('writes', writes)\n"
+    )
+    (tmp_path / "writes.py").write_text(code)
+    common = ("predict", str(run), *files, "--import", str(tmp_path / "writes.py"), "--attack", "writes")
+    outcome = cli(*common, "--out", str(out))
+    assert (outcome.code, out.read_text()) == (1, "another")
+    assert f"--out: {out} has come into being meanwhile" in outcome.err
+
+
 def test_saved_images_are_told_of(run: Path, files: list[str], cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     common = ("predict", str(run), *files, "--attack", "pgd10", "--epsilon", EPSILON)

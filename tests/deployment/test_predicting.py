@@ -20,10 +20,12 @@ from torchvision.transforms import functional as TF
 
 from engine import config, models
 from engine.attacks import table
+from engine.attacks.autoattack import Outcome
 from engine.common.console import Reporter
 from engine.common.stopping import RunFailed
 from engine.common.tensor_files import write_tensors
 from engine.deployment import predicting, views
+from engine.deployment.challenges import challenge
 from engine.deployment.predicted_files import PredictedFiles, PredictionConfig, run
 from engine.deployment.predicting import Predictor, predict
 from engine.deployment.views import View, view_for
@@ -32,6 +34,7 @@ from engine.models.weights import LoadedModel, Predictions, load_model
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request
 from engine.runs import checkpoints
+from engine.system.precision import Precision
 from tests.conftest import CLASSES
 from tests.evaluation.saved import EPSILON, shorten, trained
 from tests.pipelines.photographs import smooth
@@ -423,6 +426,58 @@ def test_saved_images_change_the_answer(checkpoint: Path, tiny_folder: Path, tmp
 
 def _holds(row: Any) -> bool:
     return bool(row.attacked.holds)
+
+
+def test_an_attack_gets_the_network_s_answers_and_the_places_of_the_images(
+    checkpoint: Path, loaded: LoadedModel, tiny_folder: Path
+) -> None:
+    given: list[tuple[list[int], list[int], str]] = []
+
+    def watch(model: Any, x: Tensor, y: Tensor, sample: Tensor) -> Tensor:
+        given.append((sample.tolist(), y.tolist(), torch.get_float32_matmul_precision()))
+        return x
+
+    table.add("watch", watch)
+    files = split_files(tiny_folder)
+    expected = predict(loaded, files).labels.tolist()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rows = answers(checkpoint, [*files[:7], "/nowhere.png", *files[7:]], attack="watch", batch_size=5,
+                       on_bad_image="skip").rows  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(before)
+    samples = [number for batch, _, _ in given for number in batch]
+    assert samples == [*range(7), *range(8, 19)]
+    assert [label for _, batch, _ in given for label in batch] == expected
+    assert {precision for _, _, precision in given} == {"highest"}
+    assert all(row.attacked is None or row.attacked.holds for row in rows)
+    assert [row.attacked.masked for row in rows if row.attacked is not None] == [
+        None
+    ] * 18  # no gradient was taken
+
+
+@pytest.mark.parametrize(
+    ("add", "told"), [(0.2, "an image lies .* outside the ball"), (float("nan"), "an image lies nan outside")]
+)
+def test_an_attack_that_leaves_its_ball_is_refused(
+    add: float, told: str, checkpoint: Path, tiny_folder: Path
+) -> None:
+    table.add("leaves", lambda model, x, y: (x + add).clamp(0, 1))
+    with pytest.raises(RunFailed, match=told):
+        answers(checkpoint, split_files(tiny_folder)[:2], attack="leaves", epsilon="8/255")
+
+
+def test_an_answer_that_another_form_of_the_network_does_not_give_does_not_hold(loaded: LoadedModel) -> None:
+    """AutoAttack leaves alone what it takes to be wrong already; that must not count as holding."""
+    x = torch.rand(3, 3, 8, 8)
+    found = challenge(loaded, "apgd-ce", (8 / 255, "Linf"), Precision(torch.device("cpu"), torch.float32))
+    labels = loaded.predict(x).labels
+    outcome = Outcome(x, torch.tensor([0, 1, 2], dtype=torch.int8), 0)
+    held = replace(found, perturb=lambda *_: outcome).run(x, labels, torch.arange(3))
+    assert held.holds_B.tolist() == [False, True, True]
+    (warning,) = found.warnings()
+    assert "1 answers change by rounding alone" in warning
 
 
 @pytest.mark.parametrize(
