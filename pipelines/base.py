@@ -10,6 +10,32 @@ import torch
 from torch import Tensor
 
 
+def check_images(argument: str, images_N: Tensor) -> None:
+    """Raise ValueError, naming the argument, where images are not as `unit_images` takes them, or none."""
+    if images_N.dim() != 4 or not (images_N.dtype == torch.uint8 or images_N.dtype.is_floating_point):
+        raise ValueError(
+            f"{argument}: expected uint8 (N, H, W, C) or float (N, C, H, W), got {images_N.dtype} "
+            f"{tuple(images_N.shape)}"
+        )
+    if not images_N.numel():
+        raise ValueError(f"{argument}: there is nothing in images of shape {tuple(images_N.shape)}")
+    if images_N.dtype != torch.uint8:
+        low, high = (float(bound) for bound in images_N.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{argument}: floats must lie in [0, 1], got {low:g}..{high:g}")
+
+
+def unit_images(images_N: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Images as evaluation gives them to a network: v / 255, NCHW and channels-last, on the device.
+
+    images_N: uint8 NHWC, or float NCHW in [0, 1].
+    """
+    x_N = images_N.to(device)
+    if x_N.dtype == torch.uint8:
+        x_N = x_N.permute(0, 3, 1, 2).to(dtype) / 255
+    return x_N.to(dtype, memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Other images that are mixed into those of a batch.

@@ -90,7 +90,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         (
             ("parts", "pgd"),
             ("autoattack", "masking", "overfitting", "twin", "auto", "auto.losses", "auto.search", "auto.windows"),
-            ("adversary", "evaluated", "fast", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
+            ("adversary", "checks", "evaluated", "fast", "auto.apgd", "auto.fab", "auto.pool", "auto.square"),
             ("auto.adaptive",),
             ("auto.standard",),
             ("kinds",),
@@ -100,7 +100,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "deployment",
         "trained networks in use",
-        (("__init__",),),
+        (("image_files", "views", "challenges"), ("predicting",), ("predicted_files",)),
     ),
     (
         "training",
@@ -181,7 +181,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("completion", "tables"),
             ("options",),
             ("key_options",),
-            ("train", "evaluate", "teachers", "data", "reports", "doctor", "lists"),
+            ("train", "evaluate", "teachers", "data", "reports", "deployment", "doctor", "lists"),
             ("inspect",),
             ("cli",),
         ),
@@ -347,7 +347,9 @@ def test_earlier_names_lead_to_the_same_module(earlier: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["methods"], ["recipes"], ["--version"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["train", "--help"], ["predict", "--help"], ["methods"], ["recipes"], ["--version"]]
+)
 def test_help_does_not_wait_for_torch(command: list[str]) -> None:
     code = (
         "import sys\nfrom engine.commands.cli import main\nsys.argv = ['engine'] + sys.argv[1:]\n"

@@ -28,6 +28,7 @@ from engine.commands.cli import commands
 from engine.commands.data import Info
 from engine.commands.inspect import Found
 from engine.common.lookup import check_known
+from engine.deployment.predicted_files import PredictedFiles, PredictionConfig
 from engine.evaluation import measure
 from engine.evaluation.candidates import MEASURES
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report
@@ -187,6 +188,10 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
         models.check(wanted.model)
         check_known("--sort-by", wanted.sort_by, MEASURES)
 
+    def answer(path: Path, places: list[str], wanted: PredictionConfig, reporter: object) -> PredictedFiles:
+        measure.check_names([wanted.attack] if wanted.attack else [])
+        return PredictedFiles({}, ())
+
     def write(dataset: str, *arguments: Any, **keys: Any) -> None:
         datasets.check(dataset)
 
@@ -204,6 +209,8 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.evaluation.evaluate_checkpoint.run", run)
     monkeypatch.setattr("engine.evaluation.files.epsilons.evaluated", at_radii)
     monkeypatch.setattr("engine.evaluation.files.verification.verify", lambda path, choices, reporter: [])
+    monkeypatch.setattr("engine.deployment.image_files.paths_in", lambda stream, null: [])
+    monkeypatch.setattr("engine.deployment.predicted_files.run", answer)
     monkeypatch.setattr("engine.runs.compare_teachers.run", rank)
     monkeypatch.setattr("engine.commands.teachers.print_comparison", lambda reporter, report: None)
     monkeypatch.chdir(ROOT)

@@ -1,16 +1,19 @@
-"""The form in which a network is evaluated: what a twin makes of it, as a module for any attack."""
+"""The form and the state in which a network is evaluated: for any attack, and without a trace on the network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.attacks.pgd import batch_norm_mode, frozen
 from engine.attacks.twin import Twin
 from engine.models.layers import use_winograd
-from engine.system.precision import Precision
+from engine.system.precision import Precision, full_precision
 
 
 def prepared(network: nn.Module, precision: Precision) -> nn.Module:
@@ -34,6 +37,23 @@ def prepared(network: nn.Module, precision: Precision) -> nn.Module:
     twin.module.to(memory_format=torch.channels_last)
     use_winograd(twin.module, wanted=precision.winograd, keeps=True)
     return twin.module if precision.amp_dtype is None else _InHalf(twin, precision.attack_loss_scale)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device, precision: Precision | None = None) -> Iterator[None]:
+    """Eval mode, no gradient, no autocast inside; everything comes back afterwards.
+
+    precision: float32 is computed as in its network passes; None: in full.
+    """
+    with (
+        batch_norm_mode(model, "eval"),
+        frozen(model),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        full_precision() if precision is None else precision.float32(),
+    ):
+        yield
 
 
 class _InHalf(nn.Module):

@@ -9,6 +9,7 @@ import click
 
 from engine import __version__
 from engine.commands.data import data
+from engine.commands.deployment.predict import predict
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.inspect import inspect
@@ -81,6 +82,7 @@ def _say(message: str) -> None:
     commands=[
         train,
         evaluate,
+        predict,
         verify,
         rank_teachers,
         inspect,

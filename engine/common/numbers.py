@@ -8,6 +8,12 @@ def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
+def check_whole(argument: str, value: object, *, least: int) -> None:
+    """Raise ValueError for what is no whole number in [least, 2^63)."""
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{argument}: a whole number from {least} on is needed, got {value!r}")
+
+
 def duration(seconds: float) -> str:
     """Seconds, at least 0, in the two largest units that matter: 45 s, 3 min 20 s, 12 min, 2 h 10 min, 3 d 4 h."""
     whole = round(seconds)

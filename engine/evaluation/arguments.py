@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from engine.attacks import table
 from engine.evaluation.dataset_items import DatasetItems
+from engine.pipelines.base import check_images
 from engine.pipelines.splits import Indexable
 
 
@@ -69,18 +70,11 @@ def check_data(data: Data) -> tuple[Tensor | Indexable, Tensor]:
 
 
 def _check_images(images: Tensor, count: int) -> None:
-    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.dtype.is_floating_point):
-        raise ValueError(
-            f"images: expected uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
-        )
+    if images.dim() == 4 and not images.numel():
+        raise ValueError(f"data: there is nothing to evaluate in images of shape {tuple(images.shape)}")
+    check_images("images", images)
     if len(images) != count:
         raise ValueError(f"data: {len(images)} images and {count} labels")
-    if not images.numel():
-        raise ValueError(f"data: there is nothing to evaluate in images of shape {tuple(images.shape)}")
-    if images.dtype != torch.uint8:
-        low, high = (float(bound) for bound in images.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"images: floats must lie in [0, 1], got {low:g}..{high:g}")
 
 
 def check_place(model: nn.Module, device: torch.device | str | None) -> tuple[torch.device, torch.dtype]:
@@ -104,9 +98,3 @@ def count_classes(model: nn.Module, x_1: Tensor, labels_N: Tensor) -> int:
     if int(labels_N.max()) >= logits.shape[1]:
         raise ValueError(f"labels: up to {int(labels_N.max())}, and the model has {logits.shape[1]} classes")
     return logits.shape[1]
-
-
-def check_whole(argument: str, value: object, *, least: int) -> None:
-    """Raise ValueError for what is no whole number in [least, 2^63)."""
-    if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{argument}: a whole number from {least} on is needed, got {value!r}")

@@ -6,8 +6,7 @@ Shape suffixes: B batch, N all samples.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
@@ -17,43 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from engine.attacks.autoattack import Outcome, complaints, raised
+from engine.attacks.checks import SLACK, GradientCounts, excess_of
 from engine.attacks.kinds import Perturb
-from engine.attacks.masking import MOST_ZEROS
-from engine.attacks.parts import most_images
-from engine.attacks.pgd import NORMS
 from engine.common.stopping import RunFailed, Stop
-from engine.evaluation.arguments import check_whole
 from engine.evaluation.files.kept_images import KeptImages
 from engine.evaluation.partial_results import Measured, PartialResults
 from engine.evaluation.results import Result, gradient_warnings
+from engine.pipelines.base import unit_images
 from engine.pipelines.splits import Indexable
 from engine.system.distributed import World
-
-_SLACK = 1e-6
-"""Distance from the ball or from [0, 1] that rounding alone may cause."""
-_MOST_IMAGES = {"cpu": 64}  # of more a layer's activations leave the caches: docs/performance.md has figures
-_USUAL_IMAGES = 250
-
-
-def size_of_batch(chosen: int | None, device: torch.device, height: int, width: int) -> int:
-    """Images per forward: as chosen, else 250, on a CPU 64, but at most the pixels of 32 images of 224 x 224.
-
-    Raises ValueError where less than 1 is chosen.
-    """
-    if chosen is not None:
-        check_whole("batch_size", chosen, least=1)
-        return chosen
-    return min(_MOST_IMAGES.get(device.type, _USUAL_IMAGES), most_images(height, width))
 
 
 def batch_of(
     images_N: Tensor | Indexable, labels_N: Tensor, sample_B: Tensor, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Images as evaluation sees them, BCHW in [0, 1] and channels-last, and their labels, on the device."""
-    x_B = images_N[sample_B.to(images_N.device) if isinstance(images_N, Tensor) else sample_B].to(device)
-    if x_B.dtype == torch.uint8:
-        x_B = x_B.permute(0, 3, 1, 2).to(dtype) / 255
-    return x_B.to(dtype, memory_format=torch.channels_last), labels_N[sample_B].to(device)
+    images_B = images_N[sample_B.to(images_N.device) if isinstance(images_N, Tensor) else sample_B]
+    return unit_images(images_B, device, dtype), labels_N[sample_B].to(device)
 
 
 OnPass = Callable[[str, int, int, str], object]
@@ -76,47 +55,6 @@ class Attack(NamedTuple):
     parts: tuple[str, ...]
     by_image: bool
     gradients: int | None = None
-
-
-class _GradientCounts:
-    """Counts, on the device, entries of the gradients with respect to what the model is given.
-
-    signed_B: entries that have a sign, neither zero nor NaN, of each image of the batch; per_image: of how many.
-    passes: their number, which on_pass is called with after each; the device is not waited for.
-    """
-
-    def __init__(self, size: int, device: torch.device, on_pass: Callable[[int], object]) -> None:
-        self.entries = self.per_image = self.passes = 0
-        self._on_pass = on_pass
-        self.zeros, self.not_finite = torch.zeros(2, dtype=torch.int64, device=device)
-        self.signed_B = torch.zeros(size, dtype=torch.float64, device=device)
-
-    @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
-        """Gradients of passes inside count."""
-        watching = model.register_forward_pre_hook(self._watch)
-        try:
-            yield
-        finally:
-            watching.remove()
-
-    def _watch(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and inputs[0].requires_grad:
-            inputs[0].register_hook(self._count)
-
-    def _count(self, gradient: Tensor) -> None:
-        self.passes += 1
-        self._on_pass(self.passes)
-        self.entries += gradient.numel()
-        self.zeros += gradient.numel() - torch.count_nonzero(gradient)
-        self.not_finite += torch.count_nonzero(gradient - gradient)  # NaN where an entry is not finite
-        if len(gradient) == len(self.signed_B):  # some attacks' passes are of those images that are left
-            self.per_image += gradient[0].numel()  # the sign of NaN is 0 in torch
-            self.signed_B += gradient.sign().abs_().sum(dim=tuple(range(1, gradient.dim())), dtype=torch.float32)
-
-    def hidden_B(self) -> Tensor:
-        """True for images most of whose gradient entries were zero or NaN."""
-        return (self.per_image - self.signed_B) * len(self.signed_B) > MOST_ZEROS * self.entries
 
 
 @dataclass(frozen=True)
@@ -152,7 +90,7 @@ class BatchRunner:
             tell = partial(self._tell, attack.name, (done, table.sizes[number] * world.size, total), gradients)
             measured, lost, gradients = self._measure(attack, batches[number], kept, tell)
             table.add(number, measured, lost)
-            if lost or not measured.excess <= _SLACK:
+            if lost or not measured.excess <= SLACK:
                 break
             if self.partial is not None:
                 self.partial.add(attack.name, number, measured)
@@ -183,7 +121,7 @@ class BatchRunner:
         """A batch, its images whose logits are not finite, its gradients. The device is waited for once."""
         begin = time.perf_counter()
         x_nat, labels_B = self.batch(sample_B)
-        gradients = _GradientCounts(len(sample_B), x_nat.device, on_gradient)
+        gradients = GradientCounts(len(sample_B), x_nat.device, on_gradient)
         with gradients.of(attack.crafts_on):
             attacked = attack.perturb(x_nat, labels_B, sample_B.to(x_nat.device))
         x_adv, survived_parts_B, flags = (
@@ -196,7 +134,7 @@ class BatchRunner:
         survived_B = torch.where(correct_B, parts, survived_parts_B.clamp(max=parts - 1))
         values = (
             (~logits_BC.isfinite().all(dim=1)).sum(),
-            _excess(x_adv, x_nat, *self.ball),
+            excess_of(x_adv, x_nat, *self.ball),
             gradients.zeros,
             gradients.not_finite,
             (correct_B & gradients.hidden_B()).sum(),
@@ -239,7 +177,7 @@ class _BatchTable:
             raise FloatingPointError(
                 f"{name}: the logits of {lost:,} of {measured:,} images are NaN or infinite; no result"
             )
-        if not (excess_B <= _SLACK).all():
+        if not (excess_B <= SLACK).all():
             raise RunFailed(f"{name}: an image lies {excess_B.max():g} outside the ball or [0, 1]; no result")
         if not (times_B == 1).all():
             raise RunFailed(f"{name}: a batch was measured {times_B.tolist()} times; no result")
@@ -264,10 +202,3 @@ class _BatchTable:
         flags = reduce(or_, map(int, sums[-1].tolist()))
         of_parts = complaints(name, flags, dict(zip(attack.parts, survived, strict=True)))
         return replace(result, flags=raised(flags), warnings=(*gradient_warnings(result), *of_parts))
-
-
-def _excess(x_adv: Tensor, x_nat: Tensor, epsilon: float, threat_model: str) -> Tensor:
-    """max(|x_adv - x_nat| - epsilon, distance to [0, 1]) over the batch; NaN where a pixel is."""
-    distance_B = torch.linalg.vector_norm((x_adv - x_nat).flatten(1), NORMS[threat_model].order, dim=1)
-    outside = (x_adv - x_adv.clamp(0, 1)).abs().amax()
-    return torch.maximum(distance_B.amax() - epsilon, outside)

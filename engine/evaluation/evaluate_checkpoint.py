@@ -16,12 +16,12 @@ from torch import Tensor
 from engine.attacks import table
 from engine.attacks.autoattack import NO_ATTACK, PACKAGE, ROUNDED, WHOLE
 from engine.attacks.kinds import EvaluationAttack, Task
+from engine.attacks.parts import size_of_batch
 from engine.common.console import Reporter
 from engine.common.files import code_hash
 from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
 from engine.evaluation import reports, robustbench
-from engine.evaluation.batches import size_of_batch
 from engine.evaluation.files import adversarial, pictures
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults

@@ -5,17 +5,18 @@ Shape suffixes: B batch, N all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from engine.attacks import table
-from engine.attacks.evaluated import prepared
+from engine.attacks.evaluated import prepared, undisturbed
 from engine.attacks.kinds import AttackFunction, AutoAttackPart, EvaluationAttack, Task
-from engine.attacks.pgd import batch_norm_mode, frozen, presets
+from engine.attacks.parts import size_of_batch
+from engine.attacks.pgd import presets
+from engine.common.numbers import check_whole
 from engine.common.stopping import Stop
 from engine.evaluation.arguments import (
     Data,
@@ -23,16 +24,15 @@ from engine.evaluation.arguments import (
     check_data,
     check_names,
     check_place,
-    check_whole,
     count_classes,
 )
-from engine.evaluation.batches import Attack, BatchRunner, OnPass, batch_of, size_of_batch
+from engine.evaluation.batches import Attack, BatchRunner, OnPass, batch_of
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, few_images, further, is_chance, per_class
 from engine.evaluation.whole_set import SetAttack, SetRunner
 from engine.pipelines.splits import limited
 from engine.system.distributed import World
-from engine.system.precision import Precision, full_precision
+from engine.system.precision import Precision
 
 __all__ = [
     "UNMASKED",
@@ -180,20 +180,3 @@ def _made_for_set(attack: AutoAttackPart, task: Task, size: str) -> SetAttack:
     """The same of an attack that is one of the whole set, on the network as it is."""
     table.check_defined(attack, task.num_classes, task.ball[1])
     return SetAttack(attack.name, attack.describe(task, size), attack.on(task), attack.parts(task.num_classes))
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device, precision: Precision | None = None) -> Iterator[None]:
-    """Eval mode, no gradient, no autocast inside; everything comes back afterwards.
-
-    precision: float32 is computed as in its network passes; None: in full.
-    """
-    with (
-        batch_norm_mode(model, "eval"),
-        frozen(model),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        full_precision() if precision is None else precision.float32(),
-    ):
-        yield

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.attacks.evaluated import undisturbed
+from engine.attacks.parts import size_of_batch
 from engine.common.files import cache_dir
 from engine.common.stopping import Stop
 from engine.common.tensor_files import read_tensors, write_tensors
-from engine.evaluation.batches import batch_of, size_of_batch
-from engine.evaluation.measure import undisturbed
+from engine.evaluation.batches import batch_of
 from engine.models.weights import weights_sha256
 from engine.pipelines.datasets import AnySplit
 from engine.pipelines.splits import Split

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -35,6 +35,7 @@ from engine.models import (
 from engine.models import class_names as names_of_classes
 from engine.models.normalize import RGB, normalisation
 from engine.models.state_dicts import State
+from engine.pipelines.base import check_images, unit_images
 
 FORMAT = 2
 """Of this project's own checkpoints: 1 had no checksum of the file, 2 counts only with one."""
@@ -99,6 +100,50 @@ class Weights:
         return "normalize.mean" in self.state
 
 
+class Ranked(NamedTuple):
+    """A class as an answer, and its probability."""
+
+    label: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Answers of a network. logits: (N, C), finite; class_names: of its outputs, in order. notes: for the user."""
+
+    logits: Tensor
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, int64 N: the largest logit, of equal ones the first."""
+        return self.logits.argmax(dim=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each image's class."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """softmax(logits), float64 (N, C)."""
+        return self.logits.double().softmax(dim=1)
+
+    def top(self, count: int) -> list[tuple[Ranked, ...]]:
+        """The likeliest classes of each image, at most so many, the likeliest first."""
+        order_NC = self.logits.argsort(dim=1, descending=True, stable=True)[:, :count]
+        rows = zip(order_NC.tolist(), self.probabilities.gather(1, order_NC).tolist(), strict=True)
+        return [
+            tuple(Ranked(label, self.class_names[label], share) for label, share in zip(*row, strict=True))
+            for row in rows
+        ]
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A network with its weights, in eval mode, and its architecture's name; the rest is as in `Weights`.
@@ -134,6 +179,22 @@ class LoadedModel:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         return replace(self, class_names=tuple(names), notes=(*self.notes, *note))
+
+    @torch.no_grad()
+    def predict(self, images_N: Tensor) -> Predictions:
+        """Answers to images, uint8 NHWC or float NCHW in [0, 1], on the network's device, in one batch.
+
+        In the precision that torch is set to; `engine.deployment.predicting.predict` computes in full, in batches,
+        and takes files. Raises ValueError for other images, and FloatingPointError where a logit is not finite.
+        """
+        check_images("images", images_N)
+        if (channels := images_N.shape[3 if images_N.dtype == torch.uint8 else 1]) != 3:
+            raise ValueError(f"images: expected three channels, got {channels} in {tuple(images_N.shape)}")
+        parameter = next(self.module.parameters(), torch.empty(0))
+        logits_NC = self.module(unit_images(images_N, parameter.device, parameter.dtype))
+        if lost := int((~logits_NC.isfinite().all(dim=1)).sum()):
+            raise FloatingPointError(f"the logits of {lost:,} of {len(images_N):,} images are NaN or infinite")
+        return Predictions(logits_NC.cpu(), self.class_names or tuple(map(str, range(self.num_classes))))
 
 
 def _order(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.attacks.masking import MOST_ZEROS
+from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import describe, preset
 from engine.common.console import Reporter
 from engine.common.files import create
@@ -20,7 +21,6 @@ from engine.common.lookup import check_known, look_up
 from engine.common.numbers import percent
 from engine.common.stopping import Interrupted, RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
-from engine.evaluation.batches import size_of_batch
 from engine.evaluation.candidates import (
     MEASURES,
     AttackedImages,

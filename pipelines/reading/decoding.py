@@ -88,14 +88,19 @@ def pixels(tree: Tree, name: str, *, upright: bool = True) -> Pixels:
     """
     try:
         with open_image(tree.read(name)) as image:
-            image.load()
-            image_HWC = _rgb(image)
-            turn = _UPRIGHT.get(_orientation(image)) if upright else None
-            return np.ascontiguousarray(turn(image_HWC)) if turn else image_HWC
+            return rgb(image, upright=upright)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = re.sub(" <_io.BytesIO object at [^>]*>", "", " ".join(text.split())) or type(error).__name__
         raise ValueError(f"data: {tree.where(name)} is not a readable image ({reason})") from None
+
+
+def rgb(image: Image.Image, *, upright: bool = True) -> Pixels:
+    """The pixels of an image, HWC, as `pixels` gives those of a file. Pillow raises what is wrong with it."""
+    image.load()
+    image_HWC = _rgb(image)
+    turn = _UPRIGHT.get(_orientation(image)) if upright else None
+    return np.ascontiguousarray(turn(image_HWC)) if turn else image_HWC
 
 
 @functools.cache

@@ -90,6 +90,35 @@ def directory(root: Path, *patterns: str) -> Tree:
     return tree.listed(*patterns)
 
 
+def files() -> Tree:
+    """Files by their paths, wherever they lie: a tree that lists nothing."""
+    return Tree([], "", lambda name: regular_file(Path(name), _MOST_BYTES_OF_IMAGE).read_bytes())
+
+
+def files_below(root: Path) -> list[Path]:
+    """Visible files below a folder at any depth, by name; what links lead to once more is listed once.
+
+    Raises ValueError where a folder cannot be listed.
+    """
+    found: list[Path] = []
+    waiting, known = [root], set()
+    while waiting:
+        path = waiting.pop()
+        if not path.is_dir():
+            found.append(path)
+            continue
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in known:
+            continue
+        known.add((status.st_dev, status.st_ino))
+        try:
+            inside = [below for below in path.iterdir() if not _is_hidden(below.name)]
+        except OSError as error:
+            raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
+        waiting += sorted(inside, reverse=True)
+    return found
+
+
 def _matching(root: Path, parts: list[str], prefix: str = "") -> Iterator[str]:
     """Names below the folder `prefix` that match; the name of a folder ends in "/"."""
     if len(parts) > 1 and parts[0] != "*":

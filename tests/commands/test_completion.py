@@ -53,6 +53,9 @@ def in_bash(*words: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (["train", "--resume", "au"], ["auto"]),
         (["eval", "m.pt", "--normalize", "c"], ["cifar10", "cifar100"]),
         (["data", "write", "--format", ""], ["raw", "jpeg"]),
+        (["pre"], ["predict"]),
+        (["predict", "m.pt", "a.png", "--format", ""], ["table", "csv", "json"]),
+        (["predict", "m.pt", "a.png", "--attack", "pgd20"], ["pgd20", "pgd20-dlr"]),
     ],
 )  # fmt: skip
 def test_words_are_completed(words: list[str], expected: list[str]) -> None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attacks import autoattack, kinds
+from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import describe, pgd, presets
 from engine.common.stopping import RunFailed
-from engine.evaluation.batches import size_of_batch
 from engine.evaluation.measure import UNMASKED, check_names, evaluate, few_images, further, is_chance
 from engine.system import precision
 

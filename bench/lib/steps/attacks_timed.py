@@ -21,11 +21,11 @@ from engine.attacks.auto.standard import AutoAttack
 from engine.attacks.autoattack import WHOLE
 from engine.attacks.evaluated import prepared
 from engine.attacks.fast import FAST as AA_FAST
+from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import preset
 from engine.common import optional
 from engine.common.lookup import look_up
 from engine.config import AttackSpec
-from engine.evaluation.batches import size_of_batch
 from engine.evaluation.measure import evaluate
 from engine.system.precision import Precision
 

@@ -18,16 +18,17 @@ from torch import Tensor
 from engine.attacks import table
 from engine.attacks.auto.search import Ball
 from engine.attacks.auto.standard import inside, outside
+from engine.attacks.evaluated import undisturbed
 from engine.attacks.kinds import Task, craft
+from engine.attacks.parts import size_of_batch
 from engine.common.console import Reporter
 from engine.common.files import regular_file
 from engine.common.tensor_files import read_tensors
 from engine.evaluation import reports
-from engine.evaluation.batches import batch_of, size_of_batch
+from engine.evaluation.batches import batch_of
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Opened, opened
 from engine.evaluation.files.adversarial import Rows, rows_of
 from engine.evaluation.files.hits import classified, judged
-from engine.evaluation.measure import undisturbed
 from engine.models.weights import weights_sha256
 from engine.pipelines.splits import limited
 from engine.system import precision
