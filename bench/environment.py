@@ -28,7 +28,7 @@ NEEDED = {
     "pytest": "tests and timings",
     "hypothesis": "tests and timings",
     "pytest-xdist": "tests in several processes",
-    "scipy": "tests of the random numbers",
+    "scipy": "comparisons of networks",
 }
 PROGRAMS = {
     "make": "the native library",

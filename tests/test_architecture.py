@@ -121,7 +121,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "accuracy under attacks",
         (
             ("dataset_items", "partial_results", "reports", "results"),
-            ("statistics", "statistics.intervals", "statistics.student_t", "statistics.paired"),
+            ("statistics", "statistics.intervals", "statistics.paired"),
             (
                 "files",
                 "files.hits",

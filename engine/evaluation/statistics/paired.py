@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from engine.evaluation.statistics import student_t
 from engine.evaluation.statistics.intervals import CONFIDENCE
 
 RESAMPLES = 20_000
@@ -132,20 +132,7 @@ def _checked(argument: str, verdicts: Any) -> Bools:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """McNemar's exact two-sided p: min(1, 2 P(X <= min(b, c))), X binomial of b + c trials at 1/2."""
-    trials = only_a + only_b
-    if only_a == only_b:
-        return 1.0
-    return min(1.0, 2 * _binomial_cdf(min(only_a, only_b), trials, 0.5))
-
-
-def _binomial_cdf(most: int, trials: int, p: float) -> float:
-    """P(X <= most) of a binomial X, 0 < p < 1."""
-    of_all = math.lgamma(trials + 1)
-    logs = (
-        of_all - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + k * math.log(p) + (trials - k) * math.log1p(-p)
-        for k in range(min(most, trials) + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, logs)))
+    return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def resolvable(discordant: int, n: int, level: float = 1 - CONFIDENCE) -> float | None:
@@ -164,14 +151,8 @@ def resolvable(discordant: int, n: int, level: float = 1 - CONFIDENCE) -> float 
     fewest = next(k for k in range(1, 2000) if 2 * 0.5**k < level)
     if fewest > n:
         return None
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1 - _binomial_cdf(fewest - 1, n, middle) < POWER:
-            low = middle
-        else:
-            high = middle
-    return max(high, share)
+    # P(X >= k) = P(d' <= d), d' of the beta distribution of k and n - k + 1
+    return max(float(stats.beta.ppf(POWER, fewest, n - fewest + 1)), share)
 
 
 # ---------------------------------------------------------------- groups of seeds
@@ -195,12 +176,12 @@ def _over_seeds(a_SN: Bools, b_SN: Bools, difference: float, level: float, *, pa
         return {"test": name, "interval": None, "p_value": None if difference else 1.0, "resolvable": None}
     squares = sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
     df = sum(parts) ** 2 / squares  # Welch and Satterthwaite; of one sample S - 1
-    half = student_t.quantile((1 + CONFIDENCE) / 2, df) * error
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
     return {
         "test": name,
         "interval": (difference - half, difference + half),
-        "p_value": student_t.two_sided_p(difference / error, df),
-        "resolvable": error * (student_t.quantile(1 - level / 2, df) + student_t.quantile(POWER, df)),
+        "p_value": 2 * float(stats.t.sf(abs(difference) / error, df)),
+        "resolvable": error * float(stats.t.ppf(1 - level / 2, df) + stats.t.ppf(POWER, df)),
     }
 
 
