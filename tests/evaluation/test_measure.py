@@ -23,7 +23,7 @@ from engine.attacks import autoattack, kinds
 from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import describe, pgd, presets
 from engine.common.stopping import RunFailed
-from engine.evaluation.measure import UNMASKED, check_names, evaluate, few_images, further, is_chance
+from engine.evaluation.measure import UNMASKED, AttackLike, check_names, evaluate, few_images, further, is_chance
 from engine.system import precision
 
 PGD_NAMES = ("fgsm", "fgsm-rs", "pgd10", "pgd20", "pgd20-dlr", "cw")
@@ -480,7 +480,7 @@ def test_progress_is_told_within_a_batch() -> None:
                 torch.autograd.grad(model(images).sum(), images)
         return x
 
-    attacks = ["natural", "pgd4", two_steps]
+    attacks: list[AttackLike] = ["natural", "pgd4", two_steps]
     evaluate(model, data, attacks, batch_size=12, on_pass=lambda *call: calls.append(call))
     assert {(total, doing) for _, _, total, doing in calls} == {(24, "")}
     done = {

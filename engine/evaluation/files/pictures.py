@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.attacks.autoattack import NO_ATTACK
+from engine.attacks.evaluated import undisturbed
 from engine.attacks.kinds import Task
 from engine.attacks.pgd import NORMS
 from engine.common import pictures
@@ -27,7 +28,6 @@ from engine.evaluation.arguments import LabelledImages, check_place
 from engine.evaluation.batches import batch_of
 from engine.evaluation.files.class_plots import class_bars, confusion, count_confusions
 from engine.evaluation.files.image_grid import AttackedImage, Guess, fallen, grid
-from engine.evaluation.measure import undisturbed
 from engine.evaluation.results import Result
 from engine.pipelines.splits import limited
 
