@@ -121,6 +121,12 @@ def test_the_headline_of_a_run(tmp_path: Path) -> None:
     )
 
 
+def test_of_equal_accuracies_the_stronger_attack_is_told(tmp_path: Path) -> None:
+    of_run = {name: result(0.0, 100) for name in ("fgsm", "pgd10", "pgd20", "natural")}
+    (said,) = headline(lines(made_run(tmp_path / "run", tested=of_run)))
+    assert "0.00% (95% interval 0.0 to 3.7%), PGD-20 on" in said
+
+
 def test_an_attack_on_few_images_is_said_beside_the_one_on_many(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", tested=accuracies(0.52))
     write_report(run / "best.pt.eval.json", entry("aa", 0.4, 20))

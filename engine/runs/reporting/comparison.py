@@ -186,7 +186,13 @@ def _strongest(line: ComparedLine) -> AccuracyMeasure | None:
     On test images where there are any, else on those that chose the epoch. Only what every seed has.
     """
     found = _candidates(line)
-    return min(found, key=lambda measure: (-(measure.n or 0), line.mean(measure))) if found else None
+    return min(found, key=lambda measure: _rank(measure, [line])) if found else None
+
+
+def _rank(measure: AccuracyMeasure, lines: Sequence[ComparedLine]) -> tuple[float, ...]:
+    """Order of measures: on more images, with a lower accuracy, and of equal ones the stronger attack first."""
+    kind, steps = _strength(measure)
+    return -(measure.n or 0), sum(line.mean(measure) or 0 for line in lines), -kind, -steps
 
 
 def _candidates(line: ComparedLine) -> list[AccuracyMeasure]:
@@ -237,9 +243,7 @@ def _shared(lines: Sequence[ComparedLine]) -> AccuracyMeasure | None:
         for measure in _candidates(lines[0])
         if measure.n is not None and all(measure in _candidates(line) for line in lines[1:])
     ]
-    if not common:
-        return None
-    return min(common, key=lambda each: (-(each.n or 0), sum(line.mean(each) or 0 for line in lines), each.text))
+    return min(common, key=lambda measure: _rank(measure, lines)) if common else None
 
 
 def _beside_teacher(student: ComparedLine, lines: Sequence[ComparedLine]) -> list[str]:
