@@ -25,6 +25,7 @@ from engine.attacks.autoattack import (
     PACKAGE,
     PARTS,
     WHOLE,
+    WITHOUT_GRADIENTS,
     Outcome,
     PackagedAttack,
     defined_parts,
@@ -90,6 +91,11 @@ class EvaluationAttack(ABC):
         """False if it may look into the network, and so gets it with the layers that it has."""
         return True
 
+    @property
+    def needs_gradients(self) -> bool:
+        """True if it differentiates the network that is attacked."""
+        return True
+
     @abstractmethod
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         """All its numbers in words."""
@@ -133,6 +139,10 @@ class EvaluationAttack(ABC):
 class NoAttack(EvaluationAttack):
     """The images as they are."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return "no attack"
 
@@ -175,6 +185,10 @@ class AutoAttackPart(EvaluationAttack):
     """One of `autoattack.PARTS`, on the images that are classified correctly. It depends on no batch."""
 
     search_format = "float32"
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.name not in WITHOUT_GRADIENTS
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return describe_part(self.name, num_classes, ball[1], ball[0])
@@ -336,6 +350,10 @@ class Transferred(EvaluationAttack):
     def takes_whole_batches(self) -> bool:
         return self.inner.takes_whole_batches
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False  # of another network
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return f"crafted on {self.path}: {self.inner.numbers(num_classes, ball)}"
 
@@ -396,6 +414,10 @@ class ByFunction(EvaluationAttack):
     @property
     def takes_any_form(self) -> bool:
         return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False  # it may; the network says so where it is asked for some
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         norm = NORMS[ball[1]]
