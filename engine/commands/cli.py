@@ -9,6 +9,7 @@ import click
 
 from engine import __version__
 from engine.commands.data import data
+from engine.commands.deployment.export import export
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
 from engine.commands.inspect import inspect
@@ -73,6 +74,7 @@ def _say(message: str) -> None:
         train,
         evaluate,
         verify,
+        export,
         rank_teachers,
         inspect,
         data,

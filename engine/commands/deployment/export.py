@@ -1,0 +1,342 @@
+"""`engine export`: a trained network as a file for other runtimes, compared with the original, with a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from engine.commands.completion import DIR, FILE, named, one_of
+from engine.commands.options import (
+    SEED,
+    device_option,
+    import_option,
+    normalisation_options,
+    weights_option,
+)
+from engine.common.files import checkpoint_of
+from engine.common.stopping import EXIT_FAILED, RunFailed
+from engine.deployment.exporting.formats import FORMATS, INT8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from engine.common.console import ConsoleReporter
+    from engine.deployment.exporting.formats import Format
+    from engine.deployment.exporting.model_card import CheckRow, File
+    from engine.deployment.exporting.writers import Subject
+    from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Opened
+
+_COMPARED, _CALIBRATED = 64, 128
+"""Images on which logits are compared, and by which the ranges of 8 bits are chosen."""
+
+
+@click.command("export")
+@click.argument("checkpoint", type=FILE)
+@click.option(
+    "--format",
+    "formats",
+    default="onnx",
+    show_default=True,
+    metavar="FORMAT[,FORMAT]",
+    type=one_of(*FORMATS),
+    help=f"Of {', '.join(FORMATS)}.",
+)
+@click.option("--out", type=DIR, metavar="DIR", help="New folder for the files. [beside the checkpoint or its run]")
+@click.option(
+    "--quantize", type=one_of(INT8), help="int8: an ONNX model of 8 bits as well, compared and checked by itself."
+)
+@click.option(
+    "--check",
+    type=click.IntRange(0, 10**6),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Test images on which each file is attacked beside the original; 0: none.",
+)
+@click.option("--license", "licence", metavar="TEXT", help="Licence of the weights, for the model card.")
+@click.option("--dataset", type=named("dataset"), help="Data set. [the one it was trained on]")
+@click.option("--data", type=FILE, help="Where the data set lies. [where it was in training]")
+@click.option("--model", type=named("model"), help="Architecture, where the checkpoint does not tell.")
+@weights_option
+@normalisation_options
+@click.option("--epsilon", help="Radius of the check, e.g. 8/255. [as in training, else 8/255]")
+@click.option("--threat-model", type=one_of("Linf", "L2"), help="Linf or L2. [as in training, else Linf]")
+@click.option("--image-size", type=click.IntRange(1, 4096), help="Height and width of its images. [as in training]")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the check's attacks.")
+@device_option
+@import_option
+def export(
+    checkpoint: str,
+    formats: str,
+    out: str | None,
+    quantize: str | None,
+    check: int,
+    licence: str | None,
+    **options: Any,
+) -> None:
+    """Write a trained network for other runtimes: CHECKPOINT is a file, or a run directory for its best one.
+
+    Each file takes float32 images (N, 3, H, W), RGB in [0, 1], and gives logits. One that does not agree with the
+    original is not kept. README.md, the model card, has the accuracies and the check; the exit code is 1 where
+    that fails.
+    """
+    from engine.commands.tables import print_list
+    from engine.common.console import ConsoleReporter
+    from engine.deployment.exporting.formats import QUANTIZED, wanted
+    from engine.models import normalize
+
+    chosen = wanted(formats)
+    if quantize is not None:
+        _check_quantize(quantize, chosen)
+    given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
+    options["normalize"] = normalize.from_text(*given)
+    path, reporter = checkpoint_of(checkpoint), ConsoleReporter()
+    subject, test = _opened(path, options, check, reporter)
+    run = _Export(subject, test, check, options["seed"], reporter)
+    with _new_folder(path, out) as folder:
+        files = [run.file(entry, folder.written) for entry in chosen]
+        if quantize is not None:
+            files.append(run.quantized(QUANTIZED, folder.written))
+        run.write_card(files, folder.written, licence)
+    print_list(
+        ("file", "agrees on", "max logit difference", "under attack"),
+        [
+            (
+                file.entry.main,
+                f"{file.agreement.same} of {file.agreement.n}",
+                f"{file.agreement.difference:.1e}",
+                ("pass" if file.passed else "FAIL") if file.checks or not file.passed else "not checked",
+            )
+            for file in files
+        ],
+    )
+    reporter.message(f"Written: {folder.final}")
+    if failed := [file.entry.main for file in files if not file.passed]:
+        reporter.message(f"FAIL: {', '.join(failed)}: see {folder.final / 'README.md'}")
+        sys.exit(EXIT_FAILED)
+
+
+def _check_quantize(quantize: str, chosen: tuple[Format, ...]) -> None:
+    from engine.common.lookup import check_known
+
+    check_known("--quantize", quantize, (INT8,))
+    if "onnx" not in [entry.name for entry in chosen]:
+        raise ValueError(f"--quantize {quantize}: is made of the ONNX model: --format onnx is needed too")
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Test images, and the network on the device of the check. reason: why there are none, "" where there are."""
+
+    opened: Opened | None
+    reason: str
+
+
+def _opened(
+    path: Path, options: Mapping[str, Any], check: int, reporter: ConsoleReporter
+) -> tuple[Subject, _Test]:
+    """The network to be exported, and the test images, if they are there. Raises ValueError in one line."""
+    from engine.attacks import table
+    from engine.deployment import opening
+    from engine.deployment.exporting.writers import Subject
+    from engine.evaluation import evaluate_checkpoint
+    from engine.evaluation.evaluate_checkpoint import EvaluationConfig
+
+    if (name := opening.format_of(path)) is not None:
+        raise ValueError(f"{path}: is an exported file ({name}) already; export its checkpoint")
+    attacks = table.resolve(["natural"])
+    config = EvaluationConfig(["natural"], limit=max(check, _COMPARED), **options)
+    try:
+        found = evaluate_checkpoint.opened(path, config, attacks)
+    except ValueError as error:
+        loaded = opening.load(
+            path, model=config.model, weights=config.weights, normalize=config.normalize
+        )  # the fault of a file comes before that of its data
+        if options["dataset"] is not None or options["data"] is not None:
+            raise
+        reporter.message(f"Note: no test images: {error}; compared on random images, and not attacked")
+        return Subject(loaded, _size_without_data(config, loaded)), _Test(None, f"no test images: {error}")
+    reporter.notes([*found.images.notes, *found.loaded.notes])
+    height, width = found.images.test.shape
+    return Subject(found.loaded, (height, width)), _Test(found, "" if check else "--check 0")
+
+
+def _size_without_data(config: EvaluationConfig, loaded: Any) -> tuple[int, int]:
+    """Height and width of a network's images: as chosen, as in training, those of its data set or architecture."""
+    from engine.models import get
+    from engine.pipelines.datasets import DATASETS
+
+    entry = DATASETS.get(loaded.dataset or "")
+    sides = (
+        config.image_size,
+        (loaded.config or {}).get("image_size"),
+        entry.image_size if entry else None,
+        min(get(loaded.name).input_sizes),
+    )
+    side = next(int(side) for side in sides if side)
+    return side, side
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One export: writes files, compares and checks them."""
+
+    subject: Subject
+    test: _Test
+    check: int
+    seed: int
+    reporter: ConsoleReporter
+
+    def images(self, count: int) -> Tensor:
+        """Test images, balanced, on the CPU; seeded random ones where there are none."""
+        import torch
+
+        from engine.deployment.exporting.programs import example
+        from engine.evaluation.batches import batch_of
+        from engine.pipelines.splits import limited
+
+        if self.test.opened is None:
+            return example(self.subject.image_size, count)
+        test = self.test.opened.images.test
+        sample_N = limited(test.labels, count, 0, "--check")
+        return batch_of(test.images, test.labels, sample_N, torch.device("cpu"), torch.float32)[0]
+
+    def file(self, entry: Format, folder: Path) -> File:
+        """Write a format. Raises RunFailed where the file does not agree with the original."""
+        from engine.deployment.exporting import agreement, writers
+
+        self.reporter.message(f"Writing {', '.join(entry.files)}")
+        writers.write(entry, self.subject, folder)
+        found = agreement.compare(entry, folder, self.subject.network, self.images(_COMPARED))
+        if found.faults:
+            raise RunFailed(f"{entry.main}: does not agree with {self.subject.loaded.path}: {'; '.join(found.faults)}")
+        return self._described(entry, folder, found)
+
+    def quantized(self, entry: Format, folder: Path) -> File:
+        """Write the model of 8 bits. It is kept where it does not agree, and the card says so."""
+        from engine.deployment.exporting import agreement, quantization
+
+        self.reporter.message(f"Writing {entry.main}")
+        images = None if self.test.opened is None else self.images(_CALIBRATED)
+        scheme = quantization.quantize(folder / "model.onnx", folder / entry.main, self.subject.facts, images)
+        self.reporter.message(f"Quantised: {scheme}")
+        found = agreement.compare(entry, folder, self.subject.network, self.images(_COMPARED))
+        return self._described(entry, folder, found)
+
+    def _described(self, entry: Format, folder: Path, agreement: Any) -> File:
+        from engine.deployment.exporting.model_card import File
+
+        content = (folder / entry.main).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        return File(entry, len(content), digest, agreement, self._checked(folder / entry.main, entry))
+
+    def _checked(self, path: Path, entry: Format) -> list[CheckRow]:
+        """Rows of the check under attack; none where it is not made."""
+        from engine.deployment import opening
+        from engine.deployment.exporting.model_card import CheckRow
+        from engine.evaluation.files.artefact_check import Check
+        from engine.pipelines.splits import limited
+
+        if self.test.opened is None or not self.check or entry.name in _SAME_CODE:
+            return []
+        loaded, config, images, _ = self.test.opened
+        exported = opening.load(path, class_names=images.class_names)
+        sample_N = limited(images.test.labels, self.check, 0, "--check")
+        begun: list[str] = []
+
+        def progress(doing: str, done: int, total: int) -> None:
+            if begun[-1:] != [doing]:
+                begun.append(doing)
+                self.reporter.begin(f"{path.name}: {doing}", total)
+            self.reporter.advance(done)
+
+        ball = (config.attack.epsilon, config.attack.threat_model)
+        checking = Check(loaded.num_classes, ball, self.seed, progress)
+        try:
+            rows = checking.compare(loaded.module, exported.module, images.test, sample_N, entry.tolerance.accuracy)
+        except FloatingPointError as error:
+            raise RunFailed(f"{path.name}: {error}") from None
+        finally:
+            self.reporter.end()
+        return [
+            CheckRow(
+                row.title,
+                row.n,
+                row.original / row.n,
+                row.exported / row.n,
+                row.interval(),
+                row.tolerance,
+                row.passed,
+            )
+            for row in rows
+        ]
+
+    def write_card(self, files: list[File], folder: Path, licence: str | None) -> None:
+        """Write the model card."""
+        from engine.deployment.exporting.model_card import CARD, Card
+        from engine.runs.reporting import card_facts
+
+        loaded = self.subject.loaded
+        count = files[0].agreement.n
+        what = "seeded random images" if self.test.opened is None else "test images"
+        card = Card(
+            self.subject.facts,
+            card_facts.training(loaded),
+            card_facts.accuracies(loaded),
+            files,
+            f"{count} {what}",
+            licence,
+            self.test.reason,
+        )
+        (folder / CARD).write_text(card.text(), encoding="utf-8")
+
+
+_SAME_CODE = ("safetensors", "plain")
+"""Formats of which the weights are the original's, bit by bit, and the operations torch's own: not attacked."""
+
+
+@dataclass
+class _Folder:
+    """A new folder. written: where it is until all is in it. final: where it will be."""
+
+    written: Path
+    final: Path
+
+
+@contextmanager
+def _new_folder(checkpoint: Path, out: str | None) -> Iterator[_Folder]:
+    """A folder that gets its name where all in it is written, and is gone after an exception."""
+    place = checkpoint.parent if (checkpoint.parent / "config.yaml").is_file() else checkpoint.with_suffix("")
+    if out is not None and Path(out).exists():
+        raise ValueError(f"--out: {out} exists")
+    name = f"{place.resolve().name}-export"
+    numbered = (place.with_name(f"{name}-{number}") for number in itertools.count(2))
+    free = (path for path in itertools.chain([place.with_name(name)], numbered) if not path.exists())
+    final = next(free) if out is None else Path(out)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        written = Path(tempfile.mkdtemp(prefix=".export-", dir=final.parent))
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {final.parent}: {error.strerror}") from None
+    try:
+        yield _Folder(written, final)
+        written.chmod(0o755)
+        if final.exists():
+            raise ValueError(f"--out: {final} exists")
+        written.rename(final)
+    except OSError as error:
+        raise RunFailed(f"{final} was not written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
