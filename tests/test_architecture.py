@@ -99,7 +99,13 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "deployment",
         "trained networks in use",
-        (("__init__",),),
+        (
+            ("artefacts", "artefacts.facts", "artefacts.archives", "exporting", "exporting.formats"),
+            ("artefacts.black_box",),
+            ("opening", "exporting.programs", "exporting.plain_source", "exporting.quantization"),
+            ("exporting.writers", "exporting.agreement"),
+            ("exporting.model_card",),
+        ),
     ),
     (
         "training",
@@ -125,7 +131,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("measure", "candidates", "robustbench"),
             ("files.candidate_plots", "pseudo_labels"),
             ("evaluate_checkpoint",),
-            ("files.verification", "files.epsilons"),
+            ("files.verification", "files.epsilons", "files.artefact_check"),
         ),
     ),
     (
@@ -138,7 +144,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "runs from beginning to end",
         (
             ("run_directory", "checkpoints", "metrics_writer", "resuming", "format_probe"),
-            ("reporting", "reporting.plots", "reporting.html_report", "session"),
+            ("reporting", "reporting.plots", "reporting.html_report", "reporting.card_facts", "session"),
             ("teachers",),
             ("provenance",),
             ("assemble",),
@@ -154,7 +160,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("completion", "tables"),
             ("options",),
             ("key_options",),
-            ("train", "evaluate", "teachers", "data", "reports", "doctor", "lists"),
+            ("train", "evaluate", "teachers", "data", "reports", "deployment", "doctor", "lists"),
             ("inspect",),
             ("cli",),
         ),

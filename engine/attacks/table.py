@@ -98,14 +98,13 @@ def check_defined(attack: EvaluationAttack, num_classes: int, threat_model: str)
 
 
 def check_gradients(attack: EvaluationAttack, where: str, *, has_gradients: bool) -> None:
-    """Raise ValueError, naming those that need none, where a network in an exported file has no gradients for it."""
+    """Raise ValueError, naming attacks that need none, where a network in a file has no gradients for this one."""
     if has_gradients or not attack.needs_gradients:
         return
     without = [name for name in names() if not find(name).needs_gradients]
     patterns = (pattern for pattern in PATTERNS if pattern.startswith(TRANSFER))
-    raise ValueError(
-        f"{attack.name}: needs gradients, and {where} has none; these need none: {', '.join((*without, *patterns))}"
-    )
+    known = ", ".join((*without, *patterns))
+    raise ValueError(f"{attack.name}: needs gradients, and {where} has none; these need none: {known}")
 
 
 def title(name: str, result: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ class LoadedModel:
         return replace(self, class_names=tuple(names), notes=(*self.notes, *note))
 
     def reorder(self, order: list[int]) -> None:
-        """Put the network's outputs into another order, in place. Raises ValueError where its head is not known."""
+        """Put the network's outputs into another order, in place. Raises ValueError where its head is unknown."""
         rows = _class_rows(self.name, self.module)
         state = self.module.state_dict()
         self.module.load_state_dict(state | {key: state[key][order] for key in rows})

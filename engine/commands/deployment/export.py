@@ -1,4 +1,4 @@
-"""`engine export`: a trained network as a file for other runtimes, compared with the original, with a model card."""
+"""`engine export`: a trained network as files for other runtimes, compared with the original; and a model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from engine.deployment.exporting.model_card import CheckRow, File
     from engine.deployment.exporting.writers import Subject
     from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Opened
+    from engine.evaluation.files.artefact_check import ArtefactCheck
 
 _COMPARED, _CALIBRATED = 64, 128
 """Images on which logits are compared, and by which the ranges of 8 bits are chosen."""
@@ -53,7 +55,9 @@ _COMPARED, _CALIBRATED = 64, 128
     type=one_of(*FORMATS),
     help=f"Of {', '.join(FORMATS)}.",
 )
-@click.option("--out", type=DIR, metavar="DIR", help="New folder for the files. [beside the checkpoint or its run]")
+@click.option(
+    "--out", type=DIR, metavar="DIR", help="New folder for the files. [beside the checkpoint or its run]"
+)
 @click.option(
     "--quantize", type=one_of(INT8), help="int8: an ONNX model of 8 bits as well, compared and checked by itself."
 )
@@ -73,7 +77,9 @@ _COMPARED, _CALIBRATED = 64, 128
 @normalisation_options
 @click.option("--epsilon", help="Radius of the check, e.g. 8/255. [as in training, else 8/255]")
 @click.option("--threat-model", type=one_of("Linf", "L2"), help="Linf or L2. [as in training, else Linf]")
-@click.option("--image-size", type=click.IntRange(1, 4096), help="Height and width of its images. [as in training]")
+@click.option(
+    "--image-size", type=click.IntRange(1, 4096), help="Height and width of its images. [as in training]"
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the check's attacks.")
 @device_option
 @import_option
@@ -103,7 +109,10 @@ def export(
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
     path, reporter = checkpoint_of(checkpoint), ConsoleReporter()
-    subject, test = _opened(path, options, check, reporter)
+    limit = max(check, _COMPARED) if quantize is None else None  # the ranges of 8 bits are chosen on other images
+    subject, test = _opened(path, options, limit, reporter)
+    if test.opened is not None and not check:
+        test = replace(test, reason="--check 0")
     run = _Export(subject, test, check, options["seed"], reporter)
     with _new_folder(path, out) as folder:
         files = [run.file(entry, folder.written) for entry in chosen]
@@ -145,7 +154,7 @@ class _Test:
 
 
 def _opened(
-    path: Path, options: Mapping[str, Any], check: int, reporter: ConsoleReporter
+    path: Path, options: Mapping[str, Any], limit: int | None, reporter: ConsoleReporter
 ) -> tuple[Subject, _Test]:
     """The network to be exported, and the test images, if they are there. Raises ValueError in one line."""
     from engine.attacks import table
@@ -157,7 +166,7 @@ def _opened(
     if (name := opening.format_of(path)) is not None:
         raise ValueError(f"{path}: is an exported file ({name}) already; export its checkpoint")
     attacks = table.resolve(["natural"])
-    config = EvaluationConfig(["natural"], limit=max(check, _COMPARED), **options)
+    config = EvaluationConfig(["natural"], limit=limit, **options)
     try:
         found = evaluate_checkpoint.opened(path, config, attacks)
     except ValueError as error:
@@ -170,22 +179,28 @@ def _opened(
         return Subject(loaded, _size_without_data(config, loaded)), _Test(None, f"no test images: {error}")
     reporter.notes([*found.images.notes, *found.loaded.notes])
     height, width = found.images.test.shape
-    return Subject(found.loaded, (height, width)), _Test(found, "" if check else "--check 0")
+    return Subject(found.loaded, (height, width)), _Test(found, "")
 
 
 def _size_without_data(config: EvaluationConfig, loaded: Any) -> tuple[int, int]:
-    """Height and width of a network's images: as chosen, as in training, those of its data set or architecture."""
+    """Height and width of a network's images: as chosen, as in training, or those of its data set.
+
+    Raises ValueError where none of these tells.
+    """
     from engine.models import get
     from engine.pipelines.datasets import DATASETS
 
     entry = DATASETS.get(loaded.dataset or "")
-    sides = (
+    sides = get(loaded.name).input_sizes
+    known = (
         config.image_size,
         (loaded.config or {}).get("image_size"),
         entry.image_size if entry else None,
-        min(get(loaded.name).input_sizes),
+        sides[0] if len(sides) == 1 and not loaded.dataset else None,
     )
-    side = next(int(side) for side in sides if side)
+    side = next((int(side) for side in known if side), None)
+    if side is None:
+        raise ValueError(f"{loaded.path}: --image-size: its images' height and width are not known")
     return side, side
 
 
@@ -199,18 +214,39 @@ class _Export:
     seed: int
     reporter: ConsoleReporter
 
-    def images(self, count: int) -> Tensor:
-        """Test images, balanced, on the CPU; seeded random ones where there are none."""
-        import torch
-
+    @cached_property
+    def compared(self) -> Tensor:
+        """Images on which logits are compared: of the test, balanced; seeded random ones where there are none."""
         from engine.deployment.exporting.programs import example
-        from engine.evaluation.batches import batch_of
         from engine.pipelines.splits import limited
 
         if self.test.opened is None:
-            return example(self.subject.image_size, count)
+            return example(self.subject.image_size, _COMPARED)
+        return self._taken(limited(self.test.opened.images.test.labels, _COMPARED, 0, "--check"))
+
+    def _calibrating(self) -> Tensor | None:
+        """Test images on which nothing is checked; None where there are none."""
+        import torch
+
+        from engine.pipelines.splits import limited
+
+        if self.test.opened is None:
+            return None
+        labels = self.test.opened.images.test.labels
+        free_N = torch.ones(len(labels), dtype=torch.bool)
+        if self.check:
+            free_N[limited(labels, self.check, 0, "--check")] = False
+        chosen_N = free_N.nonzero().flatten()[:_CALIBRATED]
+        return self._taken(chosen_N) if len(chosen_N) else None
+
+    def _taken(self, sample_N: Tensor) -> Tensor:
+        """Test images on the CPU, (N, 3, H, W) in [0, 1]."""
+        import torch
+
+        from engine.evaluation.batches import batch_of
+
+        assert self.test.opened is not None
         test = self.test.opened.images.test
-        sample_N = limited(test.labels, count, 0, "--check")
         return batch_of(test.images, test.labels, sample_N, torch.device("cpu"), torch.float32)[0]
 
     def file(self, entry: Format, folder: Path) -> File:
@@ -219,9 +255,11 @@ class _Export:
 
         self.reporter.message(f"Writing {', '.join(entry.files)}")
         writers.write(entry, self.subject, folder)
-        found = agreement.compare(entry, folder, self.subject.network, self.images(_COMPARED))
+        found = agreement.compare(entry, folder, self.subject.network, self.compared)
         if found.faults:
-            raise RunFailed(f"{entry.main}: does not agree with {self.subject.loaded.path}: {'; '.join(found.faults)}")
+            raise RunFailed(
+                f"{entry.main}: does not agree with {self.subject.loaded.path}: {'; '.join(found.faults)}"
+            )
         return self._described(entry, folder, found)
 
     def quantized(self, entry: Format, folder: Path) -> File:
@@ -229,10 +267,11 @@ class _Export:
         from engine.deployment.exporting import agreement, quantization
 
         self.reporter.message(f"Writing {entry.main}")
-        images = None if self.test.opened is None else self.images(_CALIBRATED)
-        scheme = quantization.quantize(folder / "model.onnx", folder / entry.main, self.subject.facts, images)
+        scheme = quantization.quantize(
+            folder / "model.onnx", folder / entry.main, self.subject.facts, self._calibrating()
+        )
         self.reporter.message(f"Quantised: {scheme}")
-        found = agreement.compare(entry, folder, self.subject.network, self.images(_COMPARED))
+        found = agreement.compare(entry, folder, self.subject.network, self.compared)
         return self._described(entry, folder, found)
 
     def _described(self, entry: Format, folder: Path, agreement: Any) -> File:
@@ -242,30 +281,42 @@ class _Export:
         digest = hashlib.sha256(content).hexdigest()
         return File(entry, len(content), digest, agreement, self._checked(folder / entry.main, entry))
 
-    def _checked(self, path: Path, entry: Format) -> list[CheckRow]:
-        """Rows of the check under attack; none where it is not made."""
-        from engine.deployment import opening
-        from engine.deployment.exporting.model_card import CheckRow
-        from engine.evaluation.files.artefact_check import Check
+    @cached_property
+    def _check(self) -> ArtefactCheck:
+        """The check under attack, of the original on its device."""
+        from engine.evaluation.files.artefact_check import ArtefactCheck
         from engine.pipelines.splits import limited
 
-        if self.test.opened is None or not self.check or entry.name in _SAME_CODE:
-            return []
+        assert self.test.opened is not None
         loaded, config, images, _ = self.test.opened
-        exported = opening.load(path, class_names=images.class_names)
-        sample_N = limited(images.test.labels, self.check, 0, "--check")
         begun: list[str] = []
 
         def progress(doing: str, done: int, total: int) -> None:
             if begun[-1:] != [doing]:
                 begun.append(doing)
-                self.reporter.begin(f"{path.name}: {doing}", total)
+                self.reporter.begin(doing, total)
             self.reporter.advance(done)
 
-        ball = (config.attack.epsilon, config.attack.threat_model)
-        checking = Check(loaded.num_classes, ball, self.seed, progress)
+        return ArtefactCheck(
+            loaded.module,
+            loaded.num_classes,
+            (config.attack.epsilon, config.attack.threat_model),
+            images.test,
+            limited(images.test.labels, self.check, 0, "--check"),
+            self.seed,
+            progress,
+        )
+
+    def _checked(self, path: Path, entry: Format) -> list[CheckRow]:
+        """Rows of the check under attack; none where it is not made."""
+        from engine.deployment import opening
+        from engine.deployment.exporting.model_card import CheckRow
+
+        if self.test.opened is None or not self.check or entry.name in _SAME_CODE:
+            return []
+        exported = opening.load(path, class_names=self.test.opened.images.class_names)
         try:
-            rows = checking.compare(loaded.module, exported.module, images.test, sample_N, entry.tolerance.accuracy)
+            rows = self._check.compare(exported.module, entry.tolerance.accuracy)
         except FloatingPointError as error:
             raise RunFailed(f"{path.name}: {error}") from None
         finally:
@@ -279,6 +330,7 @@ class _Export:
                 row.interval(),
                 row.tolerance,
                 row.passed,
+                row.numbers,
             )
             for row in rows
         ]
@@ -289,7 +341,7 @@ class _Export:
         from engine.runs.reporting import card_facts
 
         loaded = self.subject.loaded
-        count = files[0].agreement.n
+        count = len(self.compared)
         what = "seeded random images" if self.test.opened is None else "test images"
         card = Card(
             self.subject.facts,

@@ -1,4 +1,4 @@
-"""Checks of exported files before a runtime reads them: nothing in a file from outside may run Python or open files.
+"""Checks of exported files before a runtime reads them: nothing in them may run Python or open other files.
 
 torch.export.load unpickles weights that say so, evaluates the text of symbolic sizes and calls any function under
 `torch` that a node names; TorchScript has operations that write files; an ONNX model may name other files.

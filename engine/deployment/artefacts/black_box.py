@@ -67,7 +67,9 @@ class BlackBox(nn.Module):
                 reason = error
                 continue
             if logits_BC.dim() != 2 or len(logits_BC) != 2 or logits_BC.shape[1] < 2:
-                raise ValueError(f"gives {tuple(logits_BC.shape)} for 2 images, and logits (2, classes) are expected")
+                raise ValueError(
+                    f"gives {tuple(logits_BC.shape)} for 2 images, and logits (2, classes) are expected"
+                )
             self.has_gradients = self._differentiates(images)
             return int(logits_BC.shape[1])
         raise ValueError(f"cannot be run on 2 images (3, {sizes[0][0]}, {sizes[0][1]}): {_short(reason)}")
@@ -104,7 +106,9 @@ def open_onnx(data: bytes) -> Opened:
         raise ValueError(f"onnxruntime does not take it: {_short(error)}") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        raise ValueError("takes or gives other than one tensor: images float32 (N, 3, H, W) to logits are expected")
+        raise ValueError(
+            "takes or gives other than one tensor: images float32 (N, 3, H, W) to logits are expected"
+        )
     name, shape = inputs[0].name, inputs[0].shape
     size = (shape[2], shape[3]) if all(isinstance(side, int) for side in shape[2:]) else _size_of(facts)
 

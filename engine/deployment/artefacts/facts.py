@@ -13,8 +13,6 @@ from engine.common.tensor_files import short_repr
 from engine.config import load
 from engine.models.weights import LoadedModel, made_by, weights_sha256
 
-FORMAT = 1
-"""Of the facts in exported files."""
 EXTRA_FILE = "engine.json"
 """File in archives that has them."""
 _SIGN = "engine_format"
@@ -65,7 +63,7 @@ def facts_of(loaded: LoadedModel, image_size: tuple[int, int], quantized: str | 
     epsilon, threat_model = ball_of(loaded)
     path = str(Path(loaded.path).absolute())
     return ArtefactFacts(
-        engine_format=FORMAT,
+        engine_format=1,
         model=loaded.name,
         num_classes=loaded.num_classes,
         class_names=None if loaded.class_names is None else list(loaded.class_names),

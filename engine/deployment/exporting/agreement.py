@@ -27,13 +27,13 @@ _USUAL = 32
 
 _RUN_PLAIN = """
 import json, sys
+sys.modules["engine"] = None  # to import it is an error
 sys.path.insert(0, json.loads(sys.argv[1]))
 import model
 from safetensors.torch import load_file, save_file
 given = load_file(json.loads(sys.argv[2]))
 import torch
 torch.set_num_threads(int(sys.argv[4]))
-assert "engine" not in sys.modules
 network = model.load()
 with torch.no_grad():
     save_file({name: network(images) for name, images in given.items()}, json.loads(sys.argv[3]))
@@ -102,7 +102,7 @@ def _logits(entry: Format, folder: Path, batches: list[Tensor]) -> Tensor:
 
 
 def _by_subprocess(folder: Path, batches: list[Tensor]) -> Tensor:
-    """Logits of model.py, run by a Python that finds neither engine nor the current folder."""
+    """Logits of model.py, run by a Python that imports no engine and nothing of the current folder."""
     with tempfile.TemporaryDirectory() as place:
         given, made = Path(place) / "images.safetensors", Path(place) / "logits.safetensors"
         write_safetensors(given, {f"{number:06d}": batch for number, batch in enumerate(batches)}, {})
@@ -118,5 +118,3 @@ def _by_subprocess(folder: Path, batches: list[Tensor]) -> Tensor:
             raise RunFailed(f"model.py does not run by itself: {last:.300}")
         logits = read_tensors(made).value
         return torch.cat([logits[name] for name in sorted(logits)])
-
-

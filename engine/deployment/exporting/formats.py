@@ -118,7 +118,7 @@ NO_PACKAGES = "--format {name}: {package} is not there: pip install 'iad-engine[
 
 
 def wanted(text: str) -> tuple[Format, ...]:
-    """The formats of a list "onnx,pt2". Raises ValueError for an unknown one, and where its packages are absent."""
+    """The formats of a list "onnx,pt2". Raises ValueError for unknown ones, and where packages are absent."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ValueError(f"--format: name at least one of {', '.join(FORMATS)}")

@@ -41,7 +41,11 @@ _CALLS: dict[str, str] = {
     "aten.transpose.int": "torch.transpose",
 }
 """Functions of torch that take what the operation takes, in the same order."""
-_IN_PLACE = {"aten.relu_.default": "F.relu", "aten.silu_.default": "F.silu", "aten.hardtanh_.default": "F.hardtanh"}
+_IN_PLACE = {
+    "aten.relu_.default": "F.relu",
+    "aten.silu_.default": "F.silu",
+    "aten.hardtanh_.default": "F.hardtanh",
+}
 """The same of operations that write where they read: another line may read that tensor again."""
 _INFIX = {
     "aten.add.Tensor": "+",
@@ -266,7 +270,7 @@ class Network(torch.nn.Module):
 def load(path: str | Path = Path(__file__).with_name("model.safetensors")) -> Network:
     """The network with its weights."""
     weights = load_file(path)
-    return Network({{name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}})
+    return Network({{name: w.float() if w.is_floating_point() else w for name, w in weights.items()}})
 
 
 @torch.no_grad()

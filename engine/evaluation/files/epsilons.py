@@ -15,8 +15,8 @@ from engine.common.console import Reporter
 from engine.common.files import write_atomically
 from engine.common.stopping import RunFailed
 from engine.config import load
-from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report, Results, run
 from engine.deployment import opening
+from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report, Results, run
 from engine.system.distributed import World
 
 _LEVELS = {"Linf": 255, "L2": 1}  # units of the axis in one of images in [0, 1]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.attacks import table
+from engine.attacks.pgd import describe
+from engine.config import explicit, load
 from engine.deployment.exporting.model_card import Accuracy
 from engine.evaluation import reports
 from engine.evaluation.statistics.intervals import wilson
@@ -25,8 +27,7 @@ def training(loaded: LoadedModel) -> list[tuple[str, str]]:
         rows.insert(0, ("data", loaded.dataset))
     attack = config.get("attack")
     if isinstance(attack, dict) and "num_steps" in attack:
-        told = ", ".join(f"{key} {attack[key]}" for key in ("num_steps", "step_size", "loss", "bn") if key in attack)
-        rows.append(("attack of the training", told))
+        rows.append(("attack of the training", describe(load(explicit(config)).attack)))
     run, summary = _run_of(Path(loaded.path))
     if run is None:
         return rows
@@ -34,9 +35,13 @@ def training(loaded: LoadedModel) -> list[tuple[str, str]]:
         for section, teacher in session.get("teachers", {}).items():
             rows.append((section, f"{teacher.get('model')}, sha256 {teacher.get('sha256')}"))
         versions = session.get("versions", {})
-        rows.append(("trained with", ", ".join(f"{key} {versions[key]}" for key in ("python", "torch") if key in versions)))
+        rows.append(
+            ("trained with", ", ".join(f"{key} {versions[key]}" for key in ("python", "torch") if key in versions))
+        )
     if summary and Path(loaded.path).name == run.best.name:
-        rows.append(("epoch of the checkpoint", f"{summary['best'].get('epoch')}, selected on {summary['selected_on']}"))
+        rows.append(
+            ("epoch of the checkpoint", f"{summary['best'].get('epoch')}, selected on {summary['selected_on']}")
+        )
     return rows
 
 
