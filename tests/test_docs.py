@@ -203,6 +203,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.evaluation.evaluate_checkpoint.run", run)
     monkeypatch.setattr("engine.evaluation.files.epsilons.evaluated", at_radii)
     monkeypatch.setattr("engine.evaluation.files.verification.verify", lambda path, choices, reporter: [])
+    monkeypatch.setattr("engine.commands.deployment.export.exported", lambda path, choices, options: True)
     monkeypatch.setattr("engine.runs.compare_teachers.run", rank)
     monkeypatch.setattr("engine.commands.teachers.print_comparison", lambda reporter, report: None)
     monkeypatch.chdir(ROOT)
@@ -325,7 +326,8 @@ def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli:
     listed = {name: row[1] for row in rows("evaluation.md", "The report") for name in code(row[0])}
     assert (report["format"], [result["attack"] for result in report["results"]]) == (2, ["natural", "fgsm"])
     for result in report["results"]:
-        assert result.keys() == listed.keys() - {"adversarial"}  # of AutoAttack alone, where it is asked for
+        # Of AutoAttack alone, where it is asked for, and of exported files alone.
+        assert result.keys() == listed.keys() - {"adversarial", "exported"}
         for key in ("checkpoint", "data"):
             assert result[key].keys() == set(code(listed[key]))
 

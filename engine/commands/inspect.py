@@ -72,7 +72,7 @@ class Told:
 @click.option("--save-safetensors", type=FILE, metavar="FILE", help="Write a checkpoint's network as safetensors.")
 @import_option
 def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: Any) -> None:
-    """Tell what a checkpoint, an exported network, a run, a folder, zip or .beton file of images, or an .npz file is.
+    """Tell what a checkpoint, an exported network, a run, a folder, zip or .beton file of images, or an .npz is.
 
     Nothing in it is run.
     """

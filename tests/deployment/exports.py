@@ -20,8 +20,8 @@ def needs_onnx() -> None:
         pytest.importorskip(package)
 
 
-def subject(path: Path, size: tuple[int, int] = SIZE) -> writers.Subject:
-    return writers.Subject(load_model(path), size)
+def subject(path: Path, size: tuple[int, int] = SIZE) -> writers.ExportSubject:
+    return writers.ExportSubject(load_model(path), size)
 
 
 def written(path: Path, folder: Path, names: Sequence[str]) -> Path:

@@ -151,7 +151,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
         pytest.importorskip("timm")
     loaded = untrained(name, tmp_path)
     size = (32, 32)
-    made = writers.Subject(loaded, size)
+    made = writers.ExportSubject(loaded, size)
     images = programs.example(size, 8)
     usable = ["pt2", "torchscript", "plain"]
     if name == "timm:resnet10t":
@@ -206,7 +206,7 @@ def test_logits_that_differ_are_refused() -> None:
 def test_an_export_that_does_not_agree_is_not_kept(
     checkpoint: Path, tiny_folder: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(made: writers.Subject, folder: Path) -> None:
+    def other(made: writers.ExportSubject, folder: Path) -> None:
         with torch.no_grad():
             made.program.state_dict["network.linear.bias"] += 0.01
         (folder / "model.pt2").unlink(missing_ok=True)

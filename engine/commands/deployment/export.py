@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from engine.common.console import ConsoleReporter
     from engine.deployment.exporting.formats import Format
     from engine.deployment.exporting.model_card import CheckRow, File
-    from engine.deployment.exporting.writers import Subject
+    from engine.deployment.exporting.writers import ExportSubject
     from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Opened
     from engine.evaluation.files.artefact_check import ArtefactCheck
 
@@ -98,9 +98,7 @@ def export(
     original is not kept. README.md, the model card, has the accuracies and the check; the exit code is 1 where
     that fails.
     """
-    from engine.commands.tables import print_list
-    from engine.common.console import ConsoleReporter
-    from engine.deployment.exporting.formats import QUANTIZED, wanted
+    from engine.deployment.exporting.formats import wanted
     from engine.models import normalize
 
     chosen = wanted(formats)
@@ -108,17 +106,45 @@ def export(
         _check_quantize(quantize, chosen)
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    path, reporter = checkpoint_of(checkpoint), ConsoleReporter()
-    limit = max(check, _COMPARED) if quantize is None else None  # the ranges of 8 bits are chosen on other images
+    choices = _Choices(chosen, out, quantize is not None, check, licence)
+    if not exported(checkpoint_of(checkpoint), choices, options):
+        sys.exit(EXIT_FAILED)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Choices of an export, as the options of the command. check: images; 0: none."""
+
+    formats: tuple[Format, ...]
+    out: str | None
+    quantizes: bool
+    check: int
+    licence: str | None
+
+
+def exported(path: Path, choices: _Choices, options: Mapping[str, Any]) -> bool:
+    """Write the files of a checkpoint and print what was found; True where every check passed.
+
+    options: of `EvaluationConfig`. Raises ValueError and RunFailed in one line.
+    """
+    from engine.commands.tables import print_list
+    from engine.common.console import ConsoleReporter
+    from engine.deployment.exporting.formats import QUANTIZED, check_installed
+
+    check_installed(choices.formats)
+    reporter, check = ConsoleReporter(), choices.check
+    limit = (
+        max(check, _COMPARED) if not choices.quantizes else None
+    )  # the ranges of 8 bits are chosen on other images
     subject, test = _opened(path, options, limit, reporter)
     if test.opened is not None and not check:
         test = replace(test, reason="--check 0")
     run = _Export(subject, test, check, options["seed"], reporter)
-    with _new_folder(path, out) as folder:
-        files = [run.file(entry, folder.written) for entry in chosen]
-        if quantize is not None:
+    with _new_folder(path, choices.out) as folder:
+        files = [run.file(entry, folder.written) for entry in choices.formats]
+        if choices.quantizes:
             files.append(run.quantized(QUANTIZED, folder.written))
-        run.write_card(files, folder.written, licence)
+        run.write_card(files, folder.written, choices.licence)
     print_list(
         ("file", "agrees on", "max logit difference", "under attack"),
         [
@@ -132,9 +158,10 @@ def export(
         ],
     )
     reporter.message(f"Written: {folder.final}")
-    if failed := [file.entry.main for file in files if not file.passed]:
+    failed = [file.entry.main for file in files if not file.passed]
+    if failed:
         reporter.message(f"FAIL: {', '.join(failed)}: see {folder.final / 'README.md'}")
-        sys.exit(EXIT_FAILED)
+    return not failed
 
 
 def _check_quantize(quantize: str, chosen: tuple[Format, ...]) -> None:
@@ -155,11 +182,11 @@ class _Test:
 
 def _opened(
     path: Path, options: Mapping[str, Any], limit: int | None, reporter: ConsoleReporter
-) -> tuple[Subject, _Test]:
+) -> tuple[ExportSubject, _Test]:
     """The network to be exported, and the test images, if they are there. Raises ValueError in one line."""
     from engine.attacks import table
     from engine.deployment import opening
-    from engine.deployment.exporting.writers import Subject
+    from engine.deployment.exporting.writers import ExportSubject
     from engine.evaluation import evaluate_checkpoint
     from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 
@@ -176,10 +203,10 @@ def _opened(
         if options["dataset"] is not None or options["data"] is not None:
             raise
         reporter.message(f"Note: no test images: {error}; compared on random images, and not attacked")
-        return Subject(loaded, _size_without_data(config, loaded)), _Test(None, f"no test images: {error}")
+        return ExportSubject(loaded, _size_without_data(config, loaded)), _Test(None, f"no test images: {error}")
     reporter.notes([*found.images.notes, *found.loaded.notes])
     height, width = found.images.test.shape
-    return Subject(found.loaded, (height, width)), _Test(found, "")
+    return ExportSubject(found.loaded, (height, width)), _Test(found, "")
 
 
 def _size_without_data(config: EvaluationConfig, loaded: Any) -> tuple[int, int]:
@@ -208,7 +235,7 @@ def _size_without_data(config: EvaluationConfig, loaded: Any) -> tuple[int, int]
 class _Export:
     """One export: writes files, compares and checks them."""
 
-    subject: Subject
+    subject: ExportSubject
     test: _Test
     check: int
     seed: int

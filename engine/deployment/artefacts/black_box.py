@@ -85,14 +85,14 @@ class BlackBox(nn.Module):
         return bool(gradient.isfinite().all() and gradient.any())
 
 
-class Opened(NamedTuple):
+class ReadNetwork(NamedTuple):
     """A network from an exported file, with the facts in it; these are None where another program wrote it."""
 
     network: BlackBox
     facts: ArtefactFacts | None
 
 
-def open_onnx(data: bytes) -> Opened:
+def open_onnx(data: bytes) -> ReadNetwork:
     """An ONNX model, run by onnxruntime on the CPU. Raises ValueError, one line."""
     model = archives.check_onnx(data)
     runtime = load("onnxruntime", missing=archives.NO_ONNX)
@@ -116,10 +116,10 @@ def open_onnx(data: bytes) -> Opened:
         (logits,) = session.run(None, {name: images.detach().numpy()})
         return torch.from_numpy(logits)
 
-    return Opened(BlackBox(run, size, "onnx"), facts)
+    return ReadNetwork(BlackBox(run, size, "onnx"), facts)
 
 
-def open_exported_program(data: bytes) -> Opened:
+def open_exported_program(data: bytes) -> ReadNetwork:
     """A program of torch.export. Raises ValueError, one line."""
     archives.check_exported_program(data)
     facts = _facts_in(data)
@@ -131,7 +131,7 @@ def open_exported_program(data: bytes) -> Opened:
     return _opened(module, facts, "pt2")
 
 
-def open_torchscript(data: bytes) -> Opened:
+def open_torchscript(data: bytes) -> ReadNetwork:
     """A TorchScript archive. Raises ValueError, one line."""
     archives.check_torchscript(data)
     facts = _facts_in(data)
@@ -143,7 +143,7 @@ def open_torchscript(data: bytes) -> Opened:
     return _opened(module, facts, "torchscript")
 
 
-def _opened(module: Any, facts: ArtefactFacts | None, format_name: str) -> Opened:
+def _opened(module: Any, facts: ArtefactFacts | None, format_name: str) -> ReadNetwork:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
 
@@ -153,7 +153,7 @@ def _opened(module: Any, facts: ArtefactFacts | None, format_name: str) -> Opene
             raise ValueError(f"gives {type(logits_BC).__name__}, and one tensor of logits is expected")
         return logits_BC.float()
 
-    return Opened(BlackBox(run, _size_of(facts), format_name), facts)
+    return ReadNetwork(BlackBox(run, _size_of(facts), format_name), facts)
 
 
 def _facts_in(data: bytes) -> ArtefactFacts | None:
@@ -182,7 +182,7 @@ def silent() -> Iterator[None]:
         logging.disable(before)
 
 
-OPENERS: Mapping[str, Callable[[bytes], Opened]] = {
+OPENERS: Mapping[str, Callable[[bytes], ReadNetwork]] = {
     "onnx": open_onnx,
     "pt2": open_exported_program,
     "torchscript": open_torchscript,

@@ -13,7 +13,7 @@ from engine.common.tensor_files import short_repr
 from engine.config import load
 from engine.models.weights import LoadedModel, made_by, weights_sha256
 
-EXTRA_FILE = "engine.json"
+EXTRA_FILE = "facts.json"
 """File in archives that has them."""
 _SIGN = "engine_format"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,15 +119,18 @@ NO_PACKAGES = "--format {name}: {package} is not there: pip install 'iad-engine[
 
 
 def wanted(text: str) -> tuple[Format, ...]:
-    """The formats of a list "onnx,pt2". Raises ValueError for unknown ones, and where packages are absent."""
+    """The formats of a list "onnx,pt2". Raises ValueError for unknown ones."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ValueError(f"--format: name at least one of {', '.join(FORMATS)}")
-    found = tuple(look_up("--format", name, FORMATS) for name in dict.fromkeys(names))
-    for entry in found:
+    return tuple(look_up("--format", name, FORMATS) for name in dict.fromkeys(names))
+
+
+def check_installed(formats: Iterable[Format]) -> None:
+    """Raise ValueError where the packages of a format are absent."""
+    for entry in formats:
         for package in entry.packages:
             optional.load(package, missing=NO_PACKAGES.replace("{name}", entry.name).replace("{package}", package))
-    return found
 
 
 def loading(entry: Format, image_size: tuple[int, int]) -> str:

@@ -31,7 +31,7 @@ _STACK = "pkg.torch"
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExportSubject:
     """Network to be exported, for images (height, width)."""
 
     loaded: LoadedModel
@@ -53,7 +53,7 @@ class Subject:
         return facts_of(self.loaded, self.image_size)
 
 
-def write(entry: Format, subject: Subject, folder: Path) -> None:
+def write(entry: Format, subject: ExportSubject, folder: Path) -> None:
     """Write the files of a format into a folder, where another format may have written the same ones.
 
     Raises ValueError, one line, where the network cannot be written so, and OSError where the disk is full.
@@ -64,7 +64,7 @@ def write(entry: Format, subject: Subject, folder: Path) -> None:
         raise ValueError(f"{subject.loaded.path}: {entry.name}: {error}") from None
 
 
-def _write_onnx(subject: Subject, folder: Path) -> None:
+def _write_onnx(subject: ExportSubject, folder: Path) -> None:
     onnx = optional.load("onnx", missing=NO_ONNX)
     try:
         with _quiet():
@@ -111,14 +111,14 @@ def _name_batch(model: Any) -> None:
         tensor.type.tensor_type.shape.dim[0].dim_param = "N"
 
 
-def _write_pt2(subject: Subject, folder: Path) -> None:
+def _write_pt2(subject: ExportSubject, folder: Path) -> None:
     buffer = io.BytesIO()
     with silent():
         torch.export.save(subject.program, buffer, extra_files={EXTRA_FILE: subject.facts.model_dump_json()})
     (folder / "model.pt2").write_bytes(buffer.getvalue())
 
 
-def _write_torchscript(subject: Subject, folder: Path) -> None:
+def _write_torchscript(subject: ExportSubject, folder: Path) -> None:
     buffer = io.BytesIO()
     try:
         with silent(), torch.no_grad():
@@ -129,17 +129,17 @@ def _write_torchscript(subject: Subject, folder: Path) -> None:
     (folder / "model.torchscript").write_bytes(buffer.getvalue())
 
 
-def _write_safetensors(subject: Subject, folder: Path) -> None:
+def _write_safetensors(subject: ExportSubject, folder: Path) -> None:
     save_safetensors(subject.loaded, folder / "model.safetensors")
 
 
-def _write_plain(subject: Subject, folder: Path) -> None:
+def _write_plain(subject: ExportSubject, folder: Path) -> None:
     source = plain_source.source_of(subject.program, subject.facts)
     (folder / "model.py").write_text(source, encoding="utf-8")
     _write_safetensors(subject, folder)
 
 
-WRITERS: dict[str, Callable[[Subject, Path], None]] = {
+WRITERS: dict[str, Callable[[ExportSubject, Path], None]] = {
     "onnx": _write_onnx,
     "pt2": _write_pt2,
     "torchscript": _write_torchscript,
