@@ -100,7 +100,16 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "deployment",
         "trained networks in use",
-        (("image_files", "views", "challenges"), ("predicting",), ("predicted_files",)),
+        (
+            ("artefacts", "artefacts.facts", "artefacts.archives", "exporting", "exporting.formats"),
+            ("artefacts.black_box",),
+            ("opening", "exporting.programs", "exporting.plain_source", "exporting.quantization"),
+            ("exporting.writers", "exporting.agreement"),
+            ("exporting.model_card",),
+            ("image_files", "views", "challenges"),
+            ("predicting",),
+            ("predicted_files",),
+        ),
     ),
     (
         "training",
@@ -135,7 +144,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
             ("measure", "candidates", "robustbench"),
             ("files.candidate_plots", "files.pictures", "pseudo_labels"),
             ("evaluate_checkpoint",),
-            ("files.verification", "files.epsilons"),
+            ("files.verification", "files.epsilons", "files.artefact_check"),
         ),
     ),
     (
@@ -160,7 +169,7 @@ WINGS: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
         "runs from beginning to end",
         (
             ("run_directory", "checkpoints", "metrics_writer", "resuming", "format_probe"),
-            ("reporting", "reporting.axes", "reporting.tables", "session"),
+            ("reporting", "reporting.axes", "reporting.tables", "reporting.card_facts", "session"),
             ("reporting.page", "reporting.plots"),
             ("reporting.reading",),
             ("reporting.lines", "reporting.run_section"),

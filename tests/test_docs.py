@@ -213,6 +213,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.deployment.image_files.paths_in", lambda stream, null: [])
     monkeypatch.setattr("engine.deployment.predicted_files.run", answer)
     monkeypatch.setattr("engine.commands.deployment.predict._write", lambda out, content, force: None)
+    monkeypatch.setattr("engine.commands.deployment.export.exported", lambda path, choices, options: True)
     monkeypatch.setattr("engine.runs.compare_teachers.run", rank)
     monkeypatch.setattr("engine.commands.teachers.print_comparison", lambda reporter, report: None)
     monkeypatch.chdir(ROOT)
@@ -335,7 +336,8 @@ def test_the_report_has_the_keys_that_are_listed(tiny: Any, tmp_path: Path, cli:
     listed = {name: row[1] for row in rows("evaluation.md", "The report") for name in code(row[0])}
     assert (report["format"], [result["attack"] for result in report["results"]]) == (2, ["natural", "fgsm"])
     for result in report["results"]:
-        assert result.keys() == listed.keys() - {"adversarial"}  # of AutoAttack alone, where it is asked for
+        # Of AutoAttack alone, where it is asked for, and of exported files alone.
+        assert result.keys() == listed.keys() - {"adversarial", "exported"}
         for key in ("checkpoint", "data"):
             assert result[key].keys() == set(code(listed[key]))
 

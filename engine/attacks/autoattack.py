@@ -25,6 +25,8 @@ WHOLE, PACKAGE, ROUNDED = "aa", ":package", ":tf32"
 """Name of the whole, and what follows it where the package is to run it, or where the search may be in TF32."""
 AA_PARTS = (NO_ATTACK, "apgd-ce", "apgd-t", "fab-t", "square")
 """No attack, and those of version "standard", in the order in which an image has to stand them."""
+WITHOUT_GRADIENTS = ("square",)
+"""Those that need logits alone."""
 
 
 class PackagePart(NamedTuple):

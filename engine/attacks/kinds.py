@@ -25,6 +25,7 @@ from engine.attacks.autoattack import (
     PACKAGE,
     PARTS,
     WHOLE,
+    WITHOUT_GRADIENTS,
     Outcome,
     PackagedAttack,
     defined_parts,
@@ -95,6 +96,11 @@ class EvaluationAttack(ABC):
         """False if it may look into the network, and so gets it with the layers that it has."""
         return True
 
+    @property
+    def needs_gradients(self) -> bool:
+        """True if it differentiates the network that is attacked."""
+        return True
+
     @abstractmethod
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         """All its numbers in words."""
@@ -142,6 +148,10 @@ class NoAttack(EvaluationAttack):
     def gradients(self) -> int:
         return 0
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return "no attack"
 
@@ -188,6 +198,10 @@ class AutoAttackPart(EvaluationAttack):
     """One of `autoattack.PARTS`, on the images that are classified correctly. It depends on no batch."""
 
     search_format = "float32"
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.name not in WITHOUT_GRADIENTS
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return describe_part(self.name, num_classes, ball[1], ball[0])
@@ -353,6 +367,10 @@ class Transferred(EvaluationAttack):
     def gradients(self) -> int | None:
         return self.inner.gradients
 
+    @property
+    def needs_gradients(self) -> bool:
+        return False  # of another network
+
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         return f"crafted on {self.path}: {self.inner.numbers(num_classes, ball)}"
 
@@ -413,6 +431,10 @@ class ByFunction(EvaluationAttack):
     @property
     def takes_any_form(self) -> bool:
         return False
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False  # it may; the network says so where it is asked for some
 
     def numbers(self, num_classes: int, ball: tuple[float, str]) -> str:
         norm = NORMS[ball[1]]

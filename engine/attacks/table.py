@@ -97,6 +97,16 @@ def check_defined(attack: EvaluationAttack, num_classes: int, threat_model: str)
     raise ValueError(f"{attack.name}: {reason}; defined: {', '.join(defined)}")
 
 
+def check_gradients(attack: EvaluationAttack, where: str, *, has_gradients: bool) -> None:
+    """Raise ValueError, naming attacks that need none, where a network in a file has no gradients for this one."""
+    if has_gradients or not attack.needs_gradients:
+        return
+    without = [name for name in names() if not find(name).needs_gradients]
+    patterns = (pattern for pattern in PATTERNS if pattern.startswith(TRANSFER))
+    known = ", ".join((*without, *patterns))
+    raise ValueError(f"{attack.name}: needs gradients, and {where} has none; these need none: {known}")
+
+
 def title(name: str, result: Mapping[str, Any]) -> str:
     """Title in a table of an attack's result, as in `Result.as_dict`."""
     return find(name).title_of(result.get("parts") or ())

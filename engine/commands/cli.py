@@ -9,6 +9,7 @@ import click
 
 from engine import __version__
 from engine.commands.data import data
+from engine.commands.deployment.export import export
 from engine.commands.deployment.predict import predict
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate
@@ -84,6 +85,7 @@ def _say(message: str) -> None:
         evaluate,
         predict,
         verify,
+        export,
         rank_teachers,
         inspect,
         data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,8 @@ from engine.common.files import checkpoints_of, seeds_in
 @click.option(
     "--attacks",
     type=list_of("attack"),
-    default="natural,fgsm,pgd20,cw",
-    show_default=True,
-    help="Of those that `engine attacks` lists, e.g. pgd50, aa, transfer:CKPT.",
+    help="Of those that `engine attacks` lists, e.g. pgd50, aa, transfer:CKPT. [natural,fgsm,pgd20,cw; of an "
+    "exported file natural,square, and pgd20 transferred from its original]",
 )
 @click.option(
     "--limit",
@@ -106,14 +106,14 @@ from engine.common.files import checkpoints_of, seeds_in
 @process_options
 def evaluate(
     checkpoints: tuple[str, ...],
-    attacks: str,
+    attacks: str | None,
     out: str | None,
     robustbench_json: str | None,
     robustbench_info: tuple[str, ...],
     processes: Processes,
     **options: Any,
 ) -> None:
-    """Attack checkpoints (files, run directories for their best, or groups of seeds) on the test images.
+    """Attack checkpoints (files, run directories for their best, groups of seeds) or exported files.
 
     Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
     goes on where it was.
@@ -126,8 +126,8 @@ def evaluate(
     from engine.models import normalize
     from engine.system import distributed, launcher
 
-    names = [name.strip() for name in attacks.split(",") if name.strip()]
-    if not names:
+    names = [name.strip() for name in (attacks or "").split(",") if name.strip()]
+    if not names and attacks is not None:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     files = {name: checkpoints_of(name) for name in checkpoints}
     folder = None if out is None else Path(out)
@@ -146,6 +146,8 @@ def evaluate(
     with distributed.joined(config, processes.timeout) as world, continued_by_itself("what was measured is kept"):
         reporter = ConsoleReporter() if world.is_main else Reporter()
         for path, report_path in paths.items():
+            if attacks is None:
+                wanted = replace(wanted, attacks=evaluate_checkpoint.usual_attacks(path))
             if radii:
                 curves[path] = epsilons.evaluated(path, wanted, radii, reporter, out=report_path, world=world)
                 continue

@@ -73,7 +73,7 @@ class Told:
 @click.option("--save-safetensors", type=FILE, metavar="FILE", help="Write a checkpoint's network as safetensors.")
 @import_option
 def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: Any) -> None:
-    """Tell what a checkpoint, a run, a group of seeds, a folder, zip or .beton file of images, or an .npz file is.
+    """Tell what a checkpoint, exported network, run, group of seeds, folder, zip or .beton file, or .npz file is.
 
     Nothing in it is run.
     """
@@ -108,6 +108,7 @@ def look(path: Path, told: Told) -> Found:
 
 
 def _look(path: Path, told: Told) -> Found:
+    from engine.deployment import opening
     from engine.pipelines.reading.beton import is_beton
 
     if not path.exists():
@@ -123,6 +124,8 @@ def _look(path: Path, told: Told) -> Found:
     names = _names_in_zip(path)
     if names and all(name.endswith(".npy") for name in names):
         return _npz(path)
+    if (exported := opening.format_of(path)) is not None:
+        return _exported(path, exported)
     if names and not any(name.endswith("data.pkl") for name in names) and _has_images(names):
         return _folder(path)
     return _checkpoint(path, told)
@@ -189,6 +192,41 @@ def _checkpoint(path: Path, told: Told) -> Found:
         notes.append(f"it cannot be used as it is: {str(error).removeprefix(f'{path}: ')}")
     columns = ("state dict", "prefix", "model", "classes", "tensors", "parameters", "numbers")
     return Found(f"checkpoint ({content.kind})", facts, columns, rows, tuple(notes), following)
+
+
+def _exported(path: Path, name: str) -> Found:
+    """An exported file: the facts in it, and whether it runs. Nothing but a network's operations does."""
+    import hashlib
+
+    from engine.deployment import opening
+
+    facts: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    kind = f"exported network ({name})"
+    try:
+        loaded = opening.load(path)
+    except ValueError as error:
+        return Found(kind, facts, notes=(f"it cannot be used as it is: {str(error).removeprefix(f'{path}: ')}",))
+    assert isinstance(loaded, opening.Artefact)
+    facts |= {
+        "model": loaded.name,
+        "classes": loaded.num_classes,
+        "class names": None if loaded.class_names is None else list(loaded.class_names),
+        "gradients": loaded.has_gradients,
+        "trained on": loaded.dataset,
+    }
+    if (told := loaded.facts) is not None:
+        facts |= {
+            "images": "x".join(map(str, told.image_size)),
+            "input": told.input,
+            "epsilon": told.epsilon,
+            "threat model": told.threat_model,
+            "quantised": told.quantized,
+            "checkpoint": told.checkpoint.path,
+            "checkpoint's sha256": told.checkpoint.sha256,
+            "written by": ", ".join(f"{key} {text}" for key, text in told.made_by.items()),
+        }
+    data = () if loaded.dataset else ("--dataset", "DATASET")
+    return Found(kind, facts, notes=loaded.notes, next=(shlex.join(("engine", "eval", str(path), *data)),))
 
 
 def _row(network: Any) -> tuple[Any, ...]:

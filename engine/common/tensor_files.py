@@ -57,6 +57,12 @@ _PICKLE, _TORCH_IN_PICKLE = re.compile(rb"\x80[\x03-\x05]"), b"\x6c\xfc\x9c\x46\
 _NUMBERS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
 _ONNX = re.compile(rb"\x08[\x01-\x14](\x12.{1,40}|[\x1a\x22\x2a\x32\x3a])", re.DOTALL)
 """Its version, the producer's name or what else may come next."""
+_EXPORTED = {
+    "onnx": "an ONNX model",
+    "torchscript": "a TorchScript archive, whose code would run: save the network's state_dict() alone",
+    "pt2": "an exported program of torch.export: save the network's state_dict() alone",
+}
+"""Exported networks by their format, in words for who needs a checkpoint."""
 
 
 class _NumberType:
@@ -169,7 +175,13 @@ def kind_of(data: bytes) -> str:
         return _kind_of_archive(data)
     if _PICKLE.match(data) and _TORCH_IN_PICKLE not in data[:64]:
         return "a plain pickle, whose code would run: write the network's state_dict() by torch.save"
-    return "an ONNX model" if _ONNX.match(data) else _kind_of_text(data)
+    return _EXPORTED["onnx"] if _ONNX.match(data) else _kind_of_text(data)
+
+
+def exported_format(data: bytes) -> str | None:
+    """Format of an exported network by its content, a key of `_EXPORTED`; None for any other file."""
+    words = "" if _is_safetensors(data) else kind_of(data)
+    return next((name for name, told in _EXPORTED.items() if told == words), None)
 
 
 def _kind_of_text(data: bytes) -> str:
@@ -192,11 +204,11 @@ def _kind_of_archive(data: bytes) -> str:
         return ""
     within = {name.partition("/")[2] for name in names}
     if "constants.pkl" in within or any(name.startswith("code/") for name in within):
-        return "a TorchScript archive, whose code would run: save the network's state_dict() alone"
+        return _EXPORTED["torchscript"]
     if "data.pkl" in within:
         return ""
     if any(name.startswith(("models/", "data/aotinductor")) or name == "archive_format" for name in within):
-        return "an exported program of torch.export: save the network's state_dict() alone"
+        return _EXPORTED["pt2"]
     if names and all(name.endswith(".npy") for name in names):
         return "an .npz file of NumPy arrays"
     return f"a ZIP archive of {len(names):,} other files, the first {short_repr(next(iter(names), None))}"

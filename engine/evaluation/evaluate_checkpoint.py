@@ -21,12 +21,13 @@ from engine.common.console import Reporter
 from engine.common.files import code_hash
 from engine.common.stopping import RunFailed, Stop, graceful_stop
 from engine.config import RunConfig, explicit, load
+from engine.deployment import opening
 from engine.evaluation import reports, robustbench
 from engine.evaluation.files import adversarial, pictures
 from engine.evaluation.measure import Attacks, evaluate
 from engine.evaluation.partial_results import PartialResults
 from engine.evaluation.results import UNMASKED, Result, further, is_chance
-from engine.models.weights import LoadedModel, load_model, weights_sha256
+from engine.models.weights import LoadedModel, weights_sha256
 from engine.pipelines import datasets
 from engine.pipelines.reading.folder import is_named_as_test
 from engine.pipelines.reading.held_out import TEST_SPLIT
@@ -37,6 +38,10 @@ from engine.system.distributed import World, is_launched
 Results = dict[str, dict[str, Any]]
 """By attack, as in `Result.as_dict`."""
 
+USUAL = ("natural", "fgsm", "pgd20", "cw")
+"""Attacks on a checkpoint where none are asked for."""
+USUAL_OF_EXPORTED = ("natural", "square")
+TRANSFERRED = "pgd20"
 _SLOW = (WHOLE, WHOLE + ROUNDED, WHOLE + PACKAGE)  # have a limit of their own
 _TO_OPEN = (
     *("limit", "limit_aa", "dataset", "model", "weights", "normalize", "epsilon", "threat_model"),
@@ -185,13 +190,16 @@ def opened(
     checkpoint: Path, config: EvaluationConfig, attacks: Sequence[EvaluationAttack], local_rank: int = 0
 ) -> Opened:
     """Read the checkpoint and the images that the attacks need. Raises ValueError, in one line."""
-    loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    loaded = opening.load(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    for attack in attacks:
+        table.check_gradients(attack, str(checkpoint), has_gradients=loaded.has_gradients)
     wanted = config.completed(loaded)
     at = precision.choose(wanted, local_rank)
     images = _read(loaded, wanted, config.images_read(attacks))
     loaded = loaded.for_classes(images.class_names)
     network = loaded.module.to(at.device)
-    return Opened(loaded, wanted, images, replace(at, dtype=next(network.parameters()).dtype))
+    dtype = next(network.parameters(), torch.empty(0)).dtype
+    return Opened(loaded, wanted, images, replace(at, dtype=dtype))
 
 
 def _check_files(config: EvaluationConfig, attacks: Sequence[EvaluationAttack], out: Path | None) -> None:
@@ -243,7 +251,30 @@ def _record(
         "normalize": loaded.normalize,
         "data": {"name": wanted.dataset, "source": images.source, "sha256": images.sha256},
         "skipped_images": len(images.test.skipped),
+        **_exported(loaded),
     }
+
+
+def _exported(loaded: LoadedModel) -> dict[str, Any]:
+    """Facts of an exported file, for the report; nothing of a checkpoint."""
+    if not isinstance(loaded, opening.Artefact):
+        return {}
+    facts = loaded.facts
+    told = None if facts is None else facts.model_dump(include={"quantized", "checkpoint", "made_by"})
+    return {"exported": {"format": loaded.exported, "has_gradients": loaded.has_gradients, "facts": told}}
+
+
+def usual_attacks(path: Path) -> list[str]:
+    """The attacks of `engine eval` where none are asked for.
+
+    Of an exported file those that need no gradient of it: natural, Square, and where the checkpoint lies as it was
+    recorded, the images that PGD crafts on that.
+    """
+    if opening.format_of(path) is None:
+        return list(USUAL)
+    loaded = opening.load(path)
+    original = loaded.original() if isinstance(loaded, opening.Artefact) else None
+    return [*USUAL_OF_EXPORTED, *([] if original is None else [f"{table.TRANSFER}{original}:{TRANSFERRED}"])]
 
 
 @dataclass(frozen=True)
@@ -291,7 +322,7 @@ class _Subject:
 
         What a function computes is not always known: its batches are found by no other evaluation then.
         """
-        also = {"batch_size": self.batch_size, "device": next(self.task.model.parameters()).device.type}
+        also = {"batch_size": self.batch_size, "device": self.at.device.type}
         also |= {"code": code_hash(), "versions": record["versions"], "kernels": record["kernels"]}
         also |= {"with_images": self.config.save_adversarial is not None}
         found = {}

@@ -51,7 +51,9 @@ class LibraryNetwork(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, C) of images in [0,1]; of another size than the network takes, they are resized."""
-        if isinstance(x_BCHW, Tensor) and not len(x_BCHW) and not is_synchronised(self):  # a tracer's is no tensor
+        if (
+            isinstance(x_BCHW, Tensor) and x_BCHW.shape[0] == 0 and not is_synchronised(self)
+        ):  # no tensor: a tracer's
             return self._of_none(x_BCHW)
         logits_BC: Tensor = self.network(self.resize(self.normalize(x_BCHW)))
         return logits_BC

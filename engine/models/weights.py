@@ -149,6 +149,8 @@ class LoadedModel:
     """A network with its weights, in eval mode, and its architecture's name; the rest is as in `Weights`.
 
     path: of the file. normalize: mean and standard deviation by which the network normalises images, if it does.
+    exported: the format of an exported file, of which the network is a black box; "" for a checkpoint.
+    has_gradients: of the logits with respect to images.
     """
 
     path: str | Path
@@ -164,6 +166,8 @@ class LoadedModel:
     notes: tuple[str, ...]
     prefix: str = ""
     dropped: tuple[str, ...] = ()
+    exported: str = ""
+    has_gradients: bool = True
 
     def for_classes(self, names: Sequence[str]) -> LoadedModel:
         """The same network with its outputs in the order of these classes; it is changed in place.
@@ -173,12 +177,16 @@ class LoadedModel:
         try:
             order, note = _order(self.class_names, self.num_classes, names)
             if order:
-                rows = _class_rows(self.name, self.module)
-                state = self.module.state_dict()
-                self.module.load_state_dict(state | {key: state[key][order] for key in rows})
+                self.reorder(order)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         return replace(self, class_names=tuple(names), notes=(*self.notes, *note))
+
+    def reorder(self, order: list[int]) -> None:
+        """Put the network's outputs into another order, in place. Raises ValueError where its head is unknown."""
+        rows = _class_rows(self.name, self.module)
+        state = self.module.state_dict()
+        self.module.load_state_dict(state | {key: state[key][order] for key in rows})
 
     @torch.no_grad()
     def predict(self, images_N: Tensor) -> Predictions:
@@ -209,7 +217,7 @@ def _order(
     if known is None:
         note = (f"the file names no classes: its outputs are taken as {names_of_classes.summary(names)}",)
     elif order := names_of_classes.order(known, names):
-        note = ("its classes are in another order than the data's: the rows of its head are put into that",)
+        note = ("its classes are in another order than the data's: its outputs are put into that",)
     if count != len(names):
         raise ValueError(f"the checkpoint's head has {count} classes, the data set has {len(names)}")
     return order, note

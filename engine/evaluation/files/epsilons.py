@@ -15,9 +15,9 @@ from engine.common.console import Reporter
 from engine.common.files import write_atomically
 from engine.common.stopping import RunFailed
 from engine.config import load
+from engine.deployment import opening
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig, Report, Results, run
 from engine.evaluation.statistics.intervals import CONFIDENCE, wilson
-from engine.models.weights import load_model
 from engine.system.distributed import World
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def evaluated(
     Raises as `run` does; ValueError for any of the radii before the first is measured.
     """
     world = world or World()
-    loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    loaded = opening.load(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
     at = {radius: replace(config, epsilon=radius.text) for radius in radii}
     threat_model, *_ = (each.completed(loaded).attack.threat_model for each in at.values())
     reports: dict[Radius, Report] = {}
