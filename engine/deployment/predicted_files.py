@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.attacks import table
 from engine.attacks.evaluated import undisturbed
 from engine.common.console import Reporter
 from engine.common.files import create
 from engine.common.lookup import look_up
 from engine.common.stopping import RunFailed
 from engine.config import RunConfig, load
+from engine.deployment import opening
 from engine.deployment.challenges import Challenge, challenge
 from engine.deployment.image_files import image_files
 from engine.deployment.predicting import Predictor, Viewed
 from engine.deployment.views import View, training_of, view_for
-from engine.models.weights import LoadedModel, Ranked, load_model
+from engine.models.weights import LoadedModel, Ranked
 from engine.pipelines.reading.published import known_classes
 from engine.pipelines.splits import SKIPS
 from engine.system import environment, precision
@@ -172,7 +174,9 @@ def run(checkpoint: Path, places: Sequence[str], config: PredictionConfig, repor
 
 def _opened(checkpoint: Path, config: PredictionConfig) -> tuple[LoadedModel, RunConfig]:
     """The network, with the names of its classes, and device and ball."""
-    loaded = load_model(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    loaded = opening.load(checkpoint, model=config.model, weights=config.weights, normalize=config.normalize)
+    if config.attack is not None:
+        table.check_gradients(table.find(config.attack), str(checkpoint), has_gradients=loaded.has_gradients)
     wanted = config.completed(loaded)
     names = None if config.dataset is None else known_classes(config.dataset)
     if loaded.class_names is None and names is not None:
