@@ -533,3 +533,17 @@ def test_without_a_correct_image_there_is_no_grid(
     names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "x.eval.pictures").iterdir())
     assert names == ["classes", "fgsm-confusion", "natural-confusion"]
     assert any("no image is classified correctly" in line for line in said)
+
+
+def test_pictures_that_cannot_be_written_are_one_line(
+    cli: Cli, checkpoint: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    report = path_of(checkpoint, tmp_path)
+    folder = pictures.folder_of(report)
+    folder.write_text("a file")
+    arguments = ["--attacks", "natural", "--data", str(tiny_folder), "--device", "cpu", "--out", str(tmp_path)]
+    done = cli("eval", str(checkpoint), *arguments, "--pictures", "1")
+    assert done.code not in (0, 2)
+    assert f"{folder}: cannot be written: File exists; the report is complete" in done.err
+    assert [entry["attack"] for entry in read(report)] == ["natural"]
+    assert folder.read_text() == "a file"
