@@ -122,7 +122,7 @@ def evaluate(
     if not names:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     files = {name: checkpoints_of(name) for name in checkpoints}
-    every = [path for each in files.values() for path in each]
+    every = [path for name in checkpoints for path in files[name]]
     paths = {path: reports.path_of(path, None if out is None else Path(out)) for path in every}
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
