@@ -130,13 +130,13 @@ def evaluate(
     if not names and attacks is not None:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     files = {name: checkpoints_of(name) for name in checkpoints}
-    folder = None if out is None else Path(out)
-    paths = {path: reports.path_of(path, folder) for each in files.values() for path in each}
+    every = [path for name in checkpoints for path in files[name]]
+    paths = {path: reports.path_of(path, None if out is None else Path(out)) for path in every}
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     options["normalize"] = normalize.from_text(*given)
-    entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, paths)], options["limit_aa"])
+    entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, every)], options["limit_aa"])
     radii = epsilons.asked(options["epsilon"])
-    _check_together([*paths], radii, options["save_adversarial"], robustbench_json)
+    _check_together(every, radii, options["save_adversarial"], robustbench_json)
     wanted = evaluate_checkpoint.EvaluationConfig(names, **options, for_robustbench=entry is not None)
     config = load({"device": options["device"]})
     if not distributed.is_launched() and (count := processes.count(config.device)):

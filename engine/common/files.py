@@ -147,21 +147,21 @@ def checkpoint_of(name: str) -> Path:
 def seeds_in(folder: Path) -> dict[int, Path]:
     """Run directories of a group, seed-0, seed-1, ..., by seed in ascending order; none where it is no group.
 
-    A run directory itself is no group, whatever is in it. Raises ValueError where the folder cannot be looked up.
+    A run directory itself is no group, whatever is in it; nor is what cannot be looked up: who opens it tells why.
     """
     try:
         if not folder.is_dir() or (folder / _CONFIG).is_file():
             return {}
         found = {int(name[1]): path for path in folder.iterdir() if (name := _SEED.fullmatch(path.name))}
         return {seed: found[seed] for seed in sorted(found) if (found[seed] / _CONFIG).is_file()}
-    except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror}") from None
+    except OSError:
+        return {}
 
 
 def checkpoints_of(name: str) -> list[Path]:
     """A file, the best checkpoint of a run directory, or those of a group's runs.
 
-    Raises ValueError as `seeds_in`, and where a run of the group has none yet.
+    Raises ValueError where that cannot be looked up, and where a run of the group has none yet.
     """
     found = [checkpoint_of(str(path)) for path in seeds_in(Path(name)).values()]
     if absent := [path for path in found if not path.exists()]:
