@@ -384,6 +384,8 @@ def test_the_run_directory_is_listed_key_by_key(
         "logs",
         "log.txt",
         "summary-N.json",
+        "loggers.json",
+        "wandb",
     } == files
 
     for name in ("summary.json", "provenance.json"):

@@ -46,7 +46,6 @@ def examine() -> list[Finding]:
     from engine.kernels import dispatch
     from engine.pipelines import dali, ffcv
     from engine.pipelines.datasets import cache_dir
-    from engine.plugins.builtin_loggers import table
     from engine.runs import format_probe
     from engine.system import environment, precision
     from engine.training.weights.optimizer import check_apex
@@ -88,11 +87,7 @@ def examine() -> list[Finding]:
             ("pyautoattack", "autoattack"),
             "pip install pyautoattack",
         ),
-        *(
-            _checked(name, partial(table.check_installed, name), one.distributions, table.how_to_install(name))
-            for name, one in table.BUILT_IN.items()
-            if one.make is not None
-        ),
+        *_loggers(),
         *(_tool(name, what) for name, what in (("cmake", "builds native ops"), ("nvcc", "builds those for CUDA"))),
         Finding("data sets", True, f"looked for in {' and '.join((*given, './data', str(cache_dir())))}"),
         Finding("teachers", True, f"kept in {cache_dir() / 'teachers'}"),
@@ -120,6 +115,16 @@ def _gpus() -> list[Finding]:
         detail = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB, --amp in {amp}"
         found.append(Finding(f"GPU {index}", True, detail))
     return found
+
+
+def _loggers() -> list[Finding]:
+    from engine.plugins.builtin_loggers import table
+
+    return [
+        _checked(name, partial(table.check_installed, name), one.distributions, table.how_to_install(name))
+        for name, one in table.BUILT_IN.items()
+        if one.make is not None
+    ]
 
 
 def _nccl(has_gpu: bool) -> Finding:

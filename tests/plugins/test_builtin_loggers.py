@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine.common.stopping import Interrupted
 from engine.config import flat, load
 from engine.plugins.builtin_loggers import delivery
 from engine.plugins.builtin_loggers.delivery import Delivery, Memory
-from engine.plugins.builtin_loggers.run_facts import History, Opened, RunFacts
+from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, RunFacts
 from engine.plugins.loggers import Loggers
 from engine.runs import lifecycle
 from tests.runs.helpers import Listener
@@ -35,7 +36,7 @@ CLOCKS = ("seconds", "images_per_second", "share_of_peak")
 
 @dataclass
 class Stored:
-    """What a tool holds of a run: curves as (step, number), histograms, parameters, results, and how it ended."""
+    """Content of a run in a tool: curves as (step, number), histograms, parameters, results, and how it ended."""
 
     curves: dict[str, list[tuple[int, float]]]
     histograms: dict[str, list[tuple[int, list[float]]]]
@@ -249,6 +250,20 @@ def test_a_name_that_is_not_known(tiny: Any, tmp_path: Path, cli: Any) -> None:
         register.logger("mlflow", print)
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("online", "WANDB_MODE=online needs a key"), ("of", "WANDB_MODE: 'of' is not known; ")],
+)
+def test_wandb_never_asks_for_a_key(
+    mode: str, message: str, tiny: Any, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "wandb" not in TOOLS:
+        pytest.skip("wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", mode)
+    outcome = cli(*tiny.flags(method="st", out=str(tmp_path / "run")), "--log-to", "wandb")
+    assert (outcome.code, message in outcome.err, outcome.err.count("\n")) == (2, True, 1)
+
+
 # ---------------------------------------------------------------- delivery, over a store in memory
 
 
@@ -258,6 +273,7 @@ class Memorised:
 
     says_rows: bool = True
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     fails_at: int = 0
     now: str = ""
@@ -265,10 +281,11 @@ class Memorised:
     def place(self, facts: RunFacts) -> str:
         return "memory"
 
-    def open(self, facts: RunFacts, name: str, known: str | None) -> Opened:
-        self.now = known or f"{name} {len(self.runs)}"
+    def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
+        self.now = known or f"run-{len(self.runs)}"
+        self.titles[self.now] = name
         rows = self.runs.setdefault(self.now, [])
-        return Opened(self.now, len(rows) if self.says_rows else None, "here")
+        return OpenedRun(self.now, len(rows) if self.says_rows else None, "here")
 
     def log(self, row: Mapping[str, Any], number: int) -> None:
         if number == self.fails_at:
@@ -305,9 +322,10 @@ class Session:
         self.delivery.cut(kept)
 
     def wait(self) -> None:
-        done = delivery.threading.Event()
+        done = threading.Event()
         self.delivery._tasks.put(done.set)
-        assert done.wait(30)
+        while not done.wait(1):
+            self.delivery.check()
 
     def kill(self) -> None:
         """End without `close`."""
@@ -369,7 +387,7 @@ def test_other_rows_begin_a_new_run(tmp_path: Path) -> None:
     assert list(tool.ended.values()) == ["killed", "killed", "finished"]
     assert sum("begins a new run" in note for note in second.delivery.notes()) == 2
     name = tmp_path.name
-    assert list(tool.runs) == [f"{name} 0", f"{name} (2) 1", f"{name} (3) 2"]
+    assert list(tool.titles.values()) == [name, f"{name} (2)", f"{name} (3)"]
 
 
 EVENTS = st.lists(
@@ -438,7 +456,7 @@ def test_a_logger_that_fails_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
 def test_a_tool_that_does_not_answer_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its beginning nor its end keeps the run waiting."""
     monkeypatch.setattr(delivery, "SECONDS_TO_OPEN", 0.05)
-    answer = delivery.threading.Event()
+    answer = threading.Event()
     tool = Memorised()
     monkeypatch.setattr(tool, "place", lambda facts: answer.wait(60) and "memory")
     session = Session(tmp_path, tool, [], 0)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from engine.common.files import write_json
 from engine.plugins.builtin_loggers import numbers_of
-from engine.plugins.builtin_loggers.run_facts import History, Opened, Row, Status, Tool
+from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, Row, Status, Tool
 
 MEMORY = "loggers.json"
 SECONDS_TO_OPEN, SECONDS_TO_CLOSE = 10.0, 30.0
@@ -31,7 +31,7 @@ _CLOCKS = {"seconds", "images_per_second", "share_of_peak"}
 
 
 class _Known(BaseModel):
-    """What is remembered of a run in a tool; ahead: rows there that the run has yet to write again."""
+    """Memory of a run in a tool; ahead: rows there that the run has yet to write again."""
 
     place: str
     id: str = Field(pattern=r"^[\w-]{1,64}$")
@@ -52,7 +52,7 @@ class Memory:
             raise ValueError(f"{self._path} is damaged; without it the loggers begin new runs") from None
 
     def get(self, name: str) -> _Known | None:
-        """What is known of the run in that tool."""
+        """Return what is known of the run in that tool."""
         return self._known.get(name)
 
     def put(self, name: str, known: _Known) -> None:
@@ -124,8 +124,8 @@ class Delivery:
             self._opened.set()
             while (task := self._tasks.get()) is not None:
                 task()
-        except Exception as error:
-            self._error.append(error)
+        except BaseException as error:  # SystemExit, too: a thread would end in silence
+            self._error.append(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         finally:
             self._opened.set()
 
@@ -194,7 +194,7 @@ class Delivery:
     def _remember(self) -> None:
         self._memory.put(self._name, self._known)
 
-    def _tell(self, opened: Opened) -> None:
+    def _tell(self, opened: OpenedRun) -> None:
         self._notes.put(f"Logger {self._name}: {opened.where}")
 
     def _title(self, number: int) -> str:

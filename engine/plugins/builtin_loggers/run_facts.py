@@ -60,7 +60,7 @@ class History:
     summary: Callable[[], Mapping[str, Any] | None] = lambda: None
 
 
-class Opened(NamedTuple):
+class OpenedRun(NamedTuple):
     """A run in a tool: its id there, how many rows the store has (None: it does not say), and where it is seen."""
 
     id: str
@@ -74,7 +74,7 @@ class Tool(Protocol):
     def place(self, facts: RunFacts) -> str:
         """Return the store and project: a run is gone on with in the same one only."""
 
-    def open(self, facts: RunFacts, name: str, known: str | None) -> Opened:
+    def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
         """Begin a run of that name, or go on with the one of that id."""
 
     def log(self, row: Row, number: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.common import optional
 from engine.plugins.builtin_loggers import numbers_of
-from engine.plugins.builtin_loggers.run_facts import PROJECT, Opened, Row, RunFacts, Status, flat
+from engine.plugins.builtin_loggers.run_facts import PROJECT, OpenedRun, Row, RunFacts, Status, flat
 
 _BATCH = 100
 _ROWS = "engine.rows"
@@ -36,7 +36,7 @@ class MlflowRun:
         store = re.sub(r"//[^/@]*@", "//", self._tracking.get_tracking_uri())  # without a password
         return f"{store}, experiment {os.environ.get('MLFLOW_EXPERIMENT_ID', self._experiment)}"
 
-    def open(self, facts: RunFacts, name: str, known: str | None) -> Opened:
+    def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
         self._client = self._tracking.MlflowClient()
         if known is None:
             tags = {"mlflow.source.name": "engine"} | ({} if facts.group is None else {"group": facts.group})
@@ -53,7 +53,7 @@ class MlflowRun:
             self._batch(params=[self._entities.Param(key, value) for key, value in part])
         for part in _parts([(key, _text(value)) for key, value in told.items()]):
             self._batch(tags=[self._entities.RunTag(key, value) for key, value in part])
-        return Opened(self._id, int(data.tags.get(_ROWS, 0)), self.place(facts))
+        return OpenedRun(self._id, int(data.tags.get(_ROWS, 0)), self.place(facts))
 
     def log(self, row: Row, number: int) -> None:
         numbers = dict(numbers_of.curves(row))

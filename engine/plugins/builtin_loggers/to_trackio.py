@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.common import optional
 from engine.plugins.builtin_loggers import numbers_of
-from engine.plugins.builtin_loggers.run_facts import PROJECT, Opened, Row, RunFacts, Status, flat
+from engine.plugins.builtin_loggers.run_facts import PROJECT, OpenedRun, Row, RunFacts, Status, flat
 
 _REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
@@ -31,7 +31,7 @@ class TrackioRun:
         remote = (self._remote or "").partition("?")[0]  # behind it stands a token
         return f"{remote or self._trackio.TRACKIO_DIR}, project {self._project}"
 
-    def open(self, facts: RunFacts, name: str, known: str | None) -> Opened:
+    def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
         hardware_off = {"auto_log_cpu": False, "auto_log_gpu": False}
         self._run = self._trackio.init(
             project=self._project,
@@ -46,7 +46,7 @@ class TrackioRun:
         stored = self._stored()
         self._rows = stored or 0
         show = self.place(facts) if self._remote else f"trackio show --project {self._project}"
-        return Opened(self._run.id, stored, show)
+        return OpenedRun(self._run.id, stored, show)
 
     def log(self, row: Row, number: int) -> None:
         shapes = {

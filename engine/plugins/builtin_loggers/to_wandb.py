@@ -5,15 +5,22 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from engine.common import optional
+from engine.common.lookup import look_up
 from engine.plugins.builtin_loggers import numbers_of
-from engine.plugins.builtin_loggers.run_facts import PROJECT, Opened, Row, RunFacts, Status
+from engine.plugins.builtin_loggers.run_facts import PROJECT, OpenedRun, Row, RunFacts, Status
 
+_SEEN: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("online", "run", "shared"), lambda run: str(run.url)),
+    **dict.fromkeys(("offline", "dryrun"), lambda run: f"wandb sync {Path(run.dir).parent}"),
+    "disabled": lambda run: "nothing is kept, since WANDB_MODE is disabled",
+}
+"""Where a run is seen, by wandb's modes."""
 _EXIT_CODES = {"finished": 0, "failed": 1, "killed": 130}
 _SECONDS_TO_FINISH = 20
 
@@ -26,14 +33,15 @@ class WandbRun:
         self._wandb: Any = optional.load("wandb", missing="loggers: wandb cannot be imported: {reason}")
         self._project = os.environ.get("WANDB_PROJECT", PROJECT)
         self._mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        self._where = look_up("WANDB_MODE", self._mode, _SEEN)
+        if self._mode in ("online", "run") and not _has_key():  # it would ask for one, and wait
+            raise ValueError(f"WANDB_MODE={self._mode} needs a key: `wandb login`, or WANDB_API_KEY")
         self._run: Any = None
 
     def place(self, facts: RunFacts) -> str:
         return f"{self._mode}, project {self._project}"
 
-    def open(self, facts: RunFacts, name: str, known: str | None) -> Opened:
-        if self._mode == "online" and not _has_key():  # it would ask for one, and wait
-            raise ValueError("WANDB_MODE=online needs a key: `wandb login`, or WANDB_API_KEY")
+    def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
         folder = os.environ.get("WANDB_DIR", str(facts.path))
         self._run = self._wandb.init(
             project=self._project,
@@ -49,8 +57,7 @@ class WandbRun:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        files = Path(self._run.dir).parent
-        return Opened(self._run.id, None, self._run.url if self._mode == "online" else f"wandb sync {files}")
+        return OpenedRun(self._run.id, None, self._where(self._run))
 
     def log(self, row: Row, number: int) -> None:
         shapes = {
@@ -77,6 +84,8 @@ class WandbRun:
             "save_code": False,
             "finish_timeout": _SECONDS_TO_FINISH,
         }
+        if self._wandb.run is not None:  # a run of the program that calls, which stays what it is
+            wanted["reinit"] = "create_new"
         return self._wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
 
 
