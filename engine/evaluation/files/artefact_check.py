@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from engine.attacks import table
 from engine.attacks.auto.search import Ball
 from engine.attacks.auto.standard import AttackBatch, AutoAttack
+from engine.attacks.evaluated import undisturbed
 from engine.attacks.fast import FEW_SQUARES, NUMBERS
 from engine.attacks.kinds import Task, craft
+from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import NORMS
-from engine.evaluation.batches import batch_of, size_of_batch
-from engine.evaluation.measure import undisturbed
+from engine.evaluation.batches import batch_of
 from engine.evaluation.statistics.intervals import wilson
 from engine.pipelines.datasets import AnySplit
 
