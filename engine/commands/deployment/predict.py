@@ -200,7 +200,7 @@ def _show(reporter: ConsoleReporter, found: PredictedFiles, top: int) -> None:
         *(head for rank in range(2, _columns(found, top) + 1) for head in (f"{rank}.", "")),
     ]
     if attack:
-        heads.append(f"{attack['title']}, epsilon {NORMS[attack['threat_model']].length(attack['epsilon'])}")
+        heads.append(f"{attack['title']}\nepsilon {NORMS[attack['threat_model']].length(attack['epsilon'])}")
     columns = [Column("file", overflow="fold"), *(Column(Text(head)) for head in heads)]
     table = Table(*columns, box=box.SIMPLE)
     for row in found.rows:
@@ -211,7 +211,7 @@ def _show(reporter: ConsoleReporter, found: PredictedFiles, top: int) -> None:
             cells += [printable(each.name), f"{each.probability:.2%}"]
         if row.attacked is not None:
             doubt = "*" * bool(row.attacked.masked)
-            cells.append(f"holds{doubt}" if row.attacked.holds else f"{printable(row.attacked.name)}, changed")
+            cells.append(f"holds{doubt}" if row.attacked.holds else f"changed to {printable(row.attacked.name)}")
         table.add_row(*map(Text, cells))
     reporter.table(table)
     if attack:
