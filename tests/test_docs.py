@@ -492,7 +492,7 @@ def test_versions_agree() -> None:
 
 FOLDERS = ("engine", "kernels", "pipelines", "bench", "tests", "docs", "examples", ".github")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-EXAMPLES = {"yaml.py", "tests/kernels/test_NAME.py"}
+EXAMPLES = {"model.py", "yaml.py", "tests/kernels/test_NAME.py"}
 """Spans that look like files of the project, and stand for others."""
 
 

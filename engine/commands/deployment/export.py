@@ -133,9 +133,7 @@ def exported(path: Path, choices: _Choices, options: Mapping[str, Any]) -> bool:
 
     check_installed(choices.formats)
     reporter, check = ConsoleReporter(), choices.check
-    limit = (
-        max(check, _COMPARED) if not choices.quantizes else None
-    )  # the ranges of 8 bits are chosen on other images
+    limit = None if choices.quantizes else max(check, _COMPARED)  # the ranges of 8 bits are of other images
     subject, test = _opened(path, options, limit, reporter)
     if test.opened is not None and not check:
         test = replace(test, reason="--check 0")

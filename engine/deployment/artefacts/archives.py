@@ -32,7 +32,7 @@ _SIZE = re.compile(rf"({_SYMBOL}|[su]\d+|Integer\(-?\d+\)|(Mul|Add|FloorDiv|Mod|
 _RECORDS = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/(weights|constants)/(weight|tensor)_\d+|"
     r"data/(weights/model_weights|constants/model_constants)_config\.json|extra/[\w.-]+|"
-    r"archive_format|archive_version|byteorder|\.data/[\w.-]+|version"
+    r"archive_format|archive_version|byteorder|\.format_version|\.storage_alignment|\.data/[\w.-]+|version"
 )
 _PAYLOAD = re.compile(r"(weight|tensor)_\d+")
 _CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", None)
