@@ -220,6 +220,20 @@ def test_a_run_that_is_stopped_is_killed_there(tiny: Any, tmp_path: Path) -> Non
     assert read_mlflow(run).curves == read_trackio(run).curves == held_by(run).curves
 
 
+def test_the_files_of_wandb_tell_what_they_hold(tiny: Any, tmp_path: Path) -> None:
+    """A killed session may have lost rows that it had counted, or not have counted its last ones."""
+    if "wandb" not in TOOLS:
+        pytest.skip("wandb is not installed")
+    run = tmp_path / "miscounted"
+    with pytest.raises(Interrupted):
+        lifecycle.train(tiny.config(method="st", loggers="wandb", out=str(run)), StopAt(9))
+    memory = json.loads((run / "loggers.json").read_text())
+    memory["wandb"]["rows"] -= 2
+    (run / "loggers.json").write_text(json.dumps(memory))
+    lifecycle.resume(run)
+    assert read_wandb(run).curves == held_by(run).curves
+
+
 def test_the_bits_are_those_without_loggers(tiny: Any, tmp_path: Path) -> None:
     runs = {}
     for name, loggers in (("with", TOOLS), ("without", [])):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ class WandbRun:
 
     def open(self, facts: RunFacts, name: str, known: str | None) -> OpenedRun:
         folder = os.environ.get("WANDB_DIR", str(facts.path))
+        rows = None if known is None else _rows_in_files(Path(folder), known)
         self._run = self._wandb.init(
             project=self._project,
             name=os.environ.get("WANDB_NAME", name),
@@ -57,7 +61,7 @@ class WandbRun:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        return OpenedRun(self._run.id, None, self._where(self._run))
+        return OpenedRun(self._run.id, rows, self._where(self._run))
 
     def log(self, row: Row, number: int) -> None:
         shapes = {
@@ -83,10 +87,28 @@ class WandbRun:
             "disable_code": True,
             "save_code": False,
             "finish_timeout": _SECONDS_TO_FINISH,
+            "x_transaction_log_flush_interval": 1.0,  # what is not on the disk a kill takes
         }
         if self._wandb.run is not None:  # a run of the program that calls, which stays what it is
             wanted["reinit"] = "create_new"
         return self._wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+
+
+def _rows_in_files(folder: Path, known: str) -> int | None:
+    """Number of the last row of a run in files of sessions without a server; None where no file tells.
+
+    A killed session may have lost its last rows. wandb itself reads its files.
+    """
+    last = None
+    for session in folder.glob(f"wandb/offline-run-*-{known}"):
+        command = [sys.executable, "-I", "-m", "wandb", "leet", "inspect", "--json", str(session)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        if done.returncode != 0:  # an earlier version has no such command
+            return None
+        records = (json.loads(line) for line in done.stdout.splitlines())
+        steps = [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
+        last = max(last or 0, *steps, 0)
+    return last
 
 
 def _has_key() -> bool:
