@@ -475,7 +475,7 @@ def test_progress_is_told_within_a_batch() -> None:
                 torch.autograd.grad(model(images).sum(), images)
         return x
 
-    attacks = ["natural", "pgd4", two_steps]
+    attacks: list[Any] = ["natural", "pgd4", two_steps]
     evaluate(model, data, attacks, batch_size=12, on_pass=lambda *call: calls.append(call))
     assert {(total, doing) for _, _, total, doing in calls} == {(24, "")}
     done = {
