@@ -126,8 +126,8 @@ def measured() -> Iterator[str]:
                 f"`{row.method}`",
                 f"{row.epoch_s:.1f}",
                 f"{row.relative_to_at:.2f}",
-                f"{row.natural:.2%}",
-                f"{row.pgd20:.2%}",
+                f"{row.natural:.1%}",
+                f"{row.pgd20:.1%}",
                 f"{row.p_value:.0e}",
             )
             for row in rows

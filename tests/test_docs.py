@@ -207,6 +207,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.runs.seeds.train", lambda *arguments, **keys: None)
     monkeypatch.setattr("engine.runs.lifecycle.train", train)
     monkeypatch.setattr("engine.runs.lifecycle.resume", resume)
+    monkeypatch.setattr("engine.commands.tables.print_summary", lambda *given: None)
     monkeypatch.setattr("engine.evaluation.evaluate_checkpoint.run", run)
     monkeypatch.setattr("engine.evaluation.files.epsilons.evaluated", at_radii)
     monkeypatch.setattr("engine.evaluation.files.verification.verify", lambda path, choices, reporter: [])
