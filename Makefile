@@ -101,7 +101,7 @@ hooks: $(VENV)/.installed-dev
 # Triton's interpreter takes a process of its own: the variable is read when triton is imported.
 test: $(VENV)/.installed-loaders lint
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" --ignore tests/interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) tests/interpreter
 
 test-slow: $(VENV)/.installed-loaders
 	$(BIN)/pytest -m slow
