@@ -12,6 +12,7 @@ from PIL import Image
 
 from engine import models
 from engine.config import LARGEST_IMAGE, explicit
+from engine.deployment.opening import Artefact
 from engine.models.weights import LoadedModel
 from engine.pipelines import datasets
 from engine.pipelines.crops import centre_crops
@@ -95,11 +96,21 @@ def view_for(
         return View(int(trained), is_crop=True), ()
     if fixed is not None:
         return View(fixed), ()
+    if isinstance(loaded, Artefact):
+        return _as_exported(loaded)
     sizes = models.get(loaded.name).input_sizes
     if named is None and len(sizes) == 1:
         note = f"the file tells no size of images: views are of {sizes[0]}, that of {loaded.name} (--image-size)"
         return View(sizes[0], is_crop=True), (note,)
     return View(None), ("the file tells no size of images: they are taken as they are (else: --image-size)",)
+
+
+def _as_exported(loaded: Artefact) -> tuple[View, tuple[str, ...]]:
+    """The view that an exported file tells of, if it does."""
+    if loaded.facts is None:
+        return View(None), ("another program's file: images are taken as they are (else: --image-size)",)
+    height, width = loaded.facts.image_size
+    return View(height if height == width else None), ()
 
 
 def training_of(loaded: LoadedModel) -> Mapping[str, Any]:

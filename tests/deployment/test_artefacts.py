@@ -167,6 +167,30 @@ def test_usual_attacks(checkpoint: Path, exports: Path, tmp_path: Path) -> None:
         checkpoint.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_predictions_are_those_of_the_checkpoint(
+    name: str, checkpoint: Path, exports: Path, tiny_folder: Path, cli: Cli
+) -> None:
+    answers = [
+        json.loads(cli("predict", str(path), str(tiny_folder / "test"), "--format", "json").out)["images"]
+        for path in (checkpoint, exports / name)
+    ]
+    told = [[(row["file"], row["class"]) for row in rows] for rows in answers]
+    assert told[0] == told[1]
+    assert len({name for _, name in told[0]}) > 1
+    probabilities = [torch.tensor([row["probability"] for row in rows]) for rows in answers]
+    torch.testing.assert_close(*probabilities, rtol=0, atol=1e-4)
+
+
+def test_a_prediction_under_attack_needs_gradients(exports: Path, tiny_folder: Path, cli: Cli) -> None:
+    images = str(tiny_folder / "test")
+    outcome = cli("predict", str(exports / "model.onnx"), images, "--attack", "pgd10")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "pgd10: needs gradients" in outcome.err
+    outcome = cli("predict", str(exports / "model.pt2"), images, "--attack", "pgd10", "--format", "json")
+    assert {type(row["attacked"]["holds"]) for row in json.loads(outcome.out)["images"]} == {bool}
+
+
 def test_what_the_options_tell_of_a_checkpoint_is_refused(exports: Path) -> None:
     with pytest.raises(ValueError, match="normalize: an exported file tells that itself"):
         opening.load(exports / "model.onnx", normalize="cifar10")
