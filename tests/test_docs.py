@@ -41,7 +41,9 @@ from tests import method_tables, module_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
-EXAMPLES = [page for page in PAGES if page.name != "tutorial.md"]  # tests/test_tutorial.py walks it, shell and all
+WITH_EXAMPLES = [
+    page for page in PAGES if page.name != "tutorial.md"
+]  # tests/test_tutorial.py walks it, shell and all
 SCRIPTS = sorted(ROOT.glob("examples/*.sh"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -140,7 +142,7 @@ def test_the_page_exists_and_its_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, link
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": page.stem}
