@@ -41,9 +41,8 @@ from tests import method_tables, module_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
-WITH_EXAMPLES = [
-    page for page in PAGES if page.name != "tutorial.md"
-]  # tests/test_tutorial.py walks it, shell and all
+# tests/test_tutorial.py walks the tutorial, its commands too
+WITH_EXAMPLES = [page for page in PAGES if page.name != "tutorial.md"]
 SCRIPTS = sorted(ROOT.glob("examples/*.sh"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
