@@ -210,6 +210,7 @@ def test_the_command_line_is_right(arguments: list[str], cli: Any, monkeypatch: 
     monkeypatch.setattr("engine.evaluation.files.verification.verify", lambda path, choices, reporter: [])
     monkeypatch.setattr("engine.deployment.image_files.paths_in", lambda stream, null: [])
     monkeypatch.setattr("engine.deployment.predicted_files.run", answer)
+    monkeypatch.setattr("engine.commands.deployment.predict._write", lambda out, content, force: None)
     monkeypatch.setattr("engine.runs.compare_teachers.run", rank)
     monkeypatch.setattr("engine.commands.teachers.print_comparison", lambda reporter, report: None)
     monkeypatch.chdir(ROOT)
