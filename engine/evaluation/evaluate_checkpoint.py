@@ -41,7 +41,7 @@ Results = dict[str, dict[str, Any]]
 USUAL = ("natural", "fgsm", "pgd20", "cw")
 """Attacks on a checkpoint where none are asked for."""
 USUAL_OF_EXPORTED = ("natural", "square")
-TRANSFERRED = "pgd20"
+TRANSFERRED = ("pgd20", "apgd-ce")
 _SLOW = (WHOLE, WHOLE + ROUNDED, WHOLE + PACKAGE)  # have a limit of their own
 _TO_OPEN = (
     *("limit", "limit_aa", "dataset", "model", "weights", "normalize", "epsilon", "threat_model"),
@@ -268,13 +268,14 @@ def usual_attacks(path: Path) -> list[str]:
     """The attacks of `engine eval` where none are asked for.
 
     Of an exported file those that need no gradient of it: natural, Square, and where the checkpoint lies as it was
-    recorded, the images that PGD crafts on that.
+    recorded, the images that PGD and APGD craft on that.
     """
     if opening.format_of(path) is None:
         return list(USUAL)
     loaded = opening.load(path)
     original = loaded.original() if isinstance(loaded, opening.Artefact) else None
-    return [*USUAL_OF_EXPORTED, *([] if original is None else [f"{table.TRANSFER}{original}:{TRANSFERRED}"])]
+    crafted_by = () if original is None else TRANSFERRED
+    return [*USUAL_OF_EXPORTED, *(f"{table.TRANSFER}{original}:{name}" for name in crafted_by)]
 
 
 @dataclass(frozen=True)

@@ -93,20 +93,20 @@ def test_an_evaluation_attacks_the_file_itself(
 ) -> None:
     """By default natural, Square and images transferred from the original: numbers of the original's network."""
     shorten(monkeypatch)
-    transfer = f"transfer:{checkpoint}:pgd20"
+    attacks = ["natural", "square", f"transfer:{checkpoint}:pgd20", f"transfer:{checkpoint}:apgd-ce"]
     common = ("--data", str(tiny_folder), "--epsilon", EPSILON, "--device", "cpu")
     path, copy = tmp_path / "model.onnx", tmp_path / "copy.pt"
     path.write_bytes((exports / "model.onnx").read_bytes())
     copy.write_bytes(checkpoint.read_bytes())
     done = cli("eval", str(path), *common)
     assert done.code == 0, done.err
-    assert cli("eval", str(copy), *common, "--attacks", f"natural,square,{transfer}").code == 0
+    assert cli("eval", str(copy), *common, "--attacks", ",".join(attacks)).code == 0
     found, expected = results(path), results(copy)
-    assert list(found) == ["natural", "square", transfer]
+    assert list(found) == attacks
     for attack in found:
         assert found[attack]["correct"] == expected[attack]["correct"]
         assert found[attack]["n"] == 18
-    assert found["natural"]["correct"] > found[transfer]["correct"]
+    assert found["natural"]["correct"] > found[attacks[2]]["correct"]
     about = found["square"]["exported"]
     assert (about["format"], about["has_gradients"]) == ("onnx", False)
     assert about["facts"]["checkpoint"]["sha256"] == load_model(checkpoint).sha256
@@ -157,8 +157,8 @@ def test_a_function_that_asks_for_gradients_in_vain_is_told(exports: Path) -> No
 
 def test_usual_attacks(checkpoint: Path, exports: Path, tmp_path: Path) -> None:
     assert evaluate_checkpoint.usual_attacks(checkpoint) == ["natural", "fgsm", "pgd20", "cw"]
-    named = f"transfer:{checkpoint}:pgd20"
-    assert evaluate_checkpoint.usual_attacks(exports / "model.pt2") == ["natural", "square", named]
+    named = [f"transfer:{checkpoint}:{attack}" for attack in ("pgd20", "apgd-ce")]
+    assert evaluate_checkpoint.usual_attacks(exports / "model.pt2") == ["natural", "square", *named]
     content = checkpoint.read_bytes()
     try:
         checkpoint.write_bytes(content + b"\0")  # another checkpoint is at its place
@@ -238,10 +238,11 @@ def test_the_check_compares_the_same_images(checkpoint: Path, exports: Path, tin
     rows = checking.compare(opening.load(exports / "model.onnx").module, 0.01)
     assert all(row.passed and row.original == row.exported for row in rows)
     data = (checking.images.images, checking.images.labels)
-    measured = measure.evaluate(checking.original, data, ["natural", "pgd20"], epsilon=24 / 255)  # type: ignore[arg-type]
-    assert [row.original for row in rows[:2]] == [measured["natural"].correct, measured["pgd20"].correct]
+    attacks = ["natural", "pgd20", "apgd-ce"]
+    measured = measure.evaluate(checking.original, data, attacks, epsilon=24 / 255)  # type: ignore[arg-type]
+    assert [row.original for row in rows[:3]] == [result.correct for result in measured.values()]
     assert rows[0].interval() == wilson(rows[0].exported, 18)
-    assert rows[2].original <= rows[0].original
+    assert rows[3].original <= rows[0].original
 
 
 def test_a_broken_file_fails_the_check(checkpoint: Path, tiny_folder: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_broken_file_fails_the_check(checkpoint: Path, tiny_folder: Path) -> N
     assert natural.exported == 6
     flipped = checking.compare(nn.Sequential(checking.original, nn.Linear(3, 3)), 0.01)
     assert not all(row.passed for row in flipped)
-    assert len(rows) == 3
+    assert len(rows) == 4
     with pytest.raises(FloatingPointError, match="NaN"):
         checking.compare(nn.Sequential(checking.original, nn.Threshold(1e9, float("nan"))), 0.01)
 

@@ -247,6 +247,7 @@ def test_the_command(checkpoint: Path, tiny_folder: Path, tmp_path: Path, cli: C
     assert [row[0].removeprefix("| ").partition(",")[0] for row in rows] == [
         "natural",
         "PGD-20 crafted on the original",
+        "APGD-CE crafted on the original",
         "Square",
     ]
     assert all(row[2] == row[3] for row in rows)

@@ -5,7 +5,7 @@ Shape suffixes: N all samples, B batch, R rows, C classes, T target classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -22,13 +22,13 @@ from engine.attacks.kinds import Task, craft
 from engine.attacks.parts import size_of_batch
 from engine.attacks.pgd import NORMS
 from engine.evaluation.batches import batch_of
+from engine.evaluation.evaluate_checkpoint import TRANSFERRED
 from engine.evaluation.statistics.intervals import wilson
 from engine.pipelines.datasets import AnySplit
 
-CRAFTED = "pgd20"
+FEW = 50
+"""Images of attacks that cost a hundred passes of each."""
 _SQUARE = f"Square, {NUMBERS.queries} queries"
-MOST_BY_SQUARE = 50
-"""Images that Square attacks: each costs up to `NUMBERS.queries` forwards of either network."""
 
 
 class Compared(NamedTuple):
@@ -51,12 +51,17 @@ class Compared(NamedTuple):
         return wilson(self.exported, self.n)
 
 
-class _Batch(NamedTuple):
-    """Images as they are and as an attack on the original leaves them, on the CPU, with their labels."""
+class _ImageSet(NamedTuple):
+    """Batches of images and their labels, on the CPU, the same for every network. numbers: of what made them."""
 
-    x_nat: Tensor
-    x_adv: Tensor
-    labels_B: Tensor
+    title: str
+    numbers: str
+    batches: list[tuple[Tensor, Tensor]]
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return sum(len(labels_B) for _, labels_B in self.batches)
 
 
 @dataclass(frozen=True)
@@ -76,22 +81,20 @@ class ArtefactCheck:
     on_batch: Callable[[str, int, int], object] = lambda what, done, total: None
 
     def compare(self, exported: nn.Module, tolerance: float) -> list[Compared]:
-        """Accuracies on natural images, on those that PGD crafts on the original, and under Square.
+        """Accuracies on natural images, on those that `TRANSFERRED` craft on the original, and under Square.
 
-        Square attacks each of both networks by its logits alone, on at most `MOST_BY_SQUARE` of the images.
+        Square attacks each of both networks by its logits alone, on at most `FEW` of the images.
         Raises ValueError where an attack is not defined, FloatingPointError where logits are not finite.
         """
-        attack = table.find(CRAFTED)
         with undisturbed(self.original, self._device):
-            originals, found = self._of_original, self._counts(exported)
-            by_square = self._square(exported, "the exported file")
-        n, few = len(self.sample_N), len(self._few_N)
-        crafted = f"{attack.title} crafted on the original"
-        return [
-            Compared("natural", n, originals[0], found[0], tolerance, "no attack"),
-            Compared(crafted, n, originals[1], found[1], tolerance, attack.numbers(self.num_classes, self.ball)),
-            Compared(_SQUARE, few, originals[2], by_square, tolerance, self._numbers_of_square()),
+            originals, by_square_on_original = self._of_original
+            found, by_square = self._counts(exported), self._square(exported, "the exported file")
+        rows = [
+            Compared(made.title, made.n, before, after, tolerance, made.numbers)
+            for made, before, after in zip(self._sets, originals, found, strict=True)
         ]
+        numbers = self._numbers_of_square()
+        return [*rows, Compared(_SQUARE, len(self._few_N), by_square_on_original, by_square, tolerance, numbers)]
 
     def _numbers_of_square(self) -> str:
         norm = NORMS[self.ball[1]]
@@ -103,32 +106,42 @@ class ArtefactCheck:
 
     @cached_property
     def _few_N(self) -> Tensor:
-        return _spread(self.sample_N, MOST_BY_SQUARE)
+        return _spread(self.sample_N, FEW)
 
     @cached_property
-    def _of_original(self) -> tuple[int, int, int]:
-        """Images that the original classifies correctly: natural, crafted, after Square."""
-        return (*self._counts(self.original), self._square(self.original, "the original"))
+    def _of_original(self) -> tuple[list[int], int]:
+        """Images that the original classifies correctly: of each set, and after Square."""
+        return self._counts(self.original), self._square(self.original, "the original")
 
     @cached_property
-    def _batches(self) -> list[_Batch]:
-        """The images, and what the attack makes of them on the original."""
-        attack, device = table.find(CRAFTED), self._device
+    def _sets(self) -> list[_ImageSet]:
+        """The images as they are, and what each attack makes of them on the original."""
+        natural = [(x_nat.cpu(), labels_B.cpu()) for x_nat, labels_B, _ in self._natural(self.sample_N)]
+        crafted = zip(TRANSFERRED, (self.sample_N, self._few_N), strict=True)  # APGD takes 100 steps
+        return [_ImageSet("natural", "no attack", natural), *(self._crafted(*each) for each in crafted)]
+
+    def _natural(self, sample_N: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of images on the device, with labels and samples."""
+        for sample_B in sample_N.split(size_of_batch(None, self._device, *self.images.shape)):
+            of_batch = batch_of(self.images.images, self.images.labels, sample_B, self._device, torch.float32)
+            yield *of_batch, sample_B.to(self._device)
+
+    def _crafted(self, name: str, sample_N: Tensor) -> _ImageSet:
+        """Images that an attack crafts on the original."""
+        attack = table.find(name)
         table.check_defined(attack, self.num_classes, self.ball[1])
         task = Task(self.original, self.num_classes, self.ball, self.seed)
-        found, done = [], 0
-        for sample_B in self.sample_N.split(size_of_batch(None, device, *self.images.shape)):
-            x_nat, labels_B = batch_of(self.images.images, self.images.labels, sample_B, device, torch.float32)
-            x_adv = craft(attack, task, x_nat, labels_B, sample_B.to(device))
-            found.append(_Batch(x_nat.cpu(), x_adv.cpu(), labels_B.cpu()))
+        batches, done = [], 0
+        for x_nat, labels_B, sample_B in self._natural(sample_N):
+            batches.append((craft(attack, task, x_nat, labels_B, sample_B).cpu(), labels_B.cpu()))
             done += len(sample_B)
-            self.on_batch(f"{attack.title} on the original", done, len(self.sample_N))
-        return found
+            self.on_batch(f"{attack.title} on the original", done, len(sample_N))
+        title = f"{attack.title} crafted on the original"
+        return _ImageSet(title, attack.numbers(self.num_classes, self.ball), batches)
 
-    def _counts(self, network: nn.Module) -> tuple[int, int]:
-        """Natural and crafted images that a network classifies correctly."""
-        natural = sum(self._correct(network, batch.x_nat, batch.labels_B) for batch in self._batches)
-        return natural, sum(self._correct(network, batch.x_adv, batch.labels_B) for batch in self._batches)
+    def _counts(self, network: nn.Module) -> list[int]:
+        """Images of each set that a network classifies correctly."""
+        return [sum(self._correct(network, *batch) for batch in made.batches) for made in self._sets]
 
     def _correct(self, network: nn.Module, x: Tensor, labels_B: Tensor) -> int:
         logits_BC = network(x.to(self._device)).cpu()
