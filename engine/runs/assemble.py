@@ -42,7 +42,7 @@ from engine.system.precision import Precision
 from engine.training import plan
 from engine.training.learner import Learner
 from engine.training.micro_batch import count_parts
-from engine.training.performance.speed import Speedometer
+from engine.training.performance.speed import Speedometer, forward_flops
 from engine.training.telemetry import Telemetry
 
 
@@ -446,6 +446,13 @@ def build_pipeline(
 def build_student(config: RunConfig, data: AnyDataset | AnySplit, precision: Precision) -> nn.Module:
     """A fresh network for the data's classes, placed on the device; its weights depend on `config.seed` alone."""
     return precision.place(_drawn(config, data))
+
+
+def student_flops(
+    config: RunConfig, data: AnyDataset | AnySplit, image_CHW: tuple[int, ...]
+) -> tuple[float, float]:
+    """`forward_flops` of the configuration's student, which is made on the CPU for it."""
+    return forward_flops(_drawn(config, data), image_CHW)
 
 
 def _drawn(config: RunConfig, data: AnyDataset | AnySplit) -> nn.Module:

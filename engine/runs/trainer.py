@@ -24,7 +24,7 @@ from engine.evaluation.measure import OnPass, Result, evaluate, further
 from engine.methods import Method
 from engine.pipelines.datasets import AnySplit
 from engine.runs import checkpoints
-from engine.runs.assemble import Parts, build_student, method_of
+from engine.runs.assemble import Parts, method_of, student_flops
 from engine.runs.checkpoints import Progress
 from engine.runs.reporting import plots
 from engine.runs.session import Session
@@ -32,7 +32,6 @@ from engine.system import memory
 from engine.system.precision import Precision, on_device
 from engine.training import plan, schedule, step_networks, telemetry
 from engine.training.performance.forecast import ImageCounts, StepClock, operations, peak_memory, told
-from engine.training.performance.speed import forward_flops
 from engine.training.step import OnDevice, StepOutput
 
 # By `overfitting_guard`: the last good epoch is kept, and one that overfits does not replace the best.
@@ -194,7 +193,8 @@ class Trainer:
             self.write_row(row)
             session.console.step(row)
         assert self._clock is not None
-        if seconds := self._clock.after_step(has_waited=has_waited, ends_epoch=epoch_is_trained):
+        seconds = self._clock.after_step(has_waited=has_waited, ends_epoch=epoch_is_trained)
+        if seconds and session.world.is_main:
             self._tell_forecast(seconds)
         self._snapshot()
         every, asked_to_stop = config.checkpoint_every, session.world.delayed_any(session.stop.requested)
@@ -205,7 +205,7 @@ class Trainer:
 
     def _tell_forecast(self, seconds: float) -> None:
         """Tell how long the training will take, of so many seconds a step, and how much memory it needs."""
-        config, progress, parts, precision = self.session.config, self.progress, self.parts, self.session.precision
+        config, progress, parts = self.session.config, self.progress, self.parts
         dataset, student, steps = parts.data.dataset, self.session.student, parts.data.pipeline.steps_per_epoch
         images = ImageCounts(parts.data.sampling.epoch_size, len(parts.data.held_out), len(dataset.test))
         per_second = images.training / steps / seconds  # the last batch of an epoch may be smaller
@@ -214,10 +214,10 @@ class Trainer:
         left = work.left(progress.epoch, progress.step_in_epoch / steps) / flops_per_second
         texts = [f"{told(work, progress.epoch, left)}, at {per_second:,.0f} images/s"]
         if student is not None:
-            network = build_student(student, dataset, precision)
-            then = operations(student, method_of(student), forward_flops(network, parts.data.image_CHW), images)
+            forward = student_flops(student, dataset, parts.data.image_CHW)
+            then = operations(student, method_of(student), forward, images)
             texts.append(told(then, 0, then.left(0) / flops_per_second, " of the student after it"))
-        texts.append(peak_memory(precision.device))
+        texts.append(peak_memory(self.session.precision.device))
         self.session.console.message("; ".join(filter(None, texts)))
 
     def _snapshot(self) -> None:
