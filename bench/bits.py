@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.lib import command
 from engine import methods
+from engine.training.telemetry import TIMINGS
 
 SEMANTICS = ("paper", "official")
 PRECISIONS = {"float32": (), "bfloat16": ("--amp", "--set", "amp_dtype=bfloat16")}
@@ -36,8 +37,6 @@ RUN_FLAGS = (
     "--set", "eval.final=[natural, pgd10]",
 )  # fmt: skip
 EVALUATION = ("--attacks", "natural,fgsm,pgd20,cw", "--limit", "60", "--device", "cpu")
-TIMINGS = frozenset(("seconds", "images_per_second", "share_of_peak", "peak_memory"))
-"""Keys of rows and reports whose values are timings."""
 RESULT = ("attack", "correct", "n", "description", "zero_gradients", "non_finite_gradients", "masked", "parts")
 """Keys of a report's entry that are compared, beside the hash of the weights."""
 

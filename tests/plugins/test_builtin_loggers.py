@@ -27,11 +27,11 @@ from engine.plugins.builtin_loggers.delivery import Delivery, Memory
 from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, RunFacts
 from engine.plugins.loggers import Loggers
 from engine.runs import lifecycle
+from engine.training.telemetry import TIMINGS
 from tests.runs.helpers import Listener
 from tests.runs.test_resume import StopAt
 
 TOOLS = [name for name in ("trackio", "wandb", "mlflow") if optional.version(name) is not None]
-CLOCKS = ("seconds", "images_per_second", "share_of_peak")
 
 
 @dataclass
@@ -65,7 +65,7 @@ def by_tag(rows: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> dict[st
     found: dict[str, list[tuple[int, Any]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in skipped and name.rpartition("/")[2] not in CLOCKS:
+            if name not in skipped and name.rpartition("/")[2] not in TIMINGS:
                 found.setdefault(name, []).append((int(row["step"]), value))
     return found
 
@@ -100,7 +100,7 @@ def read_mlflow(run: Path) -> Stored:
         elif "_histogram/" in name:
             for point in history:
                 bins.setdefault(name.rpartition("/")[0], {}).setdefault(point.step, []).append(point.value)
-        elif key.rpartition("/")[2] not in CLOCKS and key != "epoch":
+        elif key.rpartition("/")[2] not in TIMINGS and key != "epoch":
             curves[name] = [(point.step, point.value) for point in history]
     shapes = {name: sorted(by_step.items()) for name, by_step in bins.items()}
     return Stored(curves, shapes, found.data.params, results, found.info.status)
@@ -148,7 +148,7 @@ def held_by(run: Path) -> Stored:
             elif isinstance(value, dict):
                 for case, share in value.items():
                     curves.setdefault(f"{event}/{key}/{case}", []).append((step, share))
-            elif key not in (*CLOCKS, "epoch") and not isinstance(value, str):
+            elif key not in (*TIMINGS, "epoch", "measured_n") and not isinstance(value, str):
                 curves.setdefault(f"{event}/{key}", []).append((step, value))
     return Stored(curves, shapes, {}, {})
 

@@ -18,6 +18,7 @@ from engine.runs import lifecycle
 from engine.runs.reporting import html_report, plots
 from engine.runs.run_directory import RunDir
 from engine.system.distributed import World
+from engine.training.telemetry import TIMINGS
 from tests.processes import together
 from tests.runs.helpers import Listener, rows_of
 from tests.runs.test_resume import StopAt, assert_same_bits, assert_same_run
@@ -118,7 +119,7 @@ def test_the_steps_after_a_rollback_are_those_of_a_run_that_begins_with_them(
     assert_same_bits(first["student"], second["student"])
     assert_same_bits(first["optimizer"], second["optimizer"])
     for one, other in zip(rows_of(back, "step"), rows_of(plain, "step"), strict=True):
-        same = other.keys() - {"seconds", "images_per_second", "share_of_peak", "peak_memory"}
+        same = other.keys() - TIMINGS
         assert {key: one[key] for key in same} == {key: other[key] for key in same}
     best, _ = (torch.load(path / "best.pt", weights_only=True)["metrics"]["epoch"] for path in (back, plain))
     assert best == first["progress"]["best"]["epoch"]

@@ -33,9 +33,8 @@ from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.system import precision
 from engine.system.distributed import World
+from engine.training.telemetry import TIMINGS
 from tests.runs.helpers import Listener
-
-_CLOCKS = ("seconds", "images_per_second", "share_of_peak", "peak_memory")
 
 
 class StopAt(Reporter):
@@ -53,7 +52,7 @@ class StopAt(Reporter):
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what a clock decides."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in _CLOCKS} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def assert_same_bits(left: Any, right: Any) -> None:
@@ -61,7 +60,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
     if isinstance(left, dict):
         assert left.keys() == right.keys()
         for key in left:
-            if key not in (*_CLOCKS, "rows_size", "out"):
+            if key not in (*TIMINGS, "rows_size", "out"):
                 assert_same_bits(left[key], right[key])
     elif isinstance(left, list | tuple):
         assert len(left) == len(right)

@@ -31,6 +31,7 @@ from engine.system.precision import Precision
 from engine.training import learner as learners
 from engine.training.capture import captured_step
 from engine.training.learner import Learner
+from engine.training.telemetry import TIMINGS
 from tests.conftest import Cli, write_checkpoint
 from tests.processes import ROOT, start, together
 
@@ -78,7 +79,7 @@ def assert_same_trajectory(alone: Path, together: Path) -> None:
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds", "images_per_second", "share_of_peak", "peak_memory"}:
+        for key in one.keys() - TIMINGS:
             same = one[key] if isinstance(one[key], str) else pytest.approx(one[key], rel=1e-9, abs=1e-12)
             assert other[key] == same, key
     tested = [json.loads((path / "summary.json").read_text())["test_of_last"] for path in (alone, together)]

@@ -24,10 +24,10 @@ from pydantic import BaseModel, Field, ValidationError
 from engine.common.files import write_json
 from engine.plugins.builtin_loggers import numbers_of
 from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, Row, Status, Tool
+from engine.training.telemetry import TIMINGS
 
 MEMORY = "loggers.json"
 SECONDS_TO_OPEN, SECONDS_TO_CLOSE = 10.0, 30.0
-_CLOCKS = {"seconds", "images_per_second", "share_of_peak"}
 
 
 class _Known(BaseModel):
@@ -212,4 +212,4 @@ def quiet() -> Iterator[None]:
 
 def _without_clocks(row: Row) -> str:
     """The row as metrics.jsonl has it, but for what a clock decides."""
-    return json.dumps({key: value for key, value in row.items() if key not in _CLOCKS})
+    return json.dumps({key: value for key, value in row.items() if key not in TIMINGS})
