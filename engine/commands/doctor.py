@@ -87,6 +87,7 @@ def examine() -> list[Finding]:
             ("pyautoattack", "autoattack"),
             "pip install pyautoattack",
         ),
+        _onnx(),
         *_loggers(),
         *(_tool(name, what) for name, what in (("cmake", "builds native ops"), ("nvcc", "builds those for CUDA"))),
         Finding("data sets", True, f"looked for in {' and '.join((*given, './data', str(cache_dir())))}"),
@@ -115,6 +116,14 @@ def _gpus() -> list[Finding]:
         detail = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB, --amp in {amp}"
         found.append(Finding(f"GPU {index}", True, detail))
     return found
+
+
+def _onnx() -> Finding:
+    from engine.deployment.exporting.formats import FORMATS, check_installed
+
+    onnx = FORMATS["onnx"]
+    missing = partial(check_installed, (onnx,))
+    return _checked("ONNX", missing, onnx.packages, "pip install 'iad-engine[export]'")
 
 
 def _loggers() -> list[Finding]:

@@ -64,6 +64,7 @@ def test_amp_is_recommended_where_it_is_faster(
         ("engine.pipelines.ffcv.repairs", "FFCV", "make setup-ffcv"),
         ("nvidia.dali", "DALI", "pip install 'iad-engine[dali]'"),
         ("apex", "apex", "build it from source: https://github.com/NVIDIA/apex"),
+        ("onnxruntime", "ONNX", "pip install 'iad-engine[export]'"),
     ],
 )
 def test_what_is_missing_is_told_with_the_way_to_get_it(
