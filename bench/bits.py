@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.lib import command
 from engine import methods
-from engine.training.telemetry import TIMINGS
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 
 SEMANTICS = ("paper", "official")
 PRECISIONS = {"float32": (), "bfloat16": ("--amp", "--set", "amp_dtype=bfloat16")}

@@ -14,7 +14,7 @@ def instructions(name: str) -> list[str]:
 
 
 def installed_by_the_readme() -> list[str]:
-    """What the lines of pip install, in their order."""
+    """Arguments of its lines of pip install, in their order."""
     section = (ROOT / "README.md").read_text().partition("\n## Install\n")[2].partition("\n## ")[0]
     lines = section.partition("```sh\n")[2].partition("```")[0].splitlines()
     return [line.partition("#")[0].strip().removeprefix("pip install ") for line in lines if "pip install" in line]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,10 @@ from engine.commands.options import (
     weights_option,
 )
 from engine.common.files import checkpoints_of, seeds_in
+
+if TYPE_CHECKING:
+    from engine.common.console import ConsoleReporter
+    from engine.evaluation.evaluate_checkpoint import Report
 
 
 @click.command("eval")
@@ -118,7 +122,7 @@ def evaluate(
     Any teacher or student counts, of this project or from elsewhere. Stopped and called again in the same way, it
     goes on where it was.
     """
-    from engine.commands.tables import print_accuracies, print_by_radius
+    from engine.commands.tables import print_by_radius
     from engine.common.console import ConsoleReporter, Reporter
     from engine.config import load
     from engine.evaluation import evaluate_checkpoint, reports, robustbench
@@ -130,6 +134,7 @@ def evaluate(
     if not names and attacks is not None:
         raise ValueError("--attacks: name at least one attack, e.g. natural,fgsm,pgd20")
     files = {name: checkpoints_of(name) for name in checkpoints}
+    groups = {name: of_seeds for name, of_seeds in files.items() if seeds_in(Path(name))}
     every = [path for name in checkpoints for path in files[name]]
     paths = {path: reports.path_of(path, None if out is None else Path(out)) for path in every}
     given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
@@ -155,10 +160,7 @@ def evaluate(
     if isinstance(reporter, ConsoleReporter):
         for path, each in curves.items():
             print_by_radius(reporter, f"{each.title}  {path}", each.results())
-        if found:
-            print_accuracies(reporter, {f"{each.title}  {path}": each.results for path, each in found.items()})
-            for name in filter(lambda name: seeds_in(Path(name)), files):
-                reporter.message(_means(name, [found[path].results for path in files[name]]))
+        _print(reporter, found, groups)
         for report_path in paths.values():
             reporter.message(f"Written: {report_path}")
             if radii:
@@ -166,6 +168,17 @@ def evaluate(
         if entry is not None and report.benchmark is not None:
             for line in entry.write(reports.read(report_path), report.sha256, report.benchmark):
                 reporter.message(line)
+
+
+def _print(reporter: ConsoleReporter, found: Mapping[Path, Report], groups: Mapping[str, Sequence[Path]]) -> None:
+    """Print the accuracies of all networks, and of each group of seeds the means."""
+    from engine.commands.tables import print_accuracies
+
+    if not found:
+        return
+    print_accuracies(reporter, {f"{each.title}  {path}": each.results for path, each in found.items()})
+    for name, of_seeds in groups.items():
+        reporter.message(_means(name, [found[path].results for path in of_seeds]))
 
 
 def _means(group: str, results: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:

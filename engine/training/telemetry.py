@@ -34,8 +34,6 @@ from engine.training.step import StepOutput
 
 SIX_TERMS = tuple(TERMS)[:6]
 """The terms of the paper's Table 1, which earlier checkpoints have sums of, whatever their method."""
-TIMINGS = frozenset(("seconds", "images_per_second", "share_of_peak", "peak_memory"))
-"""Keys of a row that another run of the same training, or its resumed part, need not have the same values of."""
 CASES = ("both_right", "only_natural_right", "both_wrong", "only_adversarial_right")
 _ACCURACIES = ("student_natural", "student_adversarial", "teacher_natural", "teacher_adversarial")
 _SUMS = (

@@ -92,7 +92,8 @@ def test_reports_have_the_verdicts_and_two_networks_are_compared_by_them(
         (written,) = [
             each for each in reports.read(Path(f"{paths[0]}.eval.json")) if each["attack"] == row["attack"]
         ]
-        assert written["images"] == {"samples": list(range(15)), "correct": "".join(map(str, a.int().tolist()))}
+        assert written["images"]["samples"] == list(range(15))
+        assert written["images"]["correct"] == "".join(map(str, a.int().tolist()))
         only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
         assert (row["only_a"], row["only_b"], row["n"]) == (only_a, only_b, 15)
         assert row["difference"] == pytest.approx((only_a - only_b) / 15)

@@ -24,10 +24,10 @@ from engine.common.stopping import Interrupted
 from engine.config import flat, load
 from engine.plugins.builtin_loggers import delivery
 from engine.plugins.builtin_loggers.delivery import Delivery, Memory
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, RunFacts
 from engine.plugins.loggers import Loggers
 from engine.runs import lifecycle
-from engine.training.telemetry import TIMINGS
 from tests.runs.helpers import Listener
 from tests.runs.test_resume import StopAt
 

@@ -14,11 +14,11 @@ from engine.attacks import overfitting
 from engine.common.stopping import Interrupted, RunFailed
 from engine.common.tensor_files import write_tensors
 from engine.config import AttackSpec
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.runs import lifecycle
 from engine.runs.reporting import html_report, plots
 from engine.runs.run_directory import RunDir
 from engine.system.distributed import World
-from engine.training.telemetry import TIMINGS
 from tests.processes import together
 from tests.runs.helpers import Listener, rows_of
 from tests.runs.test_resume import StopAt, assert_same_bits, assert_same_run

@@ -30,9 +30,9 @@ KEYS = {
 }
 
 
-def history(path: Path, epochs: int, best: int | None = None, **keys: Any) -> plots.History:
+def history(path: Path, epochs: int, best: int | None = None, **keys: Any) -> plots.EpochHistory:
     run = RunFiles(made_run(path, epochs=epochs, **keys))
-    return plots.History(run.epochs, run.config, best)
+    return plots.EpochHistory(run.epochs, run.config, best)
 
 
 @pytest.fixture

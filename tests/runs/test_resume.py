@@ -28,12 +28,12 @@ from engine.common.stopping import Interrupted, Stop
 from engine.common.tensor_files import write_tensors
 from engine.config import sections
 from engine.evaluation.measure import evaluate
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.runs import assemble, lifecycle, resuming, trainer
 from engine.runs.run_directory import RunDir
 from engine.runs.session import Session
 from engine.system import precision
 from engine.system.distributed import World
-from engine.training.telemetry import TIMINGS
 from tests.runs.helpers import Listener
 
 

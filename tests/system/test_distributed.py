@@ -23,6 +23,7 @@ from engine.common.console import Reporter
 from engine.common.stopping import Interrupted, ProcessLost, RunFailed, Stop
 from engine.models.sync_batch_norm import SyncBatchNorm, synchronise
 from engine.pipelines.base import Batch
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.runs import lifecycle
 from engine.system import distributed
 from engine.system.data_parallel import replicate
@@ -31,7 +32,6 @@ from engine.system.precision import Precision
 from engine.training import learner as learners
 from engine.training.capture import captured_step
 from engine.training.learner import Learner
-from engine.training.telemetry import TIMINGS
 from tests.conftest import Cli, write_checkpoint
 from tests.processes import ROOT, start, together
 

@@ -26,7 +26,7 @@ from engine.evaluation.evaluate_checkpoint import TRANSFERRED
 from engine.evaluation.statistics.intervals import wilson
 from engine.pipelines.datasets import AnySplit
 
-FEW = 50
+_FEW = 50
 """Images of attacks that cost a hundred passes of each."""
 _SQUARE = f"Square, {NUMBERS.queries} queries"
 
@@ -83,7 +83,7 @@ class ArtefactCheck:
     def compare(self, exported: nn.Module, tolerance: float) -> list[Compared]:
         """Accuracies on natural images, on those that `TRANSFERRED` craft on the original, and under Square.
 
-        Square attacks each of both networks by its logits alone, on at most `FEW` of the images.
+        Square attacks each of both networks by its logits alone, on at most 50 of the images.
         Raises ValueError where an attack is not defined, FloatingPointError where logits are not finite.
         """
         with undisturbed(self.original, self._device):
@@ -106,7 +106,7 @@ class ArtefactCheck:
 
     @cached_property
     def _few_N(self) -> Tensor:
-        return _spread(self.sample_N, FEW)
+        return _spread(self.sample_N, _FEW)
 
     @cached_property
     def _of_original(self) -> tuple[list[int], int]:

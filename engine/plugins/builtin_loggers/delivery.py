@@ -23,8 +23,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from engine.common.files import write_json
 from engine.plugins.builtin_loggers import numbers_of
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.plugins.builtin_loggers.run_facts import History, OpenedRun, Row, Status, Tool
-from engine.training.telemetry import TIMINGS
 
 MEMORY = "loggers.json"
 SECONDS_TO_OPEN, SECONDS_TO_CLOSE = 10.0, 30.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+TIMINGS = frozenset(("seconds", "images_per_second", "share_of_peak", "peak_memory"))
+"""Keys of a row that another run of the same training, or its resumed part, need not have the same values of."""
 _NOT_A_CURVE = ("event", "epoch", "step", "measured_n")
 
 

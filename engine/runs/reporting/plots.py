@@ -30,7 +30,7 @@ _HEIGHT = 3.4
 
 
 @dataclass(frozen=True)
-class History:
+class EpochHistory:
     """Epochs of a run, and what its pictures say of it. best: the best epoch, where it is known."""
 
     rows: EpochRows
@@ -76,12 +76,12 @@ class History:
 class Panel:
     """One panel of a picture. alt: what is seen on it. needs: keys of rows without which it is not drawn."""
 
-    draw: Callable[[Axes, History], None]
+    draw: Callable[[Axes, EpochHistory], None]
     alt: str
     needs: tuple[str, ...] = ()
     height: float = _HEIGHT
 
-    def is_possible(self, history: History) -> bool:
+    def is_possible(self, history: EpochHistory) -> bool:
         """True if some row has every key that is needed."""
         return any(all(row.get(key) is not None for key in self.needs) for row in history.rows)
 
@@ -91,7 +91,7 @@ def draw(run: RunDir, best: Mapping[str, Any] | None = None) -> list[str]:
     rows = [row for row in run.rows() if row["event"] == "epoch"]
     if not rows:
         return []
-    history = History(rows, load(read_file(run.config)), best["epoch"] if best else None)
+    history = EpochHistory(rows, load(read_file(run.config)), best["epoch"] if best else None)
     written = []
     for name, panels in FILES.items():
         if possible := [panel for panel in map(PANELS.__getitem__, panels) if panel.is_possible(history)]:
@@ -100,7 +100,7 @@ def draw(run: RunDir, best: Mapping[str, Any] | None = None) -> list[str]:
     return written
 
 
-def picture(panels: Sequence[Panel], history: History, palette: Palette = LIGHT) -> bytes:
+def picture(panels: Sequence[Panel], history: EpochHistory, palette: Palette = LIGHT) -> bytes:
     """PNG of the panels, below each other."""
     heights = [panel.height for panel in panels]
     with style(palette):
@@ -119,7 +119,7 @@ def is_drawn_anew(path: Path) -> bool:
 # ---------------------------------------------------------------- panels
 
 
-def _finish(axes: Axes, history: History, title: str, *, columns: int = 2) -> None:
+def _finish(axes: Axes, history: EpochHistory, title: str, *, columns: int = 2) -> None:
     """Epochs, marks, title and legend of a panel by epoch."""
     of_epochs.epochs(axes, (row["epoch"] for row in history.rows))
     taken = of_epochs.marks(axes, history.marks)
@@ -127,13 +127,13 @@ def _finish(axes: Axes, history: History, title: str, *, columns: int = 2) -> No
     of_epochs.legend_below(axes, columns)
 
 
-def _loss(axes: Axes, history: History) -> None:
+def _loss(axes: Axes, history: EpochHistory) -> None:
     of_epochs.line(axes, history.rows, "loss", "training loss")
     axes.set_ylabel("loss")
     _finish(axes, history, "Training loss")
 
 
-def _accuracy(axes: Axes, history: History) -> None:
+def _accuracy(axes: Axes, history: EpochHistory) -> None:
     of_epochs.line(axes, history.rows, "natural_accuracy", "natural images")
     of_epochs.line(axes, history.rows, "robust_accuracy", "under attack")
     of_epochs.line(
@@ -147,14 +147,14 @@ def _accuracy(axes: Axes, history: History) -> None:
     _finish(axes, history, f"Accuracy on {history.images}, {history.attack}")
 
 
-def _teacher(axes: Axes, history: History) -> None:
+def _teacher(axes: Axes, history: EpochHistory) -> None:
     of_epochs.line(axes, history.rows, "probe_teacher_natural_accuracy", "natural images x")
     of_epochs.line(axes, history.rows, "probe_teacher_adversarial_accuracy", "the student's x~")
     of_epochs.percent(axes, "teacher's accuracy")
     _finish(axes, history, "Figure 1 (a): the teacher on x and x~")
 
 
-def _cases(axes: Axes, history: History) -> None:
+def _cases(axes: Axes, history: EpochHistory) -> None:
     of_cases = [
         {"epoch": row["epoch"]} | dict(row["probe_cases"]) for row in history.rows if row.get("probe_cases")
     ]
@@ -165,14 +165,14 @@ def _cases(axes: Axes, history: History) -> None:
     _finish(axes, history, "Figure 2 (b): kinds of samples")
 
 
-def _on_adversarial(axes: Axes, history: History) -> None:
+def _on_adversarial(axes: Axes, history: EpochHistory) -> None:
     of_epochs.line(axes, history.rows, "probe_teacher_adversarial_accuracy", "teacher")
     of_epochs.line(axes, history.rows, "probe_student_adversarial_accuracy", "student")
     of_epochs.percent(axes, "accuracy on x~")
     _finish(axes, history, f"Figure 3, left: {history.attack} training accuracy")
 
 
-def _alpha(axes: Axes, history: History) -> None:
+def _alpha(axes: Axes, history: EpochHistory) -> None:
     from matplotlib.ticker import PercentFormatter
 
     rows = [row for row in history.rows if row.get("probe_alpha_histogram")]
@@ -230,7 +230,7 @@ FILES = {
 """Pictures that a run writes, and their panels."""
 
 
-def pages_of(history: History, palettes: Iterable[Palette]) -> Mapping[str, tuple[Any, ...]]:
+def pages_of(history: EpochHistory, palettes: Iterable[Palette]) -> Mapping[str, tuple[Any, ...]]:
     """Every possible panel as a picture of its own, in each palette."""
     palettes = tuple(palettes)
     return {

@@ -170,7 +170,7 @@ def _add_pictures(section: PageSection, run: RunFiles) -> None:
     """Pictures drawn from the rows in light and dark, and then those that lie in the directory."""
     pictures = []
     if run.epochs:
-        history = plots.History(run.epochs, run.config, run.best.get("epoch"))
+        history = plots.EpochHistory(run.epochs, run.config, run.best.get("epoch"))
         for name, (light, dark) in plots.pages_of(history, (LIGHT, DARK)).items():
             pictures.append(drawn(Drawn(light, dark, plots.PANELS[name].alt)))
     section.add(grid(pictures))
