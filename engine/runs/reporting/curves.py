@@ -12,7 +12,7 @@ from engine.common.pictures import DARK, LIGHT, Palette, new_figure, png, style
 from engine.runs.reporting import axes as of_epochs
 from engine.runs.reporting.lines import ComparedLine
 from engine.runs.reporting.page import Drawn, PageSection, drawn, note
-from engine.runs.reporting.plots import History
+from engine.runs.reporting.plots import EpochHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,8 +97,8 @@ def _panel(axes: Axes, lines: Sequence[ComparedLine], key: str) -> None:
         of_epochs.epochs(axes, epochs)
 
 
-def _histories(lines: Sequence[ComparedLine]) -> list[History]:
-    return [History(line.runs[0].epochs, line.runs[0].config) for line in lines]
+def _histories(lines: Sequence[ComparedLine]) -> list[EpochHistory]:
+    return [EpochHistory(line.runs[0].epochs, line.runs[0].config) for line in lines]
 
 
 def _measured(lines: Sequence[ComparedLine]) -> str:
