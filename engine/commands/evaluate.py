@@ -21,6 +21,7 @@ from engine.commands.options import (
     import_option,
     normalisation_options,
     process_options,
+    threat_model_option,
     weights_option,
 )
 from engine.common.files import checkpoints_of, seeds_in
@@ -57,11 +58,7 @@ if TYPE_CHECKING:
     "--epsilon",
     help="Radius of the attacks, e.g. 8/255, or several: 2/255,4/255,8/255. [as in training, else 8/255]",
 )
-@click.option(
-    "--threat-model",
-    type=one_of("Linf", "L2"),
-    help="Linf or L2. [as in training, else Linf]",
-)
+@threat_model_option
 @batch_size_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the attacks.")
 @device_option

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from engine.commands.completion import FILE, named
+from engine.commands.completion import FILE, named, one_of
 from engine.common import wrapping
 from engine.common.stopping import Interrupted
 
@@ -125,6 +125,9 @@ weights_option = click.option(
 )
 device_option = click.option(
     "--device", type=named("device"), default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+threat_model_option = click.option(
+    "--threat-model", type=one_of("Linf", "L2"), help="Linf or L2. [as in training, else Linf]"
 )
 batch_size_option = click.option(
     "--batch-size",

@@ -22,6 +22,7 @@ from engine.commands.options import (
     device_option,
     import_option,
     normalisation_options,
+    threat_model_option,
     weights_option,
 )
 from engine.common.files import checkpoint_of
@@ -76,7 +77,7 @@ _COMPARED, _CALIBRATED = 64, 128
 @weights_option
 @normalisation_options
 @click.option("--epsilon", help="Radius of the check, e.g. 8/255. [as in training, else 8/255]")
-@click.option("--threat-model", type=one_of("Linf", "L2"), help="Linf or L2. [as in training, else Linf]")
+@threat_model_option
 @click.option(
     "--image-size", type=click.IntRange(1, 4096), help="Height and width of its images. [as in training]"
 )

@@ -20,6 +20,7 @@ from engine.commands.options import (
     device_option,
     import_option,
     normalisation_options,
+    threat_model_option,
     weights_option,
 )
 
@@ -41,7 +42,7 @@ _NO_CERTIFICATE = "An answer that holds is one that this attack did not change; 
     help="Tell of each answer whether it holds under this attack, e.g. pgd20, aa-fast: see `engine attacks`.",
 )
 @click.option("--epsilon", help="Radius of the attack, e.g. 8/255. [as in training, else 8/255]")
-@click.option("--threat-model", type=one_of("Linf", "L2"), help="Linf or L2. [as in training, else Linf]")
+@threat_model_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the attack.")
 @click.option(
     "--save-adversarial",
