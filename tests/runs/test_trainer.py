@@ -91,7 +91,8 @@ def test_the_run_directory_answers_questions(tiny: Any, tmp_path: Path) -> None:
         assert 0 <= row["natural_accuracy"] <= 1
         assert 0 <= row["robust_accuracy"] <= 1
         assert row["measured_n"] == 18  # the test images, since none are held out
-        assert 10**8 < row["peak_memory"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert 10**8 < row["peak_memory"] <= 1.01 * most  # the kernel counts both in parts, not at one moment
     assert epochs[0].keys() < epochs[1].keys()
     assert {"kl_at_nat"} <= epochs[0].keys()
     assert {"kl_at_nat", "kl_self", "alpha", "train_cases"} <= epochs[1].keys()
