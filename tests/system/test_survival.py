@@ -163,7 +163,7 @@ def test_a_process_that_hangs_is_named_and_replaced(tiny: Any, tmp_path: Path) -
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("later", [1, 4])
+@pytest.mark.parametrize("later", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_with_another_number_of_processes(later: int, tiny: Any, tmp_path: Path) -> None:
     """SIGTERM to the launcher saves and exits with 130; no sample is seen twice or missed afterwards."""
     keys: dict[str, Any] = {"dtype": "float64", "sync_bn": "on"}
