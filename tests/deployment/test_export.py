@@ -295,10 +295,10 @@ def test_what_cannot_be_written_is_told_in_one_line(
 def test_a_package_that_is_absent_is_told_in_one_line(
     checkpoint: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     done = cli("export", str(checkpoint), "--format", "onnx")
     assert done.code == 2
-    assert "--format onnx: onnxscript is not there: pip install 'iad-engine[export]'" in done.err
+    assert "--format onnx: onnx is not there: pip install 'iad-engine[export]'" in done.err
 
 
 def test_eight_bits_that_are_badly_chosen_fail_in_the_card(
