@@ -19,6 +19,7 @@ from engine.commands.options import (
     continued_by_itself,
     device_option,
     import_option,
+    normalisation_of,
     normalisation_options,
     process_options,
     threat_model_option,
@@ -124,7 +125,6 @@ def evaluate(
     from engine.config import load
     from engine.evaluation import evaluate_checkpoint, reports, robustbench
     from engine.evaluation.files import epsilons
-    from engine.models import normalize
     from engine.system import distributed, launcher
 
     names = [name.strip() for name in (attacks or "").split(",") if name.strip()]
@@ -134,8 +134,7 @@ def evaluate(
     groups = {name: of_seeds for name, of_seeds in files.items() if seeds_in(Path(name))}
     every = [path for name in checkpoints for path in files[name]]
     paths = {path: reports.path_of(path, None if out is None else Path(out)) for path in every}
-    given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
-    options["normalize"] = normalize.from_text(*given)
+    options["normalize"] = normalisation_of(options)
     entry = robustbench.asked(robustbench_json, robustbench_info, [*map(str, every)], options["limit_aa"])
     radii = epsilons.asked(options["epsilon"])
     _check_together(every, radii, options["save_adversarial"], robustbench_json)

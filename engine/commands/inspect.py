@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from engine.commands.completion import FILE, named
-from engine.commands.options import import_option, normalisation_options, weights_option
+from engine.commands.options import import_option, normalisation_of, normalisation_options, weights_option
 from engine.common.files import seeds_in
 
 if TYPE_CHECKING:
@@ -79,13 +79,11 @@ def inspect(path: str, as_json: bool, save_safetensors: str | None, **options: A
     """
     from engine.common import standard_streams
     from engine.common.console import ConsoleReporter
-    from engine.models import normalize
 
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     given["weights-key"] = given.pop("weights", None)
     arguments = [part for name, value in given.items() if value is not None for part in (f"--{name}", value)]
-    parts = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
-    told = Told(normalize=normalize.from_text(*parts), options=tuple(arguments), **options)
+    told = Told(normalize=normalisation_of(options), options=tuple(arguments), **options)
     found = look(Path(path), told)
     reporter = ConsoleReporter()
     if as_json:

@@ -202,6 +202,13 @@ def normalisation_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def normalisation_of(options: dict[str, Any]) -> Any:
+    """Normalisation as `load_model` takes it, in place of the three options, which leave the dict."""
+    from engine.models import normalize
+
+    return normalize.from_text(*(options.pop(f"normalize{part}") for part in ("", "_mean", "_std")))
+
+
 def imported() -> tuple[str, ...]:
     """Files and modules that --import of the running command has loaded."""
     names: tuple[str, ...] = click.get_current_context().meta[_IMPORTS]

@@ -74,13 +74,18 @@ class Reporter:
 
     def part_progress(self, doing: str) -> Callable[[str, int, int], None]:
         """Callback for a part of the data ("train" or "test"), its images done, and all its images."""
+        progress = self.task_progress()
+        return lambda part, done, total: progress(f"{doing} {part} images", done, total)
+
+    def task_progress(self) -> Callable[[str, int, int], None]:
+        """Callback for tasks in turn: what is done, its steps done, and all its steps."""
         current = ""
 
-        def progress(part: str, done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int) -> None:
             nonlocal current
-            if part != current:
-                current = part
-                self.begin(f"{doing} {part} images", total)
+            if what != current:
+                current = what
+                self.begin(what, total)
             self.advance(done)
 
         return progress

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -172,15 +172,21 @@ def kind_of(data: bytes) -> str:
         if data[place : place + len(mark)] == mark:
             return words
     if data.startswith(_ZIP):
-        return _kind_of_archive(data)
+        return _kind_of_archive(io.BytesIO(data))
     if _PICKLE.match(data) and _TORCH_IN_PICKLE not in data[:64]:
         return "a plain pickle, whose code would run: write the network's state_dict() by torch.save"
     return _EXPORTED["onnx"] if _ONNX.match(data) else _kind_of_text(data)
 
 
-def exported_format(data: bytes) -> str | None:
-    """Format of an exported network by its content, a key of `_EXPORTED`; None for any other file."""
-    words = "" if _is_safetensors(data) else kind_of(data)
+def exported_format(file: BinaryIO) -> str | None:
+    """Format of an exported network by its content, a key of `_EXPORTED`; None for any other file.
+
+    Of an archive, which may be large, the names of its records are read.
+    """
+    head = file.read(4096)
+    if head[8:9] == b"{":  # safetensors
+        return None
+    words = _kind_of_archive(file) if head.startswith(_ZIP) else kind_of(head)
     return next((name for name, told in _EXPORTED.items() if told == words), None)
 
 
@@ -196,9 +202,9 @@ def _kind_of_text(data: bytes) -> str:
     return "a text"
 
 
-def _kind_of_archive(data: bytes) -> str:
+def _kind_of_archive(file: BinaryIO) -> str:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except Exception:  # a damaged archive may raise anything in zipfile
         return ""

@@ -75,13 +75,8 @@ def format_of(path: str | Path) -> str | None:
     """Format of an exported file, by its content; None for a checkpoint, and for what cannot be read."""
     try:
         with regular_file(Path(path)).open("rb") as file:
-            head = file.read(4096)
-            if head[8:9] == b"{":  # safetensors
-                return None
-            if not head.startswith(b"PK\x03\x04"):
-                return exported_format(head)
-        return exported_format(Path(path).read_bytes())
-    except (OSError, MemoryError):
+            return exported_format(file)
+    except OSError:
         return None
 
 

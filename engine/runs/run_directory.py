@@ -96,6 +96,13 @@ class _Provenance(BaseModel):
     earlier_sessions: list[dict[str, Any]] = []
 
 
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a content of another shape, with its place."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{f'{where}: ' if where else ''}{first['msg']}"
+
+
 def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any] | None:
     """A file that a run wrote, None where there is none. Raises ValueError where it is of another shape."""
     with usable("run directory", path):
@@ -105,9 +112,7 @@ def _read_json(path: Path, shape: type[BaseModel]) -> dict[str, Any] | None:
     try:
         shape.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged: {f'{where}: ' if where else ''}{first['msg']}") from None
+        raise ValueError(f"{path} is damaged: {first_fault(error)}") from None
     found: dict[str, Any] = json.loads(text)
     return found
 

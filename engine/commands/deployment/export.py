@@ -21,6 +21,7 @@ from engine.commands.options import (
     SEED,
     device_option,
     import_option,
+    normalisation_of,
     normalisation_options,
     threat_model_option,
     weights_option,
@@ -100,13 +101,11 @@ def export(
     that fails.
     """
     from engine.deployment.exporting.formats import wanted
-    from engine.models import normalize
 
     chosen = wanted(formats)
     if quantize is not None:
         _check_quantize(quantize, chosen)
-    given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
-    options["normalize"] = normalize.from_text(*given)
+    options["normalize"] = normalisation_of(options)
     choices = _Choices(chosen, out, quantize is not None, check, licence)
     if not exported(checkpoint_of(checkpoint), choices, options):
         sys.exit(EXIT_FAILED)
@@ -213,18 +212,9 @@ def _size_without_data(config: EvaluationConfig, loaded: Any) -> tuple[int, int]
 
     Raises ValueError where none of these tells.
     """
-    from engine.models import get
-    from engine.pipelines.datasets import DATASETS
+    from engine.deployment.views import view_for
 
-    entry = DATASETS.get(loaded.dataset or "")
-    sides = get(loaded.name).input_sizes
-    known = (
-        config.image_size,
-        (loaded.config or {}).get("image_size"),
-        entry.image_size if entry else None,
-        sides[0] if len(sides) == 1 and not loaded.dataset else None,
-    )
-    side = next((int(side) for side in known if side), None)
+    side = config.image_size or view_for(loaded)[0].size
     if side is None:
         raise ValueError(f"{loaded.path}: --image-size: its images' height and width are not known")
     return side, side
@@ -315,14 +305,6 @@ class _Export:
 
         assert self.test.opened is not None
         loaded, config, images, _ = self.test.opened
-        begun: list[str] = []
-
-        def progress(doing: str, done: int, total: int) -> None:
-            if begun[-1:] != [doing]:
-                begun.append(doing)
-                self.reporter.begin(doing, total)
-            self.reporter.advance(done)
-
         return ArtefactCheck(
             loaded.module,
             loaded.num_classes,
@@ -330,7 +312,7 @@ class _Export:
             images.test,
             limited(images.test.labels, self.check, 0, "--check"),
             self.seed,
-            progress,
+            self.reporter.task_progress(),
         )
 
     def _checked(self, path: Path, entry: Format) -> list[CheckRow]:

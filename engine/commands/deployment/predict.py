@@ -19,6 +19,7 @@ from engine.commands.options import (
     batch_size_option,
     device_option,
     import_option,
+    normalisation_of,
     normalisation_options,
     threat_model_option,
     weights_option,
@@ -97,14 +98,12 @@ def predict(
     from engine.common import standard_streams
     from engine.common.files import checkpoint_of
     from engine.deployment import predicted_files
-    from engine.models import normalize
 
     form = _form(form, out)
     if out is not None:
         _check(Path(out), force=force)
-    given = (options.pop(f"normalize{part}") for part in ("", "_mean", "_std"))
     saves = options.pop("save_adversarial")
-    options["normalize"] = normalize.from_text(*given)
+    options["normalize"] = normalisation_of(options)
     config = predicted_files.PredictionConfig(**options, save_adversarial=None if saves is None else Path(saves))
     reporter = _reporter(aside=form != _TABLE and out is None)
     found = predicted_files.run(checkpoint_of(checkpoint), _places(images, null=null), config, reporter)

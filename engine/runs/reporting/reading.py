@@ -21,7 +21,7 @@ from engine.evaluation.reports import SUFFIX, Entry, checkpoint_of
 from engine.evaluation.reports import read as read_report
 from engine.evaluation.statistics.intervals import wilson
 from engine.runs.reporting.tables import Percent
-from engine.runs.run_directory import RunDir
+from engine.runs.run_directory import RunDir, first_fault
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 TEACHER_FOLDERS = {"teacher": "teacher", "teacher_st": "standard teacher"}
@@ -327,6 +327,4 @@ def _check(path: Path, place: str, shape: type[BaseModel], content: object) -> N
     try:
         shape.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged: {place}: {where}: {first['msg']}") from None
+        raise ValueError(f"{path} is damaged: {place}: {first_fault(error)}") from None
