@@ -113,3 +113,20 @@ def test_the_end_of_uneven_work_is_not_foretold(monkeypatch: pytest.MonkeyPatch)
 
 def test_outside_a_notebook_a_program_is_told_nothing() -> None:
     assert type(usual_reporter()) is Reporter
+
+
+def test_tasks_in_turn_begin_once_each() -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Recorded(Reporter):
+        def begin(self, what: str, total: int, done: int = 0) -> None:
+            calls.append((what, total))
+
+        def advance(self, done: int) -> None:
+            calls.append((done,))
+
+    progress, parts = Recorded().task_progress(), Recorded().part_progress("reading")
+    for what, done, total in (("a", 1, 2), ("a", 2, 2), ("b", 1, 1)):
+        progress(what, done, total)
+    parts("train", 3, 9)
+    assert calls == [("a", 2), (1,), (2,), ("b", 1), (1,), ("reading train images", 9), (3,)]

@@ -345,6 +345,13 @@ def test_provenance_that_is_damaged_is_named(content: str, cli: Any) -> None:
     assert f"{run.provenance} is damaged" in line
 
 
+def test_a_damaged_key_is_named_with_its_fault() -> None:
+    run = begun("mine", 0)
+    run.summary.write_text(json.dumps({"best": {"epoch": "third"}}))
+    with pytest.raises(ValueError, match=r"summary\.json is damaged: selected_on: Field required$"):
+        run.read_summary()
+
+
 @pytest.mark.parametrize("line", ["3", "{", "[1]", "null"])
 def test_a_damaged_row_is_named_with_its_line(line: str) -> None:
     run = begun("mine", 0)
