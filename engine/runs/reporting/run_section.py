@@ -28,7 +28,6 @@ _PROVENANCE_GROUPS = ("versions", "hardware", "precision", "kernels", "data", "t
 
 # What tells the results of one report apart, by what it is called in a table.
 _TELLING = {
-    "epsilon": ("parameters", "epsilon"),
     "seed": ("parameters", "seed"),
     "data": ("data", "sha256"),
     "image size": ("parameters", "image_size"),
