@@ -103,6 +103,14 @@ def _wide(found: re.Match[str]) -> Architecture:
     )
 
 
+def _strided(found: re.Match[str]) -> Architecture:
+    width = int(found["width"])
+    return Architecture(
+        f"ResNet-8 with a stem of stride 2 and {width} channels",
+        lambda num_classes: ResNet((width, 2 * width, 4 * width), (1, 1, 1), num_classes, stem_stride=2),
+    )
+
+
 def _told_by(layer: str, suffix: str = "") -> Callable[[Mapping[str, torch.Size]], Iterator[str]]:
     """Finds a Wide ResNet by the first convolution of each of its blocks. layer: a pattern of their names."""
 
@@ -130,6 +138,12 @@ FAMILIES: dict[str, Family] = {
         _wide,
         images="32x32, 64x64",
         told_by=_told_by(r"layer\.0\.block\.\d+\.conv_0", "-silu"),
+    ),
+    "resnet8-strided-W": Family(
+        "ResNet-8 with a stem of stride 2, and W, 2 W and 4 W channels, for a CPU; e.g. resnet8-strided-32",
+        re.compile(r"resnet8-strided-(?P<width>[1-9]\d{0,2})"),
+        _strided,
+        images="32x32, 64x64",
     ),
     "timm:NAME": Family(
         "a classifier of timm, e.g. timm:convnext_tiny; pip install 'iad-engine[timm]'",
