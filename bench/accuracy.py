@@ -31,6 +31,7 @@ from engine.common.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "accuracy"
 RESULTS = ROOT / "bench" / "results" / "accuracy"
+PROGRAM = (sys.executable, "-m", "bench.lib.accuracy.cells")
 LOOK_EVERY = 0.5  # seconds between looks at the processes
 TO_STOP = 60  # seconds that a process has to save what it has
 
@@ -86,7 +87,7 @@ class Workers:
         try:
             while waiting or self.running:
                 ready = (job for job in list(waiting) if job.is_ready)
-                while len(self.running) < self.jobs and not self._is_late() and (job := next(ready, None)):
+                while len(self.running) < self.jobs and not self.is_late and (job := next(ready, None)):
                     waiting.remove(job)
                     self.running.append(self._started(job))
                 if not self.running:
@@ -98,7 +99,8 @@ class Workers:
         finally:
             self.stop()
 
-    def _is_late(self) -> bool:
+    @property
+    def is_late(self) -> bool:
         """True if one that takes as long as the longest so far would not end in time."""
         return self.deadline is not None and time.monotonic() + self.longest > self.deadline
 
@@ -106,10 +108,9 @@ class Workers:
         self.work.mkdir(parents=True, exist_ok=True)
         log = self.work / f"{job.name}.log"
         places = (str(self.results.folder), str(self.work))
-        module = [sys.executable, "-m", "bench.lib.accuracy.cells"]
         with log.open("ab") as file:
             process = subprocess.Popen(  # noqa: S603  # no shell
-                [*module, *self.common, *places, self.device, job.row, job.seed],
+                [*PROGRAM, *self.common, *places, self.device, job.row, job.seed],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -220,9 +221,12 @@ def _measure(
     needed = {section for cell in waiting for section in cell.teachers}
     jobs = [Job(name, name, NO_SEED) for name in missing if name in needed]
     jobs += [_job(cell, results) for cell in waiting]
-    measured = [console.print(_line(results, name)) for name in workers.finished(jobs)]
-    if left := len(jobs) - len(measured) - len(workers.failed):
-        console.print(f"{left} are left; the same command goes on")
+    left = len(jobs)
+    for name in workers.finished(jobs):
+        console.print(_line(results, name))
+        left -= 1
+    if left > len(workers.failed):
+        console.print(f"{left - len(workers.failed)} are left; the same command goes on")
 
 
 def _job(cell: Cell, results: Results) -> Job:
