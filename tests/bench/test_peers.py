@@ -159,9 +159,9 @@ def test_the_plain_step_is_the_textbook_s_with_another_way_to_the_gradient() -> 
     labels = torch.randint(10, (4,), generator=generator)
     states, held = [], []
     for kind in (textbook.TextbookStep, PlainStep):
-        student, *teachers = (textbook.plain(one).double() for one in variants.random_networks("resnet8", 10))
+        student, at, st = (textbook.plain(one).double() for one in variants.random_networks("resnet8", 10))
         sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
-        step = kind(textbook.StepSetting("at", num_steps=2), student, *teachers, sgd)
+        step = kind(textbook.StepSetting("at", num_steps=2), student, at, st, sgd)
         step.attack(x.double(), labels, x.double())
         held.append(any(weight.grad is not None for weight in student.parameters()))
         step(x.double(), labels, x.double())

@@ -157,7 +157,6 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-# many parameters: what a process is given
 def serve(
     answers: Any, method: str, folder: Path, network: str, batch_size: int, images: Split, scratch: Path
 ) -> None:
@@ -277,7 +276,7 @@ def _give_images(images: Split, batch_size: int, in_turn: Callable[[Iterator[Any
             return in_turn(itertools.chain.from_iterable(epochs))
 
     torchvision.datasets.CIFAR10 = Images
-    torch.utils.data.DataLoader = Loader  # type: ignore[assignment]
+    torch.utils.data.DataLoader = Loader  # type: ignore[assignment, misc]
 
 
 def _without_gpu() -> None:
