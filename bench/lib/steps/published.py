@@ -80,7 +80,7 @@ def check(folder: Path, methods: Iterable[str]) -> None:
 
 
 def _fault(path: Path, script: Script) -> str:
-    """What a script lacks to be run, "" where it has all."""
+    """Reason why a script cannot be run, "" where it can."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
