@@ -31,7 +31,7 @@ def accuracies(tables: Sequence[ComparedTable]) -> Figure:
                 _with_interval(
                     axes, row.mean, place - 0.12, row.interval, "mean, 95 % interval", color="C0", marker="D"
                 )
-        _finish(axes, labels, f"{table.attack}, n = {table.n:,}", "accuracy")
+        _finish(axes, labels, f"{table.attack}, n = {table.n:,}", "accuracy, percent")
         _in_percent(axes.xaxis)
     _legend(panels[-1])
     return figure
@@ -93,8 +93,8 @@ def trade_off(natural: ComparedTable, robust: ComparedTable) -> Figure:
         axes.plot([of_natural.mean], [of_robust.mean], markersize=9, label=of_natural.row, **look)
     for axis in (axes.xaxis, axes.yaxis):
         _in_percent(axis)
-    axes.set(xlabel=f"accuracy on natural images, n = {natural.n:,}")
-    axes.set(ylabel=f"accuracy under {robust.attack}, n = {robust.n:,}")
+    axes.set(xlabel=f"accuracy on natural images, percent, n = {natural.n:,}")
+    axes.set(ylabel=f"accuracy under {robust.attack}, percent, n = {robust.n:,}")
     axes.margins(0.08)
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=3, frameon=False)
     return figure
@@ -150,10 +150,8 @@ def _finish(axes: Axes, labels: Sequence[str], title: str, xlabel: str) -> None:
 
 
 def _in_percent(axis: Axis) -> None:
-    """Label in percent, with as many decimals as the ticks need."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    """Label shares as numbers in percent, with as many decimals as the ticks need."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.4g}")
 
 
 def _legend(axes: Axes) -> None:

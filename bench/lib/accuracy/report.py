@@ -91,16 +91,25 @@ def _machines(found: Collected) -> Chapter:
     dates: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for cell in (*found.teachers.values(), *found.cells.values()):
         dates[tuple(cell.facts[name] for name in columns)].append(str(cell.facts["date"]))
-    rows: list[list[Cell]] = [
-        [*map(str, facts), len(of), f"{min(of)[:10]} to {max(of)[:10]}"] for facts, of in dates.items()
-    ]
+    rows: list[list[Cell]] = []
+    for (*others, commit), of in dates.items():
+        first, last = min(of)[:10], max(of)[:10]
+        rows.append([
+            *map(str, others), _short(str(commit)), len(of), first if first == last else f"{first} to {last}",
+        ])  # fmt: skip
     result = Chapter("Hardware, versions and commits", list(_warnings(found)))
     if not rows:
         result.add(f"Cells: {NOT_MEASURED}.")
         return result
     result.add(ReportTable("hardware", (*columns, "cells and teachers", "dates"), rows))
-    result.add("A commit with +changes had files that differ from it.")
+    result.add("A commit with +changes had files that differ from it; cells.csv has all digits.")
     return result
+
+
+def _short(commit: str) -> str:
+    """Twelve digits of a commit, and what follows its digits."""
+    digits, plus, changes = commit.partition("+")
+    return digits[:12] + plus + changes
 
 
 def _warnings(found: Collected) -> Iterator[str]:
@@ -135,7 +144,7 @@ def _table(found: Collected, name: str, table: ProtocolTable, tables: Sequence[C
         Picture(
             f"{name}-accuracies", figures.accuracies, (tuple(tables),),
             f"Accuracies of {', '.join(table.rows)} under {', '.join(table.attacks)}, as in the table.",
-            "Bars: each row's own seeds alone, by Student's t. Differences are told more sharply below.",
+            "All seeds measured, and means of those compared. Bars: of a row's own seeds, by Student's t.",
         )
     )  # fmt: skip
     if is_compared:

@@ -76,4 +76,5 @@ def _write(
     accuracies = {attack: made(effect, seed, attack, n, number) for attack, n in attacks.items()}
     path = results.cell(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, MeasuredCell(**(usual | told | {"accuracies": accuracies})).model_dump())
+    given: dict[str, Any] = {**usual, **told, "accuracies": accuracies}
+    write_json(path, MeasuredCell(**given).model_dump())

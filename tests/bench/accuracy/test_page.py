@@ -269,6 +269,27 @@ def test_seconds_of_different_machines_are_not_compared(made: Written) -> None:
     assert [row[1] for row in made.tables()["hardware"][1:]] == ["P", "Q"]
 
 
+def test_a_page_that_cannot_be_written_stops_no_cell(made: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*given: Any) -> None:
+        raise ValueError("damaged")
+
+    def finished(workers: accuracy.Workers, wanted: Any) -> Any:
+        for name in ("at-seed0", "ard-seed0"):
+            measured.append(name)
+            yield name
+
+    fill(made.protocol, made.results)
+    measured: list[str] = []
+    monkeypatch.setattr(page, "write", write)
+    monkeypatch.setattr(accuracy.Workers, "finished", finished)
+    told = CliRunner().invoke(
+        accuracy.main, [str(made.yaml), "--table", "rates", "--out", str(made.results.folder), "--device", "cpu"]
+    )
+    assert measured == ["at-seed0", "ard-seed0"]
+    assert told.output.count("no page: damaged") == 2
+    assert told.exit_code == 2  # told again in the end
+
+
 # ---------------------------------------------------------------- text
 
 
