@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ import torch
 from rich.console import Console
 
 from bench.lib import command
-from bench.lib.accuracy import cells
+from bench.lib.accuracy import cells, page
 from bench.lib.accuracy import protocol as protocols
 from bench.lib.accuracy.cells import NO_SEED, SIZES, STOPPED, Results
 from bench.lib.accuracy.protocol import Cell, Protocol
@@ -171,6 +172,7 @@ def _stopping() -> Iterator[None]:
 @click.option("--table", "tables", multiple=True, help="A table of the protocol; repeatable. [all]")
 @click.option("--again", metavar="ROW/SEED", help="Measure one cell anew, and compare it bit for bit.")
 @click.option("--budget", type=click.IntRange(min=1), help="Seconds, after which the command ends by itself.")
+@click.option("--page", "only_page", is_flag=True, help="Write page and tables of what is there, train nothing.")
 @click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes at the same time."
 )
@@ -183,6 +185,7 @@ def main(
     tables: Sequence[str],
     again: str | None,
     budget: int | None,
+    only_page: bool,
     jobs: int,
     quick: bool,
     device: torch.device,
@@ -197,10 +200,14 @@ def main(
         results = Results((out or RESULTS / protocol.name).resolve())
         scratch = (work or WORK).resolve() / protocol.name
         workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
+        write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
+        if only_page:
+            write_page(console)
+            return
         with _stopping():
             try:
                 if again is None:
-                    _measure(protocol, results, workers, tables or None, console)
+                    _measure(protocol, results, workers, tables or None, console, write_page)
                 else:
                     _repeat(protocol, results, workers, again, console)
             except KeyboardInterrupt:
@@ -210,7 +217,12 @@ def main(
 
 
 def _measure(
-    protocol: Protocol, results: Results, workers: Workers, tables: Sequence[str] | None, console: Console
+    protocol: Protocol,
+    results: Results,
+    workers: Workers,
+    tables: Sequence[str] | None,
+    console: Console,
+    write_page: Callable[..., None],
 ) -> None:
     teachers = results.teachers(list(protocol.teachers))
     missing = [name for name in protocol.teachers if name not in teachers]
@@ -225,8 +237,13 @@ def _measure(
     for name in workers.finished(jobs):
         console.print(_line(results, name))
         left -= 1
+        try:
+            write_page()
+        except (OSError, ValueError) as error:  # the other cells are measured all the same
+            console.print(f"no page: {error}", markup=False)
     if left > len(workers.failed):
         console.print(f"{left - len(workers.failed)} are left; the same command goes on")
+    write_page(console)
 
 
 def _job(cell: Cell, results: Results) -> Job:

@@ -67,12 +67,14 @@ class ProtocolTable(_Part):
 class Protocol(_Part):
     """What every cell shares, and the tables.
 
-    threads: of torch on a CPU: sums depend on them. seeds: of the students. common: keys of every training, those
-    of teachers too. teachers: by section, their own keys. evaluation_seed: of the attacks.
+    images: remark on them. threads: of torch on a CPU: sums depend on them. seeds: of the students. common:
+    keys of every training, those of teachers too. teachers: by section, their own keys. evaluation_seed: of the
+    attacks.
     """
 
     name: str = ""
     title: str
+    images: str = ""
     threads: int = Field(ge=1)
     seeds: list[int] = Field(min_length=1)
     evaluation_seed: int = Field(default=0, ge=0)
@@ -92,8 +94,13 @@ class Protocol(_Part):
             for title, table in self.tables.items()
         }
         teachers = {section: config.merge(keys, QUICK) for section, keys in self.teachers.items()}
-        name, seeds = f"{self.name}-quick", self.seeds[:1]
-        return self.model_copy(update={"name": name, "seeds": seeds, "teachers": teachers, "tables": tables})
+        told = {
+            "name": f"{self.name}-quick",
+            "title": f"Tiny sizes, of which no figure means anything: {self.title}",
+        }
+        return self.model_copy(
+            update={**told, "images": "", "seeds": self.seeds[:1], "teachers": teachers, "tables": tables}
+        )
 
     def rows(self) -> dict[str, Tree]:
         """Keys of every row, by name."""
@@ -183,13 +190,18 @@ def chosen_keys(keys: RunConfig) -> Tree:
     return {name: value for name, value in keys.tree().items() if name not in _PLACE}
 
 
+def path_of(name: str) -> Path:
+    """File of a protocol: one in `PROTOCOLS`, or the path itself. Raises ValueError for an unknown name."""
+    known = {path.stem: path for path in sorted(PROTOCOLS.glob("*.yaml"))}
+    return Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
+
+
 def read(name: str, *, quick: bool = False) -> Protocol:
     """The protocol of that name in `PROTOCOLS`, or in a file. quick: in `Protocol.quick`'s sizes.
 
     Raises ValueError, one line, for what is no protocol, and for keys that a training refuses.
     """
-    known = {path.stem: path for path in sorted(PROTOCOLS.glob("*.yaml"))}
-    path = Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
+    path = path_of(name)
     try:
         content = yaml_text.read(regular_file(path).read_text(encoding="utf-8"))
     except OSError as error:

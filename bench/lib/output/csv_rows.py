@@ -335,6 +335,28 @@ class ResumedRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class AccuracyRow(MeasuredRow):
+    """One line of cells.csv; README.md describes the columns. seed: None of a teacher."""
+
+    protocol: str
+    row: str
+    seed: int | None
+    settings: str
+    method: str
+    model: str
+    epochs: int
+    attack: str
+    n: int
+    correct: int
+    accuracy: float
+    attack_seconds: float
+    epoch_seconds: float
+    seconds: float
+    peak_memory: int | None
+    weights: str
+
+
+@dataclass(frozen=True)
 class PredictedScalingRow:
     """One line of scaling-predicted.csv, of which nothing was measured; README.md describes the columns."""
 

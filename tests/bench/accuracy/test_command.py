@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from bench import accuracy
-from bench.lib.accuracy import cells
+from bench.lib.accuracy import cells, page
 from bench.lib.accuracy import protocol as protocols
 from engine.common import yaml_text
 from engine.config import merge
@@ -119,6 +119,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(accuracy, "PROGRAM", (sys.executable, "-c", PROGRAM))
     monkeypatch.setattr(accuracy, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(cells.Results, "teachers", teachers)
+    monkeypatch.setattr(page, "write", lambda *given: None)
     return Machine(tmp_path)
 
 
