@@ -626,7 +626,8 @@ def _picture(
             history = EpochHistory(next(iter(by_seed.values())).rows, protocol.config_of(row, next(iter(by_seed))))
             taken = of_epochs.marks(axes, history.marks)
             seeds = f"{len(by_seed)} seed{'s' if len(by_seed) > 1 else ''}"
-            axes.set_title(f"{figure.title}\n{history.subject}\n{row}, {seeds}", pad=8 + taken)
+            subject = history.subject if row == history.config.method else f"{row}: {history.subject}"
+            axes.set_title(f"{figure.title}\n{subject}\n{seeds}", pad=8 + taken)
         return png(drawn)
 
 
