@@ -75,7 +75,8 @@ def keep(made: tuple[Protocol, Results], row: str, seed: int | None, rows: Rows,
     cell = MeasuredCell(
         **{
             "protocol": "made", "row": row, "seed": seed, "settings": "0", "keys": protocol.chosen_keys(keys),
-            "teachers": {} if seed is None else {"teacher": "abc"}, "threads": 1, "facts": {}, "weights": "abc",
+            "teachers": {} if seed is None else {"teacher": "abc"}, "threads": 1, "data": "d",
+            "facts": {}, "weights": "abc",
             "epoch": 2, "epochs": EPOCHS, "epoch_seconds": 1.0, "seconds": 5.0, "peak_memory": None,
             "accuracies": {},
         }
