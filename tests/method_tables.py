@@ -99,7 +99,7 @@ def sources() -> Iterator[str]:
 
 def published(method: str) -> str:
     """Accuracies of the IAD paper's table that has the method first, or as stated elsewhere."""
-    for recipe in recipes.all_recipes():
+    for recipe in recipes.paper_rows():
         if recipe.config["method"] == method and recipe.config.get("dataset") == "cifar10":
             numbers = ", ".join(
                 f"{title} {recipe.paper[key]:.2f}" for key, title in MEASURES.items() if key in recipe.paper

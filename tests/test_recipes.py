@@ -1,21 +1,30 @@
-"""The recipes against the paper: its numbers, settings and loss weights are written out here a second time."""
+"""The recipes against the paper, whose numbers, settings and loss weights are written out here a second time; and
+those that aim beyond its rows, against their sources.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import engine
+from bench.lib.accuracy import protocol
 from engine import methods, models
 from engine.config import RunConfig, epochs_of, load, recipes, validated
+from engine.config import flat as flat_keys
 from engine.objectives import TERMS
 from engine.pipelines.datasets import DATASETS
+from engine.runs.assemble import teacher_sections
 
 MEASURES = {
     5: ("natural", "fgsm", "pgd20", "cw", "aa"),
@@ -286,6 +295,18 @@ WITHOUT_NOTE = {
 }
 
 
+# Of the recipes beyond the rows: method, epochs, and the accuracies under AutoAttack that they are to pass.
+MODERN = {
+    "modern-rn18-at": ("at", 100, [46.70, 50.49]),
+    "modern-rn18-iad1": ("iad1", 100, [48.66, 50.49, 52.48]),
+    "modern-rn18-iad1-fast": ("iad1", 30, [48.66]),
+    "modern-rn18-iad2": ("iad2", 100, [48.58, 50.49, 52.48]),
+    "modern-rn18-rslad": ("rslad", 100, [50.49, 52.48]),
+}
+# Natural, PGD-20 and AA of the three seeds in the logs of the FastAT benchmark.
+FASTAT = ((82.45, 54.39, 50.56), (82.62, 54.39, 50.59), (82.00, 54.05, 50.32))
+
+
 def resolved(name: str, **overrides: object) -> RunConfig:
     return load(recipes.get(name).config, overrides)
 
@@ -302,18 +323,20 @@ def flat(pairs: Iterable[tuple[float, float]]) -> list[float]:
 
 
 def test_every_row_has_one_recipe_in_the_order_of_the_tables() -> None:
-    assert sorted(recipes.names()) == sorted(NAMES)
-    assert Counter(recipe.table for recipe in recipes.all_recipes()) == ROWS_PER_TABLE
-    tables = [recipe.table for recipe in recipes.all_recipes()]
+    assert sorted(recipes.names()) == sorted([*NAMES, *MODERN])
+    rows = recipes.paper_rows()
+    assert [row.name for row in rows] == recipes.names()[: len(NAMES)]
+    assert Counter(row.table for row in rows) == ROWS_PER_TABLE
+    tables = [row.table for row in rows]
     assert tables == sorted(tables)
-    assert len({(recipe.table, recipe.row) for recipe in recipes.all_recipes()}) == sum(ROWS_PER_TABLE.values())
+    assert len({(row.table, row.row) for row in rows}) == sum(ROWS_PER_TABLE.values())
     betas = [name for name in recipes.names() if name.startswith("table5-iad1")]
     assert betas == [f"table5-iad1-beta{beta}" for beta in ("0.01", "0.05", "0.1", "0.5", "1")]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_the_papers(name: str) -> None:
-    recipe = recipes.get(name)
+    recipe = recipes.paper_row(name)
     assert recipe.name == name
     assert name.startswith(f"table{recipe.table}-")
     printed = zip(MEASURES[len(NUMBERS[name])], NUMBERS[name], strict=True)
@@ -391,7 +414,7 @@ def test_config_says_what_the_row_decides_and_no_more(name: str) -> None:
 
 
 def test_a_note_says_where_the_paper_leaves_something_open() -> None:
-    assert {recipe.name for recipe in recipes.all_recipes() if not recipe.note} == WITHOUT_NOTE
+    assert {row.name for row in recipes.paper_rows() if not row.note} == WITHOUT_NOTE
 
 
 def test_models_and_data_sets_exist() -> None:
@@ -402,7 +425,7 @@ def test_models_and_data_sets_exist() -> None:
 
 def test_folder_holds_recipes_only() -> None:
     files = {file.name for file in resources.files("engine.config.recipes").iterdir()} - {"__pycache__"}
-    assert files == {"__init__.py"} | {f"{name}.yaml" for name in NAMES}
+    assert files == {"__init__.py"} | {f"{name}.yaml" for name in (*NAMES, *MODERN)}
 
 
 @pytest.mark.parametrize(
@@ -411,9 +434,133 @@ def test_folder_holds_recipes_only() -> None:
 def test_schema_is_closed(key: str, value: object) -> None:
     file = resources.files("engine.config.recipes") / "table7-akd2.yaml"
     tree = {"name": "table7-akd2", **yaml.safe_load(file.read_text(encoding="utf-8"))}
-    assert validated(recipes.Recipe, tree) == recipes.get("table7-akd2")
+    assert validated(recipes.PaperRow, tree) == recipes.get("table7-akd2")
     with pytest.raises(ValueError, match=f"^{key}"):
-        validated(recipes.Recipe, tree | {key: value})
+        validated(recipes.PaperRow, tree | {key: value})
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_modern_recipes_are_what_their_page_says(name: str) -> None:
+    recipe, (method, epochs, aims) = recipes.modern_recipe(name), MODERN[name]
+    config = load(recipe.run_keys())
+    assert (config.method, config.dataset, config.model, config.epochs) == (method, "cifar10", "resnet18", epochs)
+    assert (config.extra_data, config.validation, config.batch_size) == (None, 0.02, 128)
+    attack = config.attack
+    assert (attack.threat_model, attack.num_steps) == ("Linf", 10)
+    assert (attack.epsilon, attack.step_size) == pytest.approx((8 / 255, 2 / 255), rel=1e-12)
+    assert (config.optim.schedule, config.optim.weight_decay, config.averaging.kind) == ("one-cycle", 5e-4, "ema")
+    assert config.awp.gamma == (0 if name.endswith("-fast") else 0.005)
+    assert [mark.accuracies["aa"] for mark in recipe.marks.values()] == aims == sorted(aims)
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_recipe_names_a_teacher_where_its_method_reads_one(name: str) -> None:
+    recipe = recipes.modern_recipe(name)
+    config = load(recipe.config)
+    if "teacher" in teacher_sections(config):
+        assert recipe.teacher is not None
+        teacher = load(recipes.modern_recipe(recipe.teacher).config)
+        assert (teacher.method, teacher.dataset) == (config.teacher.method, config.dataset)
+    else:
+        assert recipe.teacher is None
+
+
+def test_what_is_measured_of_the_labels_depends_on_a_term_that_reads_them() -> None:
+    """Smoothed labels change nothing where no cross-entropy has a weight."""
+    for recipe in recipes.modern_recipes():
+        config = load(recipe.config)
+        weights = methods.get(config.method, semantics=config.semantics, loss=config.loss).weights
+        reads_labels = any(name.startswith("ce_") and any(weight[:2]) for name, weight in weights.items())
+        assert reads_labels is ("loss.label_smoothing" in recipe.components), recipe.name
+
+
+def test_every_component_has_a_row_that_measures_it() -> None:
+    """A key that is not the method's own has a row of the protocol `cpu` that differs from its baseline in it."""
+    cpu = protocol.read("cpu")
+    table = cpu.tables["components"]
+    baseline = flat_keys(cpu.config_of(table.baseline, 0).tree())
+    differing = {
+        key
+        for row in table.rows
+        for key, value in flat_keys(cpu.config_of(row, 0).tree()).items()
+        if value != baseline[key]
+    }
+    of_the_method = {"method", "dataset", "model", "epochs", "validation", "lr", "teacher.method"}
+    of_the_method |= {"loss.warmup", "loss.beta"}
+    for recipe in recipes.modern_recipes():
+        assert set(flat_keys(recipe.config)) - of_the_method <= differing, recipe.name
+        assert recipe.components, recipe.name
+        assert set(recipe.components) <= differing, recipe.name
+
+
+def test_published_marks_are_those_of_their_sources() -> None:
+    fastat = recipes.published("fastat-pgd-at-wa").accuracies
+    assert fastat == {
+        measure: round(sum(seed[column] for seed in FASTAT) / 3, 2)
+        for column, measure in enumerate(("natural", "pgd20", "aa"))
+    }
+    assert recipes.published("table2-cifar10-at-iad1").accuracies["aa"] == float(
+        NUMBERS["table2-cifar10-at-iad1"][-1]
+    )
+    used = {name for recipe in recipes.modern_recipes() for name in recipe.aims}
+    assert set(recipes.MARKS) <= used
+    with pytest.raises(ValueError, match=r"^recipe: 'modern-rn18-at' is no row of the paper's tables"):
+        recipes.published("modern-rn18-at")  # an aim is no result
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("paper", {"aa": 53.0}),
+        ("table", 2),
+        ("result", {"aa": 53.0}),
+        ("aims", ["fastat"]),
+        ("aims", ["modern-rn18-at"]),
+        ("aims", []),
+        ("summary", ""),
+        ("teacher", "table2-cifar10-at"),
+    ],
+)
+def test_schema_of_modern_recipes_is_closed(key: str, value: object) -> None:
+    tree = recipes.modern_recipe("modern-rn18-iad1").model_dump()
+    assert validated(recipes.ModernRecipe, tree) == recipes.get("modern-rn18-iad1")
+    with pytest.raises(ValueError, match=f"^{key}"):
+        validated(recipes.ModernRecipe, tree | {key: value})
+
+
+def test_a_row_is_no_aim_and_an_aim_no_row() -> None:
+    with pytest.raises(ValueError, match=r"^recipe: 'modern-rn18-iad1' is no row of the paper's tables"):
+        recipes.paper_row("modern-rn18-iad1")
+    with pytest.raises(ValueError, match=r"^recipe: 'table7-akd2' is a row of the paper's tables"):
+        recipes.modern_recipe("table7-akd2")
+
+
+def test_modern_recipes_train(tmp_path: Path) -> None:
+    """All of them at toy size, after their teachers: they begin and end, and what they add is at work."""
+    small = {
+        "dataset": "digits", "model": "resnet8", "epochs": 2, "limit_train": 60, "limit_test": 20,
+        "batch_size": 16, "validation": 0.2, "attack": {"num_steps": 1}, "averaging": {"decay": 0.9},
+        "eval": {"attack": "fgsm", "final": [], "probe_size": 10},
+        "device": "cpu", "compile": "off", "winograd": "off",
+    }  # fmt: skip
+    standard = small | {"method": "st", "averaging": {}, "out": str(tmp_path / "st")}
+    made = {None: None, "st": str(engine.train(load(standard)).path)}
+    for recipe in sorted(recipes.modern_recipes(), key=lambda recipe: recipe.teacher is not None):
+        teachers = {"teacher": {"checkpoint": made[recipe.teacher]}, "teacher_st": {"checkpoint": made["st"]}}
+        config = load(recipe.run_keys(), small, teachers, {"out": str(tmp_path / recipe.name)})
+        made[recipe.name] = str(engine.train(config).path)
+        rows = [json.loads(line) for line in (tmp_path / recipe.name / "metrics.jsonl").read_text().splitlines()]
+        epochs = [row for row in rows if row["event"] == "epoch"]
+        warmup = ["ard"] * epochs_of(config.loss.warmup, 2)  # one epoch of IAD-I, less than half of one of IAD-II
+        assert [row["phase"] for row in epochs] == [*warmup, config.method, config.method][:2], recipe.name
+        last = torch.load(tmp_path / recipe.name / "last.pt", weights_only=True)
+        assert all(value.isfinite().all() for value in last["student"].values())
+        moved = [
+            name
+            for name, value in last["student"].items()
+            if not torch.equal(value, last["averaged"][f"module.{name}"])
+        ]
+        assert moved, recipe.name
 
 
 def test_unknown_name_is_answered_with_its_neighbours() -> None:

@@ -17,6 +17,8 @@ from engine.common.files import seeds_in
 if TYPE_CHECKING:
     from engine.config import RunConfig, Tree
 
+_RECIPE = "recipe:"  # begin of a --config that is no file
+
 
 class _Train(GroupedCommand):
     """Adds the options of keys when they are needed: `engine --help` does not wait for the configuration."""
@@ -123,8 +125,7 @@ def train(
     )
     if directory is None:
         config = load(_read_config(config_file), changes)
-        if config_file is None:
-            _name_recipe(config)
+        _tell_of_recipe(config_file, config)
     else:
         config = _continued(directory, changes)
     again = resume == "auto" or distributed.is_restarted()
@@ -242,36 +243,61 @@ def _check_seeds(given: Mapping[str, Any], assignments: Sequence[str], *, begins
         raise ValueError("--set seed and --seeds exclude each other")
 
 
-def _name_recipe(config: RunConfig) -> None:
-    """Tell of the row of the paper's Tables 2-4 that a run resembles: its settings may not be the defaults."""
+def _tell_of_recipe(config_file: str | None, config: RunConfig) -> None:
+    """Tell of the row of the paper that a run without a file resembles, or of the teacher that a recipe wants."""
     from engine.common.console import ConsoleReporter
-    from engine.config import load, recipes
     from engine.system.distributed import is_launched
 
-    if config.limit_train is not None or is_launched():
+    if is_launched():
         return
-    for recipe in recipes.all_recipes():
+    if config_file is None:
+        told = _row_alike(config)
+    elif config_file.startswith(_RECIPE):
+        told = _wanted_teacher(config_file, config)
+    else:
+        told = ""
+    if told:
+        ConsoleReporter().message(told)
+
+
+def _row_alike(config: RunConfig) -> str:
+    """The row of the paper's Tables 2-4 that a run resembles: its settings may not be the defaults."""
+    from engine.config import load, recipes
+
+    if config.limit_train is not None:
+        return ""
+    for recipe in recipes.paper_rows():
         if recipe.table in (2, 3, 4):
             row = load(recipe.config)
             if all(getattr(row, key) == getattr(config, key) for key in ("method", "dataset", "model")) and (
                 row.teacher.method == config.teacher.method
             ):
-                ConsoleReporter().message(f"The paper's own settings of this row: --config recipe:{recipe.name}")
-                return
+                return f"The paper's own settings of this row: --config {_RECIPE}{recipe.name}"
+    return ""
+
+
+def _wanted_teacher(name: str, config: RunConfig) -> str:
+    """The recipe of the teacher, where a run of a recipe that wants one is given none."""
+    from engine.config import KEYS, recipes
+
+    recipe = recipes.get(name.removeprefix(_RECIPE))
+    if not isinstance(recipe, recipes.ModernRecipe) or recipe.teacher is None or config.teacher.checkpoint:
+        return ""
+    components = recipes.modern_recipe(recipe.teacher).components
+    lacking = [component.title for key, component in components.items() if not KEYS[key].teacher]
+    return (
+        f"The teacher of this recipe is a run of --config {_RECIPE}{recipe.teacher}: --teacher DIR. None is "
+        f"given: one is trained on the way, without {', '.join(lacking)}."
+    )
 
 
 def _read_config(name: str | None) -> Tree:
-    from engine.config import merge, read_file
+    from engine.config import read_file
 
     if name is None:
         return {}
-    if name.startswith("recipe:"):
+    if name.startswith(_RECIPE):
         from engine.config import recipes
 
-        recipe = recipes.get(name.removeprefix("recipe:"))
-        # Measure what the row prints; AutoAttack takes hours and is left to `engine eval`.
-        return merge(
-            {"eval": {"final": [attack for attack in recipe.paper if attack != "aa"]}},
-            recipe.config,
-        )
+        return recipes.get(name.removeprefix(_RECIPE)).run_keys()
     return read_file(Path(name))

@@ -240,7 +240,7 @@ def _check(protocol: Protocol) -> None:
                 raise ValueError(f"{here}.attacks.{attack}: at least 1 image is expected, got {images}")
         for row, recipe in table.recipes.items():
             look_up(f"{here}.recipes", row, table.rows)
-            recipes.get(recipe)
+            recipes.paper_row(recipe)
         if table.recipes and table.baseline not in table.recipes:
             raise ValueError(f"{here}.recipes: the baseline {table.baseline!r} needs one too")
     if len(set(protocol.seeds)) < len(protocol.seeds):

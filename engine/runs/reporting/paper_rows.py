@@ -21,12 +21,12 @@ _MIB = 2**20
 
 
 @cache
-def _rows() -> tuple[tuple[recipes.Recipe, RunConfig], ...]:
-    return tuple((recipe, load(recipe.config)) for recipe in recipes.all_recipes())
+def _rows() -> tuple[tuple[recipes.PaperRow, RunConfig], ...]:
+    return tuple((row, load(row.config)) for row in recipes.paper_rows())
 
 
 def beside_paper(lines: Sequence[ComparedLine]) -> PageSection | None:
-    """Accuracies of runs of a recipe beside the paper's; None where no run is of one."""
+    """Accuracies of runs of the paper's rows beside the paper's; None where no run is of one."""
     found = [(line, of_line) for line in lines if line.first and (of_line := recipe_of(line.first))]
     if not found:
         return None
@@ -46,8 +46,11 @@ def beside_paper(lines: Sequence[ComparedLine]) -> PageSection | None:
     return section
 
 
-def recipe_of(run: RunFiles) -> tuple[recipes.Recipe, dict[str, tuple[Any, Any]]] | None:
-    """The recipe that a run was begun from, with both values of each key that differs; else one that is equal."""
+def recipe_of(run: RunFiles) -> tuple[recipes.PaperRow, dict[str, tuple[Any, Any]]] | None:
+    """The paper's row that a run was begun from, with both values of keys that differ; else one that is equal.
+
+    Recipes that aim beyond the rows have no accuracies of the paper, and are none of these.
+    """
     command = run.sessions[0].get("command") if run.sessions else None
     words = command if isinstance(command, list) else []
     named = {match[1] for word in words if (match := _NAMED.fullmatch(str(word)))}
@@ -79,7 +82,7 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _accuracies(line: ComparedLine, recipe: recipes.Recipe) -> list[list[Cell]]:
+def _accuracies(line: ComparedLine, recipe: recipes.PaperRow) -> list[list[Cell]]:
     rows: list[list[Cell]] = []
     for attack, percent in recipe.paper.items():
         measure = _measured_on_most(line, attack)
