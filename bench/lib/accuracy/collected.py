@@ -33,7 +33,7 @@ class RowCost:
 
 @dataclass(frozen=True)
 class Collected:
-    """What is measured of a protocol. cells: by row and seed. teachers: by section. wanted: number of cells."""
+    """Measured cells of a protocol. cells: by row and seed. teachers: by section. wanted: number of cells."""
 
     protocol: Protocol
     cells: Mapping[tuple[str, int], MeasuredCell]
