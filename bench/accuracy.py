@@ -25,8 +25,8 @@ from rich.console import Console
 from bench.lib import command
 from bench.lib.accuracy import cells, page
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import NO_SEED, SIZES, STOPPED, Results
-from bench.lib.accuracy.protocol import Cell, Protocol
+from bench.lib.accuracy.cells import NO_SEED, SIZES, STOPPED, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
 from engine.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,13 @@ class Workers:
     """
 
     def __init__(
-        self, common: tuple[str, ...], results: Results, work: Path, device: str, jobs: int, deadline: float | None
+        self,
+        common: tuple[str, ...],
+        results: ResultFolder,
+        work: Path,
+        device: str,
+        jobs: int,
+        deadline: float | None,
     ) -> None:
         self.common, self.results, self.device = common, results, device
         self.work, self.jobs, self.deadline = work, jobs, deadline
@@ -78,7 +84,7 @@ class Workers:
         self.failed: list[str] = []
         self.longest = 0.0
 
-    def elsewhere(self, results: Results) -> Workers:
+    def elsewhere(self, results: ResultFolder) -> Workers:
         """The same, that write into another folder of results, and work beside it."""
         return Workers(self.common, results, results.folder.parent / "work", self.device, self.jobs, self.deadline)
 
@@ -197,7 +203,7 @@ def main(
     console = command.new_console()
     with command.refused():
         protocol = protocols.read(name, quick=quick)
-        results = Results((out or RESULTS / protocol.name).resolve())
+        results = ResultFolder((out or RESULTS / protocol.name).resolve())
         scratch = (work or WORK).resolve() / protocol.name
         workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
         write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
@@ -217,8 +223,8 @@ def main(
 
 
 def _measure(
-    protocol: Protocol,
-    results: Results,
+    protocol: AccuracyProtocol,
+    results: ResultFolder,
     workers: Workers,
     tables: Sequence[str] | None,
     console: Console,
@@ -246,19 +252,21 @@ def _measure(
     write_page(console)
 
 
-def _job(cell: Cell, results: Results) -> Job:
+def _job(cell: Cell, results: ResultFolder) -> Job:
     return Job(cell.name, cell.row, str(cell.seed), tuple(map(results.teacher, cell.teachers)))
 
 
-def _line(results: Results, name: str) -> str:
-    """What a cell or a teacher reached."""
+def _line(results: ResultFolder, name: str) -> str:
+    """A line on the accuracies of a cell or a teacher."""
     measured = results.read(name)
     assert measured is not None
     accuracies = ", ".join(f"{name} {found.share:.2%}" for name, found in measured.accuracies.items())
     return f"{name}: {accuracies}; {measured.epoch_seconds:.0f} s an epoch"
 
 
-def _repeat(protocol: Protocol, results: Results, workers: Workers, which: str, console: Console) -> None:
+def _repeat(
+    protocol: AccuracyProtocol, results: ResultFolder, workers: Workers, which: str, console: Console
+) -> None:
     """Measure a cell in another place, and write what differs. Raises ValueError for a cell that is not there."""
     row, slash, seed = which.partition("/")
     if not slash or not seed.isdecimal():
@@ -268,7 +276,7 @@ def _repeat(protocol: Protocol, results: Results, workers: Workers, which: str, 
     if before is None:
         raise ValueError(f"--again: {results.cell(cell.name)} is not there yet")
     number = next(n for n in itertools.count(1) if not results.again(cell.name, n).exists())
-    anew = Results(workers.work / f"again-{number}" / "results")
+    anew = ResultFolder(workers.work / f"again-{number}" / "results")
     for section in cell.teachers:
         copy = anew.teacher(section)
         copy.parent.mkdir(parents=True, exist_ok=True)

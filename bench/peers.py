@@ -19,7 +19,7 @@ from bench.lib.output import chart, csv_rows
 from bench.lib.output.csv_rows import PeerRow, cell
 from bench.lib.steps import published
 from bench.lib.steps.peer_process import PUBLISHED, Peer
-from bench.lib.steps.turns import Round, Stepper
+from bench.lib.steps.turns import PeerProcess, PeerRound
 from bench.lib.steps.variants import RANDOM, VARIANTS, images_of
 from bench.lib.timing import rotated
 from bench.step import STEP_TESTS, STEPS_PER_ROUND, WARM_UP
@@ -28,9 +28,9 @@ from engine.runs import assemble
 from engine.training import plan
 
 CANDIDATES = (PUBLISHED, *VARIANTS)
-USUAL = ("plain", "textbook", "expert-fp32", "expert", "engine", "engine-amp")
-USUAL_ON_CUDA = ("plain", "textbook", "expert-fp32", "expert", "expert-graph", "engine", "engine-amp")
-DATASETS = ("cifar10", RANDOM)
+WITHOUT_CUDA = ("plain", "textbook", "expert-fp32", "expert", "engine", "engine-amp")
+WITH_CUDA = ("plain", "textbook", "expert-fp32", "expert", "expert-graph", "engine", "engine-amp")
+IMAGES = ("cifar10", RANDOM)
 QUICK_BATCH, QUICK_ROUNDS = 4, 2
 NOT_COMPILED = ("plain", "textbook", "engine", "engine-amp")
 """The candidates of --quick."""
@@ -43,9 +43,7 @@ NOT_COMPILED = ("plain", "textbook", "engine", "engine-amp")
 @click.option("--candidate", "names_of", type=click.Choice(CANDIDATES), multiple=True, help="Repeatable.")
 @command.model_option()
 @command.batch_size_option()
-@click.option(
-    "--dataset", default="cifar10", show_default=True, type=click.Choice(DATASETS), help="Of the images."
-)
+@click.option("--dataset", default="cifar10", show_default=True, type=click.Choice(IMAGES), help="Of the images.")
 @command.device_option()
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Of each that count.")
 @click.option("--quick", is_flag=True, help="Tiny, to see that everything works; its figures mean nothing.")
@@ -68,7 +66,7 @@ def main(
     with command.refused():
         images_of(dataset, batch_size)  # found, or refused
         candidates = chosen(names_of, iad, device, quick=quick)
-        origin = None if iad is None else Origin.of(iad.resolve(), names, model)
+        origin = None if iad is None else PublishedSource.of(iad.resolve(), names, model)
     if not gate.tests_pass([STEP_TESTS], ["textbook"], "cpu"):
         raise click.ClickException("the engine's step is not the textbook's, so nothing is timed")
     failures: list[str] = []
@@ -102,7 +100,7 @@ NO_SCRIPT = "no script of it runs as it was published"
 
 
 @dataclass(frozen=True)
-class Origin:
+class PublishedSource:
     """A checkout of the published scripts. network: the model's name there. source: commit or digest."""
 
     folder: Path
@@ -110,7 +108,7 @@ class Origin:
     source: str
 
     @classmethod
-    def of(cls, folder: Path, methods: Sequence[str], model: str) -> Origin:
+    def of(cls, folder: Path, methods: Sequence[str], model: str) -> PublishedSource:
         """Raises ValueError for what is not the published code, or has no such network."""
         published.check(folder, [name for name in methods if name in published.SCRIPTS])
         if model not in published.NETWORKS:
@@ -122,12 +120,12 @@ def chosen(wanted: Sequence[str], iad: Path | None, device: torch.device, *, qui
     """The candidates, that as published first. Raises ValueError where it is wanted and there is no checkout."""
     if PUBLISHED in wanted and iad is None:
         raise ValueError(f"--candidate {PUBLISHED} needs --iad PATH, a checkout of the published scripts")
-    usual = NOT_COMPILED if quick else USUAL_ON_CUDA if device.type == "cuda" else USUAL
+    usual = NOT_COMPILED if quick else WITH_CUDA if device.type == "cuda" else WITHOUT_CUDA
     given = wanted or ((PUBLISHED, *usual) if iad else usual)
     return tuple(name for name in CANDIDATES if name in given)
 
 
-def _peer(peer: Peer, candidate: str, origin: Origin | None) -> Peer | None:
+def _peer(peer: Peer, candidate: str, origin: PublishedSource | None) -> Peer | None:
     """The step of a candidate, None where there is none."""
     if candidate != PUBLISHED:
         return replace(peer, candidate=candidate)
@@ -142,10 +140,10 @@ def measure(
     """Rows of one method: a process for each candidate, which take turns. failures: takes those that fail."""
     device = torch.device(peers[0].device)
     count = STEPS_PER_ROUND[device.type]
-    taken: dict[str, list[Round]] = {}
+    taken: dict[str, list[PeerRound]] = {}
     passes: dict[str, tuple[float, float] | None] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
-        steppers: dict[str, Stepper] = {}
+        steppers: dict[str, PeerProcess] = {}
         for peer in peers:
             try:
                 stepper = running.enter_context(peer.start(Path(folder)))
@@ -178,7 +176,7 @@ def measure(
     ]
 
 
-def passes_of(peer: Peer, stepper: Stepper, first: Round) -> tuple[float, float] | None:
+def passes_of(peer: Peer, stepper: PeerProcess, first: PeerRound) -> tuple[float, float] | None:
     """Forward passes of networks in a step, and those with a backward pass; None where nothing tells them.
 
     As published they are counted, in the engine the plan tells them.

@@ -22,7 +22,7 @@ from bench.lib.output.csv_rows import MeasuredRow, PeerRow
 from bench.lib.steps import published, textbook, variants
 from bench.lib.steps.peer_process import PUBLISHED, Peer
 from bench.lib.steps.plain import PlainStep
-from bench.lib.steps.turns import Round, Stepper
+from bench.lib.steps.turns import PeerProcess, PeerRound
 from engine import models
 from tests.bench.readme import documented
 
@@ -187,8 +187,8 @@ def test_as_published_needs_a_checkout_and_a_network_of_it(iad: Path) -> None:
     with pytest.raises(ValueError, match="--candidate published needs --iad PATH"):
         peers.chosen(["published"], None, CPU, quick=False)
     with pytest.raises(ValueError, match="--model resnet8: the published code has resnet18, "):
-        peers.Origin.of(iad, ["ard"], "resnet8")
-    origin = peers.Origin.of(iad, ["at", "ard"], "resnet18")  # there is no script of at
+        peers.PublishedSource.of(iad, ["ard"], "resnet8")
+    origin = peers.PublishedSource.of(iad, ["at", "ard"], "resnet18")  # there is no script of at
     peer = Peer("", "ard", "resnet18", 4, "random", "cpu")
     assert peers._peer(peer, PUBLISHED, None) is None
     assert peers._peer(dataclasses.replace(peer, method="at"), PUBLISHED, origin) is None
@@ -199,7 +199,7 @@ def test_as_published_needs_a_checkout_and_a_network_of_it(iad: Path) -> None:
 
 def test_another_network_is_refused() -> None:
     peer = Peer(PUBLISHED, "ard", "resnet8", 4, "random", "cpu", "x", "ResNet18")
-    first = Round(1.0, 1.0, {"counted": {"forwards": 13.0, "backwards": 12.0}})
+    first = PeerRound(1.0, 1.0, {"counted": {"forwards": 13.0, "backwards": 12.0}})
     same: Any = types.SimpleNamespace(first=published.size_of(models.build("resnet8", 10)))
     assert peers.passes_of(peer, same, first) == (13.0, 12.0)
     other: Any = types.SimpleNamespace(first=published.size_of(models.build("resnet8", 100)))
@@ -223,7 +223,7 @@ def test_the_passes_that_are_planned(method: str, semantics: str, expected: tupl
 
 def test_a_process_that_ends_is_told_of_by_its_last_line(tmp_path: Path) -> None:
     with pytest.raises(ChildProcessError, match=r"exit code 2: .*error: unrecognized|exit code \d+: .*"):
-        Stepper("calendar", {"no": "year"}, tmp_path)
+        PeerProcess("calendar", {"no": "year"}, tmp_path)
 
 
 def test_the_process_of_a_script_sees_one_gpu_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,11 +340,11 @@ def test_a_candidate_that_fails_is_named_and_the_others_are_timed(monkeypatch: p
         def __exit__(self, *error: object) -> None:
             pass
 
-        def steps(self, count: int) -> Round:
+        def steps(self, count: int) -> PeerRound:
             if self.name == "plain" and not self.left:
                 raise ChildProcessError("it fell over")
             self.left -= 1
-            return Round(1.0, 5.0, {})
+            return PeerRound(1.0, 5.0, {})
 
     def start(peer: Peer, folder: Path) -> Steps:
         if peer.candidate == "expert":

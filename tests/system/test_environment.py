@@ -1,4 +1,4 @@
-"""What a run records of the source tree that it runs from."""
+"""The commit that a run records of the source tree that it runs from."""
 
 from __future__ import annotations
 

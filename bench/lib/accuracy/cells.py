@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.lib import machine
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.protocol import Cell, Protocol
+from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
 from engine import config
 from engine.common.console import ConsoleReporter
 from engine.common.files import regular_file, replacing, write_json
@@ -40,7 +40,7 @@ SIZES = {False: "full", True: "quick"}
 STOPPED = 130
 
 
-class Accuracy(BaseModel):
+class AttackAccuracy(BaseModel):
     """Images classified correctly under an attack.
 
     verdicts: a bit for each image, 1 where it is classified correctly, packed and in base64. images: digest of
@@ -91,10 +91,10 @@ class MeasuredCell(BaseModel):
     epoch_seconds: float = Field(ge=0, allow_inf_nan=False)
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_memory: int | None
-    accuracies: dict[str, Accuracy]
+    accuracies: dict[str, AttackAccuracy]
 
 
-class Results:
+class ResultFolder:
     """Folder of a protocol's results."""
 
     def __init__(self, folder: Path) -> None:
@@ -113,7 +113,7 @@ class Results:
         return self.folder / "teachers" / f"{section}.safetensors"
 
     def again(self, name: str, number: int) -> Path:
-        """What the cell gave when it was measured once more."""
+        """File on a cell that was measured once more."""
         return self.folder / "again" / f"{name}-{number}.json"
 
     def read(self, name: str) -> MeasuredCell | None:
@@ -194,7 +194,9 @@ def _numbers(log: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
-def measure(protocol: Protocol, cell: Cell, results: Results, work: Path, device: torch.device) -> MeasuredCell:
+def measure(
+    protocol: AccuracyProtocol, cell: Cell, results: ResultFolder, work: Path, device: torch.device
+) -> MeasuredCell:
     """Train a cell, or go on with it, attack it, and write its files. work: folder for what is not kept."""
     teachers = {section: {"checkpoint": str(results.teacher(section))} for section in cell.teachers}
     wanted = protocol.config_of(cell.row, cell.seed).tree() | {"device": str(device)}
@@ -209,7 +211,7 @@ def measure(protocol: Protocol, cell: Cell, results: Results, work: Path, device
 
 
 def measure_teacher(
-    protocol: Protocol, section: str, results: Results, work: Path, device: torch.device
+    protocol: AccuracyProtocol, section: str, results: ResultFolder, work: Path, device: torch.device
 ) -> MeasuredCell:
     """Train a teacher of the protocol, attack it as the first table's rows, and keep its weights."""
     wanted = protocol.teacher_config(section)
@@ -231,7 +233,7 @@ def measure_teacher(
 
 
 def _trained(
-    wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: int, results: Results, **told: Any
+    wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: int, results: ResultFolder, **told: Any
 ) -> MeasuredCell:
     """Figures of the best epoch's student. Raises ValueError where other cells have other images."""
     console = ConsoleReporter()
@@ -259,7 +261,7 @@ def _trained(
     )
 
 
-def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: config.RunConfig) -> Accuracy:
+def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: config.RunConfig) -> AttackAccuracy:
     """Accuracy under an attack; goes on where it was stopped."""
     chosen = EvaluationConfig(
         [attack], limit=images, limit_aa=images, data=wanted.data, seed=seed, device=wanted.device
@@ -269,7 +271,7 @@ def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: con
     verdicts = np.array([digit == "1" for digit in found["images"]["correct"]], np.bool_)
     if len(verdicts) != images:
         raise ValueError(f"attacks.{attack}: {images} test images are wanted, and there are {len(verdicts)}")
-    return Accuracy(
+    return AttackAccuracy(
         n=found["n"],
         correct=found["correct"],
         seconds=found["seconds"],
@@ -278,7 +280,7 @@ def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: con
     )
 
 
-def _write(results: Results, name: str, measured: MeasuredCell, run: RunDir) -> None:
+def _write(results: ResultFolder, name: str, measured: MeasuredCell, run: RunDir) -> None:
     """Write the log, then the cell, which says that all is there."""
     for path in (results.log(name), results.cell(name)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +292,7 @@ def _write(results: Results, name: str, measured: MeasuredCell, run: RunDir) -> 
 def main(arguments: Sequence[str]) -> int:
     """Measure a cell, or a teacher."""
     name, size, folder, work, device_name, row, seed = arguments
-    protocol, results = protocols.read(name, quick=size == SIZES[True]), Results(Path(folder))
+    protocol, results = protocols.read(name, quick=size == SIZES[True]), ResultFolder(Path(folder))
     device = machine.device(device_name)
     if device.type == "cpu":
         torch.set_num_threads(protocol.threads)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import MeasuredCell, Results
-from bench.lib.accuracy.protocol import Protocol, ProtocolTable
+from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol, ProtocolTable
 from bench.lib.accuracy.statistics import ComparedTable, compare_rows
 from bench.lib.machine import Facts
 
@@ -35,7 +35,8 @@ class RowCost:
 class Collected:
     """Measured cells of a protocol. cells: by row and seed. teachers: by section. wanted: number of cells."""
 
-    protocol: Protocol
+    protocol: AccuracyProtocol
+    results: ResultFolder
     cells: Mapping[tuple[str, int], MeasuredCell]
     teachers: Mapping[str, MeasuredCell]
     wanted: int
@@ -71,7 +72,7 @@ def hardware(cell: MeasuredCell) -> Hardware:
     return facts["device"], facts["processor"], facts["cores"], facts["threads"]
 
 
-def collect(protocol: Protocol, results: Results) -> Collected:
+def collect(protocol: AccuracyProtocol, results: ResultFolder) -> Collected:
     """Read all cells that are measured; those whose teachers are not are none of this protocol's.
 
     Raises ValueError for a damaged file, for one without all `Facts`, and for one of other settings.
@@ -87,7 +88,7 @@ def collect(protocol: Protocol, results: Results) -> Collected:
     for measured_cell in (*teachers.values(), *found.values()):
         if absent := Facts.__required_keys__ - measured_cell.facts.keys():
             raise ValueError(f"facts of {measured_cell.row!r}, seed {measured_cell.seed}: no {min(absent)!r}")
-    return Collected(protocol, found, teachers, len(wanted))
+    return Collected(protocol, results, found, teachers, len(wanted))
 
 
 def _cost(row: str, baseline: str, cells: Mapping[tuple[str, int], MeasuredCell]) -> RowCost:

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
 
-from bench.lib.accuracy.cells import MeasuredCell, Results
-from bench.lib.accuracy.protocol import Protocol, chosen_keys, digest
-from engine.common.files import regular_file, write_atomically
-from engine.common.pictures import LIGHT, Palette, new_figure, png, style
+from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol, chosen_keys, digest
+from bench.lib.accuracy.statistics import AGREES, DISAGREES, NOT_MEASURED, NOT_RESOLVED
+from engine.common.files import regular_file
+from engine.common.pictures import new_figure
 from engine.config import RunConfig
 from engine.evaluation.statistics.intervals import CONFIDENCE
 from engine.evaluation.statistics.paired import Interval
@@ -40,6 +41,7 @@ from engine.runs.run_directory import first_fault
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FEWEST_SEEDS = 2
 SMALL_CHANGE = 0.01
@@ -259,7 +261,7 @@ def _epochs(path: Path, shape: type[_Epoch], epochs: int) -> tuple[Mapping[str, 
 
 
 def _training(
-    results: Results, name: str, measured: MeasuredCell, wanted: RunConfig, shape: type[_Epoch]
+    results: ResultFolder, name: str, measured: MeasuredCell, wanted: RunConfig, shape: type[_Epoch]
 ) -> Training:
     """Log of a measured cell or teacher, which is to be of this configuration."""
     if digest(measured.keys, {}, measured.threads) != digest(chosen_keys(wanted), {}, measured.threads):
@@ -268,7 +270,7 @@ def _training(
     return Training(rows, wanted.eval.probe_size, measured.teachers.get(_TEACHER))
 
 
-def trainings(protocol: Protocol, results: Results, row: str) -> dict[int, Training]:
+def trainings(protocol: AccuracyProtocol, results: ResultFolder, row: str) -> dict[int, Training]:
     """Logs of the measured cells of a row by seed; none where the row is not there, or has no robust teacher.
 
     Raises ValueError, one line, for what is damaged or of other settings.
@@ -283,7 +285,7 @@ def trainings(protocol: Protocol, results: Results, row: str) -> dict[int, Train
     return found
 
 
-def _has_teacher(protocol: Protocol, row: str) -> bool:
+def _has_teacher(protocol: AccuracyProtocol, row: str) -> bool:
     return row in protocol.rows() and _TEACHER in teacher_sections(protocol.config_of(row, protocol.seeds[0]))
 
 
@@ -439,27 +441,27 @@ class ClaimResult:
 
     @property
     def verdict(self) -> str:
-        """One of "agrees", "not resolved", "disagrees", "not measured".
+        """One of `AGREES`, `NOT_RESOLVED`, `DISAGREES`, `NOT_MEASURED`.
 
         Of a sign: the interval excludes 0 with it, has 0, excludes 0 with the other. Of "stays": the interval lies
         within the margin, partly, outside it.
         """
         if self.found is None:
-            return "not measured"
+            return NOT_MEASURED
         sign, margin, mean = self.claim.sign, self.claim.margin, self.found.mean
         interval = self.found.interval
         if interval is None and sign:
-            return "not resolved"
+            return NOT_RESOLVED
         low, high = interval or (mean, mean)
         if sign:
             low, high = sorted((sign * low, sign * high))
-            return "agrees" if low > 0 else "disagrees" if high < 0 else "not resolved"
+            return AGREES if low > 0 else DISAGREES if high < 0 else NOT_RESOLVED
         if low >= -margin - _SAME and high <= margin + _SAME:
-            return "agrees"
-        return "disagrees" if low > margin or high < -margin else "not resolved"
+            return AGREES
+        return DISAGREES if low > margin or high < -margin else NOT_RESOLVED
 
 
-def claims(protocol: Protocol, results: Results) -> list[ClaimResult]:
+def claims(protocol: AccuracyProtocol, results: ResultFolder) -> list[ClaimResult]:
     """Every claim in every row of the protocol that tests it and has a robust teacher.
 
     Raises ValueError, one line, for logs that are damaged or of other settings.
@@ -473,7 +475,9 @@ def claims(protocol: Protocol, results: Results) -> list[ClaimResult]:
     return [_result(claim, row, logs, teacher) for claim, row in wanted]
 
 
-def _logs(protocol: Protocol, results: Results, rows: Iterable[str]) -> dict[str, dict[int, Training]]:
+def _logs(
+    protocol: AccuracyProtocol, results: ResultFolder, rows: Iterable[str]
+) -> dict[str, dict[int, Training]]:
     """Logs of several rows. Raises ValueError where their teachers were different ones."""
     found = {row: trainings(protocol, results, row) for row in dict.fromkeys(rows)}
     by_teacher: dict[str | None, str] = {}
@@ -485,7 +489,7 @@ def _logs(protocol: Protocol, results: Results, rows: Iterable[str]) -> dict[str
     return found
 
 
-def _teacher(protocol: Protocol, results: Results, student: Training) -> Training | None:
+def _teacher(protocol: AccuracyProtocol, results: ResultFolder, student: Training) -> Training | None:
     """The epoch of the robust teacher whose weights teach, as the only one; None where it is not measured."""
     measured = results.read(_TEACHER)
     if measured is None:
@@ -568,13 +572,13 @@ class FigureOverSeeds:
 
 _OVER = "for ARD and IAD-I, mean over the seeds and each seed as a thin line"
 FIGURES_OVER_SEEDS = {
-    "mechanism-figure-1a.png": FigureOverSeeds(
+    "mechanism-figure-1a": FigureOverSeeds(
         "Figure 1 (a): the teacher on x and x~",
         f"The teacher's accuracy by epoch on natural images and on the student's adversarial images, {_OVER}.",
         {_ON_NATURAL: "natural images x", _ON_ADVERSARIAL: "the student's x~"},
         "teacher's accuracy",
     ),
-    "mechanism-figure-2b.png": FigureOverSeeds(
+    "mechanism-figure-2b": FigureOverSeeds(
         "Figure 2 (b): kinds of samples",
         f"Shares of the kinds of samples by epoch, {_OVER}.",
         {
@@ -585,50 +589,41 @@ FIGURES_OVER_SEEDS = {
         },
         "share of the probe",
     ),
-    "mechanism-figure-3.png": FigureOverSeeds(
+    "mechanism-figure-3": FigureOverSeeds(
         "Figure 3, left: accuracy on the student's x~",
         f"Accuracy of teacher and student by epoch on the student's adversarial images, {_OVER}.",
         {_ON_ADVERSARIAL: "teacher", _STUDENT: "student"},
         "accuracy on x~",
     ),
-    "mechanism-alpha.png": FigureOverSeeds(
+    "mechanism-alpha": FigureOverSeeds(
         "Trust: mean alpha over the probe",
         f"Mean of alpha over the probe by epoch, {_OVER}; the axis does not begin at 0.",
         {_ALPHA: "alpha = T(x~)[y]^beta"},
         "",
     ),
 }
-"""Pictures by the name of their file."""
+"""Pictures by the name of their file, without its ending."""
 
 
-def pictures(protocol: Protocol, results: Results, palette: Palette = LIGHT) -> dict[str, bytes]:
-    """PNG of each of `FIGURES_OVER_SEEDS` by name; none while no row is measured."""
-    logs = {row: found for row, found in _logs(protocol, results, _BOTH).items() if found}
-    return {name: _picture(figure, protocol, logs, palette) for name, figure in FIGURES_OVER_SEEDS.items() if logs}
+def logs_drawn(protocol: AccuracyProtocol, results: ResultFolder) -> dict[str, dict[int, Training]]:
+    """Logs by row and seed of the rows that `FIGURES_OVER_SEEDS` show and that are measured."""
+    return {row: found for row, found in _logs(protocol, results, _BOTH).items() if found}
 
 
-def draw(folder: Path, protocol: Protocol, results: Results) -> list[str]:
-    """Write `pictures` into a folder; their names."""
-    found = pictures(protocol, results)
-    for name, content in found.items():
-        write_atomically(folder / name, content)
-    return list(found)
-
-
-def _picture(
-    figure: FigureOverSeeds, protocol: Protocol, logs: Mapping[str, Mapping[int, Training]], palette: Palette
-) -> bytes:
-    with style(palette):
-        drawn = new_figure((3.2 + 0.1 * len(figure.lines)) * len(logs))
-        grid = drawn.subplots(len(logs), 1, squeeze=False)
-        for (row, by_seed), (axes,) in zip(logs.items(), grid, strict=True):
-            _panel(axes, figure, by_seed)
-            history = EpochHistory(next(iter(by_seed.values())).rows, protocol.config_of(row, next(iter(by_seed))))
-            taken = of_epochs.marks(axes, history.marks)
-            seeds = f"{len(by_seed)} seed{'s' if len(by_seed) > 1 else ''}"
-            subject = history.subject if row == history.config.method else f"{row}: {history.subject}"
-            axes.set_title(f"{figure.title}\n{subject}\n{seeds}", pad=8 + taken)
-        return png(drawn)
+def drawn(
+    figure: FigureOverSeeds, protocol: AccuracyProtocol, logs: Mapping[str, Mapping[int, Training]]
+) -> Figure:
+    """A picture of these logs, inside `engine.common.pictures.style`."""
+    found = new_figure((3.2 + 0.1 * len(figure.lines)) * len(logs))
+    grid = found.subplots(len(logs), 1, squeeze=False)
+    for (row, by_seed), (axes,) in zip(logs.items(), grid, strict=True):
+        _panel(axes, figure, by_seed)
+        history = EpochHistory(next(iter(by_seed.values())).rows, protocol.config_of(row, next(iter(by_seed))))
+        taken = of_epochs.marks(axes, history.marks)
+        seeds = f"{len(by_seed)} seed{'s' if len(by_seed) > 1 else ''}"
+        subject = history.subject if row == history.config.method else f"{row}: {history.subject}"
+        axes.set_title(f"{figure.title}\n{subject}\n{seeds}", pad=8 + taken)
+    return found
 
 
 def _panel(axes: Axes, figure: FigureOverSeeds, by_seed: Mapping[int, Training]) -> None:

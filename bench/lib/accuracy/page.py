@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from bench.lib.accuracy import chapters, report
-from bench.lib.accuracy.cells import MeasuredCell, Results
+from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
 from bench.lib.accuracy.collected import Collected, collect
-from bench.lib.accuracy.protocol import Protocol
+from bench.lib.accuracy.protocol import AccuracyProtocol
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import AccuracyRow
 from engine.common.files import write_atomically
 
 
-def write(protocol: Protocol, source: str, results: Results, console: Console | None = None) -> None:
+def write(protocol: AccuracyProtocol, source: str, results: ResultFolder, console: Console | None = None) -> None:
     """Write all files from the cells that are there. source: text of the protocol's file.
 
     console: prints the tables, too. Raises ValueError for damaged cells, and for some of other settings.

@@ -29,7 +29,7 @@ from engine.runs.run_directory import first_fault
 PROTOCOLS = Path(__file__).resolve().parents[2] / "protocols"
 SECTIONS = ("teacher", "teacher_st")
 """Parts of a configuration that a protocol's teachers may be of."""
-QUICK: Tree = {
+QUICK_KEYS: Tree = {
     "dataset": "digits",
     "model": "resnet8",
     "epochs": 2,
@@ -64,8 +64,8 @@ class ProtocolTable(_Part):
     recipes: dict[str, str] = Field(default_factory=dict)
 
 
-class Protocol(_Part):
-    """What every cell shares, and the tables.
+class AccuracyProtocol(_Part):
+    """Settings that all cells share, and the tables.
 
     images: remark on them. threads: of torch on a CPU: sums depend on them. seeds: of the students. common:
     keys of every training, those of teachers too. teachers: by section, their own keys. evaluation_seed: of the
@@ -82,18 +82,18 @@ class Protocol(_Part):
     teachers: dict[str, dict[str, Any]]
     tables: dict[str, ProtocolTable] = Field(min_length=1)
 
-    def quick(self) -> Protocol:
+    def quick(self) -> AccuracyProtocol:
         """The same rows at tiny sizes and of one seed, to see that everything works; its figures mean nothing."""
         tables = {
             title: table.model_copy(
                 update={
                     "attacks": dict.fromkeys((_QUICK.get(name, name) for name in table.attacks), _QUICK_IMAGES),
-                    "rows": {row: keys and config.merge(keys, QUICK) for row, keys in table.rows.items()},
+                    "rows": {row: keys and config.merge(keys, QUICK_KEYS) for row, keys in table.rows.items()},
                 }
             )
             for title, table in self.tables.items()
         }
-        teachers = {section: config.merge(keys, QUICK) for section, keys in self.teachers.items()}
+        teachers = {section: config.merge(keys, QUICK_KEYS) for section, keys in self.teachers.items()}
         told = {
             "name": f"{self.name}-quick",
             "title": f"Tiny sizes, of which no figure means anything: {self.title}",
@@ -149,7 +149,9 @@ class Cell:
         return digest(self.keys, self.teachers, self.threads)
 
 
-def cells(protocol: Protocol, teachers: Mapping[str, str], tables: Sequence[str] | None = None) -> Iterator[Cell]:
+def cells(
+    protocol: AccuracyProtocol, teachers: Mapping[str, str], tables: Sequence[str] | None = None
+) -> Iterator[Cell]:
     """Cells of these tables, None for all, with all rows of a seed before the next: so they can be compared early.
 
     teachers: SHA-256 of the weights of the protocol's, by section; a cell has those that its method reads.
@@ -164,7 +166,7 @@ def cells(protocol: Protocol, teachers: Mapping[str, str], tables: Sequence[str]
                     yield cell_of(protocol, row, seed, teachers)
 
 
-def cell_of(protocol: Protocol, row: str, seed: int, teachers: Mapping[str, str]) -> Cell:
+def cell_of(protocol: AccuracyProtocol, row: str, seed: int, teachers: Mapping[str, str]) -> Cell:
     """The cell of a row and a seed. Raises ValueError for a row that the protocol does not have."""
     look_up("row", row, protocol.rows())
     keys = protocol.config_of(row, seed)
@@ -196,8 +198,8 @@ def path_of(name: str) -> Path:
     return Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
 
 
-def read(name: str, *, quick: bool = False) -> Protocol:
-    """The protocol of that name in `PROTOCOLS`, or in a file. quick: in `Protocol.quick`'s sizes.
+def read(name: str, *, quick: bool = False) -> AccuracyProtocol:
+    """The protocol of that name in `PROTOCOLS`, or in a file. quick: in `AccuracyProtocol.quick`'s sizes.
 
     Raises ValueError, one line, for what is no protocol, and for keys that a training refuses.
     """
@@ -211,7 +213,7 @@ def read(name: str, *, quick: bool = False) -> Protocol:
     if not isinstance(content, dict):
         raise ValueError(f"protocol: {path} has no keys")
     try:
-        found = Protocol.model_validate(content | {"name": path.stem})
+        found = AccuracyProtocol.model_validate(content | {"name": path.stem})
     except ValidationError as error:
         raise ValueError(f"protocol: {path}: {first_fault(error)}") from None
     try:
@@ -221,7 +223,7 @@ def read(name: str, *, quick: bool = False) -> Protocol:
     return found.quick() if quick else found
 
 
-def _check(protocol: Protocol) -> None:
+def _check(protocol: AccuracyProtocol) -> None:
     """Raise ValueError for what no cell could be made of."""
     rows: set[str] = set()
     for name, table in protocol.tables.items():

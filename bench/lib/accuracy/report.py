@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from bench.lib.accuracy import figures
-from bench.lib.accuracy.cells import Accuracy, MeasuredCell
+from bench.lib.accuracy.cells import AttackAccuracy, MeasuredCell
 from bench.lib.accuracy.chapters import Chapter, Folded, Heading, Items, Picture
 from bench.lib.accuracy.collected import Collected, Hardware, hardware
+from bench.lib.accuracy.mechanism_chapter import mechanism_chapter
 from bench.lib.accuracy.protocol import ProtocolTable
 from bench.lib.accuracy.statistics import (
     AGREES,
@@ -29,7 +30,7 @@ _LEVEL = f"{1 - CONFIDENCE:.0%}"
 _BY_SEEDS, _BY_IMAGES = (f"{CONFIDENCE:.0%} interval\nother {of}" for of in ("seeds", "test images"))
 _NATURAL = "natural"
 
-FURTHER: tuple[Callable[[Collected], Chapter | None], ...] = ()
+FURTHER: tuple[Callable[[Collected], Chapter | None], ...] = (mechanism_chapter,)
 """Further chapters, which follow the tables: functions that give one, or None where there is nothing to tell."""
 
 
@@ -376,7 +377,7 @@ def _images(cells: Iterable[MeasuredCell], attack: str) -> str:
     return ", ".join(sorted({f"{cell.accuracies[attack].n:,}" for cell in cells if attack in cell.accuracies}))
 
 
-def _of_images(accuracy: Accuracy | None) -> Cell:
+def _of_images(accuracy: AttackAccuracy | None) -> Cell:
     if accuracy is None:
         return NOT_MEASURED
     low, high = wilson(accuracy.correct, accuracy.n)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.lib.accuracy.cells import Accuracy
+from bench.lib.accuracy.cells import AttackAccuracy
 from bench.lib.accuracy.protocol import ProtocolTable
 from engine.config import recipes
 from engine.evaluation.statistics.intervals import CONFIDENCE, holm, of_mean
@@ -35,7 +35,7 @@ from engine.evaluation.statistics.paired import Interval, StudentTest, by_studen
 AGREES, DISAGREES, NOT_RESOLVED = "agrees", "disagrees", "not resolved"
 NO_DIFFERENCE, NOT_IN_PAPER, NOT_MEASURED = "paper: no difference", "not in the paper", "not measured"
 
-Accuracies = Mapping[str, Mapping[int, Accuracy]]
+Accuracies = Mapping[str, Mapping[int, AttackAccuracy]]
 """Of one attack, by row and seed."""
 
 
@@ -175,7 +175,7 @@ def beside_paper(
     """The paper's difference of a row to the baseline, None where it has none, and our interval beside it."""
     if row not in table.recipes:
         return None, NOT_IN_PAPER
-    ours, baseline = (recipes.get(table.recipes[name]).paper for name in (row, table.baseline))
+    ours, baseline = (_printed(table.recipes[name]) for name in (row, table.baseline))
     if attack not in ours or attack not in baseline:
         return None, NOT_IN_PAPER
     paper = round(ours[attack] - baseline[attack], 6) / 100  # as printed, with two decimals
@@ -186,7 +186,7 @@ def beside_paper(
     return paper, AGREES if (interval[0] > 0) == (paper > 0) else DISAGREES
 
 
-def _check_images(attack: str, found: Sequence[Accuracy]) -> None:
+def _check_images(attack: str, found: Sequence[AttackAccuracy]) -> None:
     if len({(each.n, each.images) for each in found}) > 1:
         told = ", ".join(sorted({f"{each.n:,} ({each.images})" for each in found}))
         raise ValueError(f"{attack}: rows of a table were measured on different test images: {told}")
@@ -204,7 +204,12 @@ def _summary(row: ComparedRow, seeds: Sequence[int]) -> ComparedRow:
 
 
 def _difference(
-    table: ProtocolTable, attack: str, row: str, pairs: Sequence[tuple[Accuracy, Accuracy]], error: float, df: int
+    table: ProtocolTable,
+    attack: str,
+    row: str,
+    pairs: Sequence[tuple[AttackAccuracy, AttackAccuracy]],
+    error: float,
+    df: int,
 ) -> Difference:
     """A row beside the baseline, not adjusted. pairs: both of each seed. error: of the difference."""
     n = pairs[0][0].n
@@ -216,3 +221,8 @@ def _difference(
         difference, tuple(each / n for each in more), test.interval, test.p_value, None,
         of_mean(torch.from_numpy(images_SN.mean(0))), *beside_paper(table, row, attack, test.interval),
     )  # fmt: skip
+
+
+def _printed(recipe: str) -> dict[str, float]:
+    """Accuracies in percent that the paper prints in a row, by attack."""
+    return dict(recipes.paper_row(recipe).paper.items())

@@ -13,7 +13,7 @@ import torch
 
 from bench.lib.memory import Meter, import_compiler
 from bench.lib.steps import published
-from bench.lib.steps.turns import Stepper, Turns
+from bench.lib.steps.turns import PeerProcess, Turns
 from bench.lib.steps.variants import VARIANTS, Workload, images_of
 
 MODULE = "bench.lib.steps.peer_process"
@@ -36,12 +36,12 @@ class Peer:
     iad: str = ""
     network: str = ""
 
-    def start(self, folder: Path) -> Stepper:
+    def start(self, folder: Path) -> PeerProcess:
         """A process of its own, which is ready. folder: for its files."""
         scratch = folder / f"{self.method}-{self.candidate}"
         scratch.mkdir()
         variables = published.environment(torch.device(self.device)) if self.candidate == PUBLISHED else None
-        return Stepper(MODULE, asdict(self) | {"scratch": str(scratch)}, scratch, variables)
+        return PeerProcess(MODULE, asdict(self) | {"scratch": str(scratch)}, scratch, variables)
 
 
 def main(order: str) -> None:

@@ -59,7 +59,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Round:
+class PeerRound:
     """Answer to an order. seconds: of a step, the mean. peak_mib: so far. told: anything else."""
 
     seconds: float
@@ -67,7 +67,7 @@ class Round:
     told: Mapping[str, Any]
 
 
-class Stepper:
+class PeerProcess:
     """The side that orders: a process, from its start to its end.
 
     first: what it told when it was ready. Raises ChildProcessError, one line, where it ends before it should.
@@ -93,7 +93,7 @@ class Stepper:
             self.close()
             raise
 
-    def steps(self, count: int) -> Round:
+    def steps(self, count: int) -> PeerRound:
         """Run so many steps."""
         assert self._process.stdin is not None
         try:
@@ -102,7 +102,7 @@ class Stepper:
         except BrokenPipeError:
             raise ChildProcessError(self._end()) from None
         answer = self._answer()
-        return Round(answer.pop("seconds"), answer.pop("peak_mib"), answer)
+        return PeerRound(answer.pop("seconds"), answer.pop("peak_mib"), answer)
 
     def close(self) -> None:
         """End the process: by itself, or killed where it does not."""
@@ -117,7 +117,7 @@ class Stepper:
             self._process.wait()
         self._process.stdout.close()
 
-    def __enter__(self) -> Stepper:
+    def __enter__(self) -> PeerProcess:
         return self
 
     def __exit__(

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import Accuracy, MeasuredCell, Results
-from bench.lib.accuracy.protocol import Protocol
+from bench.lib.accuracy.cells import AttackAccuracy, MeasuredCell, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol
 from engine.common.files import write_json
 
 FACTS = {
@@ -22,13 +22,15 @@ TEACHERS = {"teacher": "t" * 64, "teacher_st": "s" * 64}
 HARDNESS = {"natural": 0.9, "pgd20": -0.2, "aa": -0.5}
 
 
-def accuracy(verdicts: NDArray[np.bool_], images: str = "aaaaaaaaaaaa") -> Accuracy:
+def accuracy(verdicts: NDArray[np.bool_], images: str = "aaaaaaaaaaaa") -> AttackAccuracy:
     """The record of verdicts."""
     packed = base64.b64encode(np.packbits(verdicts).tobytes()).decode()
-    return Accuracy(n=len(verdicts), correct=int(verdicts.sum()), seconds=1.5, images=images, verdicts=packed)
+    return AttackAccuracy(
+        n=len(verdicts), correct=int(verdicts.sum()), seconds=1.5, images=images, verdicts=packed
+    )
 
 
-def made(row_effect: float, seed: int, attack: str, n: int, noise: int) -> Accuracy:
+def made(row_effect: float, seed: int, attack: str, n: int, noise: int) -> AttackAccuracy:
     """Verdicts by the difficulty of each image, the row, the seed, and chance."""
     difficulty = np.random.default_rng(1).normal(size=10_000)[:n]
     chance = np.random.default_rng([noise, seed, n]).normal(size=n)
@@ -37,7 +39,10 @@ def made(row_effect: float, seed: int, attack: str, n: int, noise: int) -> Accur
 
 
 def fill(
-    protocol: Protocol, results: Results, seeds: Callable[[str], tuple[int, ...]] | None = None, **changes: Any
+    protocol: AccuracyProtocol,
+    results: ResultFolder,
+    seeds: Callable[[str], tuple[int, ...]] | None = None,
+    **changes: Any,
 ) -> None:
     """Write teachers and cells. seeds: those of a row, all if None. changes: of each cell."""
     for section, weights in TEACHERS.items():
@@ -62,7 +67,7 @@ def fill(
 
 
 def _write(
-    results: Results, name: str, attacks: Mapping[str, int], effect: float, number: int, told: dict[str, Any]
+    results: ResultFolder, name: str, attacks: Mapping[str, int], effect: float, number: int, told: dict[str, Any]
 ) -> None:
     seed = told["seed"] or 0
     usual = {

@@ -13,8 +13,8 @@ import torch
 
 from bench.lib.accuracy import cells
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import NO_SEED, SIZES, MeasuredCell, Results
-from bench.lib.accuracy.protocol import Cell, Protocol
+from bench.lib.accuracy.cells import NO_SEED, SIZES, MeasuredCell, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
 from engine.common import yaml_text
 from engine.evaluation.measure import evaluate
 from engine.models.weights import load_model, weights_sha256
@@ -49,8 +49,8 @@ YAML: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    protocol: Protocol
-    results: Results
+    protocol: AccuracyProtocol
+    results: ResultFolder
     work: Path
     path: str
 
@@ -61,7 +61,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder, threads = tmp_path_factory.mktemp("accuracy"), torch.get_num_threads()
-    path, results, work = folder / "small.yaml", Results(folder / "results"), folder / "work"
+    path, results, work = folder / "small.yaml", ResultFolder(folder / "results"), folder / "work"
     path.write_text(yaml_text.write(YAML))
     try:
         for row, seed in (("teacher", NO_SEED), ("ard", "3")):
@@ -130,9 +130,9 @@ def test_a_cell_that_is_there_is_known_and_one_of_other_settings_refused(measure
         results.measured(dataclasses.replace(cell, teachers={"teacher": "0"}, threads=9))
 
 
-def copied(measured: Measured, folder: Path, **changes: Any) -> Results:
+def copied(measured: Measured, folder: Path, **changes: Any) -> ResultFolder:
     """Results with the cell alone, whose file has these changes."""
-    results = Results(folder)
+    results = ResultFolder(folder)
     content = json.loads(measured.results.cell("ard-seed3").read_bytes())
     for path, source in ((results.cell("ard-seed3"), json.dumps(content | changes)),):
         path.parent.mkdir(parents=True)

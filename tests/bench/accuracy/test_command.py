@@ -113,12 +113,12 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    def teachers(self: cells.Results, sections: list[str]) -> dict[str, str]:
+    def teachers(self: cells.ResultFolder, sections: list[str]) -> dict[str, str]:
         return {name: self.teacher(name).read_text() for name in sections if self.teacher(name).exists()}
 
     monkeypatch.setattr(accuracy, "PROGRAM", (sys.executable, "-c", PROGRAM))
     monkeypatch.setattr(accuracy, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(cells.Results, "teachers", teachers)
+    monkeypatch.setattr(cells.ResultFolder, "teachers", teachers)
     monkeypatch.setattr(page, "write", lambda *given: None)
     return Machine(tmp_path)
 
@@ -177,7 +177,7 @@ def test_what_runs_when_the_budget_ends_is_stopped_and_nothing_else_begins(machi
 
 def test_nothing_begins_that_would_not_end_in_time(tmp_path: Path) -> None:
     now = time.monotonic()
-    workers = accuracy.Workers((), cells.Results(tmp_path), tmp_path, "cpu", 1, now + 10)
+    workers = accuracy.Workers((), cells.ResultFolder(tmp_path), tmp_path, "cpu", 1, now + 10)
     assert not workers.is_late
     workers.longest = 60.0
     assert workers.is_late

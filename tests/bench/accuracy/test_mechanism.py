@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from bench.lib.accuracy import mechanism, protocol
-from bench.lib.accuracy.cells import MeasuredCell, Results
-from bench.lib.accuracy.protocol import Protocol
+from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
+from bench.lib.accuracy.collected import Collected
+from bench.lib.accuracy.mechanism_chapter import mechanism_chapter
+from bench.lib.accuracy.protocol import AccuracyProtocol
 from engine.common.files import write_json
+from engine.runs.reporting.tables import ReportTable
 
 # Of Student's t, from printed tables: 95 %, two-sided, of 1 and of 2 degrees of freedom.
 T1, T2 = 12.7062, 4.30265
@@ -42,10 +45,10 @@ OfSeed = Callable[[int], Rows]
 
 
 @pytest.fixture(name="made")
-def _made(tmp_path: Path) -> tuple[Protocol, Results]:
+def _made(tmp_path: Path) -> tuple[AccuracyProtocol, ResultFolder]:
     path = tmp_path / "made.yaml"
     path.write_text(PROTOCOL)
-    return protocol.read(str(path)), Results(tmp_path / "results")
+    return protocol.read(str(path)), ResultFolder(tmp_path / "results")
 
 
 def epoch(number: int, adversarial: float = 0.5, student: float = 0.3, **other: Any) -> dict[str, Any]:
@@ -67,7 +70,9 @@ def course(*adversarial: float, **other: Any) -> Rows:
     return [epoch(number, value, **other) for number, value in enumerate(adversarial, 1)]
 
 
-def keep(made: tuple[Protocol, Results], row: str, seed: int | None, rows: Rows, **other: Any) -> Path:
+def keep(
+    made: tuple[AccuracyProtocol, ResultFolder], row: str, seed: int | None, rows: Rows, **other: Any
+) -> Path:
     """Write a cell, or a teacher for the seed None, and its log, which is returned."""
     wanted, results = made
     keys = wanted.teacher_config(row) if seed is None else wanted.config_of(row, seed)
@@ -90,12 +95,12 @@ def keep(made: tuple[Protocol, Results], row: str, seed: int | None, rows: Rows,
     return log
 
 
-def keep_seeds(made: tuple[Protocol, Results], row: str, rows_of: OfSeed, seeds: int = 3) -> None:
+def keep_seeds(made: tuple[AccuracyProtocol, ResultFolder], row: str, rows_of: OfSeed, seeds: int = 3) -> None:
     for seed in range(seeds):
         keep(made, row, seed, rows_of(seed))
 
 
-def found(made: tuple[Protocol, Results], name: str, row: str = "ard") -> mechanism.ClaimResult:
+def found(made: tuple[AccuracyProtocol, ResultFolder], name: str, row: str = "ard") -> mechanism.ClaimResult:
     (only,) = [each for each in mechanism.claims(*made) if (each.claim.name, each.row) == (name, row)]
     return only
 
@@ -103,7 +108,7 @@ def found(made: tuple[Protocol, Results], name: str, row: str = "ard") -> mechan
 # ---------------------------------------------------------------- estimates and verdicts
 
 
-def test_a_known_fall_agrees_with_the_interval_in_closed_form(made: tuple[Protocol, Results]) -> None:
+def test_a_known_fall_agrees_with_the_interval_in_closed_form(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     """Falls of 0.10, 0.12 and 0.17: mean 0.13, variance 0.0013."""
     keep_seeds(made, "ard", lambda seed: course(0.6, 0.55, 0.54, 0.53, 0.6 - (0.10, 0.12, 0.17)[seed]))
     result = found(made, "teacher-falls")
@@ -123,13 +128,13 @@ def test_a_known_fall_agrees_with_the_interval_in_closed_form(made: tuple[Protoc
         assert other.verdict == "agrees"
 
 
-def test_a_known_rise_disagrees(made: tuple[Protocol, Results]) -> None:
+def test_a_known_rise_disagrees(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     keep_seeds(made, "ard", lambda seed: course(0.5, 0.5, 0.5, 0.5, 0.6 + 0.01 * seed))
     assert found(made, "teacher-falls").verdict == "disagrees"
     assert found(made, "only-natural-right-more").verdict == "disagrees"
 
 
-def test_noise_is_not_resolved(made: tuple[Protocol, Results]) -> None:
+def test_noise_is_not_resolved(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     keep_seeds(made, "ard", lambda seed: course(0.5, 0.5, 0.5, 0.5, (0.45, 0.52, 0.50)[seed]))
     result = found(made, "teacher-falls")
     assert result.found is not None
@@ -138,7 +143,9 @@ def test_noise_is_not_resolved(made: tuple[Protocol, Results]) -> None:
     assert result.verdict == "not resolved"
 
 
-def test_two_seeds_have_one_degree_of_freedom_and_one_is_too_few(made: tuple[Protocol, Results]) -> None:
+def test_two_seeds_have_one_degree_of_freedom_and_one_is_too_few(
+    made: tuple[AccuracyProtocol, ResultFolder],
+) -> None:
     keep(made, "ard", 0, course(0.6, 0.5, 0.5, 0.5, 0.5))
     assert found(made, "teacher-falls").verdict == "not measured"
     keep(made, "ard", 2, course(0.6, 0.5, 0.5, 0.5, 0.4))
@@ -149,7 +156,7 @@ def test_two_seeds_have_one_degree_of_freedom_and_one_is_too_few(made: tuple[Pro
     assert list(result.found.by_seed) == [0, 2]
 
 
-def test_seeds_that_do_not_vary_tell_nothing_of_a_direction(made: tuple[Protocol, Results]) -> None:
+def test_seeds_that_do_not_vary_tell_nothing_of_a_direction(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     keep_seeds(made, "ard", lambda seed: course(0.6, 0.5, 0.5, 0.5, 0.4))
     result = found(made, "teacher-falls")
     assert result.found is not None
@@ -169,7 +176,7 @@ def test_seeds_that_do_not_vary_tell_nothing_of_a_direction(made: tuple[Protocol
     ],
 )
 def test_what_stays_has_its_interval_within_the_margin(
-    made: tuple[Protocol, Results], changes: tuple[float, ...], verdict: str
+    made: tuple[AccuracyProtocol, ResultFolder], changes: tuple[float, ...], verdict: str
 ) -> None:
     def rows_of(seed: int) -> Rows:
         rows, share = course(*[0.5] * EPOCHS), 0.2 + changes[seed]
@@ -183,7 +190,7 @@ def test_what_stays_has_its_interval_within_the_margin(
     assert found(made, "fourth-case-absent").verdict == "agrees"
 
 
-def test_a_case_that_is_there_disagrees_with_its_absence(made: tuple[Protocol, Results]) -> None:
+def test_a_case_that_is_there_disagrees_with_its_absence(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     def rows_of(seed: int) -> Rows:
         share = 0.02 + 0.001 * seed
         cases = {"both_right": 0.5, "only_natural_right": 0.3, "both_wrong": 0.2 - share}
@@ -196,7 +203,7 @@ def test_a_case_that_is_there_disagrees_with_its_absence(made: tuple[Protocol, R
     assert result.verdict == "disagrees"
 
 
-def test_a_change_begins_after_the_warm_up(made: tuple[Protocol, Results]) -> None:
+def test_a_change_begins_after_the_warm_up(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     """Alpha falls within the warm-up and rises after it."""
 
     def rows_of(seed: int) -> Rows:
@@ -215,7 +222,7 @@ def test_a_change_begins_after_the_warm_up(made: tuple[Protocol, Results]) -> No
     assert result.verdict == "disagrees"
 
 
-def test_rows_are_compared_seed_by_seed(made: tuple[Protocol, Results]) -> None:
+def test_rows_are_compared_seed_by_seed(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     """Row less row, of the seeds that both have; images: those of the accuracy on held-out ones."""
     keep_seeds(made, "ard", lambda seed: course(*[0.5] * EPOCHS, robust_accuracy=(0.2, 0.3, 0.4)[seed]))
     keep_seeds(made, "iad1", lambda seed: course(*[0.5] * EPOCHS, robust_accuracy=(0.22, 0.33)[seed]), seeds=2)
@@ -232,7 +239,7 @@ def test_rows_are_compared_seed_by_seed(made: tuple[Protocol, Results]) -> None:
     assert result.verdict == "agrees"
 
 
-def test_the_student_is_compared_with_the_teacher(made: tuple[Protocol, Results]) -> None:
+def test_the_student_is_compared_with_the_teacher(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     def rows_of(seed: int) -> Rows:
         students = (0.1, 0.2, 0.3, 0.4, 0.5 + 0.01 * seed)
         return [epoch(number, 0.6, student) for number, student in enumerate(students, 1)]
@@ -247,7 +254,9 @@ def test_the_student_is_compared_with_the_teacher(made: tuple[Protocol, Results]
     assert gains.found.image_error == pytest.approx(sum(error) / 3)
 
 
-def test_the_teacher_is_compared_with_itself_at_the_epoch_of_its_weights(made: tuple[Protocol, Results]) -> None:
+def test_the_teacher_is_compared_with_itself_at_the_epoch_of_its_weights(
+    made: tuple[AccuracyProtocol, ResultFolder],
+) -> None:
     keep_seeds(made, "ard", lambda seed: course(0.5, 0.5, 0.5, 0.5, 0.45 + 0.01 * seed))
     assert found(made, "worse-than-on-its-own").verdict == "not measured"
     own = [epoch(number, student=0.1 * number) for number in range(1, EPOCHS + 1)]
@@ -271,7 +280,7 @@ def test_a_row_without_a_teacher_or_in_no_table_is_not_asked(tmp_path: Path) -> 
     path.write_text(
         PROTOCOL.replace("ard: {method: ard}", "ard: {method: trades}").replace("iad1-beta1:", "other:")
     )
-    made = protocol.read(str(path)), Results(tmp_path / "results")
+    made = protocol.read(str(path)), ResultFolder(tmp_path / "results")
     keep_seeds(made, "ard", lambda seed: [{"event": "epoch", "epoch": 1}])  # would be refused if it were read
     asked = {(each.claim.name, each.row) for each in mechanism.claims(*made)}
     assert {row for _, row in asked} == {"iad1"}
@@ -315,7 +324,7 @@ def _without(key: str) -> Callable[[Rows], Any]:
     ],
 )
 def test_damaged_rows_are_refused_with_one_line(
-    made: tuple[Protocol, Results], damage: Callable[[Rows], Any], told: str
+    made: tuple[AccuracyProtocol, ResultFolder], damage: Callable[[Rows], Any], told: str
 ) -> None:
     rows = course(*[0.5] * EPOCHS)
     damage(rows)
@@ -326,14 +335,14 @@ def test_damaged_rows_are_refused_with_one_line(
 
 
 @pytest.mark.parametrize("text", ["[]\n", '{"epoch": 1}\n', '{"event": "epo', "\x00\n"])
-def test_lines_that_are_no_rows_are_refused(made: tuple[Protocol, Results], text: str) -> None:
+def test_lines_that_are_no_rows_are_refused(made: tuple[AccuracyProtocol, ResultFolder], text: str) -> None:
     keep(made, "ard", 0, []).write_text(text)
     with pytest.raises(ValueError, match="line 1 is no row"):
         mechanism.claims(*made)
 
 
 def test_a_cell_without_its_log_or_of_other_settings_or_teachers_is_refused(
-    made: tuple[Protocol, Results],
+    made: tuple[AccuracyProtocol, ResultFolder],
 ) -> None:
     rows = course(*[0.5] * EPOCHS)
     keep(made, "ard", 0, rows).unlink()
@@ -351,7 +360,7 @@ def test_a_cell_without_its_log_or_of_other_settings_or_teachers_is_refused(
 # ---------------------------------------------------------------- text and pictures
 
 
-def test_the_table_tells_every_number(made: tuple[Protocol, Results]) -> None:
+def test_the_table_tells_every_number(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     keep_seeds(made, "ard", lambda seed: course(0.6, 0.55, 0.54, 0.53, 0.6 - (0.10, 0.12, 0.17)[seed]))
     heading, rows = mechanism.table(mechanism.claims(*made))
     assert all(len(row) == len(heading) for row in rows)
@@ -365,9 +374,16 @@ def test_the_table_tells_every_number(made: tuple[Protocol, Results]) -> None:
     assert (unmeasured["Row"], unmeasured["Mean"], unmeasured["Verdict"]) == ("iad1", "", "not measured")
 
 
-def test_pictures_are_drawn_of_what_is_there(made: tuple[Protocol, Results], tmp_path: Path) -> None:
-    assert mechanism.draw(tmp_path, *made) == []
+def test_the_chapter_tells_of_the_rows_that_are_there(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
+    protocol, results = made
+    nothing = Collected(protocol, results, {}, {}, 0)
+    assert mechanism_chapter(nothing) is None
     keep_seeds(made, "iad1", lambda seed: [*course(0.6, 0.5), *course(*[0.5] * 5, phase="iad1")[2:]])
-    names = mechanism.draw(tmp_path, *made)
-    assert names == list(mechanism.FIGURES_OVER_SEEDS)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    chapter = mechanism_chapter(nothing)
+    assert chapter is not None
+    (table,) = (part for part in chapter.parts if isinstance(part, ReportTable))
+    found = mechanism.claims(protocol, results)
+    assert [row[0] for row in table.rows] == [each.claim.words for each in found]
+    assert [row[-1] for row in table.rows] == [each.verdict for each in found]
+    assert [picture.name for picture in chapter.pictures] == list(mechanism.FIGURES_OVER_SEEDS)
+    assert all(picture.png().startswith(b"\x89PNG") for picture in chapter.pictures)

@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,10 +23,10 @@ from scipy import stats
 from bench import accuracy
 from bench.lib.accuracy import figures, page, report
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import Results
+from bench.lib.accuracy.cells import ResultFolder
 from bench.lib.accuracy.chapters import Chapter, Folded, Picture, markdown
 from bench.lib.accuracy.collected import collect
-from bench.lib.accuracy.protocol import Protocol
+from bench.lib.accuracy.protocol import AccuracyProtocol
 from bench.lib.output.csv_rows import AccuracyRow
 from engine.common import yaml_text
 from engine.common.pictures import new_figure
@@ -96,8 +96,8 @@ class Written:
     def __init__(self, folder: Path) -> None:
         self.yaml = folder / "made.yaml"
         self.yaml.write_text(yaml_text.write(TREE))
-        self.protocol: Protocol = protocols.read(str(self.yaml))
-        self.results = Results(folder / "out")
+        self.protocol: AccuracyProtocol = protocols.read(str(self.yaml))
+        self.results = ResultFolder(folder / "out")
 
     def write(self, console: Console | None = None) -> None:
         page.write(self.protocol, self.yaml.read_text(), self.results, console)
@@ -115,6 +115,14 @@ class Written:
             content = json.loads(self.results.cell(f"{row}-seed{seed}").read_text())["accuracies"][attack]
             found.append(np.unpackbits(np.frombuffer(base64.b64decode(content["verdicts"]), np.uint8))[:N] == 1)
         return np.array(found)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_of_logs() -> Iterator[None]:
+    """No further chapters: the cells that are made up have no logs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "FURTHER", ())
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.protocol import PROTOCOLS, Protocol
+from bench.lib.accuracy.protocol import PROTOCOLS, AccuracyProtocol
 from engine.common import yaml_text
 from engine.config import load, merge
 
@@ -44,7 +44,7 @@ def written(folder: Path, *changes: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Protocol:
+def small(tmp_path: Path) -> AccuracyProtocol:
     return protocols.read(written(tmp_path))
 
 
@@ -67,7 +67,7 @@ def test_all_that_was_promised_of_the_protocol_for_a_cpu() -> None:
     assert len(protocol.seeds) >= 3
 
 
-def test_cells_come_by_table_and_seed_and_each_once(small: Protocol) -> None:
+def test_cells_come_by_table_and_seed_and_each_once(small: AccuracyProtocol) -> None:
     assert [cell.name for cell in protocols.cells(small, TEACHERS)] == [
         "at-seed3", "ard-seed3", "at-seed5", "ard-seed5", "at-lr0.1-seed3", "at-lr0.1-seed5",
     ]  # fmt: skip
@@ -75,12 +75,12 @@ def test_cells_come_by_table_and_seed_and_each_once(small: Protocol) -> None:
     assert [cell.name for cell in of_rates] == ["at-seed3", "at-lr0.1-seed3", "at-seed5", "at-lr0.1-seed5"]
 
 
-def test_a_row_of_two_tables_is_attacked_by_both(small: Protocol) -> None:
+def test_a_row_of_two_tables_is_attacked_by_both(small: AccuracyProtocol) -> None:
     assert small.attacks_of("at") == {"natural": 30, "pgd20": 10, "fgsm": 5}
     assert small.attacks_of("ard") == {"natural": 20, "pgd20": 10}
 
 
-def test_a_cell_has_the_keys_of_its_row_and_the_teachers_that_it_reads(small: Protocol) -> None:
+def test_a_cell_has_the_keys_of_its_row_and_the_teachers_that_it_reads(small: AccuracyProtocol) -> None:
     at, ard = (protocols.cell_of(small, row, 3, TEACHERS) for row in ("at", "ard"))
     assert at.teachers == {}
     assert ard.teachers == {"teacher": TEACHERS["teacher"]}
@@ -106,7 +106,7 @@ def test_settings_are_those_that_decide_the_training() -> None:
         assert dataclasses.replace(cell, **change).settings != cell.settings
 
 
-def test_a_run_s_place_and_device_are_no_settings(small: Protocol) -> None:
+def test_a_run_s_place_and_device_are_no_settings(small: AccuracyProtocol) -> None:
     keys = small.config_of("at", 3)
     elsewhere = keys.model_copy(update={"device": "cuda", "out": "runs/x"})
     assert protocols.chosen_keys(elsewhere) == protocols.chosen_keys(keys)
@@ -166,7 +166,7 @@ def test_an_unknown_protocol_is_refused_with_the_known_ones(tmp_path: Path) -> N
         protocols.read(str(tmp_path / "list.yaml"))
 
 
-def test_an_unknown_row_and_table_are_refused(small: Protocol) -> None:
+def test_an_unknown_row_and_table_are_refused(small: AccuracyProtocol) -> None:
     with pytest.raises(ValueError, match=r"^row: 'art' is not known; [^\n]*ard"):
         protocols.cell_of(small, "art", 3, TEACHERS)
     with pytest.raises(ValueError, match=r"^table: 'method' is not known; [^\n]*methods"):

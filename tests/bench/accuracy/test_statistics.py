@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.lib.accuracy.cells import Accuracy
+from bench.lib.accuracy.cells import AttackAccuracy
 from bench.lib.accuracy.protocol import ProtocolTable
 from bench.lib.accuracy.statistics import (
     AGREES,
@@ -41,7 +41,7 @@ def table(
 
 def cells(
     rows: Sequence[str] = ROWS, seeds: Sequence[int] = (0, 1, 2), n: int = N
-) -> dict[str, dict[int, Accuracy]]:
+) -> dict[str, dict[int, AttackAccuracy]]:
     """Verdicts by chance, another share of right ones for each row."""
     generator = np.random.default_rng(5)
     return {
@@ -229,6 +229,6 @@ def test_a_direction_beside_the_paper_s(
 ) -> None:
     """The paper's Table 2: ARD 83.13 and 51.36, IAD-I 82.09 and 52.14, AKD2 51.36 under PGD-20."""
     chosen = {name: f"table2-cifar10-at-{name}" for name in ("ard", "iad1", "akd2")}
-    assert recipes.get(chosen["ard"]).paper["pgd20"] == 51.36
+    assert recipes.paper_row(chosen["ard"]).paper["pgd20"] == 51.36
     found = beside_paper(table(("ard", "iad1", "akd2", "rslad"), "ard", chosen), row, attack, interval)
     assert found == (paper if paper is None else pytest.approx(paper), verdict)
