@@ -21,7 +21,7 @@ def mechanism_chapter(found: Collected) -> Chapter | None:
     cells: list[list[Cell]] = [[row[place] for place in places] for row in rows]
     result = Chapter("The paper's mechanism")
     result.add(
-        "Statements of the paper on teacher, student and trust during the training, written down before any result "
+        "Statements of the paper on teacher, student and trust in the training, written down before any result "
         "was there, with what the logs of these cells say. Shares are in percent, differences in percentage "
         "points.",
         ReportTable("mechanism", _SHOWN, cells),
