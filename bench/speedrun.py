@@ -19,7 +19,7 @@ from bench.gate import CHECKOUT
 from bench.lib import command, machine
 from bench.lib.speedrun import records, rules, running
 from bench.lib.speedrun.records import DataFacts, SeedFigures, SpeedRecord
-from bench.lib.speedrun.rules import Recipe, Track
+from bench.lib.speedrun.rules import SpeedRecipe, Track
 from bench.lib.speedrun.running import Race, Say, SeedRun
 from engine import config
 from engine.common import host_memory
@@ -39,7 +39,7 @@ CHECKS = "check"
 class Attempt:
     """A recipe that is run with some seeds on a track. quick: at the sizes of `--quick`."""
 
-    recipe: Recipe
+    recipe: SpeedRecipe
     track_name: str
     seeds: tuple[int, ...]
     quick: bool
@@ -92,7 +92,9 @@ def main(
             before = records.read(checked)
             place = rules.device_of(rules.find_track(before.track), device)
             seeds = tuple(one.seed for one in before.seeds)
-            attempt = Attempt(Recipe(before.recipe, before.keys), before.track, seeds, before.quick, place, data)
+            attempt = Attempt(
+                SpeedRecipe(before.recipe, before.keys), before.track, seeds, before.quick, place, data
+            )
             attempt.complete()
         else:
             place, seeds = rules.device_of(rules.find_track(track_name), device), seed_lists.parse(seed_list)
@@ -153,7 +155,6 @@ def run(attempt: Attempt, root: Path, console: Console) -> tuple[Race, float, di
     return race, compile_s, results
 
 
-# many parameters: the parts of a record
 def record_of(
     attempt: Attempt,
     race: Race,

@@ -18,7 +18,7 @@ from bench import speedrun
 from bench.lib.machine import Facts
 from bench.lib.speedrun import cost, records, rules, running
 from bench.lib.speedrun.records import DataFacts, Score, SeedFigures, SpeedRecord
-from bench.lib.speedrun.rules import Recipe
+from bench.lib.speedrun.rules import SpeedRecipe
 from bench.lib.steps.variants import Flops
 from engine import config
 from engine.common.stopping import Interrupted
@@ -40,10 +40,17 @@ FACTS = Facts(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer measures few images after an epoch."""
+    monkeypatch.setitem(rules.SETTLED, "limit_test", 10)
+
+
 # ---------------------------------------------------------------- rules and recipes
 
 
-def test_the_readme_has_the_rules_of_the_code() -> None:
+def test_the_readme_has_the_rules_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.SETTLED, "limit_test", 100)
     page = README.read_text(encoding="utf-8")
     assert page.count("<!-- end of rules -->") == 1
     assert speedrun_tables.written(page) == page
@@ -67,7 +74,7 @@ def test_every_forbidden_key_is_one_and_is_refused() -> None:
     for name, why in rules.FORBIDDEN.items():
         assert name in config.KEYS
         with pytest.raises(ValueError, match=f"recipe r: {name}: ") as refusal:
-            Recipe("r", config.nested(name, config.DEFAULTS[name])).on(CPU, "cpu")
+            SpeedRecipe("r", config.nested(name, config.DEFAULTS[name])).on(CPU, "cpu")
         assert why in str(refusal.value)
 
 
@@ -81,7 +88,7 @@ def test_every_forbidden_key_is_one_and_is_refused() -> None:
 )
 def test_what_is_against_the_rules_is_refused_in_a_line(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told) as refusal:
-        Recipe("r", keys).on(CPU, "cpu")
+        SpeedRecipe("r", keys).on(CPU, "cpu")
     assert "\n" not in str(refusal.value)
 
 
@@ -157,8 +164,9 @@ def test_seconds_that_are_no_time_are_refused(seconds: Any) -> None:
         cost.cost(config.load(KEYS), rows, {"student": (7.0, 2.0)})
 
 
-def race_of(keys: Mapping[str, Any], place: Path) -> running.Race:
-    return running.prepare(place, "r", TINY, Recipe("r", keys).on(TINY, "cpu"), lambda text: None)
+def race_of(keys: Mapping[str, Any], place: Path, images: int = 40) -> running.Race:
+    track = dataclasses.replace(TINY, keys={"limit_train": images, "epochs": 2})
+    return running.prepare(place, "r", track, SpeedRecipe("r", keys).on(track, "cpu"), lambda text: None)
 
 
 def scored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +239,13 @@ def test_operations_are_those_that_are_executed(
     monkeypatch.setattr(Learner, "learn", counting)
     scored(monkeypatch)
     teacher = {} if keys["method"] == "at" else {"teacher": {"model": "wrn10-1", "method": "at", "epochs": 1}}
-    recipe = KEYS | {"batch_size": 40, "dtype": "float64"} | teacher | keys
-    found = running.run_seed(race_of(recipe, tmp_path), 0).costs
+    recipe = KEYS | {"batch_size": 10, "dtype": "float64"} | teacher | keys
+    found = running.run_seed(race_of(recipe, tmp_path, images=10), 0).costs
     assert {name: one.flops for name, one in found.items()} == pytest.approx(counted, rel=1e-12)
 
 
 def test_a_teacher_counts_with_its_training() -> None:
-    costs = {"teacher": cost.Cost(1.5, 7.0, 2, 40), "student": cost.Cost(4.0, 9.0, 4, 80)}
+    costs = {"teacher": cost.TrainingCost(1.5, 7.0, 2, 40), "student": cost.TrainingCost(4.0, 9.0, 4, 80)}
     half = {name: Score(correct=1, n=2) for name in ("natural", "pgd20", "checked", "checked_pgd20")}
     found = speedrun.figures_of(3, running.SeedRun(costs, {}, half, ("note",)), "a.jsonl", "f")
     assert (found.seconds, found.teacher_seconds, found.flops, found.teacher_flops) == (5.5, 1.5, 16.0, 7.0)

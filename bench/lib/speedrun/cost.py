@@ -20,7 +20,7 @@ Forward = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """Seconds and operations of a training's steps, and how many steps and images they were."""
 
     seconds: float
@@ -29,7 +29,7 @@ class Cost:
     images: int
 
 
-def cost(config: RunConfig, rows: Rows, forwards: Mapping[str, Forward]) -> Cost:
+def cost(config: RunConfig, rows: Rows, forwards: Mapping[str, Forward]) -> TrainingCost:
     """The cost of a finished training. rows: of its log. forwards: by network, "student" and teachers' sections.
 
     Raises ValueError where an epoch is missing, or there twice, or its time is no number.
@@ -37,7 +37,7 @@ def cost(config: RunConfig, rows: Rows, forwards: Mapping[str, Forward]) -> Cost
     epochs = epoch_rows(rows, config.epochs)
     images = [round(row["images_per_second"] * row["seconds"]) for row in epochs]
     flops = sum(count * image_flops(config, epoch, forwards) for epoch, count in enumerate(images))
-    return Cost(seconds(epochs), flops, int(epochs[-1]["step"]), sum(images))
+    return TrainingCost(seconds(epochs), flops, int(epochs[-1]["step"]), sum(images))
 
 
 def epoch_rows(rows: Rows, epochs: int) -> list[Mapping[str, Any]]:

@@ -26,13 +26,13 @@ Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 
 
-class Part(BaseModel):
+class RecordPart(BaseModel):
     """Part of a record: a key that is missing, unknown, of another type or not finite is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Score(Part):
+class Score(RecordPart):
     """Images that were classified correctly, of n."""
 
     correct: Count
@@ -50,7 +50,7 @@ class Score(Part):
         return self.correct / self.n
 
 
-class SeedFigures(Part):
+class SeedFigures(RecordPart):
     """Figures of one seed.
 
     seconds, flops: of all steps, its teachers' included; teacher_seconds, teacher_flops: the part of these.
@@ -79,7 +79,7 @@ class SeedFigures(Part):
         return self.checked_pgd20.accuracy - self.checked.accuracy
 
 
-class DataFacts(Part):
+class DataFacts(RecordPart):
     """Data set of the runs. images: "as published", or "image files", as JPEG. sha256: of all that was read."""
 
     name: str
@@ -87,7 +87,7 @@ class DataFacts(Part):
     sha256: str
 
 
-class Summary(Part):
+class SeedMeans(RecordPart):
     """Means over the seeds, and sample standard deviations (n - 1; 0 of one seed)."""
 
     seconds: Amount
@@ -101,7 +101,7 @@ class Summary(Part):
     checked_std: Amount
 
 
-class Verdict(Part):
+class Verdict(RecordPart):
     """Result by the rules. points: of the mean above the target, in percentage points; below it negative."""
 
     reached: bool
@@ -109,7 +109,7 @@ class Verdict(Part):
     refused: list[str]
 
 
-class SpeedRecord(Part):
+class SpeedRecord(RecordPart):
     """Content of a record's file; bench/README.md describes it."""
 
     rules: Count
@@ -122,7 +122,7 @@ class SpeedRecord(Part):
     compile_s: Amount
     keys: dict[str, Any]
     config: dict[str, Any]
-    summary: Summary
+    summary: SeedMeans
     verdict: Verdict
     seeds: Annotated[list[SeedFigures], Field(min_length=1)]
 
@@ -133,7 +133,7 @@ class SpeedRecord(Part):
         return self
 
 
-def summarise(seeds: Sequence[SeedFigures]) -> Summary:
+def summarise(seeds: Sequence[SeedFigures]) -> SeedMeans:
     """Means and deviations of the seeds."""
 
     def both(name: str, of: Callable[[SeedFigures], float]) -> dict[str, float]:
@@ -143,7 +143,7 @@ def summarise(seeds: Sequence[SeedFigures]) -> Summary:
             f"{name}_std": statistics.stdev(values) if len(values) > 1 else 0.0,
         }
 
-    return Summary(
+    return SeedMeans(
         **both("seconds", lambda one: one.seconds),
         **both("natural", lambda one: one.natural.accuracy),
         **both("pgd20", lambda one: one.pgd20.accuracy),
@@ -167,10 +167,10 @@ def judge(track: Track, seeds: Sequence[SeedFigures], checked_by: str, *, quick:
     if checked_by != track.checked_by:
         refused.append(f"checked by {checked_by}, and not by {track.checked_by}")
     gap = max(one.gap for one in seeds)
-    if gap > rules.LARGEST_GAP:
+    if gap > rules.LARGEST_AA_GAP:
         refused.append(
             f"masked: {checked_by} finds {100 * gap:.1f} points more than PGD-20 on the same images of a seed "
-            f"(limit {100 * rules.LARGEST_GAP:.0f})"
+            f"(limit {100 * rules.LARGEST_AA_GAP:.0f})"
         )
     # Of fractions: three times 3,000 of 10,000 must not be a little less than 30 %.
     correct, n = sum(one.pgd20.correct for one in seeds), sum(one.pgd20.n for one in seeds)

@@ -20,7 +20,7 @@ RULES_VERSION = 1
 """Grows with every change that makes earlier records incomparable."""
 LEAST_SEEDS = 3
 """Seeds that a record is the mean of, at least."""
-LARGEST_GAP = 0.05
+LARGEST_AA_GAP = 0.05
 """Accuracy under PGD-20 less that under the attack beside it, on the same images, above which PGD was deceived."""
 BALL = (8 / 255, "Linf")
 EVALUATION_SEED = 2022
@@ -94,7 +94,7 @@ UNTIMED = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SpeedRecipe:
     """Keys of a configuration, as its author wrote them."""
 
     name: str
@@ -126,7 +126,7 @@ def find_track(name: str) -> Track:
     return look_up("--track", name, TRACKS)
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> SpeedRecipe:
     """The recipe of that name in bench/speedruns, or of a path that ends in .yaml.
 
     Raises ValueError for one that is not there, or whose file holds no keys.
@@ -135,7 +135,7 @@ def find_recipe(name: str) -> Recipe:
     if path.suffix != ".yaml":
         check_known("recipe", name, known_recipes())
         path = RECIPES / f"{name}.yaml"
-    return Recipe(path.stem, config.read_file(path))
+    return SpeedRecipe(path.stem, config.read_file(path))
 
 
 def known_recipes() -> list[str]:
@@ -159,7 +159,7 @@ def tables() -> list[str]:
         "seeds of a record, at least": LEAST_SEEDS,
         "ball of the evaluation": f"{round(255 * epsilon)}/255, {threat_model}",
         "attack that the target is of": f"`{ATTACKED_BY}`, seed {EVALUATION_SEED}",
-        "refused where the attack beside it finds more, on the same images": f"{100 * LARGEST_GAP:g} points",
+        "refused where the attack beside it finds more, on the same images": f"{100 * LARGEST_AA_GAP:g} points",
         "settled keys": ", ".join(f"`{name}: {_written(value)}`" for name, value in config.flat(SETTLED).items()),
         "keys that no recipe states": ", ".join(
             f"`{name}`" for name in FORBIDDEN if name not in config.flat(SETTLED)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from bench.lib.speedrun import cost, rules
-from bench.lib.speedrun.cost import Cost, Forward, Rows
+from bench.lib.speedrun.cost import Forward, Rows, TrainingCost
 from bench.lib.speedrun.records import Score
 from bench.lib.speedrun.rules import Track
 from engine import config, models
@@ -62,7 +62,7 @@ class Race:
 class SeedRun:
     """Result of a seed. costs, rows: by network, the student and sections of teachers."""
 
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, TrainingCost]
     rows: Mapping[str, Rows]
     scores: Mapping[str, Score]
     notes: tuple[str, ...]
