@@ -357,7 +357,8 @@ def test_the_run_directory_is_listed_key_by_key(
     for method in ("trades", "iad1", "iad2"):
         run = tmp_path / method
         keys: dict[str, Any] = {"loss": {"warmup": 0}, "averaging": {"kind": "ema"}}
-        keys |= {"init": str(tiny.teacher), "snapshot_every": 5, "attack": {"epsilon_warmup": 2}}
+        keys |= {"init": str(tiny.teacher), "snapshot_every": 5}
+        keys |= {"attack": {"epsilon_warmup": 2, "steps_warmup": 2}}
         engine.train(tiny.config(method=method, amp=True, out=str(run), **keys), profile=2)
         written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found |= {key for row in written for key in row}

@@ -133,6 +133,14 @@ class AttackSpec(Section):
     ] = 0.0
     step_size: Annotated[Length, shared("length of a step")] = 2 / 255
     num_steps: Annotated[CountOrZero, shared("number of steps")] = 10
+    steps_warmup: Annotated[
+        PartOfRun,
+        shared(
+            "part of the run in which the training's attack grows from one step to `num_steps`, by whole steps "
+            "from epoch to epoch: in the last one it has all of them",
+            later=True,
+        ),
+    ] = 0.0
     random_start: Annotated[
         Literal["none", "uniform", "gaussian"], own("`none`, `uniform` in the ball, or `gaussian`")
     ] = "uniform"

@@ -17,6 +17,7 @@ from engine.training.weights import averaging
 FRACTIONS = (
     "loss.warmup",
     "attack.epsilon_warmup",
+    "attack.steps_warmup",
     "optim.lr_warmup",
     "optim.milestones",
     "averaging.start",

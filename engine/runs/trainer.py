@@ -67,7 +67,7 @@ class Trainer:
 
     @property
     def attack(self) -> AttackSpec:
-        """The attack of the training, with the lengths of this epoch and the steps that are in force."""
+        """The attack of the training, with the lengths and the steps that are in force in this epoch."""
         attack = schedule.attack(self.session.config, self.progress.epoch)
         return overfitting.in_force(attack, len(self.progress.rolled_back))
 
@@ -498,7 +498,7 @@ class Trainer:
             "phase": method.name,
             "lr": schedule.learning_rate(config, progress.step - 1, parts.data.pipeline.steps_per_epoch),
         }
-        if self.may_overfit:
+        if self.may_overfit or (self.method.needs_x_adv and config.attack.steps_warmup):
             row["attack_steps"] = self.attack.num_steps
         if self.method.needs_x_adv and config.attack.epsilon_warmup:
             row["attack_epsilon"] = self.attack.epsilon

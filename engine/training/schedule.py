@@ -48,13 +48,19 @@ def factor(config: RunConfig, step: int, steps_per_epoch: int) -> float:
 
 
 def attack(config: RunConfig, epoch: int) -> AttackSpec:
-    """The training's attack in an epoch, from 0: in a warm-up of E epochs its lengths are (epoch + 1) / E."""
-    whole, warmup = config.attack, epochs_of(config.attack.epsilon_warmup, config.epochs)
-    if epoch + 1 >= warmup:
-        return whole
-    lengths = {name: getattr(whole, name) for name in _LENGTHS}
-    scaled = {name: value * (epoch + 1) / warmup for name, value in lengths.items() if value is not None}
-    return whole.model_copy(update=scaled)
+    """The training's attack in an epoch, from 0.
+
+    In an `epsilon_warmup` of E epochs its lengths are (epoch + 1) / E of the whole ones. In a `steps_warmup` of E
+    epochs it has 1 + (num_steps - 1) epoch / (E - 1) steps, halves rounded up.
+    """
+    whole, grown = config.attack, dict[str, float]()
+    if epoch + 1 < (warmup := epochs_of(whole.epsilon_warmup, config.epochs)):
+        lengths = {name: getattr(whole, name) for name in _LENGTHS}
+        grown |= {name: value * (epoch + 1) / warmup for name, value in lengths.items() if value is not None}
+    if whole.num_steps and epoch + 1 < (warmup := epochs_of(whole.steps_warmup, config.epochs)):
+        last = warmup - 1
+        grown["num_steps"] = 1 + (2 * (whole.num_steps - 1) * epoch + last) // (2 * last)
+    return whole.model_copy(update=grown) if grown else whole
 
 
 def _milestones(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:

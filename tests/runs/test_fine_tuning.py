@@ -93,6 +93,22 @@ def test_a_run_attacks_with_the_epsilon_of_its_epoch_and_evaluates_with_all_of_i
     assert set(evaluated) == {9 / 255}
 
 
+def test_a_run_attacks_with_the_steps_of_its_epoch(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its rows tell of them, and count the gradients of so many."""
+    climbed = noted(monkeypatch, "engine.attacks.adversary.climb", lambda found, *args, **keys: args[4].num_steps)
+    entries = noted(
+        monkeypatch, "engine.training.telemetry.Telemetry.update", lambda _, self, *args: self.attack_entries
+    )
+    attack = {"num_steps": 3, "steps_warmup": 3}
+    keys = tiny.config(method="at", epochs=4, attack=attack, eval={"final": []}, out=str(tmp_path / "run"))
+    run = lifecycle.train(keys).path
+    assert climbed == [steps for steps in (1, 2, 3, 3) for _ in range(6)]
+    assert [row["attack_steps"] for row in rows_of(run, "epoch")] == [1, 2, 3, 3]
+    assert entries == [steps * 3 * 8 * 8 for steps in climbed]
+
+
 def test_a_rollback_in_the_warm_up_keeps_to_its_epsilon(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ def assert_same_run(left: Path, right: Path) -> None:
                 "schedule": "cosine",
                 "lr_warmup": 1,
             },
-            "attack": {"epsilon_warmup": 2, "num_steps": 2},
+            "attack": {"epsilon_warmup": 2, "steps_warmup": 2, "num_steps": 3},
         },
     ],
     ids=["ema", "swa", "weights attacked", "adamw"],

@@ -62,6 +62,13 @@ def test_operations_by_hand() -> None:
     assert work.left(1, 0.25) == 11_400 * (0.75 + 2) + 3 * 2_100 + 40_000
 
 
+def test_an_attack_whose_steps_grow_costs_what_it_has() -> None:
+    run = config.load({"method": "at", "epochs": 4, "attack": {"num_steps": 3, "steps_warmup": 3}})
+    method = methods.get("at", semantics=run.semantics, loss=run.loss)
+    work = operations(run, method, (5.0, 1.0), ImageCounts(100, 10, 1000))
+    assert work.training == tuple(100 * (steps * 2 * 5 + 14) for steps in (1, 2, 3, 3))
+
+
 def test_a_warm_up_and_unknown_attacks_count() -> None:
     run = config.load({"method": "iad1", "epochs": 4, "loss": {"warmup": 2}, "eval": {"final": ["aa", "pgd10"]}})
     method = methods.get("iad1", semantics=run.semantics, loss=run.loss)

@@ -115,6 +115,32 @@ def test_a_start_from_the_whole_ball_grows_with_it() -> None:
     assert [spec.start_epsilon for spec in attacks(epsilon_warmup=2)] == [None] * 5
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "warmup", "steps"),
+    [
+        (4, 4, [1, 2, 3, 4, 4]),
+        (10, 4, [1, 4, 7, 10, 10]),
+        (3, 0.8, [1, 2, 2, 3, 3]),  # 1, 1 2/3, 2 1/3, 3
+        (2, 3, [1, 2, 2, 2, 2]),  # a half is rounded up
+        (3, 5, [1, 2, 2, 3, 3]),
+        (10, 1, [10] * 5),
+        (10, 0, [10] * 5),
+        (1, 4, [1] * 5),
+        (0, 4, [0] * 5),
+    ],
+)
+def test_steps_grow_from_one_to_all(num_steps: int, warmup: float, steps: list[int]) -> None:
+    found = attacks(num_steps=num_steps, steps_warmup=warmup)
+    assert [spec.num_steps for spec in found] == steps
+    assert {(spec.epsilon, spec.step_size) for spec in found} == {(8 / 255, 2 / 255)}
+
+
+def test_epsilon_and_steps_grow_side_by_side() -> None:
+    found = attacks(num_steps=3, steps_warmup=3, epsilon_warmup=2)
+    assert [spec.num_steps for spec in found] == [1, 2, 3, 3, 3]
+    assert [spec.epsilon * 255 for spec in found] == pytest.approx([4, 8, 8, 8, 8])
+
+
 def test_a_warm_up_as_long_as_the_run_ends_with_it() -> None:
     assert [spec.epsilon for spec in attacks(epsilon_warmup=5)] == pytest.approx(
         [e * 8 / 255 / 5 for e in range(1, 6)]

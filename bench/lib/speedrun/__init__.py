@@ -1,0 +1,1 @@
+"""Robust speedrun: its rules, recipes, costs, runs and records."""
