@@ -149,10 +149,10 @@ class ResultFolder:
         found = self.read(cell.name)
         if found is None or not _has(found, cell.attacks):
             return None
-        if found.settings != cell.settings:
+        if differing := _differing(found, cell):
             raise ValueError(
-                f"{self.cell(cell.name)} is of other settings, which differ in "
-                f"{', '.join(_differing(found, cell)) or 'their digest'}; move it away to measure it anew"
+                f"{self.cell(cell.name)} is of other settings, which differ in {', '.join(differing)}; "
+                "move it away to measure it anew"
             )
         return found
 
@@ -170,7 +170,7 @@ def _has(found: MeasuredCell, attacks: Mapping[str, int]) -> bool:
 
 def _differing(found: MeasuredCell, cell: Cell) -> list[str]:
     """Names of the settings that differ."""
-    before, now = config.flat(found.keys), config.flat(dict(cell.keys))
+    before, now = config.flat(protocols.completed_keys(found.keys)), config.flat(dict(cell.keys))
     names = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
     names += [name for name in ("teachers", "threads") if getattr(found, name) != getattr(cell, name)]
     return names
@@ -179,7 +179,7 @@ def _differing(found: MeasuredCell, cell: Cell) -> list[str]:
 def differences(before: tuple[MeasuredCell, Path], after: tuple[MeasuredCell, Path]) -> list[str]:
     """Parts in which two measurements of a cell, each with its log, differ: not seconds and memory."""
     (old, old_log), (new, new_log) = before, after
-    parts = [name for name in ("settings", "data", "weights", "epoch") if getattr(old, name) != getattr(new, name)]
+    parts = [name for name in ("data", "weights", "epoch") if getattr(old, name) != getattr(new, name)]
     for name in dict.fromkeys((*old.accuracies, *new.accuracies)):
         found = [cell.accuracies.get(name) for cell in (old, new)]
         verdicts = [one and (one.n, one.images, one.verdicts) for one in found]

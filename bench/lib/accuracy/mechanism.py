@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy import stats
 
 from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
-from bench.lib.accuracy.protocol import AccuracyProtocol, chosen_keys, digest
+from bench.lib.accuracy.protocol import AccuracyProtocol, chosen_keys, completed_keys
 from bench.lib.accuracy.statistics import AGREES, DISAGREES, NOT_MEASURED, NOT_RESOLVED
 from engine.common.files import regular_file
 from engine.common.pictures import new_figure
@@ -264,7 +264,7 @@ def _training(
     results: ResultFolder, name: str, measured: MeasuredCell, wanted: RunConfig, shape: type[_Epoch]
 ) -> Training:
     """Log of a measured cell or teacher, which is to be of this configuration."""
-    if digest(measured.keys, {}, measured.threads) != digest(chosen_keys(wanted), {}, measured.threads):
+    if completed_keys(measured.keys) != chosen_keys(wanted):
         raise ValueError(f"{results.cell(name)} is of other settings than the protocol's; move it away")
     rows = _epochs(results.log(name), shape, measured.epochs)
     return Training(rows, wanted.eval.probe_size, measured.teachers.get(_TEACHER))

@@ -198,6 +198,12 @@ def path_of(name: str) -> Path:
     return Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
 
 
+def completed_keys(keys: Mapping[str, Any]) -> Tree:
+    """Keys of a measured cell, with the defaults of those that there were not yet: they change nothing."""
+    method = {name: keys[name] for name in ("method", "semantics")}
+    return config.merge(chosen_keys(config.load(method)), keys)
+
+
 def read(name: str, *, quick: bool = False) -> AccuracyProtocol:
     """The protocol of that name in `PROTOCOLS`, or in a file. quick: in `AccuracyProtocol.quick`'s sizes.
 

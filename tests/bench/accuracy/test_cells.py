@@ -130,6 +130,17 @@ def test_a_cell_that_is_there_is_known_and_one_of_other_settings_refused(measure
         results.measured(dataclasses.replace(cell, teachers={"teacher": "0"}, threads=9))
 
 
+def test_a_key_that_there_was_not_yet_has_its_default(measured: Measured, tmp_path: Path) -> None:
+    """Settings that came after a cell was measured change nothing of it, unless they are turned on."""
+    cell, content = measured.cell(), json.loads(measured.results.cell("ard-seed3").read_bytes())
+    del content["keys"]["attack"]["steps_warmup"]
+    results = copied(measured, tmp_path, keys=content["keys"])
+    assert results.measured(cell) is not None
+    turned_on = {**cell.keys, "attack": {**cell.keys["attack"], "steps_warmup": 0.5}}
+    with pytest.raises(ValueError, match=r"differ in attack\.steps_warmup;"):
+        results.measured(dataclasses.replace(cell, keys=turned_on))
+
+
 def copied(measured: Measured, folder: Path, **changes: Any) -> ResultFolder:
     """Results with the cell alone, whose file has these changes."""
     results = ResultFolder(folder)

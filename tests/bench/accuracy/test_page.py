@@ -384,7 +384,7 @@ def test_the_page_alone_trains_nothing(made: Written) -> None:
 
 
 @pytest.mark.parametrize(("changes", "told"), [
-    ({"settings": "other"}, "of other settings"), ({"facts": {}}, "no 'commit'"), ({"epoch": "x"}, "move it away"),
+    ({"threads": 7}, "of other settings"), ({"facts": {}}, "no 'commit'"), ({"epoch": "x"}, "move it away"),
 ])  # fmt: skip
 def test_a_cell_that_is_damaged_or_of_other_settings_is_refused(
     made: Written, changes: dict[str, Any], told: str
