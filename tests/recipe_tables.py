@@ -50,7 +50,7 @@ def marks() -> Iterator[str]:
 
     def rows() -> Iterator[tuple[str, ...]]:
         for mark in sorted(map(recipes.published, names), key=lambda mark: mark.accuracies["aa"]):
-            shown = {measure: f"{percent:.2f}" for measure, percent in mark.accuracies.items()}
+            shown: dict[str, str] = {measure: f"{percent:.2f}" for measure, percent in mark.accuracies.items()}
             yield mark.title, mark.source, *(shown.get(measure, "") for measure in MEASURES)
 
     return table(("published, in percent", "where", *MEASURES.values()), rows())

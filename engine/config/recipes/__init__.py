@@ -1,6 +1,6 @@
 """Configurations by name, one YAML file each: the rows of the paper's tables, and recipes that aim beyond them.
 
-The accuracies in a row are the paper's; those that a recipe aims at are published ones, in `MARKS`. None was
+The accuracies in a row are the paper's; those that a recipe aims at are published ones, in `PUBLISHED`. None was
 measured here. Imports no torch.
 """
 
@@ -35,7 +35,7 @@ class PublishedMark(NamedTuple):
     accuracies: Mapping[Measure, float]
 
 
-MARKS: dict[str, PublishedMark] = {
+PUBLISHED: dict[str, PublishedMark] = {
     "fastat-pgd-at-wa": PublishedMark(
         "AT with averaged weights (PGD-AT-WA)",
         "FastAT",
@@ -84,7 +84,7 @@ COMPONENTS: dict[str, Component] = {
 
 
 def _known_mark(name: str) -> str:
-    check_known("aims", name, [*MARKS, *_names_of(PaperRow)])
+    check_known("aims", name, [*PUBLISHED, *_names_of(PaperRow)])
     return name
 
 
@@ -125,7 +125,7 @@ class PaperRow(Recipe):
 class ModernRecipe(Recipe):
     """A recipe that aims beyond the paper's rows: an aim, and no result.
 
-    aims: names of `MARKS` and of rows of the paper whose accuracy under AutoAttack it is to pass, ascending.
+    aims: names of `PUBLISHED` and of rows of the paper whose accuracy under AutoAttack it is to pass, ascending.
     teacher: the recipe whose run is to be its robust teacher; None where it reads none.
     """
 
@@ -200,9 +200,9 @@ def all_recipes() -> list[AnyRecipe]:
 
 
 def published(name: str) -> PublishedMark:
-    """The published accuracies of that name: of `MARKS`, or a row of the paper. Raises ValueError for others."""
-    if name in MARKS:
-        return MARKS[name]
+    """The published accuracies of that name, a row of the paper's among them. Raises ValueError for others."""
+    if name in PUBLISHED:
+        return PUBLISHED[name]
     row = paper_row(name)
     where = f"Table {row.table}"
     return PublishedMark(row.row, where, f"the paper's {where}, `{name}`", row.paper)
