@@ -21,8 +21,8 @@ from bench.lib.memory import Meter
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import AblationRow
 from bench.lib.steps.variants import Variant, Workload, images_of
-from bench.lib.timing import Call, no_garbage_collection, rotated
-from bench.step import STEP_TESTS, STEPS_PER_ROUND, WARM_UP, SynchronisedClock
+from bench.lib.timing import Call, SynchronisedClock, no_garbage_collection, rotated
+from bench.step import STEP_TESTS, STEPS_PER_ROUND, WARM_UP
 from engine.attacks import twin
 from engine.config import RunConfig
 from engine.kernels import dispatch

@@ -5,14 +5,17 @@ README.md says how.
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -20,13 +23,16 @@ import torch
 from rich.console import Console
 
 from bench.lib import command
+from bench.lib.accuracy import cells, page
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import NO_SEED, STOPPED, MeasuredCell, Results
-from bench.lib.accuracy.protocol import Protocol
+from bench.lib.accuracy.cells import NO_SEED, SIZES, STOPPED, ResultFolder
+from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
+from engine.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "accuracy"
 RESULTS = ROOT / "bench" / "results" / "accuracy"
+PROGRAM = (sys.executable, "-m", "bench.lib.accuracy.cells")
 LOOK_EVERY = 0.5  # seconds between looks at the processes
 TO_STOP = 60  # seconds that a process has to save what it has
 
@@ -58,16 +64,29 @@ class _Process:
 
 
 class Workers:
-    """Processes that measure, so many at a time, until a deadline. deadline: of time.monotonic, None for none."""
+    """Processes that measure, so many at a time, until a deadline.
+
+    common: the first arguments of `bench.lib.accuracy.cells`. deadline: of time.monotonic, None for none.
+    """
 
     def __init__(
-        self, protocol: str, results: Results, work: Path, device: str, jobs: int, deadline: float | None
+        self,
+        common: tuple[str, ...],
+        results: ResultFolder,
+        work: Path,
+        device: str,
+        jobs: int,
+        deadline: float | None,
     ) -> None:
-        self.common = (protocol, str(results.folder), str(work), device)
+        self.common, self.results, self.device = common, results, device
         self.work, self.jobs, self.deadline = work, jobs, deadline
         self.running: list[_Process] = []
         self.failed: list[str] = []
         self.longest = 0.0
+
+    def elsewhere(self, results: ResultFolder) -> Workers:
+        """The same, that write into another folder of results, and work beside it."""
+        return Workers(self.common, results, results.folder.parent / "work", self.device, self.jobs, self.deadline)
 
     def finished(self, wanted: Sequence[Job]) -> Iterator[str]:
         """Name of each that was measured, as soon as it is; those that are not ready wait for the others."""
@@ -75,7 +94,7 @@ class Workers:
         try:
             while waiting or self.running:
                 ready = (job for job in list(waiting) if job.is_ready)
-                while len(self.running) < self.jobs and not self._is_late() and (job := next(ready, None)):
+                while len(self.running) < self.jobs and not self.is_late and (job := next(ready, None)):
                     waiting.remove(job)
                     self.running.append(self._started(job))
                 if not self.running:
@@ -87,19 +106,24 @@ class Workers:
         finally:
             self.stop()
 
-    def _is_late(self) -> bool:
+    @property
+    def is_late(self) -> bool:
         """True if one that takes as long as the longest so far would not end in time."""
         return self.deadline is not None and time.monotonic() + self.longest > self.deadline
 
     def _started(self, job: Job) -> _Process:
         self.work.mkdir(parents=True, exist_ok=True)
         log = self.work / f"{job.name}.log"
-        command = [sys.executable, "-m", "bench.lib.accuracy.cells", *self.common, job.row, job.seed]
+        places = (str(self.results.folder), str(self.work))
         with log.open("ab") as file:
             process = subprocess.Popen(  # noqa: S603  # no shell
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
+                [*PROGRAM, *self.common, *places, self.device, job.row, job.seed],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         return _Process(job, process, log)
 
     def _ended(self) -> Iterator[str]:
@@ -151,12 +175,14 @@ def _stopping() -> Iterator[None]:
 # many parameters: one for each option
 @command.command
 @click.argument("name", metavar="PROTOCOL", default="cpu")
-@click.option("--table", "tables", multiple=True, help="Tables of the protocol; repeatable. [all]")
+@click.option("--table", "tables", multiple=True, help="A table of the protocol; repeatable. [all]")
 @click.option("--again", metavar="ROW/SEED", help="Measure one cell anew, and compare it bit for bit.")
 @click.option("--budget", type=click.IntRange(min=1), help="Seconds, after which the command ends by itself.")
+@click.option("--page", "only_page", is_flag=True, help="Write page and tables of what is there, train nothing.")
 @click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes at the same time."
 )
+@click.option("--quick", is_flag=True, help="Tiny sizes, to see that everything works.")
 @command.device_option()
 @command.out_option("Folder for the results. [bench/results/accuracy/PROTOCOL]")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for what is not kept. [build/accuracy]")
@@ -165,7 +191,9 @@ def main(
     tables: Sequence[str],
     again: str | None,
     budget: int | None,
+    only_page: bool,
     jobs: int,
+    quick: bool,
     device: torch.device,
     out: Path | None,
     work: Path | None,
@@ -174,39 +202,96 @@ def main(
     deadline = None if budget is None else time.monotonic() + budget
     console = command.new_console()
     with command.refused():
-        protocol = protocols.read(name)
-        results = Results((out or RESULTS / protocol.name).resolve())
-        workers = Workers(name, results, (work or WORK).resolve() / protocol.name, str(device), jobs, deadline)
+        protocol = protocols.read(name, quick=quick)
+        results = ResultFolder((out or RESULTS / protocol.name).resolve())
+        scratch = (work or WORK).resolve() / protocol.name
+        workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
+        write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
+        if only_page:
+            write_page(console)
+            return
         with _stopping():
             try:
-                _measure(protocol, results, workers, console)
+                if again is None:
+                    _measure(protocol, results, workers, tables or None, console, write_page)
+                else:
+                    _repeat(protocol, results, workers, again, console)
             except KeyboardInterrupt:
                 raise click.ClickException("stopped; the same command goes on") from None
     if workers.failed:
         raise click.ClickException("; ".join(workers.failed))
 
 
-def _measure(protocol: Protocol, results: Results, workers: Workers, console: Console) -> None:
+def _measure(
+    protocol: AccuracyProtocol,
+    results: ResultFolder,
+    workers: Workers,
+    tables: Sequence[str] | None,
+    console: Console,
+    write_page: Callable[..., None],
+) -> None:
     teachers = results.teachers(list(protocol.teachers))
     missing = [name for name in protocol.teachers if name not in teachers]
     # Of cells whose teachers are not there, nothing can have been measured.
-    wanted = list(protocols.cells(protocol, teachers | dict.fromkeys(missing, "")))
+    wanted = list(protocols.cells(protocol, teachers | dict.fromkeys(missing, ""), tables))
     waiting = [cell for cell in wanted if set(missing) & set(cell.teachers) or results.measured(cell) is None]
     console.print(f"{len(wanted) - len(waiting)} of {len(wanted)} cells are measured")
-    jobs = [Job(name, name, NO_SEED) for name in missing]
-    for cell in waiting:
-        needs = tuple(results.teacher(section) for section in cell.teachers)
-        jobs.append(Job(cell.name, cell.row, str(cell.seed), needs))
+    needed = {section for cell in waiting for section in cell.teachers}
+    jobs = [Job(name, name, NO_SEED) for name in missing if name in needed]
+    jobs += [_job(cell, results) for cell in waiting]
+    left = len(jobs)
     for name in workers.finished(jobs):
-        _tell(console, results.read(name))
+        console.print(_line(results, name))
+        left -= 1
+        try:
+            write_page()
+        except (OSError, ValueError) as error:  # the other cells are measured all the same
+            console.print(f"no page: {error}", markup=False)
+    if left > len(workers.failed):
+        console.print(f"{left - len(workers.failed)} are left; the same command goes on")
+    write_page(console)
 
 
-def _tell(console: Console, measured: MeasuredCell | None) -> None:
-    """Print a line on a cell."""
+def _job(cell: Cell, results: ResultFolder) -> Job:
+    return Job(cell.name, cell.row, str(cell.seed), tuple(map(results.teacher, cell.teachers)))
+
+
+def _line(results: ResultFolder, name: str) -> str:
+    """A line on the accuracies of a cell or a teacher."""
+    measured = results.read(name)
     assert measured is not None
     accuracies = ", ".join(f"{name} {found.share:.2%}" for name, found in measured.accuracies.items())
-    of = measured.row if measured.seed is None else f"{measured.row}, seed {measured.seed}"
-    console.print(f"{of}: {accuracies}; {measured.epoch_seconds:.0f} s an epoch")
+    return f"{name}: {accuracies}; {measured.epoch_seconds:.0f} s an epoch"
+
+
+def _repeat(
+    protocol: AccuracyProtocol, results: ResultFolder, workers: Workers, which: str, console: Console
+) -> None:
+    """Measure a cell in another place, and write what differs. Raises ValueError for a cell that is not there."""
+    row, slash, seed = which.partition("/")
+    if not slash or not seed.isdecimal():
+        raise ValueError(f"--again: ROW/SEED is expected, such as {next(iter(protocol.rows()))}/0, got {which!r}")
+    cell = protocols.cell_of(protocol, row, int(seed), results.teachers(list(protocol.teachers)))
+    before = results.measured(cell)
+    if before is None:
+        raise ValueError(f"--again: {results.cell(cell.name)} is not there yet")
+    number = next(n for n in itertools.count(1) if not results.again(cell.name, n).exists())
+    anew = ResultFolder(workers.work / f"again-{number}" / "results")
+    for section in cell.teachers:
+        copy = anew.teacher(section)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(results.teacher(section), copy)
+    for name in workers.elsewhere(anew).finished([_job(cell, anew)]):
+        found = anew.read(name)
+        assert found is not None
+        differing = cells.differences((before, results.log(name)), (found, anew.log(name)))
+        record = {"cell": name, "same_bits": not differing, "differs": differing, "facts": found.facts}
+        results.again(name, number).parent.mkdir(parents=True, exist_ok=True)
+        write_json(results.again(name, number), record | {"measured_on": before.facts})
+        console.print(_line(anew, name))
+        console.print(f"differs in {', '.join(differing)}" if differing else "the same, bit for bit")
+        if differing:
+            workers.failed.append(f"{name} differs from the cell that was measured before")
 
 
 if __name__ == "__main__":

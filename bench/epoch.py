@@ -21,10 +21,9 @@ from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import EpochRow, cell
 from bench.lib.steps import real_epoch
 from bench.lib.steps.variants import TEXTBOOK, VARIANTS, Workload, images_of
-from bench.lib.timing import no_garbage_collection, rotated
-from bench.step import STEPS_PER_ROUND, SynchronisedClock, peaks_of_a_process, warmed_up
+from bench.lib.timing import EPOCH_IMAGES, SynchronisedClock, no_garbage_collection, rotated
+from bench.step import STEPS_PER_ROUND, peaks_of_a_process, warmed_up
 
-EPOCH_IMAGES = 50_000
 # Seconds an epoch and MiB of the paper's Table 14: CIFAR-10, ResNet-18, batch 128, on a GPU that it does not name.
 TABLE_14 = {"ard": (156.12, 3253), "iad1": (182.01, 3977), "akd2": (147.10, 2397), "iad2": (167.23, 3249)}
 REAL = "real"

@@ -68,17 +68,16 @@ if [[ -n $gpu ]]; then
   outer=(--variant expert --variant expert-graph --variant all) # beside the textbook
   sizes=(--model resnet18 --batch-size 128)
   real=(--dataset cifar10)
-  training=(--dataset cifar10 --model resnet18 --amp --epochs 15)
+  lease=()
   evaluation=(--attacks 'natural,pgd20,aa:tf32,aa' --limit-aa 250)
 else
   device=cpu quick=(--quick) few=(--no-memory --variant amp) outer=() rounds=2 steps=2 seconds=20
   sizes=(--model resnet8 --batch-size 4)
   real=(--dataset digits --model resnet8 --limit-train 64)
-  training=(--dataset digits --model resnet8 --epochs 1 --limit-train 64 --limit-test 16 --set attack.num_steps=2)
+  lease=(--quick)
   evaluation=(--attacks 'natural,pgd20,aa' --limit 10 --limit-aa 10)
 fi
 on=(--device "$device")
-training+=("${on[@]}" --set optim.schedule=one-cycle --set 'eval.final=[natural]' --resume auto)
 
 # The stages. $1 is called with each: PART NAME SECONDS-ON-A-GPU SECONDS-ON-A-CPU AFTER COMMAND...
 # "-" seconds: not there. AFTER: the stage that must have ended well before.
@@ -97,15 +96,10 @@ stages() {
   $each 1 peaks 90 30 '' "${run[@]}" bench.peaks "${on[@]}" --seconds "$seconds" "${quick[@]}" --out "$out/peaks"
   $each 4 epochs 240 90 '' "${run[@]}" bench.epoch --real "${on[@]}" "${real[@]}" --out "$out/epochs"
   $each 3 step-iad1 300 20 '' "${step[@]}" --method iad1 --out "$out/step-iad1"
-  $each 5 train-at 150 20 '' "${run[@]}" engine train --method at "${training[@]}" --out "$out/train-at"
-  for method in iad1 ard; do
-    $each 5 "train-$method" 160 15 train-at \
-      "${run[@]}" engine train --method "$method" "${teacher[@]}" "${training[@]}" --out "$out/train-$method"
-  done
-  for method in iad1 ard at; do
-    $each 5 "evaluate-$method" 80 50 "train-$method" \
-      "${run[@]}" engine eval "$out/train-$method" "${evaluation[@]}" "${on[@]}"
-  done
+  $each 5 accuracy 470 60 '' \
+    "${run[@]}" bench.accuracy lease "${lease[@]}" "${on[@]}" --out "$out/accuracy" --work "$out/accuracy-work"
+  $each 5 evaluate 120 50 accuracy \
+    "${run[@]}" engine eval "$(student iad1)" "${evaluation[@]}" "${on[@]}"
   for method in ard iad2 akd2; do
     $each 3 "step-$method" 150 20 '' "${step[@]}" "${outer[@]}" --method "$method" --out "$out/step-$method"
   done
@@ -134,10 +128,13 @@ stages() {
     "${run[@]}" bench.pipelines "${on[@]}" --data jpeg224 "${quick[@]}" --out "$out/pipelines"
 }
 
+student() { # METHOD: its first one of the accuracy benchmark
+  compgen -G "$out/accuracy-work/lease*/$1-seed0-*/best.pt" || echo "$out/accuracy-work/$1-seed0.pt"
+}
+
 ids=() failed=() child=''
 declare -A state=() last=()                 # of a stage: its exit code, or what became of it; its log's last line
 on_gpu=() on_cpu=()                         # seconds of a part
-wanted=("$out"/train-{iad1,ard,at}/best.pt) # networks to take home, as far as there is room
 
 note() { # PART NAME ...: which stages there are, and which of them have ended
   printf -v id '%02d-%s' $((${#ids[@]} + 1)) "$2"
@@ -235,7 +232,8 @@ summarise() {
       echo "$each: ${state[$each]}${last[$each]:+: ${last[$each]}}"
     done
   } >"$out/summary.part" && mv "$out/summary.part" "$out/summary.txt"
-  [[ -z ${OUT:-} ]] || "$python" -m bench.pack "$out" "$OUT" "${wanted[@]}" | tail -n 1
+  # Networks are taken home as far as there is room.
+  [[ -z ${OUT:-} ]] || "$python" -m bench.pack "$out" "$OUT" "$(student iad1)" "$(student ard)" "$(student at)" | tail -n 1
 }
 
 interrupted() {

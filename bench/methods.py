@@ -25,8 +25,8 @@ from bench.lib import command
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import MethodRow
 from bench.lib.steps.engine_step import EngineStep
-from bench.lib.timing import no_garbage_collection, rotated
-from bench.step import WARM_UP, SynchronisedClock
+from bench.lib.timing import SynchronisedClock, no_garbage_collection, rotated
+from bench.step import WARM_UP
 from engine import config, methods
 from engine.common.console import Reporter
 from engine.common.files import code_hash

@@ -12,13 +12,13 @@ import torch
 from rich import box
 from rich.table import Table
 
-from bench.epoch import EPOCH_IMAGES, TABLE_14
+from bench.epoch import TABLE_14
 from bench.lib import command, machine, pass_ops, roofline
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import PredictedRow
 from bench.lib.pass_ops import Execution, PassOps
 from bench.lib.roofline import GPUS, Hardware, Op
-from bench.lib.timing import repeated
+from bench.lib.timing import EPOCH_IMAGES, repeated
 from engine import config, models
 from engine.attacks.twin import Twin
 from engine.config import RunConfig

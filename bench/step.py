@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from bench.lib.steps.variants import (
     Workload,
     images_of,
 )
-from bench.lib.timing import Call, no_garbage_collection, rotated
+from bench.lib.timing import Call, SynchronisedClock, no_garbage_collection, rotated
 from engine import models
 from engine.common.lookup import is_on
 from engine.runs import assemble
@@ -176,26 +175,6 @@ def executed(call: Call) -> int:
         call()
     total: int = counted.total
     return total
-
-
-class SynchronisedClock:
-    """Seconds on the host until the device has done all the calls."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def seconds(self, call: Call, count: int) -> float:
-        """Seconds of one call, the mean over count calls."""
-        self._wait()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        self._wait()
-        return (time.perf_counter() - start) / count
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def peaks_of_a_process(workload: Workload, variant: str) -> Peaks:

@@ -505,7 +505,7 @@ def test_published_marks_are_those_of_their_sources() -> None:
         NUMBERS["table2-cifar10-at-iad1"][-1]
     )
     used = {name for recipe in recipes.modern_recipes() for name in recipe.aims}
-    assert set(recipes.PUBLISHED) <= used
+    assert set(recipes.PUBLISHED_MARKS) <= used
     with pytest.raises(ValueError, match=r"^recipe: 'modern-rn18-at' is no row of the paper's tables"):
         recipes.published("modern-rn18-at")  # an aim is no result
 

@@ -41,6 +41,11 @@ class Peaks:
     smi: float | None = None
 
 
+def import_compiler() -> None:
+    """Let torch import its compiler, as it does for the first optimizer: 150 MiB, which are no step's."""
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)
+
+
 class Meter:
     """The peak from now on, of tensors on a GPU or of the growth of the process."""
 

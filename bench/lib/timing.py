@@ -14,6 +14,8 @@ from typing import Protocol, TypeVar
 import torch
 
 MAX_CALLS = 1000
+EPOCH_IMAGES = 50_000
+"""Images of an epoch, to which the time of a step is scaled: those of CIFAR-10."""
 
 Call = Callable[[], object]
 Anything = TypeVar("Anything")
@@ -43,6 +45,27 @@ class HostClock:
         for _ in range(count):
             call()
         return (time.perf_counter() - start) / count
+
+
+class SynchronisedClock:
+    """Seconds on the host until the device has done all the calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def seconds(self, call: Call, count: int) -> float:
+        """Seconds of one call, the mean over count calls."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        self.wait()
+        return (time.perf_counter() - start) / count
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was queued."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class QueuedClock:

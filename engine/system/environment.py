@@ -22,6 +22,8 @@ _PACKAGES = (
     "nvidia-dali-cuda130", "nvidia-dali-cuda120",
 )  # fmt: skip
 
+_EDITED = ("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+
 
 def session(precision: Precision) -> dict[str, Any]:
     """Versions, commit, hardware and precisions of this process."""
@@ -49,7 +51,10 @@ def session(precision: Precision) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the source tree that the package runs from, with "+changes" if it was edited since."""
+    """Commit of the source tree that the package runs from, with "+changes" if it was edited since.
+
+    Results of measurements are no sources: those of a command would change the commit of the next one.
+    """
     root = Path(engine.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -64,7 +69,7 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git(*_EDITED) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

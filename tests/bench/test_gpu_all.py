@@ -134,10 +134,7 @@ def test_a_run_ends_every_stage_once_within_eight_minutes(machine: Machine) -> N
         "not twice tests/gpu/test_pgd_update.py", "numbers tests/gpu/test_random_start.py", "ncu --clock-control",
         *(f"bench.kernels --device cuda --op {op} " for op in ("distill_loss", "pgd_update", "crop_flip")),
         *(f" --method {name} {run}/step-{name}" for name in METHODS),
-        "engine train --method at --dataset cifar10 --model resnet18 --amp --epochs 15 --device cuda",
-        *(f"engine train --method {name} --teacher {machine.out}/train-at/best.pt " for name in ("iad1", "ard")),
-        *(f"engine eval {machine.out}/train-{name} --attacks natural,pgd20,aa:tf32,aa --limit-aa 250"
-          for name in ("at", "iad1", "ard")),
+        f"engine eval {machine.out}/accuracy-work/iad1-seed0.pt --attacks natural,pgd20,aa:tf32,aa --limit-aa 250",
     ):  # fmt: skip
         assert sum(part in call for call in calls) == 1, part
     summary = (machine.out / "summary.txt").read_text()
@@ -151,13 +148,6 @@ def test_every_stage_writes_into_the_one_folder(machine: Machine) -> None:
     folders = [found for call in machine.calls() for found in re.findall(r" --out (\S+)", call)]
     assert all(folder.startswith(f"{machine.out}/") for folder in folders)
     assert len({*folders}) >= len(folders) - 1  # two profiles share one
-
-
-def test_training_comes_with_one_cycle_and_goes_on_where_it_was_cut_off(machine: Machine) -> None:
-    machine.run("--part", "5")
-    trainings = [call for call in machine.calls() if "engine train" in call]
-    assert len(trainings) == 3
-    assert all("--set optim.schedule=one-cycle" in call and "--resume auto" in call for call in trainings)
 
 
 @pytest.mark.parametrize("part", ["1", "2", "3", "4", "5"])
@@ -198,13 +188,12 @@ def test_a_failing_stage_is_told_and_the_others_run(machine: Machine) -> None:
     assert machine.run("--part", "1")[0] == 0  # the stage is in another part
 
 
-def test_a_student_is_not_trained_without_its_teacher(machine: Machine) -> None:
-    machine.say("fail", "--method at ")
+def test_a_student_is_not_evaluated_before_all_are_trained(machine: Machine) -> None:
+    machine.say("fail", "bench.accuracy lease")
     code, output = machine.run("--part", "5")
     assert code == 1
-    assert machine.exit_codes() == {"train-at": "3"}
-    assert "-train-iad1: left out, train-at has not ended well\n" in output
-    assert "-evaluate-iad1: left out, train-iad1 has not ended well\n" in output
+    assert machine.exit_codes() == {"accuracy": "3"}
+    assert "-evaluate: left out, accuracy has not ended well\n" in output
 
 
 def test_one_stage_alone_is_run_again_even_if_it_has_ended(machine: Machine) -> None:
@@ -225,7 +214,7 @@ def test_a_budget_begins_what_fits_and_says_what_does_not(machine: Machine) -> N
     estimates = dict(re.findall(r"^\d\d-(\S+): part \d, (\d+) s on a GPU", listed, re.MULTILINE))
     ran = machine.exit_codes()
     for name, seconds in estimates.items():
-        if name.startswith("evaluate-"):  # there is nothing to evaluate
+        if name == "evaluate":  # there is nothing to evaluate
             assert name not in ran
         elif not 100 < int(seconds) <= 145:
             assert (name in ran) is (int(seconds) <= 100), name
@@ -324,14 +313,19 @@ def test_results_are_packed_after_every_stage(machine: Machine) -> None:
     assert (machine.home / "summary.txt").read_text().count(": 0: all well\n") == len(packed)
 
 
-def test_the_trained_student_is_packed(machine: Machine) -> None:
-    student = machine.out / "train-iad1" / "best.pt"
-    student.parent.mkdir(parents=True)
-    student.write_bytes(b"student")
-    code, output = machine.run("--stage", "environment", OUT=str(machine.home))
-    assert code == 0
-    assert (machine.home / "train-iad1-best.pt.1of1").read_bytes() == b"student"
-    assert "packed: 3 files" in output
+def test_the_trained_students_are_packed_and_evaluated(machine: Machine) -> None:
+    for name in ("iad1", "at"):
+        student = machine.out / "accuracy-work" / "lease" / f"{name}-seed0-0123456789ab" / "best.pt"
+        student.parent.mkdir(parents=True)
+        student.write_bytes(name.encode())
+    code, output = machine.run("--part", "5", OUT=str(machine.home))
+    assert code == 0, output
+    (evaluation,) = (call for call in machine.calls() if "engine eval" in call)
+    assert f"engine eval {machine.out}/accuracy-work/lease/iad1-seed0-0123456789ab/best.pt --attacks" in evaluation
+    packed = {path.name: path.read_bytes() for path in machine.home.glob("accuracy-work-*")}
+    assert packed == {
+        f"accuracy-work-lease-{name}-seed0-0123456789ab-best.pt.1of1": name.encode() for name in ("iad1", "at")
+    }
 
 
 def test_what_cannot_be_packed_is_a_failure(machine: Machine) -> None:

@@ -555,3 +555,24 @@ def test_normalisation_that_is_none(texts: Any, words: str) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         normalize.from_text(*texts)
     assert words in str(error.value)
+
+
+def test_a_strided_stem_alone_tells_the_small_network_from_resnet8() -> None:
+    torch.manual_seed(0)
+    strided, usual = models.build("resnet8-strided-16", 10).eval(), models.build("resnet8", 10).eval()
+    usual.load_state_dict(strided.state_dict())
+    stem = usual.get_submodule("conv1")
+    assert isinstance(stem, nn.Conv2d)
+    stem.stride = (2, 2)
+    images = torch.rand(3, 3, 32, 32)
+    assert torch.equal(strided(images), usual(images))
+    assert strided.get_submodule("layer1")(strided.get_submodule("conv1")(images)).shape == (3, 16, 16, 16)
+    assert models.build("resnet8-strided-32", 10).get_submodule("linear").in_features == 128
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8-strided-0", "resnet8-strided-1000", "resnet8-strided", "resnet8-strided-032"]
+)
+def test_a_strided_network_has_a_width(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^model: [^\n]* is not known; [^\n]*resnet8-strided-W"):
+        models.check(name)

@@ -81,3 +81,9 @@ def test_the_latex_of_a_table() -> None:
 )
 def test_cells_of_a_page(cell: float | str | None, text: str) -> None:
     assert f">{text}</td>" in ReportTable("t", ("a",), [[cell]]).html()
+
+
+def test_names_without_a_path_have_no_column_of_paths() -> None:
+    table = ReportTable("t", ("row", "x"), [[Name("a"), 1], [Name("b"), None]])
+    assert table.csv() == "row,x\r\na,1\r\nb,\r\n"
+    assert table.texts() == [["a", "1"], ["b", ""]]

@@ -1,7 +1,7 @@
 """Measured cells: a training by the protocol, attacked, and its files.
 
-`python -m bench.lib.accuracy.cells PROTOCOL RESULTS WORK DEVICE ROW SEED` makes one, in a process of its own;
-with a teacher's section in the place of ROW, and "-" for SEED, a teacher.
+`python -m bench.lib.accuracy.cells PROTOCOL SIZE RESULTS WORK DEVICE ROW SEED` makes one, in a process of its own;
+with a teacher's section in the place of ROW, and "-" for SEED, a teacher. SIZE: one of `SIZES`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.lib import machine
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.protocol import Cell, Protocol
+from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
 from engine import config
 from engine.common.console import ConsoleReporter
-from engine.common.files import create, regular_file, replacing, write_json
+from engine.common.files import regular_file, replacing, write_json
 from engine.common.stopping import Interrupted, RunFailed
 from engine.evaluation import evaluate_checkpoint
 from engine.evaluation.evaluate_checkpoint import EvaluationConfig
 from engine.models.weights import load_model, save_safetensors, weights_sha256
+from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.runs.lifecycle import train
 from engine.runs.run_directory import RunDir, first_fault
 
 NO_SEED = "-"
+SIZES = {False: "full", True: "quick"}
 STOPPED = 130
 
 
-class Accuracy(BaseModel):
+class AttackAccuracy(BaseModel):
     """Images classified correctly under an attack.
 
     verdicts: a bit for each image, 1 where it is classified correctly, packed and in base64. images: digest of
@@ -67,9 +69,9 @@ class Accuracy(BaseModel):
 class MeasuredCell(BaseModel):
     """Content of a cell's file.
 
-    facts: hardware, versions, date and commit. weights: SHA-256 of those that were attacked, of the `epoch` that
-    did best on held-out images. seconds: of an epoch's training, of the whole training with what is measured after
-    each epoch. peak_memory: bytes.
+    data: SHA-256 of the images. facts: hardware, versions, date and commit. weights: SHA-256 of those that were
+    attacked, of the `epoch` that did best on held-out images. epoch_seconds: of the training of an epoch, the
+    median; seconds: of all epochs. peak_memory: bytes.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -81,6 +83,7 @@ class MeasuredCell(BaseModel):
     keys: dict[str, Any]
     teachers: dict[str, str]
     threads: int
+    data: str
     facts: dict[str, Any]
     weights: str
     epoch: int
@@ -88,10 +91,10 @@ class MeasuredCell(BaseModel):
     epoch_seconds: float = Field(ge=0, allow_inf_nan=False)
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_memory: int | None
-    accuracies: dict[str, Accuracy]
+    accuracies: dict[str, AttackAccuracy]
 
 
-class Results:
+class ResultFolder:
     """Folder of a protocol's results."""
 
     def __init__(self, folder: Path) -> None:
@@ -108,6 +111,10 @@ class Results:
     def teacher(self, section: str) -> Path:
         """Weights of a teacher."""
         return self.folder / "teachers" / f"{section}.safetensors"
+
+    def again(self, name: str, number: int) -> Path:
+        """File on a cell that was measured once more."""
+        return self.folder / "again" / f"{name}-{number}.json"
 
     def read(self, name: str) -> MeasuredCell | None:
         """The cell of that name, None where it is not measured. Raises ValueError for a damaged file."""
@@ -128,6 +135,11 @@ class Results:
         except ValueError as error:
             raise ValueError(f"{path}: {error}; move it away") from None
         return found
+
+    def data(self) -> dict[str, str]:
+        """SHA-256 of the images of each cell and teacher that is measured, by name."""
+        names = [path.stem for path in sorted((self.folder / "cells").glob("*.json"))]
+        return {name: cell.data for name in names if (cell := self.read(name)) is not None}
 
     def measured(self, cell: Cell) -> MeasuredCell | None:
         """The cell as it was measured, None where it was not, or not under all attacks.
@@ -164,13 +176,33 @@ def _differing(found: MeasuredCell, cell: Cell) -> list[str]:
     return names
 
 
-def measure(protocol: Protocol, cell: Cell, results: Results, work: Path, device: torch.device) -> MeasuredCell:
+def differences(before: tuple[MeasuredCell, Path], after: tuple[MeasuredCell, Path]) -> list[str]:
+    """Parts in which two measurements of a cell, each with its log, differ: not seconds and memory."""
+    (old, old_log), (new, new_log) = before, after
+    parts = [name for name in ("settings", "data", "weights", "epoch") if getattr(old, name) != getattr(new, name)]
+    for name in dict.fromkeys((*old.accuracies, *new.accuracies)):
+        found = [cell.accuracies.get(name) for cell in (old, new)]
+        verdicts = [one and (one.n, one.images, one.verdicts) for one in found]
+        if verdicts[0] != verdicts[1]:
+            parts.append(name)
+    return parts + ["log"] * (_numbers(old_log) != _numbers(new_log))
+
+
+def _numbers(log: Path) -> list[dict[str, Any]]:
+    """Rows of a log without what depends on the machine's speed and memory."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def measure(
+    protocol: AccuracyProtocol, cell: Cell, results: ResultFolder, work: Path, device: torch.device
+) -> MeasuredCell:
     """Train a cell, or go on with it, attack it, and write its files. work: folder for what is not kept."""
     teachers = {section: {"checkpoint": str(results.teacher(section))} for section in cell.teachers}
     wanted = protocol.config_of(cell.row, cell.seed).tree() | {"device": str(device)}
     run = work / f"{cell.name}-{cell.settings}"
     measured = _trained(
-        config.load(wanted, teachers, {"out": str(run)}), cell.attacks, cell.evaluation_seed,
+        config.load(wanted, teachers, {"out": str(run)}), cell.attacks, cell.evaluation_seed, results,
         protocol=protocol.name, row=cell.row, seed=cell.seed, settings=cell.settings, keys=dict(cell.keys),
         teachers=dict(cell.teachers), threads=cell.threads,
     )  # fmt: skip
@@ -179,7 +211,7 @@ def measure(protocol: Protocol, cell: Cell, results: Results, work: Path, device
 
 
 def measure_teacher(
-    protocol: Protocol, section: str, results: Results, work: Path, device: torch.device
+    protocol: AccuracyProtocol, section: str, results: ResultFolder, work: Path, device: torch.device
 ) -> MeasuredCell:
     """Train a teacher of the protocol, attack it as the first table's rows, and keep its weights."""
     wanted = protocol.teacher_config(section)
@@ -189,7 +221,7 @@ def measure_teacher(
     attacks = next(iter(protocol.tables.values())).attacks
     measured = _trained(
         config.load(wanted.tree(), {"device": str(device), "out": str(run)}), attacks, protocol.evaluation_seed,
-        protocol=protocol.name, row=section, seed=None, settings=settings, keys=keys, teachers={},
+        results, protocol=protocol.name, row=section, seed=None, settings=settings, keys=keys, teachers={},
         threads=protocol.threads,
     )  # fmt: skip
     _write(results, section, measured, RunDir(run))
@@ -200,10 +232,16 @@ def measure_teacher(
     return measured
 
 
-def _trained(wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: int, **told: Any) -> MeasuredCell:
-    """Figures of the best epoch's student."""
+def _trained(
+    wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: int, results: ResultFolder, **told: Any
+) -> MeasuredCell:
+    """Figures of the best epoch's student. Raises ValueError where other cells have other images."""
     console = ConsoleReporter()
     run = RunDir(train(wanted, console, again=True).path)
+    data = run.sessions()[-1]["data"]["sha256"]
+    for name, other in results.data().items():
+        if other != data:
+            raise ValueError(f"data: the images are not those of {results.cell(name)}, which cannot be compared")
     rows = [row for row in run.rows() if row["event"] == "epoch"]
     summary = run.read_summary()
     assert summary is not None
@@ -211,6 +249,7 @@ def _trained(wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: 
     peaks = [row["peak_memory"] for row in rows if row.get("peak_memory") is not None]
     return MeasuredCell(
         **told,
+        data=data,
         facts=dict(machine.facts(torch.device(wanted.device))),
         weights=weights_sha256(load_model(run.best).module),
         epoch=summary["best"]["epoch"],
@@ -222,7 +261,7 @@ def _trained(wanted: config.RunConfig, attacks: Mapping[str, int], attack_seed: 
     )
 
 
-def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: config.RunConfig) -> Accuracy:
+def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: config.RunConfig) -> AttackAccuracy:
     """Accuracy under an attack; goes on where it was stopped."""
     chosen = EvaluationConfig(
         [attack], limit=images, limit_aa=images, data=wanted.data, seed=seed, device=wanted.device
@@ -232,7 +271,7 @@ def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: con
     verdicts = np.array([digit == "1" for digit in found["images"]["correct"]], np.bool_)
     if len(verdicts) != images:
         raise ValueError(f"attacks.{attack}: {images} test images are wanted, and there are {len(verdicts)}")
-    return Accuracy(
+    return AttackAccuracy(
         n=found["n"],
         correct=found["correct"],
         seconds=found["seconds"],
@@ -241,7 +280,7 @@ def _attacked(checkpoint: Path, attack: str, images: int, seed: int, wanted: con
     )
 
 
-def _write(results: Results, name: str, measured: MeasuredCell, run: RunDir) -> None:
+def _write(results: ResultFolder, name: str, measured: MeasuredCell, run: RunDir) -> None:
     """Write the log, then the cell, which says that all is there."""
     for path in (results.log(name), results.cell(name)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,8 +291,8 @@ def _write(results: Results, name: str, measured: MeasuredCell, run: RunDir) -> 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure a cell, or a teacher."""
-    name, folder, work, device_name, row, seed = arguments
-    protocol, results = protocols.read(name), Results(Path(folder))
+    name, size, folder, work, device_name, row, seed = arguments
+    protocol, results = protocols.read(name, quick=size == SIZES[True]), ResultFolder(Path(folder))
     device = machine.device(device_name)
     if device.type == "cpu":
         torch.set_num_threads(protocol.threads)
@@ -266,7 +305,7 @@ def main(arguments: Sequence[str]) -> int:
     except Interrupted:
         return STOPPED
     except (ValueError, RunFailed) as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return 2
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,28 @@ from engine.common.files import regular_file
 from engine.common.lookup import look_up
 from engine.config import RunConfig, recipes
 from engine.config.sections import Tree
-from engine.runs.assemble import teacher_sections
+from engine.runs.assemble import method_of, teacher_sections
 from engine.runs.run_directory import first_fault
 
 PROTOCOLS = Path(__file__).resolve().parents[2] / "protocols"
 SECTIONS = ("teacher", "teacher_st")
 """Parts of a configuration that a protocol's teachers may be of."""
+QUICK_KEYS: Tree = {
+    "dataset": "digits",
+    "model": "resnet8",
+    "epochs": 2,
+    "limit_train": 100,
+    "limit_test": 40,
+    "amp": False,
+    "attack": {"num_steps": 2},
+    "eval": {"attack": "pgd2", "probe_size": 20},
+}
+"""Keys of every training of a quick protocol, which win over its own."""
+_QUICK_IMAGES = 20
+_QUICK = {"aa": "aa-fast"}  # instead of attacks that take a minute on a few images too
 _NAME = re.compile(r"[a-z0-9]+(?:[-.][a-z0-9]+)*")
-_OWN = ("out", "seed", "device", *SECTIONS)  # keys that the protocol decides itself
+_PLACE = ("out", "device", *SECTIONS)  # keys that are no part of a cell's settings: of teachers the weights are
+_OWN = ("seed", "data", *_PLACE)  # keys that are no row's to choose
 
 
 class _Part(BaseModel):
@@ -50,21 +64,43 @@ class ProtocolTable(_Part):
     recipes: dict[str, str] = Field(default_factory=dict)
 
 
-class Protocol(_Part):
-    """What every cell shares, and the tables.
+class AccuracyProtocol(_Part):
+    """Settings that all cells share, and the tables.
 
-    threads: of torch on a CPU: sums depend on them. seeds: of the students. common: keys of every training, those
-    of teachers too. teachers: by section, their own keys. evaluation_seed: of the attacks.
+    images: remark on them. threads: of torch on a CPU: sums depend on them. seeds: of the students. common:
+    keys of every training, those of teachers too. teachers: by section, their own keys. evaluation_seed: of the
+    attacks.
     """
 
     name: str = ""
     title: str
+    images: str = ""
     threads: int = Field(ge=1)
     seeds: list[int] = Field(min_length=1)
     evaluation_seed: int = Field(default=0, ge=0)
     common: dict[str, Any]
     teachers: dict[str, dict[str, Any]]
     tables: dict[str, ProtocolTable] = Field(min_length=1)
+
+    def quick(self) -> AccuracyProtocol:
+        """The same rows at tiny sizes and of one seed, to see that everything works; its figures mean nothing."""
+        tables = {
+            title: table.model_copy(
+                update={
+                    "attacks": dict.fromkeys((_QUICK.get(name, name) for name in table.attacks), _QUICK_IMAGES),
+                    "rows": {row: keys and config.merge(keys, QUICK_KEYS) for row, keys in table.rows.items()},
+                }
+            )
+            for title, table in self.tables.items()
+        }
+        teachers = {section: config.merge(keys, QUICK_KEYS) for section, keys in self.teachers.items()}
+        told = {
+            "name": f"{self.name}-quick",
+            "title": f"Tiny sizes, of which no figure means anything: {self.title}",
+        }
+        return self.model_copy(
+            update={**told, "images": "", "seeds": self.seeds[:1], "teachers": teachers, "tables": tables}
+        )
 
     def rows(self) -> dict[str, Tree]:
         """Keys of every row, by name."""
@@ -113,21 +149,24 @@ class Cell:
         return digest(self.keys, self.teachers, self.threads)
 
 
-def cells(protocol: Protocol, teachers: Mapping[str, str]) -> Iterator[Cell]:
-    """All cells: table by table, all rows of a seed before the next, so that what is there can be compared.
+def cells(
+    protocol: AccuracyProtocol, teachers: Mapping[str, str], tables: Sequence[str] | None = None
+) -> Iterator[Cell]:
+    """Cells of these tables, None for all, with all rows of a seed before the next: so they can be compared early.
 
     teachers: SHA-256 of the weights of the protocol's, by section; a cell has those that its method reads.
+    Raises ValueError for a table that the protocol does not have.
     """
     seen = set()
-    for table in protocol.tables.values():
+    for name in protocol.tables if tables is None else tables:
         for seed in protocol.seeds:
-            for row in table.rows:
+            for row in look_up("table", name, protocol.tables).rows:
                 if (row, seed) not in seen:
                     seen.add((row, seed))
                     yield cell_of(protocol, row, seed, teachers)
 
 
-def cell_of(protocol: Protocol, row: str, seed: int, teachers: Mapping[str, str]) -> Cell:
+def cell_of(protocol: AccuracyProtocol, row: str, seed: int, teachers: Mapping[str, str]) -> Cell:
     """The cell of a row and a seed. Raises ValueError for a row that the protocol does not have."""
     look_up("row", row, protocol.rows())
     keys = protocol.config_of(row, seed)
@@ -149,17 +188,22 @@ def digest(keys: Mapping[str, Any], teachers: Mapping[str, str], threads: int) -
 
 
 def chosen_keys(keys: RunConfig) -> Tree:
-    """The keys of a training but those of its place and device."""
-    return {name: value for name, value in keys.tree().items() if name not in _OWN or name == "seed"}
+    """The keys of a training but those of its place, device and teachers."""
+    return {name: value for name, value in keys.tree().items() if name not in _PLACE}
 
 
-def read(name: str) -> Protocol:
-    """The protocol of that name in `PROTOCOLS`, or in a file.
+def path_of(name: str) -> Path:
+    """File of a protocol: one in `PROTOCOLS`, or the path itself. Raises ValueError for an unknown name."""
+    known = {path.stem: path for path in sorted(PROTOCOLS.glob("*.yaml"))}
+    return Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
+
+
+def read(name: str, *, quick: bool = False) -> AccuracyProtocol:
+    """The protocol of that name in `PROTOCOLS`, or in a file. quick: in `AccuracyProtocol.quick`'s sizes.
 
     Raises ValueError, one line, for what is no protocol, and for keys that a training refuses.
     """
-    known = {path.stem: path for path in sorted(PROTOCOLS.glob("*.yaml"))}
-    path = Path(name) if name.endswith(".yaml") else look_up("protocol", name, known)
+    path = path_of(name)
     try:
         content = yaml_text.read(regular_file(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -169,17 +213,17 @@ def read(name: str) -> Protocol:
     if not isinstance(content, dict):
         raise ValueError(f"protocol: {path} has no keys")
     try:
-        found = Protocol.model_validate(content | {"name": path.stem})
+        found = AccuracyProtocol.model_validate(content | {"name": path.stem})
     except ValidationError as error:
         raise ValueError(f"protocol: {path}: {first_fault(error)}") from None
     try:
         _check(found)
     except ValueError as error:
         raise ValueError(f"protocol: {path}: {error}") from None
-    return found
+    return found.quick() if quick else found
 
 
-def _check(protocol: Protocol) -> None:
+def _check(protocol: AccuracyProtocol) -> None:
     """Raise ValueError for what no cell could be made of."""
     rows: set[str] = set()
     for name, table in protocol.tables.items():
@@ -205,7 +249,7 @@ def _check(protocol: Protocol) -> None:
         raise ValueError(f"seeds: each once, got {protocol.seeds}")
     for section in protocol.teachers:
         look_up("teachers", section, dict.fromkeys(SECTIONS))
-        protocol.teacher_config(section)
+        method_of(protocol.teacher_config(section))
     for name, keys in {"common": protocol.common, **protocol.rows()}.items():
         if own := [key for key in _OWN if key in keys]:
             raise ValueError(f"{name}: {own[0]!r} is the protocol's to decide")

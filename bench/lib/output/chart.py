@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.lib.calls.op_cases import EAGER
-from bench.lib.output.csv_rows import EvaluationRow, MeasuredRow, OpRow, PipelineRow, StepRow
+from bench.lib.output.csv_rows import EvaluationRow, MeasuredRow, OpRow, PeerRow, PipelineRow, StepRow
 from engine.common.numbers import ceil_div
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {"compile": "tab:orange", "native": "tab:blue", "triton": "tab:green"}
 PIPELINE_COLOURS = {"tensor": "tab:blue", "ffcv": "tab:green", "dali": "tab:purple", "image": "tab:orange"}
 STEP_COLOURS = {"textbook": "tab:gray", "expert": "tab:orange"}
+PEER_COLOURS = STEP_COLOURS | {"published": "black", "plain": "tab:gray"}
 ACROSS = 3
 """Panels of ops in a line."""
 TITLES = {"call": "{}", "graph": "{}, replayed from a CUDA graph"}
@@ -109,6 +110,26 @@ def _step_panel(axes: Axes, rows: Sequence[StepRow], values: Sequence[float], he
         axes, labels, values, [STEP_COLOURS.get(row.variant.partition("-")[0], "tab:blue") for row in rows], form
     )
     axes.set_title(f"{rows[0].method}, {rows[0].model}, batch {rows[0].batch_size}: {heading}", fontsize=8)
+
+
+def draw_peers(path: Path, rows: Sequence[PeerRow]) -> None:
+    """Draw for each method the seconds of an epoch of each candidate, and beside them peak memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.method for row in rows))
+    figure = Figure(figsize=(10, 2.8 * len(names)), layout="constrained")
+    for name, (times, peaks) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+        mine = [row for row in rows if row.method == name]
+        labels = [row.candidate for row in mine]
+        colours = [PEER_COLOURS.get(row.candidate.partition("-")[0], "tab:blue") for row in mine]
+        _bars(times, labels, [row.epoch_s for row in mine], colours, "%.0f")
+        _bars(peaks, labels, [row.peak_mib for row in mine], colours, "%.0f")
+        for axes, heading in ((times, "seconds an epoch"), (peaks, "peak memory, MiB")):
+            axes.set_title(f"{name}, {mine[0].model}, batch {mine[0].batch_size}: {heading}", fontsize=8)
+    first = rows[0]
+    figure.suptitle(f"{_hardware(first)}, torch {first.torch}, {first.date[:10]}", fontsize=9)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _hardware(row: MeasuredRow) -> str:

@@ -15,11 +15,13 @@ from pydantic import TypeAdapter
 
 from bench.lib.calls.op_cases import COMPILE, COPY, EAGER, OpCase, beyond
 from bench.lib.machine import Facts
+from bench.lib.timing import EPOCH_IMAGES
 from engine.common.files import replacing
 
 if TYPE_CHECKING:
     from bench.lib.calls.peak_cases import PeakCase
     from bench.lib.memory import Peaks
+    from bench.lib.steps.peer_process import Peer
     from bench.lib.steps.variants import Workload
 
 
@@ -184,6 +186,29 @@ class EpochRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class PeerRow(MeasuredRow):
+    """One line of peers.csv; README.md describes the columns."""
+
+    method: str
+    model: str
+    batch_size: int
+    candidate: str
+    source: str
+    rounds: int
+    steps_per_round: int
+    median_s: float
+    q10_s: float
+    q90_s: float
+    epoch_s: float
+    speedup_over_published: float | None
+    speedup_over_plain: float | None
+    forwards: float | None
+    backwards: float | None
+    peak_mib: float
+    relative_memory: float | None
+
+
+@dataclass(frozen=True)
 class MethodRow(MeasuredRow):
     """One line of methods.csv; README.md describes the columns."""
 
@@ -307,6 +332,28 @@ class ResumedRow(MeasuredRow):
     killed_after: int
     same_bits: bool
     run_s: float
+
+
+@dataclass(frozen=True)
+class AccuracyRow(MeasuredRow):
+    """One line of cells.csv; README.md describes the columns. seed: None of a teacher."""
+
+    protocol: str
+    row: str
+    seed: int | None
+    settings: str
+    method: str
+    model: str
+    epochs: int
+    attack: str
+    n: int
+    correct: int
+    accuracy: float
+    attack_seconds: float
+    epoch_seconds: float
+    seconds: float
+    peak_memory: int | None
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -504,6 +551,43 @@ def ablation_row(
         q90_relative=q90_ratio,
         peak_mib=peak,
         relative_memory=peak / usual if peak is not None and usual else None,
+    )
+
+
+def peer_row(
+    facts: Facts,
+    peer: Peer,
+    source: str,
+    samples: Mapping[str, Sequence[float]],
+    steps_per_round: int,
+    passes: tuple[float, float] | None,
+    peaks: Mapping[str, float],
+) -> PeerRow:
+    """One candidate of a method. samples: as of `step_row`, by candidate. peaks: MiB, by candidate.
+
+    passes: forward passes of networks in a step, and those with a backward pass.
+    """
+    seconds = samples[peer.candidate]
+    median, (q10, q90) = statistics.median(seconds), quantiles(seconds)
+    return PeerRow(
+        **facts,
+        method=peer.method,
+        model=peer.model,
+        batch_size=peer.batch_size,
+        candidate=peer.candidate,
+        source=source,
+        rounds=len(seconds),
+        steps_per_round=steps_per_round,
+        median_s=median,
+        q10_s=q10,
+        q90_s=q90,
+        epoch_s=median * math.ceil(EPOCH_IMAGES / peer.batch_size),
+        speedup_over_published=speedup(samples.get("published"), seconds),
+        speedup_over_plain=speedup(samples.get("plain"), seconds),
+        forwards=passes[0] if passes else None,
+        backwards=passes[1] if passes else None,
+        peak_mib=peaks[peer.candidate],
+        relative_memory=peaks[peer.candidate] / peaks["published"] if "published" in peaks else None,
     )
 
 

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.lib import memory
 from bench.lib.steps import expert, textbook
 from bench.lib.steps.engine_step import EngineStep, epochs_of
+from bench.lib.steps.plain import PlainStep
 from engine import config, models
 from engine.attacks.pgd import started
 from engine.common import host_memory
@@ -45,6 +46,7 @@ class By(Enum):
 
     ENGINE = "engine"
     TEXTBOOK = "textbook"
+    PLAIN = "plain"
     EXPERT = "expert"
 
 
@@ -82,8 +84,10 @@ def _cudnn_times_its_algorithms(amp: bool) -> Iterator[None]:
 _DETERMINISM: dict[By, Callable[[bool], AbstractContextManager[object]]] = {
     By.ENGINE: lambda amp: precision.deterministic(amp=amp),
     By.TEXTBOOK: lambda amp: nullcontext(),
+    By.PLAIN: lambda amp: nullcontext(),
     By.EXPERT: _cudnn_times_its_algorithms,
 }
+_WRITTEN_BY = {By.TEXTBOOK: textbook.TextbookStep, By.PLAIN: PlainStep}
 _PLAIN = {"compile": "off", "lanes": "off", "graphs": "off"}
 _AMP = _PLAIN | {"amp": True}
 _COMPILED = _PLAIN | {"compile": "on"}
@@ -91,6 +95,7 @@ _PUBLISHED = {"semantics": "official"}
 VARIANTS = {
     TEXTBOOK: Variant("plain torch, float32, NCHW, the published forwards", _PUBLISHED, By.TEXTBOOK, False),
     "textbook-paper": Variant("the same without the published code's idle forwards", {}, By.TEXTBOOK, False),
+    "plain": Variant("the textbook's, with backward() in the attack", _PUBLISHED, By.PLAIN, False),
     "expert": Variant(
         "plain torch: compiled, channels-last, autocast, frozen in the attack",
         _COMPILED | {"amp": True},
@@ -101,6 +106,8 @@ VARIANTS = {
     "expert-graph": Variant(
         "the same with autocast, and CUDA graphs", _COMPILED | {"amp": True}, By.EXPERT, False, True
     ),
+    "engine": Variant("as `engine train` runs it by default"),
+    "engine-amp": Variant("as `engine train --amp` runs it", {"amp": True}),
     "fp32": Variant("the engine, float32", _PLAIN),
     "fp32-direct": Variant("the same without Winograd's algorithm", _PLAIN | {"winograd": "off"}),
     "fp32-compile": Variant("the engine, float32, passes compiled", _COMPILED),
@@ -170,7 +177,7 @@ class Workload:
         else:
             sgd = torch.optim.SGD(networks[0].parameters(), lr=run.lr, momentum=0.9, weight_decay=2e-4)
             layout = torch.contiguous_format
-            step = textbook.TextbookStep(setting, *networks, sgd)
+            step = _WRITTEN_BY[variant.by](setting, *networks, sgd)
         batches = epochs_of(assemble.build_pipeline(run, self.images, chosen, kind="tensor"))
 
         def baseline() -> None:
@@ -240,7 +247,7 @@ def peak_mebibytes(workload: Workload, variant: Variant) -> float:
 
     On a CPU what the process grows by, on a GPU what its allocator gave out at most.
     """
-    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # imports torch's compiler: 150 MiB, which are no variant's
+    memory.import_compiler()
     with variant.conditions():
         metered = memory.Meter(workload.device)
         step = workload.step(variant)

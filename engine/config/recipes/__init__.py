@@ -1,7 +1,7 @@
 """Configurations by name, one YAML file each: the rows of the paper's tables, and recipes that aim beyond them.
 
-The accuracies in a row are the paper's; those that a recipe aims at are published ones, in `PUBLISHED`. None was
-measured here. Imports no torch.
+The accuracies in a row are the paper's; those that a recipe aims at are `PUBLISHED_MARKS`. None was measured here.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PublishedMark(NamedTuple):
     accuracies: Mapping[Measure, float]
 
 
-PUBLISHED: dict[str, PublishedMark] = {
+PUBLISHED_MARKS: dict[str, PublishedMark] = {
     "fastat-pgd-at-wa": PublishedMark(
         "AT with averaged weights (PGD-AT-WA)",
         "FastAT",
@@ -84,7 +84,7 @@ COMPONENTS: dict[str, Component] = {
 
 
 def _known_mark(name: str) -> str:
-    check_known("aims", name, [*PUBLISHED, *_names_of(PaperRow)])
+    check_known("aims", name, [*PUBLISHED_MARKS, *_names_of(PaperRow)])
     return name
 
 
@@ -125,7 +125,7 @@ class PaperRow(Recipe):
 class ModernRecipe(Recipe):
     """A recipe that aims beyond the paper's rows: an aim, and no result.
 
-    aims: names of `PUBLISHED` and of rows of the paper whose accuracy under AutoAttack it is to pass, ascending.
+    aims: names of `PUBLISHED_MARKS` and of rows of the paper, whose accuracy under AutoAttack it is to pass, ascending.
     teacher: the recipe whose run is to be its robust teacher; None where it reads none.
     """
 
@@ -200,9 +200,9 @@ def all_recipes() -> list[AnyRecipe]:
 
 
 def published(name: str) -> PublishedMark:
-    """The published accuracies of that name, a row of the paper's among them. Raises ValueError for others."""
-    if name in PUBLISHED:
-        return PUBLISHED[name]
+    """Published accuracies by name, of `PUBLISHED_MARKS` or a row of the paper. Raises ValueError for others."""
+    if name in PUBLISHED_MARKS:
+        return PUBLISHED_MARKS[name]
     row = paper_row(name)
     where = f"Table {row.table}"
     return PublishedMark(row.row, where, f"the paper's {where}, `{name}`", row.paper)

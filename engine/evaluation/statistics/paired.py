@@ -15,7 +15,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,17 +172,33 @@ def _over_seeds(a_SN: Bools, b_SN: Bools, difference: float, level: float, *, pa
         name, samples = "welch", [right_a, right_b]
     parts = [statistics.variance(sample) / len(sample) for sample in samples]
     error = math.sqrt(sum(parts)) / n
-    if not error:
-        return {"test": name, "interval": None, "p_value": None if difference else 1.0, "resolvable": None}
     squares = sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, samples, strict=True))
-    df = sum(parts) ** 2 / squares  # Welch and Satterthwaite; of one sample S - 1
+    df = sum(parts) ** 2 / squares if error else math.inf  # Welch and Satterthwaite; of one sample S - 1
+    return {"test": name, **by_student(difference, error, df, level)._asdict()}
+
+
+class StudentTest(NamedTuple):
+    """Fields of `PairedComparison` by Student's t."""
+
+    interval: Interval | None
+    p_value: float | None
+    resolvable: float | None
+
+
+def by_student(difference: float, error: float, df: float, level: float = 1 - CONFIDENCE) -> StudentTest:
+    """Student's t-test of a difference with its standard error. level: of `resolvable`.
+
+    interval: difference +- t error, t the quantile of df degrees of freedom. resolvable: (t_a + t_p) error, with
+    the quantiles of the level and of `POWER`. An error of 0 tells nothing: see `PairedComparison`.
+    """
+    if not error:
+        return StudentTest(None, None if difference else 1.0, None)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
-    return {
-        "test": name,
-        "interval": (difference - half, difference + half),
-        "p_value": 2 * float(stats.t.sf(abs(difference) / error, df)),
-        "resolvable": error * float(stats.t.ppf(1 - level / 2, df) + stats.t.ppf(POWER, df)),
-    }
+    return StudentTest(
+        (difference - half, difference + half),
+        2 * float(stats.t.sf(abs(difference) / error, df)),
+        error * float(stats.t.ppf(1 - level / 2, df) + stats.t.ppf(POWER, df)),
+    )
 
 
 # ---------------------------------------------------------------- bootstrap

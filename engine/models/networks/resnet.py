@@ -72,7 +72,7 @@ class ResNet(StemNetwork):
     Widths (64, 128, 256, 512) with two blocks a stage are the ResNet-18 of the CIFAR literature; (16, 32, 64) with
     n blocks are He et al.'s Section 4.2, depth 6 n + 2, here with projections (option B) in its shortcuts.
     Initialised as PyTorch does by default, as most published CIFAR ResNets are.
-    stem_stride: 2 halves H and W before the first stage, for a CPU: a quarter of the work, and more channels for it.
+    stem_stride: 2 halves H and W before the first stage: a quarter of the work, for a CPU.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class PageSection:
         self.add(details(summary, table.html()))
 
 
-def document(headline: Sequence[str], sections: Sequence[PageSection]) -> str:
+def document(headline: Sequence[str], sections: Sequence[PageSection], title: str = "engine report") -> str:
     """The whole page."""
     contents = "".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>' for number, section in enumerate(sections)
@@ -115,8 +115,8 @@ def document(headline: Sequence[str], sections: Sequence[PageSection]) -> str:
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>engine report</title><style>{_STYLE}</style></head>"
-        f"<body><header><h1>engine report</h1>{said}</header>"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><header><h1>{escape(title)}</h1>{said}</header>"
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}</main></body></html>\n'
     )
 
@@ -141,8 +141,8 @@ def drawn(picture: Drawn, caption: str = "") -> str:
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
         '<figure class="drawn"><picture><source media="(prefers-color-scheme: dark)" '
-        f'srcset="{_png(_small(picture.dark))}"><img alt="{escape(picture.alt, quote=True)}" '
-        f'src="{_png(_small(picture.light))}"></picture>{below}</figure>'
+        f'srcset="{_png(small(picture.dark))}"><img alt="{escape(picture.alt, quote=True)}" '
+        f'src="{_png(small(picture.light))}"></picture>{below}</figure>'
     )
 
 
@@ -173,7 +173,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _small(content: bytes) -> bytes:
+def small(content: bytes) -> bytes:
     """A drawn picture in a third of its bytes: few colours, and no transparency."""
     picture = Image.open(io.BytesIO(content)).convert("RGB")
     small = io.BytesIO()

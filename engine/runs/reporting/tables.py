@@ -55,10 +55,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Name:
-    """The name of a line, and its path, which a page shows below it."""
+    """The name of a line, and its path, if it has one, which a page shows below it."""
 
     text: str
-    path: str
+    path: str = ""
 
 
 Cell = str | int | float | None | Percent | Number | Name
@@ -105,11 +105,15 @@ class ReportTable:
             r"\toprule",
             f"{' & '.join(map(latex, self._heads()))} \\\\",
             r"\midrule",
-            *(f"{' & '.join(latex(_text(cell)) for cell in row)} \\\\" for row in self.rows),
+            *(f"{' & '.join(map(latex, row))} \\\\" for row in self.texts()),
             r"\bottomrule",
             r"\end{tabular}",
         ]
         return "\n".join(lines) + "\n"
+
+    def texts(self) -> list[list[str]]:
+        """Texts of the cells, without what a page shows below one."""
+        return [[_text(cell) for cell in row] for row in self.rows]
 
     def _heads(self) -> list[str]:
         """Names of the columns, each of one line."""
@@ -201,7 +205,7 @@ def _csv_columns(name: str, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]
     """A column of a CSV, and those of intervals and spreads where a cell has one."""
     if any(isinstance(cell, Name) for cell in cells):
         paths: list[Cell] = [_no_formula(cell.path) if isinstance(cell, Name) else None for cell in cells]
-        return [(name, [_plain(cell) for cell in cells]), ("path", paths)]
+        return [(name, [_plain(cell) for cell in cells]), *([("path", paths)] if any(paths) else [])]
     if not any(isinstance(cell, Percent) for cell in cells):
         return [(name, [_plain(cell) for cell in cells])]
     found = [(f"{name} (%)", [_plain(cell) for cell in cells])]

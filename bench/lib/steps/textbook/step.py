@@ -43,11 +43,16 @@ class TextbookStep(StepParts):
     def ascend(self, a: Tensor, x: Tensor, objective: Objective, numbers: AttackNumbers) -> Tensor:
         """One step along the sign of a gradient. objective: a function of images."""
         a.requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(a), [a])
+        gradient = self.gradient(a, objective)
         a = a.detach() + numbers.step_size * gradient.sign()
         if numbers.projects:
             a = torch.min(torch.max(a, x - numbers.epsilon), x + numbers.epsilon)
         return a.clamp(0, 1)
+
+    def gradient(self, a: Tensor, objective: Objective) -> Tensor:
+        """The objective's gradient by the images alone."""
+        (gradient,) = torch.autograd.grad(objective(a), [a])
+        return gradient
 
     def loss(self, x: Tensor, a: Tensor, labels: Tensor) -> Tensor:
         """The method's loss on natural and adversarial images, with the forwards that the semantics runs."""
