@@ -273,7 +273,7 @@ def test_the_paper_s_row_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_teacher_of_a_recipe_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a teacher that is trained on the way does not take over from its student is told."""
+    """A teacher that is trained on the way lacks components of its recipe, and a line tells which."""
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path))
     where = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--set", "winograd=off"]
     told = " ".join(cli("train", "--config", "recipe:modern-rn18-iad1", *where).out.split())

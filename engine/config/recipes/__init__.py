@@ -125,7 +125,7 @@ class PaperRow(Recipe):
 class ModernRecipe(Recipe):
     """A recipe that aims beyond the paper's rows: an aim, and no result.
 
-    aims: names of `PUBLISHED_MARKS` and of rows of the paper, whose accuracy under AutoAttack it is to pass, ascending.
+    aims: names of `PUBLISHED_MARKS` and of rows of the paper, whose accuracy under AutoAttack it is to pass.
     teacher: the recipe whose run is to be its robust teacher; None where it reads none.
     """
 
