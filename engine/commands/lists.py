@@ -121,7 +121,6 @@ def list_recipes() -> None:
     Rows of the paper's tables, with the paper's numbers in percent, and recipes that aim beyond them.
     """
     from engine.commands.tables import print_list
-    from engine.common.console import ConsoleReporter
     from engine.config import recipes
 
     def percent(paper: Mapping[Any, float], name: str) -> str:
@@ -140,11 +139,14 @@ def list_recipes() -> None:
         )
         for recipe in recipes.modern_recipes()
     ]
-    reporter = ConsoleReporter()
-    reporter.message("Rows of the paper's tables, with the paper's accuracies in percent:")
-    print_list(("recipe", "row", "natural", "FGSM", "PGD-20", "CW-inf", "AA"), rows)
-    reporter.message(
-        "Beyond the paper's rows: aims, not results. None of them was run. The last column has published "
-        "accuracies under AutoAttack, in percent, that they are to pass:"
+    print_list(
+        ("recipe", "row", "natural", "FGSM", "PGD-20", "CW-inf", "AA"),
+        rows,
+        "Rows of the paper's tables, with the paper's accuracies in percent:",
     )
-    print_list(("recipe", "what it is", "components", "AA to pass"), modern)
+    print_list(
+        ("recipe", "what it is", "components", "AA to pass"),
+        modern,
+        "Beyond the paper's rows: aims, not results. None of them was run. The last column has published "
+        "accuracies under AutoAttack, in percent, that they are to pass:",
+    )

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from engine.runs.lifecycle import RunResult
 
 
-def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print what a command lists. Raises OSError as `standard_streams.check_stdout` does."""
+def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print what a command lists, below its title. Raises OSError as `standard_streams.check_stdout` does."""
     table = Table(*columns, box=box.SIMPLE)
     for row in rows:
         table.add_row(*row)
-    ConsoleReporter().table(table)
+    reporter = ConsoleReporter()
+    if title:
+        reporter.message(title)
+    reporter.table(table)
     standard_streams.check_stdout()
 
 

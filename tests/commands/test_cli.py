@@ -63,6 +63,15 @@ def test_the_paper_s_numbers_stand_beside_the_recipes(cli: Any) -> None:
     assert line.split()[-5:] == ["82.09", "63.20", "52.14", "50.74", "48.66"]
 
 
+def test_recipes_beyond_the_rows_stand_apart_as_aims(cli: Any) -> None:
+    rows, note, aims = cli("recipes").out.partition("aims, not results. None of them was run.")
+    assert note
+    assert "modern-" not in rows
+    for recipe in recipes.modern_recipes():
+        (line,) = [line for line in aims.splitlines() if line.split()[:1] == [recipe.name]]
+        assert f"{recipe.marks[recipe.aims[0]].accuracies['aa']:.2f}" in line
+
+
 def test_train_then_eval(tiny: Any, cli: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained = cli(*tiny.flags(method="iad1", out=str(run), attack={"epsilon": 0.1}))
@@ -261,6 +270,18 @@ def test_the_paper_s_row_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.
     named = cli("train", "--method", "iad2", "--dataset", "cifar100", "--set", "teacher.method=trades", *where)
     assert "--config recipe:table2-cifar100-trades-iad2" in named.out
     assert "recipe" not in cli("train", "--method", "iad2", "--dataset", "svhn", *where).out
+
+
+def test_the_teacher_of_a_recipe_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is trained on the way lacks components of its recipe, and a line tells which."""
+    monkeypatch.setenv("ENGINE_DATA", str(tmp_path))
+    where = ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--set", "winograd=off"]
+    told = " ".join(cli("train", "--config", "recipe:modern-rn18-iad1", *where).out.split())
+    assert "--config recipe:modern-rn18-at: --teacher DIR" in told
+    assert "without averaged weights, AWP, label smoothing." in told
+    given = cli("train", "--config", "recipe:modern-rn18-iad1", "--teacher", "x.pt", *where)
+    assert "modern-rn18-at" not in given.out
+    assert "modern-rn18-at" not in cli("train", "--config", "recipe:modern-rn18-at", *where).out
 
 
 def test_plain_lines_without_a_terminal(tiny: Any, cli: Any, tmp_path: Path) -> None:

@@ -259,6 +259,16 @@ def test_a_run_of_a_recipe_stands_beside_the_paper(tmp_path: Path) -> None:
     assert beside_paper(lines(tmp_path / "other")) is None
 
 
+def test_an_aim_is_no_result_of_the_paper(tmp_path: Path) -> None:
+    """A run of a recipe beyond the paper's rows stands beside nothing, whatever the recipe aims at."""
+    recipe = recipes.modern_recipe("modern-rn18-iad1")
+    run = made_run(
+        tmp_path / "run", tested=accuracies(0.53),
+        command=("engine", "train", "--config", f"recipe:{recipe.name}"), **recipe.run_keys(),
+    )  # fmt: skip
+    assert beside_paper(lines(run)) is None
+
+
 def test_the_columns_of_table_14(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", shift=0.3, model="resnet18")
     section = costs(lines(run))
