@@ -30,7 +30,7 @@ from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
 from engine.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-WORK = ROOT / "build" / "accuracy"
+ACCURACY_WORK = ROOT / "build" / "accuracy"
 RESULTS = ROOT / "bench" / "results" / "accuracy"
 PROGRAM = (sys.executable, "-m", "bench.lib.accuracy.cells")
 LOOK_EVERY = 0.5  # seconds between looks at the processes
@@ -204,7 +204,7 @@ def main(
     with command.refused():
         protocol = protocols.read(name, quick=quick)
         results = ResultFolder((out or RESULTS / protocol.name).resolve())
-        scratch = (work or WORK).resolve() / protocol.name
+        scratch = (work or ACCURACY_WORK).resolve() / protocol.name
         workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
         write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
         if only_page:
