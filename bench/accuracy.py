@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from bench.lib import command
-from bench.lib.accuracy import cells, page
+from bench.lib.accuracy import cells, costs, page
 from bench.lib.accuracy import protocol as protocols
 from bench.lib.accuracy.cells import NO_SEED, SIZES, STOPPED, ResultFolder
 from bench.lib.accuracy.protocol import AccuracyProtocol, Cell
@@ -179,6 +179,7 @@ def _stopping() -> Iterator[None]:
 @click.option("--again", metavar="ROW/SEED", help="Measure one cell anew, and compare it bit for bit.")
 @click.option("--budget", type=click.IntRange(min=1), help="Seconds, after which the command ends by itself.")
 @click.option("--page", "only_page", is_flag=True, help="Write page and tables of what is there, train nothing.")
+@click.option("--costs", "only_costs", is_flag=True, help="Time a step of every row, in turn; train nothing.")
 @click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes at the same time."
 )
@@ -192,6 +193,7 @@ def main(
     again: str | None,
     budget: int | None,
     only_page: bool,
+    only_costs: bool,
     jobs: int,
     quick: bool,
     device: torch.device,
@@ -207,7 +209,9 @@ def main(
         scratch = (work or ACCURACY_WORK).resolve() / protocol.name
         workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
         write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
-        if only_page:
+        if only_costs:
+            costs.measure(protocol, results, device, costs.ROUNDS[SIZES[quick]], console.print)
+        if only_page or only_costs:
             write_page(console)
             return
         with _stopping():

@@ -112,6 +112,11 @@ class ResultFolder:
         """Weights of a teacher."""
         return self.folder / "teachers" / f"{section}.safetensors"
 
+    @property
+    def costs(self) -> Path:
+        """File of the seconds that steps of all rows took in turn."""
+        return self.folder / "costs.json"
+
     def again(self, name: str, number: int) -> Path:
         """File on a cell that was measured once more."""
         return self.folder / "again" / f"{name}-{number}.json"

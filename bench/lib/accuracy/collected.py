@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from bench.lib.accuracy import costs
 from bench.lib.accuracy import protocol as protocols
 from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
+from bench.lib.accuracy.costs import ProtocolCosts
 from bench.lib.accuracy.protocol import AccuracyProtocol, ProtocolTable
 from bench.lib.accuracy.statistics import ComparedTable, compare_rows
 from bench.lib.machine import Facts
@@ -19,7 +21,7 @@ Hardware = tuple[str, str, int, int]
 
 @dataclass(frozen=True)
 class RowCost:
-    """A row of a table: seconds of an epoch and bytes, medians over its seeds, and both by the baseline's.
+    """A row of a table: seconds of an epoch and bytes, medians over seeds or rounds, and both by the baseline's.
 
     relative: median over the seeds of the ratios of a seed; None where the baseline has none of them.
     """
@@ -33,10 +35,14 @@ class RowCost:
 
 @dataclass(frozen=True)
 class Collected:
-    """Measured cells of a protocol. cells: by row and seed. teachers: by section. wanted: number of cells."""
+    """All that is measured of a protocol.
+
+    in_turn: seconds of steps that took turns. cells: by row and seed. teachers: by section. wanted: of cells.
+    """
 
     protocol: AccuracyProtocol
     results: ResultFolder
+    in_turn: ProtocolCosts | None
     cells: Mapping[tuple[str, int], MeasuredCell]
     teachers: Mapping[str, MeasuredCell]
     wanted: int
@@ -63,7 +69,14 @@ class Collected:
             return None
         ((most, _),) = measured.most_common(1)
         there = {key: cell for key, cell in self.cells.items() if hardware(cell) == most}
-        return most, [_cost(row, table.baseline, there) for row in table.rows]
+        return most, [self._in_turn(_cost(row, table.baseline, there), table) for row in table.rows]
+
+    def _in_turn(self, cost: RowCost, table: ProtocolTable) -> RowCost:
+        """The cost with the seconds of steps that took turns, where there are such."""
+        if self.in_turn is None:
+            return cost
+        own, baseline = self.in_turn.rows[cost.row], self.in_turn.rows[table.baseline]
+        return replace(cost, epoch_seconds=own.epoch_seconds, relative=own.relative_to(baseline))
 
 
 def hardware(cell: MeasuredCell) -> Hardware:
@@ -88,7 +101,7 @@ def collect(protocol: AccuracyProtocol, results: ResultFolder) -> Collected:
     for measured_cell in (*teachers.values(), *found.values()):
         if absent := Facts.__required_keys__ - measured_cell.facts.keys():
             raise ValueError(f"facts of {measured_cell.row!r}, seed {measured_cell.seed}: no {min(absent)!r}")
-    return Collected(protocol, results, found, teachers, len(wanted))
+    return Collected(protocol, results, costs.read(protocol, results), found, teachers, len(wanted))
 
 
 def _cost(row: str, baseline: str, cells: Mapping[tuple[str, int], MeasuredCell]) -> RowCost:

@@ -284,16 +284,32 @@ def _costs(found: Collected, name: str, table: ProtocolTable) -> Iterator[Headin
     yield Heading("Time and memory")
     yield ReportTable(f"{name}-costs", ("row", "s/epoch", by, "peak MiB", by), rows)
     yield (
-        f"Of cells on one machine alone: {_machine(where)}. Medians over seeds, ratios seed by seed. Seconds are "
-        "of the training without evaluations; other cells may have run at the same time, so differences of some "
-        "percent mean nothing. "
-        + ("Memory is that of tensors." if where[0] != "cpu" else "Memory is that of the whole process.")
+        f"{_seconds(found, where)} Memory is of cells on one machine, {_machine(where)}; "
+        + ("that of tensors." if where[0] != "cpu" else "that of the whole process.")
     )
     if any(cost.relative is not None for cost in costs):
         yield Picture(
             f"{name}-costs", figures.costs, (tuple(costs), table.baseline),
             f"Seconds an epoch and peak memory of each row by those of {table.baseline}, as in the table.",
         )  # fmt: skip
+
+
+def _seconds(found: Collected, where: Hardware) -> str:
+    """Sentences on what the seconds are of."""
+    if found.in_turn is None:
+        return (
+            f"Seconds are of cells on one machine, {_machine(where)}: medians over seeds, ratios seed by seed, of "
+            "the training without evaluations. Other work may have run at the same time: only --costs times the "
+            "rows in turn."
+        )
+    facts = found.in_turn.facts
+    rounds = len(next(iter(found.in_turn.rows.values())).seconds)
+    timed_on = facts["device"], facts["processor"], facts["cores"], facts["threads"]
+    return (
+        f"Seconds are of the steps of an epoch, after the warm-up and without evaluations, by {rounds} rounds in "
+        f"which the rows took turns: {_machine(timed_on)}, {facts['date'][:10]}. The median round, and the median "
+        "ratio of a round."
+    )
 
 
 # ---------------------------------------------------------------- the paper

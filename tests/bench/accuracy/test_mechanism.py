@@ -376,7 +376,7 @@ def test_the_table_tells_every_number(made: tuple[AccuracyProtocol, ResultFolder
 
 def test_the_chapter_tells_of_the_rows_that_are_there(made: tuple[AccuracyProtocol, ResultFolder]) -> None:
     protocol, results = made
-    nothing = Collected(protocol, results, {}, {}, 0)
+    nothing = Collected(protocol, results, None, {}, {}, 0)
     assert mechanism_chapter(nothing) is None
     keep_seeds(made, "iad1", lambda seed: [*course(0.6, 0.5), *course(*[0.5] * 5, phase="iad1")[2:]])
     chapter = mechanism_chapter(nothing)
