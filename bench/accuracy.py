@@ -210,7 +210,7 @@ def main(
         workers = Workers((name, SIZES[quick]), results, scratch, str(device), jobs, deadline)
         write_page = partial(page.write, protocol, protocols.path_of(name).read_text(encoding="utf-8"), results)
         if only_costs:
-            costs.measure(protocol, results, device, costs.ROUNDS[SIZES[quick]], console.print)
+            costs.measure(protocol, results, device, costs.ROUNDS_OF_SIZE[SIZES[quick]], console.print)
         if only_page or only_costs:
             write_page(console)
             return

@@ -25,9 +25,9 @@ from engine.pipelines import datasets
 from engine.runs.run_directory import first_fault
 from engine.system import precision
 
-ROUNDS = {"full": 9, "quick": 2}
+ROUNDS_OF_SIZE = {"full": 9, "quick": 2}
 STEPS_OF_A_ROUND = 2
-IMAGES = 1024
+MOST_IMAGES = 1024
 """Training images that the steps take their batches from, at most."""
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,9 +86,9 @@ def measure(
     wanted = {row: protocol.config_of(row, protocol.seeds[0]) for row in protocol.rows()}
     settled = {"loss": {"warmup": 0}, "device": str(device)}
     some = next(iter(wanted.values()))
-    tests = some.limit_test or IMAGES
+    tests = some.limit_test or MOST_IMAGES
     whole = len(datasets.load(some.dataset, limit_train=some.limit_train, limit_test=tests).train)
-    images = datasets.load(some.dataset, limit_train=min(whole, IMAGES), limit_test=tests).train
+    images = datasets.load(some.dataset, limit_train=min(whole, MOST_IMAGES), limit_test=tests).train
     steps = {row: EngineStep(config.load(keys.tree(), settled), images) for row, keys in wanted.items()}
     clock = SynchronisedClock(device)
     seconds: dict[str, list[float]] = {row: [] for row in steps}

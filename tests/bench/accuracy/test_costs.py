@@ -38,6 +38,9 @@ TREE: dict[str, Any] = {
 }  # fmt: skip
 
 
+OTHER = {"method": "ard", "semantics": "paper", "lr": 9}
+
+
 @pytest.fixture
 def protocol(tmp_path: Path) -> AccuracyProtocol:
     path = tmp_path / "small.yaml"
@@ -59,16 +62,14 @@ def test_rows_take_turns_and_an_epoch_has_the_steps_of_its_images(
             ran.append(self.method)
 
     monkeypatch.setattr(costs, "EngineStep", Step)
-    threads, said = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    said: list[str] = []
     try:
         found = costs.measure(protocol, ResultFolder(tmp_path), torch.device("cpu"), 2, said.append)
     finally:
         torch.set_num_threads(threads)
     assert ran == ["ard", "at"] + ["ard"] * 2 + ["at"] * 2 + ["at"] * 2 + ["ard"] * 2
-    assert {row: each.steps for row, each in found.rows.items()} == {
-        "ard": math.ceil(45 / 8),
-        "at": math.ceil(45 / 16),
-    }
+    assert [each.steps for each in found.rows.values()] == [math.ceil(45 / 8), math.ceil(45 / 16)]
     assert [len(each.seconds) for each in found.rows.values()] == [2, 2]
     assert costs.read(protocol, ResultFolder(tmp_path)) == found
     assert len(said) == 2
@@ -103,8 +104,7 @@ def test_without_a_file_there_are_none(protocol: AccuracyProtocol, tmp_path: Pat
     ("changes", "message"),
     [
         ({"rows": {}}, "row 'ard' is not there, or of other settings"),
-        ({"rows": {"ard": {"keys": {"method": "ard", "semantics": "paper", "lr": 9}, "steps": 1, "seconds": [1.0]}}},
-         "row 'ard' is not there, or of other settings"),
+        ({"rows": {"ard": {"keys": OTHER, "steps": 1, "seconds": [1.0]}}}, "row 'ard' is not there, or of other"),
         ({"rows": {"ard": {"keys": {}, "steps": 1, "seconds": [0.0]}}}, "seconds"),
         ({"colour": 1}, "colour"),
     ],
