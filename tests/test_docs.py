@@ -37,7 +37,7 @@ from engine.kernels.contract import MAX_CLASSES
 from engine.pipelines import datasets
 from engine.runs.compare_teachers import TeachersConfig
 from engine.runs.lifecycle import RunResult
-from tests import method_tables, module_tables, recipe_tables
+from tests import method_tables, module_tables, recipe_tables, result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -451,6 +451,13 @@ def test_recipes_have_the_tables_of_the_files() -> None:
     page = recipe_tables.PAGE.read_text(encoding="utf-8")
     assert {found[2] for found in recipe_tables.BLOCK.finditer(page)} == set(recipe_tables.TABLES)
     assert page == recipe_tables.written(page), "run python -m tests.recipe_tables"
+
+
+@pytest.mark.parametrize("path", result_tables.PAGES, ids=lambda path: path.name)
+def test_the_tables_of_results_are_those_of_the_files(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    assert result_tables.BLOCK.search(page)
+    assert page == result_tables.written(page), "run python -m tests.result_tables"
 
 
 @pytest.mark.parametrize("path", method_tables.PAGES, ids=lambda path: path.name)
