@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -680,5 +680,10 @@ Row = TypeVar("Row", bound=MeasuredRow)
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
     """The rows of a file that `write` wrote. Raises ValueError where its columns are not those of the kind."""
+    types = get_type_hints(kind)
     with path.open(newline="", encoding="utf-8") as file:
-        return TypeAdapter(list[kind]).validate_python(list(csv.DictReader(file)))  # type: ignore[valid-type]
+        lines = [
+            {name: None if text == "" and types.get(name) is not str else text for name, text in line.items()}
+            for line in csv.DictReader(file)
+        ]
+    return TypeAdapter(list[kind]).validate_python(lines)  # type: ignore[valid-type]

@@ -13,7 +13,7 @@ import torch
 from bench.lib.calls.op_cases import OpCase
 from bench.lib.machine import Facts
 from bench.lib.output import chart, csv_rows, targets
-from bench.lib.output.csv_rows import OpRow, quantiles, speedup
+from bench.lib.output.csv_rows import OpRow, PeerRow, quantiles, speedup
 from tests.bench.readme import documented
 
 FACTS = Facts(
@@ -100,6 +100,16 @@ def test_the_file_has_the_documented_columns_and_the_numbers(tmp_path: Path) -> 
     assert float(first["median_s"]) == pytest.approx(1.23456789e-5, rel=1e-5)
     assert (first["images_per_s"], first["triton"], first["beyond_cache"]) == ("", "", "False")
     assert second["setting"] == "a, b"
+
+
+def test_what_is_read_is_what_was_written_with_what_is_absent(tmp_path: Path) -> None:
+    row = PeerRow(
+        **FACTS, method="at", model="resnet18", batch_size=4, candidate="plain", source="", rounds=3,
+        steps_per_round=1, median_s=1.5, q10_s=1.25, q90_s=2.0, epoch_s=10.5, speedup_over_published=None,
+        speedup_over_plain=1.0, forwards=None, backwards=11.0, peak_mib=300.5, relative_memory=None,
+    )  # fmt: skip
+    csv_rows.write(tmp_path / "peers.csv", [row])
+    assert csv_rows.read(tmp_path / "peers.csv", PeerRow) == [row]
 
 
 def test_the_chart_has_a_bar_for_each_implementation_but_eager(
