@@ -61,7 +61,7 @@ def accuracies(found: Collected, name: str) -> Iterator[str]:
         if len(seeds) > 1
         else "without intervals: one seed tells of no other"
     )
-    yield f"Seeds that all rows have: {len(seeds)}. Means in percent; differences in points, {around}."
+    yield f"Seeds compared: {len(seeds)}. Means in percent; differences in points, {around}."
     yield ""
     yield from table(tuple(headings), rows())
     for each in compared:
