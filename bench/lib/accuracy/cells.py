@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from engine.models.weights import load_model, save_safetensors, weights_sha256
 from engine.plugins.builtin_loggers.numbers_of import TIMINGS
 from engine.runs.lifecycle import train
 from engine.runs.run_directory import RunDir, first_fault
+
+_Content = TypeVar("_Content", bound=BaseModel)
 
 NO_SEED = "-"
 SIZES = {False: "full", True: "quick"}
@@ -67,7 +69,7 @@ class AttackAccuracy(BaseModel):
 
 
 class MeasuredCell(BaseModel):
-    """Content of a cell's file.
+    """_Content of a cell's file.
 
     data: SHA-256 of the images. facts: hardware, versions, date and commit. weights: SHA-256 of those that were
     attacked, of the `epoch` that did best on held-out images. epoch_seconds: of the training of an epoch, the
@@ -92,6 +94,18 @@ class MeasuredCell(BaseModel):
     seconds: float = Field(ge=0, allow_inf_nan=False)
     peak_memory: int | None
     accuracies: dict[str, AttackAccuracy]
+
+
+def read_file(path: Path, kind: type[_Content]) -> _Content | None:
+    """_Content of a file of results, None where it is not there. Raises ValueError, one line, for a damaged one."""
+    try:
+        return kind.model_validate(json.loads(regular_file(path).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ValueError(f"{path}: {first_fault(error)}; move it away") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 class ResultFolder:
@@ -124,19 +138,11 @@ class ResultFolder:
     def read(self, name: str) -> MeasuredCell | None:
         """The cell of that name, None where it is not measured. Raises ValueError for a damaged file."""
         path = self.cell(name)
+        found = read_file(path, MeasuredCell)
         try:
-            content = json.loads(regular_file(path).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        try:
-            found = MeasuredCell.model_validate(content)
-            for attack, accuracy in found.accuracies.items():
+            for attack, accuracy in found.accuracies.items() if found else ():
                 if accuracy.bits().sum() != accuracy.correct:
                     raise ValueError(f"{attack}: verdicts and their number differ")
-        except ValidationError as error:
-            raise ValueError(f"{path}: {first_fault(error)}; move it away") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}; move it away") from None
         return found
@@ -152,14 +158,14 @@ class ResultFolder:
         Raises ValueError where the file is of other settings.
         """
         found = self.read(cell.name)
-        if found is None or not _has(found, cell.attacks):
+        if found is None:
             return None
         if differing := _differing(found, cell):
             raise ValueError(
                 f"{self.cell(cell.name)} is of other settings, which differ in {', '.join(differing)}; "
                 "move it away to measure it anew"
             )
-        return found
+        return found if _has(found, cell.attacks) else None
 
     def teachers(self, sections: Sequence[str]) -> dict[str, str]:
         """SHA-256 of the weights of the teachers that are there, by section."""

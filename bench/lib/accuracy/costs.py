@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench.lib import machine
 from bench.lib.accuracy import protocol as protocols
-from bench.lib.accuracy.cells import ResultFolder
+from bench.lib.accuracy.cells import ResultFolder, read_file
 from bench.lib.accuracy.protocol import AccuracyProtocol
 from bench.lib.steps.engine_step import EngineStep
 from bench.lib.timing import SynchronisedClock, no_garbage_collection, rotated
 from bench.step import WARM_UP
 from engine import config
-from engine.common.files import regular_file, write_json
+from engine.common.files import write_json
 from engine.config import Tree
 from engine.pipelines import datasets
-from engine.runs.run_directory import first_fault
 from engine.system import precision
 
 ROUNDS_OF_SIZE = {"full": 9, "quick": 2}
@@ -118,14 +116,7 @@ def measure(
 
 def read(protocol: AccuracyProtocol, results: ResultFolder) -> ProtocolCosts | None:
     """Costs that were measured; None where none were. Raises ValueError for a damaged file, and other settings."""
-    path = results.costs
-    try:
-        found = ProtocolCosts.model_validate(json.loads(regular_file(path).read_bytes()))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise ValueError(f"{path}: {first_fault(error)}; move it away") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    found.check(protocol, str(path))
+    found = read_file(results.costs, ProtocolCosts)
+    if found is not None:
+        found.check(protocol, str(results.costs))
     return found

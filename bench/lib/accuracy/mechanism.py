@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from scipy import stats
 
 from bench.lib.accuracy.cells import MeasuredCell, ResultFolder
 from bench.lib.accuracy.protocol import AccuracyProtocol, chosen_keys, completed_keys
@@ -32,8 +31,7 @@ from bench.lib.accuracy.statistics import AGREES, DISAGREES, NOT_MEASURED, NOT_R
 from engine.common.files import regular_file
 from engine.common.pictures import new_figure
 from engine.config import RunConfig
-from engine.evaluation.statistics.intervals import CONFIDENCE
-from engine.evaluation.statistics.paired import Interval
+from engine.evaluation.statistics.paired import Interval, by_student
 from engine.runs.assemble import teacher_sections
 from engine.runs.reporting import axes as of_epochs
 from engine.runs.reporting.plots import EpochHistory
@@ -413,8 +411,7 @@ class OverSeeds:
         deviation = statistics.stdev(self.values) if n >= FEWEST_SEEDS else 0.0
         if deviation < _SAME:
             return None
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * deviation / math.sqrt(n)
-        return self.mean - half, self.mean + half
+        return by_student(self.mean, deviation / math.sqrt(n), n - 1).interval
 
     @property
     def image_error(self) -> float:

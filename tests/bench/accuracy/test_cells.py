@@ -126,6 +126,8 @@ def test_a_cell_that_is_there_is_known_and_one_of_other_settings_refused(measure
     )
     with pytest.raises(ValueError, match=r"ard-seed3\.json is of other settings, which differ in lr, attack\.bn;"):
         results.measured(other)
+    with pytest.raises(ValueError, match=r"differ in threads;"):  # it would be overwritten
+        results.measured(dataclasses.replace(cell, attacks={"fgsm": 1}, threads=9))
     with pytest.raises(ValueError, match=r"differ in teachers, threads;"):
         results.measured(dataclasses.replace(cell, teachers={"teacher": "0"}, threads=9))
 
