@@ -69,7 +69,7 @@ class AttackAccuracy(BaseModel):
 
 
 class MeasuredCell(BaseModel):
-    """_Content of a cell's file.
+    """Content of a cell's file.
 
     data: SHA-256 of the images. facts: hardware, versions, date and commit. weights: SHA-256 of those that were
     attacked, of the `epoch` that did best on held-out images. epoch_seconds: of the training of an epoch, the
@@ -97,7 +97,7 @@ class MeasuredCell(BaseModel):
 
 
 def read_file(path: Path, kind: type[_Content]) -> _Content | None:
-    """_Content of a file of results, None where it is not there. Raises ValueError, one line, for a damaged one."""
+    """Content of a file of results, None where it is not there. Raises ValueError for a damaged one."""
     try:
         return kind.model_validate(json.loads(regular_file(path).read_bytes()))
     except FileNotFoundError:
