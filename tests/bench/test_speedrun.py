@@ -489,11 +489,11 @@ def test_a_recipe_is_run_goes_on_after_a_stop_and_is_checked(
     recipe.write_text("method: at\nmodel: resnet8\nbatch_size: 32\nattack: {num_steps: 1}\n")
     given = (str(recipe), "--quick", "--seeds", "3,5", "--out", str(tmp_path / "out"))
     stopped = invoke(*given)
-    assert (stopped.exit_code, stopped.output.count("epoch 2/2")) == (1, 2)
+    assert (stopped.exit_code, stopped.output.count("epoch 2/2: ")) == (1, 2)
     assert "the same command goes on" in stopped.output
     assert not (tmp_path / "out").exists()
     done = invoke(*given)
-    assert (done.exit_code, done.output.count("epoch 2/2")) == (0, 0), done.output
+    assert (done.exit_code, done.output.count("epoch 2/2: ")) == (0, 0), done.output
     assert "refused as a record: made with --quick" in done.output
     (path,) = (tmp_path / "out" / "cpu").glob("*.json")
     record = records.read(path)
@@ -509,6 +509,6 @@ def test_a_recipe_is_run_goes_on_after_a_stop_and_is_checked(
     _, ((_, reason),) = records.leaderboard(path.parent, CPU)
     assert "made with --quick" in reason
     checked = invoke("--check", str(path))
-    assert (checked.exit_code, checked.output.count("epoch 2/2")) == (0, 2), checked.output
+    assert (checked.exit_code, checked.output.count("epoch 2/2: ")) == (0, 2), checked.output
     assert checked.output.count("every score is the same to the image") == 2
     assert not any((tmp_path / "work" / "check").iterdir())

@@ -223,6 +223,6 @@ def test_two_machines_train_as_one(tiny: Any, tmp_path: Path) -> None:
     ]
     printed = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(printed)
-    assert sum(text.count("epoch 3/3") for text in printed) == 1, "one process speaks for all"
+    assert sum(text.count("epoch 3/3: loss") for text in printed) == 1, "one process speaks for all"
     run_config = tiny.config(**slow_keys(tmp_path / "alone", **keys))
     assert_same_trajectory(lifecycle.train(run_config).path, out)

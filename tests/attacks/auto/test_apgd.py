@@ -74,12 +74,22 @@ def attack_of(network: nn.Module, loss: str, ball: Ball, num_steps: int) -> Apgd
     return Apgd(network, loss, ball, seed=4, stream=Stream.APGD_CE, num_steps=num_steps)
 
 
-def constant(network: nn.Module, loss: str, images_KBCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """True from where DLR is 1 whatever the image, (K, B): its gradient is nothing but rounding errors."""
+def undetermined(network: nn.Module, loss: str, images_KBCHW: Tensor, start: Start) -> Tensor:
+    """True from the first image on after which rounding errors decide, (K, B).
+
+    Either DLR is 1 whatever the image, and its gradient nothing but rounding errors, or the loss is that of the
+    image before or the largest so far but for rounding, and so is the package's answer whether it has increased.
+    """
     logits_KBC = torch.stack([network(images) for images in images_KBCHW]).detach()
-    own_KB = logits_KBC.gather(2, labels_B.expand(len(logits_KBC), -1)[..., None]).squeeze(2)
-    third_KB = own_KB == logits_KBC.sort(dim=2, descending=True).values[..., 2]
-    return third_KB.cummax(dim=0).values & (loss == "dlr")
+    sorted_KBC, own_KB1 = logits_KBC.sort(dim=2).values, start.labels_B.expand(len(logits_KBC), -1)[..., None]
+    constant_KB = (logits_KBC.gather(2, own_KB1)[..., 0] == sorted_KBC[..., -3]) & (loss == "dlr")
+    loss_KB = torch.stack(
+        [losses.LOSSES[loss](logits_BC, start.labels_B, start.target_B) for logits_BC in logits_KBC]
+    )
+    tied_KB = torch.zeros_like(constant_KB)
+    for earlier_KB in (loss_KB[:-1], loss_KB[:-1].cummax(dim=0).values):
+        tied_KB[1:] |= (loss_KB[1:] - earlier_KB).abs() < 1e-12
+    return (constant_KB | tied_KB).cummax(dim=0).values
 
 
 @pytest.mark.parametrize("kind", ["random", "trained"])
@@ -87,15 +97,15 @@ def constant(network: nn.Module, loss: str, images_KBCHW: Tensor, labels_B: Tens
 def test_goes_the_way_of_the_package(kind: str, loss: str, threat_model: str, num_steps: int) -> None:
     network = Network() if kind == "random" else trained()
     ball = Ball(threat_model, EPSILONS[threat_model])
-    start = start_of(network, sure(network, 24) if loss == "dlr" else images_of(24), rank=3)
+    start = start_of(network, sure(network, 48) if loss == "dlr" else images_of(24), rank=3)
     attack = attack_of(network, loss, ball, num_steps)
     x_init = attack.begin(start).x_adv.contiguous()
     ours = walked(attack, network, start)
     theirs = published(network, loss, ball, start, x_init, num_steps)
     images_KBCHW = ours.path.images_KBCHW
     assert len(images_KBCHW) == num_steps + 1
-    # The image after the last with a gradient is the last that is determined.
-    lost_KB = constant(network, loss, images_KBCHW, start.labels_B)
+    # The image after the last without a tie is the last that is determined.
+    lost_KB = undetermined(network, loss, images_KBCHW, start)
     compared_KB = torch.cat((torch.ones_like(lost_KB[:1]), ~lost_KB[:-1]))
     whole_B = compared_KB.all(dim=0)
     assert whole_B.sum() >= 3
