@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-OFTEN = ("st", "at", "iad1")
-SELDOM = ("iad2", "trades", "ard", "akd2")
+METHODS = ("st", "at", "trades", "ard", "akd2", "iad1", "iad2")
 ABOVE_CHANCE = 0.17  # four standard deviations above the 0.1 of ten classes, on 300 test images
 
 
@@ -22,19 +20,10 @@ def flags(folder: Path, method: str, out: Path) -> list[str]:
     }  # fmt: skip
     sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
     return [
-        "train", "--method", method, "--dataset", "folder", "--data", str(folder), "--model", "resnet8",
+        "train", "--method", method, "--dataset", "folder", "--data", str(folder), "--model", "resnet8-strided-32",
         "--limit-train", "800", "--limit-test", "300", "--epochs", "5", "--batch-size", "32", "--out", str(out),
         *sets,
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    """These are the only tests that compute enough for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +41,7 @@ def teachers(real_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return found
 
 
-@pytest.mark.parametrize("method", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_learn(
     method: str, real_images: Path, teachers: dict[str, Path], cli: Any, tmp_path: Path
 ) -> None:
