@@ -38,14 +38,16 @@ from tests.runs.helpers import Listener
 
 
 class StopAt(Reporter):
-    """Asks the run to stop after that many steps, as a user or a scheduler would."""
+    """Asks the run to stop after that many steps, once, as a user or a scheduler would."""
 
     def __init__(self, step: int, number: signal.Signals = signal.SIGTERM) -> None:
         self.step_to_stop = step
         self.number = number
+        self.has_asked = False
 
     def advance(self, done: int) -> None:
-        if done == self.step_to_stop:
+        if done == self.step_to_stop and not self.has_asked:
+            self.has_asked = True  # an evaluation tells of the same step more than once
             signal.raise_signal(self.number)
 
 
