@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from rich.table import Table
 
 from bench.gate import CHECKOUT
 from bench.lib import command, machine
-from bench.lib.speedrun import records, rules, running
+from bench.lib.output import csv_rows
+from bench.lib.output.csv_rows import TrialRow
+from bench.lib.speedrun import records, rules, running, trials
 from bench.lib.speedrun.records import DataFacts, SeedFigures, SpeedRecord
 from bench.lib.speedrun.rules import SpeedRecipe, Track
 from bench.lib.speedrun.running import Race, Say, SeedRun
+from bench.lib.speedrun.trials import Trial
 from engine import config
 from engine.common import host_memory
 from engine.common.numbers import percent
@@ -67,6 +71,7 @@ class Attempt:
 @click.option("--quick", is_flag=True, help="Few digits and two epochs: it shows that everything works.")
 @click.option("--list", "lists", is_flag=True, help="Print the records of the track, and run nothing.")
 @click.option("--check", "checked", type=click.Path(path_type=Path), help="Run the recipe of a record again.")
+@click.option("--trials", "tried", type=click.Path(path_type=Path), help="Try the variants of a file; no records.")
 @command.out_option("Folder of the tracks' records. [bench/results/speedrun; with --quick build/speedrun/quick]")
 def main(
     recipes: Sequence[str],
@@ -77,37 +82,44 @@ def main(
     quick: bool,
     lists: bool,
     checked: Path | None,
+    tried: Path | None,
     out: Path | None,
 ) -> None:
     """Run RECIPES, names in bench/speedruns or paths of YAML files, and write a record of each."""
     console = command.new_console()
     folder = out or (WORK / "quick" if quick else RECORDS)
     with command.refused():
-        if lists + (checked is not None) + bool(recipes) != 1:
-            raise ValueError(f"give RECIPES (known: {', '.join(rules.known_recipes())}), --list or --check FILE")
+        if lists + (checked is not None) + (tried is not None) + bool(recipes) != 1:
+            known = ", ".join(rules.known_recipes())
+            raise ValueError(f"give RECIPES (known: {known}), --list, --check FILE or --trials FILE")
         if lists:
             print_leaderboard(console, folder, track_name)
             return
         if checked is not None:
             before = records.read(checked)
-            place = rules.device_of(rules.find_track(before.track), device)
-            seeds = tuple(one.seed for one in before.seeds)
-            attempt = Attempt(
-                SpeedRecipe(before.recipe, before.keys), before.track, seeds, before.quick, place, data
-            )
-            attempt.complete()
+            attempts = [again(before, device, data)]
         else:
             place, seeds = rules.device_of(rules.find_track(track_name), device), seed_lists.parse(seed_list)
-            found = [rules.find_recipe(name) for name in recipes]
+            variants = trials.read(tried) if tried is not None else []
+            found = [each.recipe for each in variants] or [rules.find_recipe(name) for name in recipes]
             attempts = [Attempt(recipe, track_name, seeds, quick, place, data) for recipe in found]
-            for each in attempts:
-                each.complete()
+        for each in attempts:
+            each.complete()
     host_memory.keep_freed_memory()
     if checked is not None:
-        check(attempt, before, console)
-        return
-    for each in attempts:
-        measure(each, folder, console)
+        check(attempts[0], before, console)
+    elif tried is not None:
+        try_variants(variants, attempts, folder / track_name / f"trials-{tried.stem}.csv", console)
+    else:
+        for each in attempts:
+            measure(each, folder, console)
+
+
+def again(record: SpeedRecord, device: str | None, data: str | None) -> Attempt:
+    """The attempt of a record, to be made again. Raises ValueError for a device of another kind."""
+    place = rules.device_of(rules.find_track(record.track), device)
+    seeds = tuple(one.seed for one in record.seeds)
+    return Attempt(SpeedRecipe(record.recipe, record.keys), record.track, seeds, record.quick, place, data)
 
 
 def measure(attempt: Attempt, folder: Path, console: Console) -> None:
@@ -139,20 +151,27 @@ def run(attempt: Attempt, root: Path, console: Console) -> tuple[Race, float, di
     def say(text: str) -> None:
         console.print(f"{attempt.recipe.name}: {text}")
 
+    with _ended_in_a_line(attempt.recipe.name):
+        race = running.prepare(root, attempt.recipe.name, attempt.track, attempt.complete(), say)
+        compile_s = running.warm_up(race)
+        results = {}
+        for seed in attempt.seeds:
+            results[seed] = result = running.run_seed(race, seed)
+            seconds = sum(cost.seconds for cost in result.costs.values())
+            say(f"seed {seed}: {seconds:.1f} s, PGD-20 {percent(result.scores['pgd20'].accuracy)}")
+    return race, compile_s, results
+
+
+@contextmanager
+def _ended_in_a_line(name: str) -> Iterator[None]:
+    """Context in which a run of a recipe that stops or fails ends the command with one line."""
     try:
         with command.refused():
-            race = running.prepare(root, attempt.recipe.name, attempt.track, attempt.complete(), say)
-            compile_s = running.warm_up(race)
-            results = {}
-            for seed in attempt.seeds:
-                results[seed] = result = running.run_seed(race, seed)
-                seconds = sum(cost.seconds for cost in result.costs.values())
-                say(f"seed {seed}: {seconds:.1f} s, PGD-20 {percent(result.scores['pgd20'].accuracy)}")
+            yield
     except Interrupted:
         raise click.ClickException("stopped; the same command goes on") from None
     except (RunFailed, FloatingPointError) as error:
-        raise click.ClickException(f"{attempt.recipe.name}: {error}") from None
-    return race, compile_s, results
+        raise click.ClickException(f"{name}: {error}") from None
 
 
 def record_of(
@@ -233,6 +252,51 @@ def told(record: SpeedRecord, track: Track) -> Iterator[str]:
 def tera(flops: float) -> str:
     """Operations in 10^12."""
     return f"{flops / 1e12:,.0f}" if flops >= 1e14 else f"{flops / 1e12:.3g}"
+
+
+# ---------------------------------------------------------------- --trials
+
+
+def try_variants(variants: Sequence[Trial], attempts: Sequence[Attempt], path: Path, console: Console) -> None:
+    """Run trials with each seed, and write their rows when all are done.
+
+    The same command goes on after a kill: what is trained or evaluated is kept.
+    """
+    with command.refused():
+        if path.exists():
+            raise ValueError(f"{path} exists: give --out, or the file of trials another name")
+    rows = []
+    for trial, attempt in zip(variants, attempts, strict=True):
+        name = trial.recipe.name
+
+        def say(text: str, name: str = name) -> None:
+            console.print(f"{name}: {text}")
+
+        with _ended_in_a_line(name):
+            complete = trials.held_out(attempt.complete())
+            race = running.prepare(WORK / "trials" / attempt.track_name, name, attempt.track, complete, say)
+            for seed in attempt.seeds:
+                facts = machine.facts(attempt.place)
+                rows.append(trials.run(race, trial, seed, file=path.stem, facts=facts))
+                say(f"seed {seed}: {rows[-1].seconds:.1f} s, PGD-20 {percent(rows[-1].pgd20)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    csv_rows.write(path, rows)
+    console.print(table_of_trials(rows))
+    console.print(f"written: {path}")
+
+
+def table_of_trials(rows: Sequence[TrialRow]) -> Table:
+    """Means of each variant, and its accuracies less those of the base."""
+    result = Table(title=f"{rows[0].held_out:,} held-out training images", title_justify="left", box=box.SIMPLE)
+    result.add_column("variant")
+    for heading in ("seeds", "seconds", "TFLOP", "natural", "PGD-20", "natural - base", "PGD-20 - base"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for each in trials.means(rows):
+        result.add_row(
+            each.variant, str(each.seeds), f"{each.seconds:.1f}", tera(each.flops), percent(each.natural),
+            percent(each.pgd20), f"{100 * each.natural_minus_base:+.2f}", f"{100 * each.pgd20_minus_base:+.2f}",
+        )  # fmt: skip
+    return result
 
 
 # ---------------------------------------------------------------- --list

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,15 +221,17 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, says: s
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"\A--config: [^\n]+\Z") as error:
-        read_file(path)
+        read_file(path, "--config")
     assert str(path) in str(error.value)
     assert says in str(error.value)
+    with pytest.raises(ValueError, match=rf"\A{re.escape(str(path))} [^\n]+\Z"):
+        read_file(path)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "directory")):
         with pytest.raises(ValueError, match=rf"\A--config: cannot read [^\n]*{reason}[^\n]*\Z") as error:
-            read_file(path)
+            read_file(path, "--config")
         assert str(path) in str(error.value)
 
 

@@ -300,4 +300,4 @@ def _read_config(name: str | None) -> Tree:
         from engine.config import recipes
 
         return recipes.get(name.removeprefix(_RECIPE)).run_keys()
-    return read_file(Path(name))
+    return read_file(Path(name), "--config")

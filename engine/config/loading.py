@@ -170,20 +170,24 @@ def as_begun(wanted: RunConfig, begun: RunConfig) -> RunConfig:
     return wanted.model_copy(update={name: pair[1] for name, pair in decided.items() if "auto" in pair})
 
 
-def read_file(path: Path) -> Tree:
-    """Nested keys of a YAML file. Raises ValueError where it is missing, no file, not YAML, or not a mapping."""
+def read_file(path: Path, argument: str = "") -> Tree:
+    """Nested keys of a YAML file. argument: what named it, for messages.
+
+    Raises ValueError where it is missing, no file, not YAML, or not a mapping.
+    """
+    named = f"{argument}: " if argument else ""
     try:
         tree = yaml_text.read(regular_file(path, yaml_text.MOST_BYTES).read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ValueError(f"--config: cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"{named}cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--config: {path} is not a text file") from None
+        raise ValueError(f"{named}{path} is not a text file") from None
     except ValueError as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {error}") from None
+        raise ValueError(f"{named}{path} is not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ValueError(f"--config: {path} must hold `key: value` lines, and it holds {type(tree).__name__}")
+        raise ValueError(f"{named}{path} must hold `key: value` lines, and it holds {type(tree).__name__}")
     return tree
 
 

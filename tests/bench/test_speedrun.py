@@ -106,7 +106,7 @@ def invoke(*arguments: str) -> Result:
         (("best", "--track", "tpu"), "--track: 'tpu' is not known"),
         (("best", "--seeds", "2..1"), "runs backwards"),
         (("best", "--list"), "give RECIPES"),
-        ((), "known: baseline, best, gpu"),
+        ((), "known: baseline, best, fgsm, gpu"),
         (("--check", "nowhere.json"), "nowhere.json"),
     ],
 )

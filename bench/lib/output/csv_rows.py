@@ -209,6 +209,21 @@ class PeerRow(MeasuredRow):
 
 
 @dataclass(frozen=True)
+class TrialRow(MeasuredRow):
+    """One line of speedrun/TRACK/trials-NAME.csv; README.md describes the columns."""
+
+    trials: str
+    variant: str
+    keys: str
+    seed: int
+    seconds: float
+    flops: float
+    held_out: int
+    natural: float
+    pgd20: float
+
+
+@dataclass(frozen=True)
 class MethodRow(MeasuredRow):
     """One line of methods.csv; README.md describes the columns."""
 

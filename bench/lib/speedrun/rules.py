@@ -135,7 +135,7 @@ def find_recipe(name: str) -> SpeedRecipe:
     if path.suffix != ".yaml":
         check_known("recipe", name, known_recipes())
         path = RECIPES / f"{name}.yaml"
-    return SpeedRecipe(path.stem, config.read_file(path))
+    return SpeedRecipe(path.stem, config.read_file(path, "recipe"))
 
 
 def known_recipes() -> list[str]:

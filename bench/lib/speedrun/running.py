@@ -53,14 +53,25 @@ class Race:
         """Configurations of the teachers that the student needs, by their sections."""
         student = self.student(seed)
         return {
-            section: config.load(teachers.run_config(student, section).tree(), rules.SETTLED)
+            section: config.load(
+                teachers.run_config(student, section).tree(), rules.SETTLED, {"validation": student.validation}
+            )
             for section in assemble.teacher_sections(student)
         }
 
 
 @dataclass(frozen=True)
+class TrainedSeed:
+    """Trainings of a seed. costs, rows: by network, the student and sections of teachers. run: the student's."""
+
+    costs: Mapping[str, TrainingCost]
+    rows: Mapping[str, Rows]
+    run: RunDir
+
+
+@dataclass(frozen=True)
 class SeedRun:
-    """Result of a seed. costs, rows: by network, the student and sections of teachers."""
+    """Result of a seed: costs and rows as of `TrainedSeed`, scores by the rules, and warnings."""
 
     costs: Mapping[str, TrainingCost]
     rows: Mapping[str, Rows]
@@ -130,6 +141,13 @@ def _first_work(race: Race, run: RunConfig, drawn: Mapping[str, nn.Module]) -> f
 
 def run_seed(race: Race, seed: int) -> SeedRun:
     """Train teachers and student of a seed, and evaluate; nothing that is finished is done again."""
+    trained = train_seed(race, seed)
+    scores, notes = evaluated(race, trained.run, race.place / f"seed-{seed}" / "evaluation.json")
+    return SeedRun(trained.costs, trained.rows, scores, notes)
+
+
+def train_seed(race: Race, seed: int) -> TrainedSeed:
+    """Train teachers and student of a seed; what is finished is not trained again."""
     place = race.place / f"seed-{seed}"
     ready = {name: _trained(race, run, place / name) for name, run in race.teachers(seed).items()}
     taught_by = {name: {"checkpoint": str(run.last.absolute())} for name, run in ready.items()}
@@ -142,8 +160,7 @@ def run_seed(race: Race, seed: int) -> SeedRun:
         name: cost.cost(run, rows[name], forwards if name == STUDENT else {STUDENT: forwards[name]})
         for name, run in runs.items()
     }
-    scores, notes = evaluated(race, ready[STUDENT], place / "evaluation.json")
-    return SeedRun(costs, rows, scores, notes)
+    return TrainedSeed(costs, rows, ready[STUDENT])
 
 
 def _forward(race: Race, run: RunConfig) -> Forward:
