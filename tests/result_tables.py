@@ -12,8 +12,9 @@ from bench.lib.accuracy.cells import ResultFolder
 from bench.lib.accuracy.collected import Collected, collect
 from bench.lib.accuracy.statistics import NOT_MEASURED, ComparedRow, ComparedTable
 from bench.lib.output import csv_rows
-from bench.lib.output.csv_rows import PeerRow
-from bench.lib.speedrun import records
+from bench.lib.output.csv_rows import PeerRow, TrialRow
+from bench.lib.speedrun import records, trials
+from bench.lib.speedrun.records import SpeedRecord
 from bench.lib.speedrun.rules import TRACKS
 from tests.method_tables import table
 
@@ -111,16 +112,56 @@ def speedrun(found: Collected) -> Iterator[str]:
     def rows() -> Iterator[tuple[str, ...]]:
         for name, track in TRACKS.items():
             valid, _ = records.leaderboard(RESULTS / "speedrun" / name, track)
+            baselines = {
+                machine_of(record): record.summary.seconds for _, record in valid if record.recipe == "baseline"
+            }
             for path, record in valid:
-                means = record.summary
+                means, baseline = record.summary, baselines.get(machine_of(record))
                 yield (
-                    f"`{name}`", f"[{record.recipe}](../{path.relative_to(ROOT)})", f"{means.seconds:,.0f}",
-                    f"{means.flops / 1e12:,.0f}", f"{100 * means.pgd20:.2f}", f"{100 * means.checked:.2f}",
+                    f"`{name}`", f"[{record.recipe}](../{path.relative_to(ROOT)})", f"{means.seconds:,.1f}",
+                    f"{baseline / means.seconds:.1f}" if baseline is not None else "", f"{means.flops / 1e12:,.0f}",
+                    f"{100 * means.natural:.2f}", f"{100 * means.pgd20:.2f} ± {100 * means.pgd20_std:.2f}",
+                    f"{100 * means.checked:.2f}", machine_of(record), str(record.facts["date"])[:10],
                 )  # fmt: skip
             if not valid:
-                yield f"`{name}`", NOT_MEASURED, "", "", "", ""
+                yield f"`{name}`", NOT_MEASURED, *[""] * 8
 
-    return table(("track", "recipe", "seconds", "TFLOP", "PGD-20", "AA"), rows())
+    heading = ("track", "recipe", "seconds", "x baseline", "TFLOP", "natural", "PGD-20", "AA", "machine", "date")
+    return table(heading, rows())
+
+
+def machine_of(record: SpeedRecord) -> str:
+    """Processor, or GPU, of a record."""
+    facts = record.facts
+    return (
+        f"{facts['processor']}, {facts['threads']} threads" if facts["device"] == "cpu" else str(facts["device"])
+    )
+
+
+def tried(found: Collected) -> Iterator[str]:
+    """Variants of the best recipe on held-out images."""
+    path = RESULTS / "speedrun" / "cpu" / "trials-best.csv"
+    if not path.exists():
+        yield f"{NOT_MEASURED.capitalize()}."
+        return
+    measured_rows = csv_rows.read(path, TrialRow)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for means in trials.means(measured_rows):
+            yield (
+                f"`{means.variant}`", f"`{means.keys}`" if means.keys else "", f"{means.seconds:,.0f}",
+                f"{means.flops / 1e12:,.1f}", f"{100 * means.natural:.2f}", f"{100 * means.pgd20:.2f}",
+                "" if means.variant == trials.BASE else f"{100 * means.pgd20_minus_base:+.2f}",
+            )  # fmt: skip
+
+    first, seeds = measured_rows[0], {row.seed for row in measured_rows}
+    yield (
+        f"{first.held_out:,} held-out training images, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {first.processor}, "
+        f"{first.threads} threads, torch {first.torch}, {first.date[:10]}. Accuracies in percent."
+    )
+    yield ""
+    heading = ("variant", "keys changed", "seconds", "TFLOP", "natural", "PGD-20", "minus base, PGD-20")
+    yield from table(heading, rows())
 
 
 def peers(found: Collected) -> Iterator[str]:
@@ -148,7 +189,7 @@ def peers(found: Collected) -> Iterator[str]:
     yield from table(("method", "candidate", "s/epoch", "x published", "x plain", "peak MiB"), rows())
 
 
-OTHERS = {"state": state, "mechanism": statements, "speedrun": speedrun, "peers": peers}
+OTHERS = {"state": state, "mechanism": statements, "speedrun": speedrun, "trials": tried, "peers": peers}
 
 if __name__ == "__main__":
     for page in PAGES:

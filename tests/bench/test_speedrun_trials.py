@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
 from bench import speedrun
 from bench.lib.output import csv_rows
@@ -93,6 +94,7 @@ def test_trials_are_run_once_and_measured_on_held_out_images(file: Path, monkeyp
     )  # 2 passes a step, and 3 of the training
     data = datasets.find("digits", None, Request(limit_train=80))
     training, held = datasets.split_validation(data.train, trials.HELD_OUT, 0)
+    assert isinstance(held.images, Tensor)
     assert (len(training), len(held)) == (70, 10)  # at least one of each class
     for row in rows:
         (run,) = (file.parents[1] / "work").glob(f"trials/cpu/{row.variant}-*/seed-{row.seed}/student")
