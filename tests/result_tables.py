@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,10 +117,11 @@ def speedrun(found: Collected) -> Iterator[str]:
                 machine_of(record): record.summary.seconds for _, record in valid if record.recipe == "baseline"
             }
             for path, record in valid:
-                means, baseline = record.summary, baselines.get(machine_of(record))
+                means = record.summary
+                ratio = baselines.get(machine_of(record), math.nan) / means.seconds
                 yield (
                     f"`{name}`", f"[{record.recipe}](../{path.relative_to(ROOT)})", f"{means.seconds:,.1f}",
-                    f"{baseline / means.seconds:.1f}" if baseline is not None else "", f"{means.flops / 1e12:,.0f}",
+                    "" if math.isnan(ratio) else f"{ratio:.1f}", f"{means.flops / 1e12:,.0f}",
                     f"{100 * means.natural:.2f}", f"{100 * means.pgd20:.2f} ± {100 * means.pgd20_std:.2f}",
                     f"{100 * means.checked:.2f}", machine_of(record), str(record.facts["date"])[:10],
                 )  # fmt: skip
@@ -154,9 +156,9 @@ def tried(found: Collected) -> Iterator[str]:
                 "" if means.variant == trials.BASE else f"{100 * means.pgd20_minus_base:+.2f}",
             )  # fmt: skip
 
-    first, seeds = measured_rows[0], {row.seed for row in measured_rows}
+    first, seeds = measured_rows[0], len({row.seed for row in measured_rows})
     yield (
-        f"{first.held_out:,} held-out training images, {len(seeds)} seed{'s' * (len(seeds) > 1)}, {first.processor}, "
+        f"{first.held_out:,} held-out training images, {seeds} seed{'s' * (seeds > 1)}, {first.processor}, "
         f"{first.threads} threads, torch {first.torch}, {first.date[:10]}. Accuracies in percent."
     )
     yield ""
