@@ -275,6 +275,7 @@ def try_variants(variants: Sequence[Trial], attempts: Sequence[Attempt], path: P
         with _ended_in_a_line(name):
             complete = trials.held_out(attempt.complete())
             race = running.prepare(WORK / "trials" / attempt.track_name, name, attempt.track, complete, say)
+            running.warm_up(race)
             for seed in attempt.seeds:
                 facts = machine.facts(attempt.place)
                 rows.append(trials.run(race, trial, seed, file=path.stem, facts=facts))

@@ -27,7 +27,7 @@ from engine.system import precision
 from tests.fake_cuda import cuda_library as cuda_library
 from tests.fake_cuda import fake_cuda as fake_cuda
 
-# Tests compute on tiny tensors, where a second thread costs more than it gives; so do the commands that they start.
+# Tests, and the commands they start, compute on tiny tensors: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -80,10 +80,13 @@ def test_what_is_no_file_of_trials_is_refused_before_a_training(content: str, to
 
 
 def test_trials_are_run_once_and_measured_on_held_out_images(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[running.Race] = []
+    monkeypatch.setattr(running, "warm_up", warmed.append)
     out = file.parents[1] / "out"
     given = ["--trials", str(file), "--quick", "--seeds", "0,4", "--out", str(out)]
     done = CliRunner().invoke(speedrun.main, given)
     assert done.exit_code == 0, done.output
+    assert len({race.place for race in warmed}) == len(warmed) == 3
     rows = csv_rows.read(out / "cpu" / "trials-some.csv", TrialRow)
     assert [(row.variant, row.seed) for row in rows] == [
         (name, seed) for name in ("base", "two", "rate") for seed in (0, 4)
@@ -96,6 +99,7 @@ def test_trials_are_run_once_and_measured_on_held_out_images(file: Path, monkeyp
     training, held = datasets.split_validation(data.train, trials.HELD_OUT, 0)
     assert isinstance(held.images, Tensor)
     assert (len(training), len(held)) == (70, 10)  # at least one of each class
+    assert {row.data_sha256 for row in rows} == {data.sha256}
     for row in rows:
         (run,) = (file.parents[1] / "work").glob(f"trials/cpu/{row.variant}-*/seed-{row.seed}/student")
         network = running.last_weights(RunDir(run), data.class_names).eval()
@@ -138,7 +142,7 @@ def test_teachers_of_a_trial_have_not_seen_the_held_out_images(tmp_path: Path) -
 def test_variants_are_compared_with_the_base_of_the_same_seeds() -> None:
     def row(variant: str, seed: int, natural: float, pgd20: float) -> TrialRow:
         facts = ("2026-11-30", "c", "cpu", "p", 2, 2, "3.11", "2.14", "3.8")
-        return TrialRow(*facts, "t", variant, "", seed, 10.0 + seed, 1e12, 100, natural, pgd20)
+        return TrialRow(*facts, "t", variant, "", seed, 10.0 + seed, 1e12, "d", 100, natural, pgd20)
 
     rows = [
         row("base", 0, 0.5, 0.3), row("base", 1, 0.6, 0.2),

@@ -218,6 +218,7 @@ class TrialRow(MeasuredRow):
     seed: int
     seconds: float
     flops: float
+    data_sha256: str
     held_out: int
     natural: float
     pgd20: float

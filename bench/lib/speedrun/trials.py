@@ -93,6 +93,7 @@ def run(race: Race, trial: Trial, seed: int, *, file: str, facts: Facts) -> Tria
         seed=seed,
         seconds=math.fsum(cost.seconds for cost in trained.costs.values()),
         flops=math.fsum(cost.flops for cost in trained.costs.values()),
+        data_sha256=race.dataset.sha256,
         held_out=scores["natural"][1],
         natural=scores["natural"][0] / scores["natural"][1],
         pgd20=scores[rules.ATTACKED_BY][0] / scores[rules.ATTACKED_BY][1],
