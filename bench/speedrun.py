@@ -147,10 +147,7 @@ def _set_aside(place: Path) -> None:
 
 def run(attempt: Attempt, root: Path, console: Console) -> tuple[Race, float, dict[int, SeedRun]]:
     """Warm up and run each seed, in a folder below root; seconds of compilation, and results by seed."""
-
-    def say(text: str) -> None:
-        console.print(f"{attempt.recipe.name}: {text}")
-
+    say = _named(attempt.recipe.name, console)
     with _ended_in_a_line(attempt.recipe.name):
         race = running.prepare(root, attempt.recipe.name, attempt.track, attempt.complete(), say)
         compile_s = running.warm_up(race)
@@ -160,6 +157,11 @@ def run(attempt: Attempt, root: Path, console: Console) -> tuple[Race, float, di
             seconds = sum(cost.seconds for cost in result.costs.values())
             say(f"seed {seed}: {seconds:.1f} s, PGD-20 {percent(result.scores['pgd20'].accuracy)}")
     return race, compile_s, results
+
+
+def _named(name: str, console: Console) -> Say:
+    """Print lines that begin with a recipe's name."""
+    return lambda text: console.print(f"{name}: {text}")
 
 
 @contextmanager
@@ -268,10 +270,7 @@ def try_variants(variants: Sequence[Trial], attempts: Sequence[Attempt], path: P
     rows = []
     for trial, attempt in zip(variants, attempts, strict=True):
         name = trial.recipe.name
-
-        def say(text: str, name: str = name) -> None:
-            console.print(f"{name}: {text}")
-
+        say = _named(name, console)
         with _ended_in_a_line(name):
             complete = trials.held_out(attempt.complete())
             race = running.prepare(WORK / "trials" / attempt.track_name, name, attempt.track, complete, say)
@@ -325,12 +324,10 @@ def table(track_name: str, track: Track, found: Sequence[SpeedRecord]) -> Table:
         result.add_column(heading)
     for number, record in enumerate(found, 1):
         summary, facts = record.summary, record.facts
-        on_cpu = f"{facts['processor']}, {facts['threads']} threads"
-        where = on_cpu if track.device == "cpu" else str(facts["device"])
         result.add_row(
             str(number), f"{summary.seconds:.1f} +- {summary.seconds_std:.1f}", tera(summary.flops),
             f"{percent(summary.pgd20)} +- {100 * summary.pgd20_std:.2f}", percent(summary.checked),
-            str(len(record.seeds)), record.recipe, record.data.images, where, str(facts["date"])[:10],
+            str(len(record.seeds)), record.recipe, record.data.images, record.machine, str(facts["date"])[:10],
             str(facts["commit"])[:7],
         )  # fmt: skip
     return result

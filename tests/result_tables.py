@@ -15,7 +15,6 @@ from bench.lib.accuracy.statistics import NOT_MEASURED, ComparedRow, ComparedTab
 from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import PeerRow, TrialRow
 from bench.lib.speedrun import records, trials
-from bench.lib.speedrun.records import SpeedRecord
 from bench.lib.speedrun.rules import TRACKS
 from tests.method_tables import table
 
@@ -113,31 +112,22 @@ def speedrun(found: Collected) -> Iterator[str]:
     def rows() -> Iterator[tuple[str, ...]]:
         for name, track in TRACKS.items():
             valid, _ = records.leaderboard(RESULTS / "speedrun" / name, track)
-            baselines = {
-                machine_of(record): record.summary.seconds for _, record in valid if record.recipe == "baseline"
-            }
+            plain = [record for _, record in valid if record.recipe == "baseline"]
+            baselines = {record.machine: record.summary.seconds for record in plain}
             for path, record in valid:
                 means = record.summary
-                ratio = baselines.get(machine_of(record), math.nan) / means.seconds
+                ratio = baselines.get(record.machine, math.nan) / means.seconds
                 yield (
                     f"`{name}`", f"[{record.recipe}](../{path.relative_to(ROOT)})", f"{means.seconds:,.1f}",
                     "" if math.isnan(ratio) else f"{ratio:.1f}", f"{means.flops / 1e12:,.0f}",
                     f"{100 * means.natural:.2f}", f"{100 * means.pgd20:.2f} ± {100 * means.pgd20_std:.2f}",
-                    f"{100 * means.checked:.2f}", machine_of(record), str(record.facts["date"])[:10],
+                    f"{100 * means.checked:.2f}", record.machine, str(record.facts["date"])[:10],
                 )  # fmt: skip
             if not valid:
                 yield f"`{name}`", NOT_MEASURED, *[""] * 8
 
     heading = ("track", "recipe", "seconds", "x baseline", "TFLOP", "natural", "PGD-20", "AA", "machine", "date")
     return table(heading, rows())
-
-
-def machine_of(record: SpeedRecord) -> str:
-    """Processor, or GPU, of a record."""
-    facts = record.facts
-    return (
-        f"{facts['processor']}, {facts['threads']} threads" if facts["device"] == "cpu" else str(facts["device"])
-    )
 
 
 def tried(found: Collected) -> Iterator[str]:

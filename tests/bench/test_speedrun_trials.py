@@ -92,9 +92,8 @@ def test_trials_are_run_once_and_measured_on_held_out_images(file: Path, monkeyp
         (name, seed) for name in ("base", "two", "rate") for seed in (0, 4)
     ]
     assert [row.keys for row in rows[::2]] == ["", '{"attack": {"num_steps": 2}}', '{"lr": 0.01}']
-    assert rows[2].flops == pytest.approx(
-        rows[0].flops * 7 / 5, rel=0.01
-    )  # 2 passes a step, and 3 of the training
+    # Two passes for each step of the attack, and three of the training.
+    assert rows[2].flops == pytest.approx(rows[0].flops * 7 / 5, rel=0.01)
     data = datasets.find("digits", None, Request(limit_train=80))
     training, held = datasets.split_validation(data.train, trials.HELD_OUT, 0)
     assert isinstance(held.images, Tensor)

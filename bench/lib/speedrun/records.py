@@ -126,6 +126,13 @@ class SpeedRecord(RecordPart):
     verdict: Verdict
     seeds: Annotated[list[SeedFigures], Field(min_length=1)]
 
+    @property
+    def machine(self) -> str:
+        """The GPU, or the processor and its threads."""
+        facts = self.facts
+        on_cpu = f"{facts['processor']}, {facts['threads']} threads"
+        return on_cpu if facts["device"] == "cpu" else str(facts["device"])
+
     @model_validator(mode="after")
     def _check(self) -> SpeedRecord:
         if self.facts.keys() != Facts.__annotations__.keys():

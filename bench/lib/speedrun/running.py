@@ -25,7 +25,7 @@ from engine.evaluation.measure import Result, evaluate
 from engine.models.weights import load_model
 from engine.objectives import STUDENT
 from engine.pipelines import datasets
-from engine.pipelines.datasets import AnyDataset
+from engine.pipelines.datasets import AnyDataset, AnySplit
 from engine.pipelines.splits import Request
 from engine.runs import assemble, teachers
 from engine.runs.lifecycle import train
@@ -194,28 +194,32 @@ def last_weights(run: RunDir, class_names: tuple[str, ...]) -> nn.Module:
     return network.float()
 
 
+def measured(
+    race: Race, network: nn.Module, images: AnySplit, attacks: list[str], limit: int
+) -> dict[str, Result]:
+    """Results of a network by the ball and the seed of the rules, on so many images."""
+    epsilon, threat_model = rules.BALL
+    race.say(f"evaluating {limit:,} images: {', '.join(attacks)}")
+    return evaluate(
+        network,
+        images,
+        attacks,
+        epsilon=epsilon,
+        threat_model=threat_model,
+        limit=limit,
+        seed=rules.EVALUATION_SEED,
+        device=race.complete.device,
+    )
+
+
 def evaluated(race: Race, run: RunDir, kept: Path) -> tuple[dict[str, Score], tuple[str, ...]]:
     """Scores of a finished run by the rules, and warnings. kept: file of them, which is read where it is there."""
     track = race.track
     if not kept.exists():
         network = last_weights(run, race.dataset.class_names)
-
-        def measured(attacks: list[str], limit: int) -> dict[str, Result]:
-            epsilon, threat_model = rules.BALL
-            race.say(f"evaluating {limit:,} images: {', '.join(attacks)}")
-            return evaluate(
-                network,
-                race.dataset.test,
-                attacks,
-                epsilon=epsilon,
-                threat_model=threat_model,
-                limit=limit,
-                seed=rules.EVALUATION_SEED,
-                device=race.complete.device,
-            )
-
-        whole = measured(["natural", rules.ATTACKED_BY], track.test_images)
-        part = measured([rules.ATTACKED_BY, track.checked_by], track.checked_images)
+        images = race.dataset.test
+        whole = measured(race, network, images, ["natural", rules.ATTACKED_BY], track.test_images)
+        part = measured(race, network, images, [rules.ATTACKED_BY, track.checked_by], track.checked_images)
         results = {
             "natural": whole["natural"],
             "pgd20": whole[rules.ATTACKED_BY],

@@ -21,7 +21,6 @@ from bench.lib.speedrun.running import Race
 from engine import config
 from engine.common.files import write_json
 from engine.config import RunConfig
-from engine.evaluation.measure import evaluate
 from engine.runs import assemble
 from engine.runs.run_directory import first_fault
 
@@ -72,17 +71,8 @@ def run(race: Race, trial: Trial, seed: int, *, file: str, facts: Facts) -> Tria
     kept = race.place / f"seed-{seed}" / "held-out.json"
     if not kept.exists():
         _, images, _ = assemble.hold_out(race.dataset, HELD_OUT)
-        epsilon, threat_model = rules.BALL
-        race.say(f"evaluating {len(images):,} held-out images")
-        results = evaluate(
-            running.last_weights(trained.run, race.dataset.class_names),
-            images,
-            ["natural", rules.ATTACKED_BY],
-            epsilon=epsilon,
-            threat_model=threat_model,
-            seed=rules.EVALUATION_SEED,
-            device=race.complete.device,
-        )
+        network = running.last_weights(trained.run, race.dataset.class_names)
+        results = running.measured(race, network, images, ["natural", rules.ATTACKED_BY], len(images))
         write_json(kept, {name: [result.correct, result.n] for name, result in results.items()})
     scores = json.loads(kept.read_text(encoding="utf-8"))
     return TrialRow(
