@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.lib.accuracy import mechanism
+from bench.lib.accuracy import mechanism, report
 from bench.lib.accuracy import protocol as protocols
 from bench.lib.accuracy.cells import ResultFolder
 from bench.lib.accuracy.collected import Collected, collect
@@ -65,13 +65,11 @@ def accuracies(found: Collected, name: str) -> Iterator[str]:
     yield f"Seeds compared: {len(seeds)}. Means in percent; differences in points, {around}."
     yield ""
     yield from table(tuple(headings), rows())
-    for each in compared:
-        if each.resolvable is not None:
-            yield ""
-            yield (
-                f"Under {each.attack} a difference below {100 * each.resolvable:.2f} points is not found with "
-                "a probability of 0.8."
-            )
+    if len(seeds) > 1 and any(row.against for each in compared for row in each.rows):
+        yield ""
+        yield from (f"- {sentence}" for each in compared for sentence in report.told_apart(each))
+        yield ""
+        yield report.power(compared)
 
 
 def _images(compared: ComparedTable, wanted: dict[str, int]) -> str:
@@ -96,6 +94,24 @@ def _difference(row: ComparedRow, baseline: str) -> str:
 def state(found: Collected) -> Iterator[str]:
     """A sentence on how much is measured."""
     yield f"{len(found.cells)} of {found.wanted} trainings are measured."
+
+
+def directions(found: Collected) -> Iterator[str]:
+    """Every measured difference beside the paper's."""
+    known = report.directions({name: found.compared(wanted) for name, wanted in found.protocol.tables.items()})
+    if not known:
+        yield f"{NOT_MEASURED.capitalize()}."
+        return
+    yield report.count_of_verdicts(known)
+    yield ""
+    rows = (
+        (f"`{each.row}` - `{each.baseline}`", each.attack, each.points[0], each.interval, each.points[1],
+         each.ours.verdict)
+        for each in known
+    )  # fmt: skip
+    yield from table(
+        ("difference", "attack", "here, points", "95 % interval, other seeds", "paper, points", "verdict"), rows
+    )
 
 
 def statements(found: Collected) -> Iterator[str]:
@@ -181,7 +197,14 @@ def peers(found: Collected) -> Iterator[str]:
     yield from table(("method", "candidate", "s/epoch", "x published", "x plain", "peak MiB"), rows())
 
 
-OTHERS = {"state": state, "mechanism": statements, "speedrun": speedrun, "trials": tried, "peers": peers}
+OTHERS = {
+    "state": state,
+    "directions": directions,
+    "mechanism": statements,
+    "speedrun": speedrun,
+    "trials": tried,
+    "peers": peers,
+}
 
 if __name__ == "__main__":
     for page in PAGES:

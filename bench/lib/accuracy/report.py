@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from bench.lib.accuracy import figures
 from bench.lib.accuracy.cells import AttackAccuracy, MeasuredCell
@@ -19,6 +20,7 @@ from bench.lib.accuracy.statistics import (
     NOT_RESOLVED,
     ComparedRow,
     ComparedTable,
+    Difference,
 )
 from engine.common.numbers import duration
 from engine.evaluation.statistics.intervals import CONFIDENCE, wilson
@@ -140,7 +142,7 @@ def _table(found: Collected, name: str, table: ProtocolTable, tables: Sequence[C
     others = [row for row in table.rows if row != table.baseline]
     is_compared = [each for each in tables if any(row.against for row in each.rows)]
     if is_compared:
-        result.add(Items([sentence for each in tables for sentence in _told_apart(each)]), _power(tables))
+        result.add(Items([sentence for each in tables for sentence in told_apart(each)]), power(tables))
     result.add(
         Picture(
             f"{name}-accuracies", figures.accuracies, (tuple(tables),),
@@ -190,8 +192,8 @@ def _accuracy(row: ComparedRow, seeds: Sequence[int]) -> Cell:
     return Percent(row.mean, deviation=row.deviation, seeds=len(seeds))
 
 
-def _told_apart(table: ComparedTable) -> Iterator[str]:
-    """Sentence on rows that differ from the baseline after Holm's adjustment."""
+def told_apart(table: ComparedTable) -> Iterator[str]:
+    """Sentence on rows that differ from the baseline after Holm's adjustment; none without an interval."""
     known = [(row.row, row.against) for row in table.rows if row.against]
     apart = [
         (row, found) for row, found in known if found.adjusted is not None and found.adjusted < 1 - CONFIDENCE
@@ -207,7 +209,7 @@ def _told_apart(table: ComparedTable) -> Iterator[str]:
         ) + "."  # fmt: skip
 
 
-def _power(tables: Sequence[ComparedTable]) -> str:
+def power(tables: Sequence[ComparedTable]) -> str:
     """Sentence on the differences that these seeds can tell."""
     found = [
         (each.attack, each.resolvable, each.resolvable_together)
@@ -315,40 +317,71 @@ def _seconds(found: Collected, where: Hardware) -> str:
 # ---------------------------------------------------------------- the paper
 
 
-def _beside_paper(found: Collected, tables: Mapping[str, Sequence[ComparedTable]]) -> Chapter | None:
-    """Directions of all differences that the paper has, and those that contradict it."""
-    if not any(table.recipes for table in found.protocol.tables.values()):
-        return None
-    result = Chapter("Beside the paper")
-    directions = [
-        (name, each, row.row, row.against, row.against.paper)
+class Direction(NamedTuple):
+    """Difference of a row to the baseline of its table that the paper has, too; ours.verdict compares the two."""
+
+    table: str
+    attack: str
+    row: str
+    baseline: str
+    ours: Difference
+    paper: float
+
+    @property
+    def interval(self) -> str:
+        """Ours, for other seeds, in points; "" where there is none."""
+        return _interval(self.ours.interval)
+
+    @property
+    def points(self) -> tuple[str, str]:
+        """Ours and the paper's difference."""
+        return _points(self.ours.difference), _points(self.paper)
+
+
+def directions(tables: Mapping[str, Sequence[ComparedTable]]) -> list[Direction]:
+    """All measured differences that the paper has, in the order of the tables."""
+    return [
+        Direction(name, each.attack, row.row, each.baseline, row.against, row.against.paper)
         for name, compared in tables.items()
         for each in compared
         for row in each.rows
         if row.against is not None and row.against.paper is not None
     ]
-    if not directions:
+
+
+def count_of_verdicts(known: Sequence[Direction]) -> str:
+    """Sentence on how many agree with the paper."""
+    counts = Counter(each.ours.verdict for each in known)
+    verdicts = (AGREES, DISAGREES, NOT_RESOLVED, NO_DIFFERENCE)
+    told = "; ".join(f"{verdict}: {counts[verdict]}" for verdict in verdicts if counts[verdict])
+    return f"{len(known)} measured differences are in the paper, too. Here beside there: {told}."
+
+
+def _beside_paper(found: Collected, tables: Mapping[str, Sequence[ComparedTable]]) -> Chapter | None:
+    """Directions of all differences that the paper has, and those that contradict it."""
+    if not any(table.recipes for table in found.protocol.tables.values()):
+        return None
+    result = Chapter("Beside the paper")
+    known = directions(tables)
+    if not known:
         result.add(f"Differences that the paper has: {NOT_MEASURED}.")
         return result
-    counts = Counter(ours.verdict for _, _, _, ours, _ in directions)
-    known = (AGREES, DISAGREES, NOT_RESOLVED, NO_DIFFERENCE)
-    told = "; ".join(f"{verdict}: {counts[verdict]}" for verdict in known if counts[verdict])
     contradicted = [
-        f"{name}: {row} minus {each.baseline} under {each.attack} is {_points(ours.difference)} points here "
-        f"({_interval(ours.interval)}), and {_points(paper)} in the paper."
-        for name, each, row, ours, paper in directions
-        if ours.verdict == DISAGREES
+        f"{each.table}: {each.row} minus {each.baseline} under {each.attack} is {each.points[0]} points here "
+        f"({each.interval}), and {each.points[1]} in the paper."
+        for each in known
+        if each.ours.verdict == DISAGREES
     ]
     rows: list[list[Cell]] = [
         [
-            Name(f"{row} - {each.baseline}"), each.attack, _signed(ours.difference), _interval(ours.interval),
-            _signed(paper), ours.verdict, name,
+            Name(f"{each.row} - {each.baseline}"), each.attack, _signed(each.ours.difference), each.interval,
+            _signed(each.paper), each.ours.verdict, each.table,
         ]
-        for name, each, row, ours, paper in directions
+        for each in known
     ]  # fmt: skip
     head = ("difference", "attack", "here\npoints", _BY_SEEDS, "paper\npoints", "verdict", "table")
     result.add(
-        f"{len(rows)} measured differences are in the paper, too. Here beside there: {told}.",
+        count_of_verdicts(known),
         Heading("Contradictions"),
         Items(contradicted) if contradicted else "No measured difference contradicts the paper's.",
         Heading("All directions"),
