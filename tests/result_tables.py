@@ -105,7 +105,7 @@ def directions(found: Collected) -> Iterator[str]:
     yield report.count_of_verdicts(known)
     yield ""
     rows = (
-        (f"`{each.row}` - `{each.baseline}`", each.attack, each.points[0], each.interval, each.points[1],
+        (f"`{each.row}` - `{each.baseline}`", each.attack, each.points, each.interval, each.paper_points,
          each.ours.verdict)
         for each in known
     )  # fmt: skip

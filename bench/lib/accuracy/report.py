@@ -333,9 +333,14 @@ class Direction(NamedTuple):
         return _interval(self.ours.interval)
 
     @property
-    def points(self) -> tuple[str, str]:
-        """Ours and the paper's difference."""
-        return _points(self.ours.difference), _points(self.paper)
+    def points(self) -> str:
+        """Ours, in points."""
+        return _points(self.ours.difference)
+
+    @property
+    def paper_points(self) -> str:
+        """The paper's, in points."""
+        return _points(self.paper)
 
 
 def directions(tables: Mapping[str, Sequence[ComparedTable]]) -> list[Direction]:
@@ -367,8 +372,8 @@ def _beside_paper(found: Collected, tables: Mapping[str, Sequence[ComparedTable]
         result.add(f"Differences that the paper has: {NOT_MEASURED}.")
         return result
     contradicted = [
-        f"{each.table}: {each.row} minus {each.baseline} under {each.attack} is {each.points[0]} points here "
-        f"({each.interval}), and {each.points[1]} in the paper."
+        f"{each.table}: {each.row} minus {each.baseline} under {each.attack} is {each.points} points here "
+        f"({each.interval}), and {each.paper_points} in the paper."
         for each in known
         if each.ours.verdict == DISAGREES
     ]
