@@ -31,7 +31,9 @@ from engine.common.numbers import percent
 from engine.common.stopping import Interrupted, RunFailed
 from engine.config import RunConfig
 from engine.objectives import STUDENT
+from engine.runs import assemble
 from engine.runs import seeds as seed_lists
+from engine.training import schedule
 
 RECORDS = machine.BENCH / "results" / "speedrun"
 WORK = CHECKOUT / "build" / "speedrun"
@@ -57,8 +59,12 @@ class Attempt:
         return track.tiny() if self.quick else track
 
     def complete(self) -> RunConfig:
-        """The configuration. Raises ValueError where it is against the rules."""
-        return self.recipe.on(self.track, str(self.place), self.data)
+        """The configuration. Raises ValueError where it is against the rules, or a warm-up changes nothing."""
+        complete = self.recipe.on(self.track, str(self.place), self.data)
+        idle = [] if self.quick else list(schedule.idle_warmups(complete, assemble.method_of(complete)))
+        if idle:
+            raise ValueError(f"recipe {self.recipe.name}: {idle[0]}")
+        return complete
 
 
 # many parameters: the options of the command

@@ -44,7 +44,7 @@ from engine.runs.trainer import Trainer, restored
 from engine.system import precision
 from engine.system.distributed import World, is_launched, small_batch_warning
 from engine.system.precision import describe_fast
-from engine.training import plan
+from engine.training import plan, schedule
 from engine.training.performance.profiling import Profiler
 from engine.training.weights import optimizer
 
@@ -278,9 +278,12 @@ def _announce(session: Session, saved: Mapping[str, Any] | None) -> None:
     """Tell of kernels, processes, and what is special about a checkpoint that is gone on from."""
     config, precision, size = session.config, session.precision, session.world.size
     say = session.console.message
-    weighted = [term for phase in method_of(config).phases for term in phase.weights]
+    method = method_of(config)
+    weighted = [term for phase in method.phases for term in phase.weights]
     kinds = tuple(dict.fromkeys(TERMS[term].kind for term in weighted))
     say(dispatch.describe(precision.device, fused=precision.fused, kinds=kinds))
+    for warning in schedule.idle_warmups(config, method):
+        say(f"Warning: {warning}")
     if size > 1:
         share = config.batch_size // size
         of = f"all {config.batch_size}" if is_on("sync_bn", config.sync_bn) else f"its own {share}"

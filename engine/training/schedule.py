@@ -6,10 +6,11 @@ Nothing of them has to be saved for a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from engine.common.lookup import look_up
 from engine.config import AttackSpec, RunConfig, epochs_of
+from engine.methods import Method
 
 LINEAR_BATCH = 128
 """Batch size at which lr_scale "linear" changes nothing: the paper's (Section 5)."""
@@ -61,6 +62,28 @@ def attack(config: RunConfig, epoch: int) -> AttackSpec:
         last = warmup - 1
         grown["num_steps"] = 1 + (2 * (whole.num_steps - 1) * epoch + last) // (2 * last)
     return whole.model_copy(update=grown) if grown else whole
+
+
+def idle_warmups(config: RunConfig, method: Method) -> Iterator[str]:
+    """Sentences on warm-ups that are asked for and change nothing, since the run has no epoch of them.
+
+    An attack that grows is whole in the last epoch of its warm-up, and needs a second one to grow in.
+    """
+    warmups = {"optim.lr_warmup": (config.optim.lr_warmup, 1)}
+    if method.warmup is not None:
+        warmups["loss.warmup"] = (config.loss.warmup, 1)
+    if method.needs_x_adv:
+        warmups["attack.epsilon_warmup"] = (config.attack.epsilon_warmup, 2)
+        warmups["attack.steps_warmup"] = (config.attack.steps_warmup, 2)
+        if config.attack.steps_warmup and config.attack.num_steps < 2:
+            yield f"attack.steps_warmup changes nothing: the attack has num_steps {config.attack.num_steps}"
+            del warmups["attack.steps_warmup"]
+    for name, (part, fewest) in warmups.items():
+        if part and (found := epochs_of(part, config.epochs)) < fewest:
+            yield (
+                f"{name} changes nothing: {part:g} stands for {found} of {config.epochs} epochs, "
+                f"and it begins to count at {fewest}"
+            )
 
 
 def _milestones(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:

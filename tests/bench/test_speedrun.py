@@ -64,7 +64,8 @@ def test_every_key_of_a_record_is_documented() -> None:
 
 @pytest.mark.parametrize("name", rules.known_recipes())
 def test_a_recipe_of_the_project_keeps_the_rules(name: str) -> None:
-    run = rules.find_recipe(name).on(CPU, "cpu")
+    recipe = rules.find_recipe(name)
+    run = speedrun.Attempt(recipe, "cpu", (0,), quick=False, place=torch.device("cpu")).complete()
     values = config.flat(run.tree())
     assert {key: values[key] for key in config.flat(rules.SETTLED)} == config.flat(rules.SETTLED)
     assert (run.dataset, run.limit_train, run.init) == ("cifar10", None, None)
@@ -96,6 +97,15 @@ def invoke(*arguments: str) -> Result:
     found = CliRunner().invoke(speedrun.main, arguments)
     assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
     return found
+
+
+def test_a_recipe_with_a_warm_up_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    """1.0 is one epoch and not all of the run: its attack would be whole from the start."""
+    path = tmp_path / "some.yaml"
+    path.write_text("method: at\nepochs: 2\nattack: {epsilon_warmup: 1.0}\n")
+    found = invoke(str(path))
+    assert found.exit_code == 2
+    assert "recipe some: attack.epsilon_warmup changes nothing: 1 stands for 1 of 2 epochs" in found.output
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from bench.lib.output import csv_rows
 from bench.lib.output.csv_rows import MeasuredRow, TrialRow
 from bench.lib.speedrun import rules, running, trials
 from bench.lib.speedrun.rules import SpeedRecipe
+from bench.speedrun import Attempt
 from engine import config
 from engine.pipelines import datasets
 from engine.pipelines.splits import Request
@@ -52,7 +53,7 @@ def test_the_trials_of_the_project_keep_the_rules() -> None:
         assert not base.changed
         assert variants
         for each in variants:
-            complete = each.recipe.on(rules.TRACKS["cpu"], "cpu")
+            complete = Attempt(each.recipe, "cpu", (0,), quick=False, place=torch.device("cpu")).complete()
             assert complete != base.recipe.on(rules.TRACKS["cpu"], "cpu")
             assert trials.held_out(complete).validation == trials.HELD_OUT
 

@@ -15,7 +15,7 @@ from engine.attacks import overfitting
 from engine.common.stopping import Interrupted
 from engine.common.tensor_files import read_tensors, write_tensors
 from engine.runs import checkpoints, lifecycle, teachers
-from tests.runs.helpers import rows_of
+from tests.runs.helpers import Listener, rows_of
 from tests.runs.test_resume import StopAt
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "finetune.yaml"
@@ -134,6 +134,14 @@ def test_the_probe_of_masked_gradients_has_the_attack_in_force(
     attack = {"num_steps": 1, "epsilon_warmup": 2}
     lifecycle.train(tiny.config(method="at", attack=attack, amp=True, out=str(tmp_path / "run")))
     assert epsilons == pytest.approx([4 / 255, 8 / 255])
+
+
+def test_a_run_tells_of_an_attack_that_never_grows(tiny: Any, tmp_path: Path) -> None:
+    listener = Listener()
+    keys = tiny.config(method="at", epochs=1, attack={"epsilon_warmup": 0.5}, out=str(tmp_path / "run"))
+    lifecycle.train(keys, listener)
+    (warning,) = (line for line in listener.lines if "changes nothing" in line)
+    assert warning.startswith("Warning: attack.epsilon_warmup changes nothing: 0.5 stands for 1 of 1 epochs")
 
 
 def test_a_run_without_adversarial_images_has_no_epsilon(tiny: Any, tmp_path: Path) -> None:

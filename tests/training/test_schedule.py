@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from engine import config
+from engine import config, methods
 from engine.config import AttackSpec
 from engine.training import schedule
 
@@ -139,6 +139,29 @@ def test_epsilon_and_steps_grow_side_by_side() -> None:
     found = attacks(num_steps=3, steps_warmup=3, epsilon_warmup=2)
     assert [spec.num_steps for spec in found] == [1, 2, 3, 3, 3]
     assert [spec.epsilon * 255 for spec in found] == pytest.approx([4, 8, 8, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"attack": {"epsilon_warmup": 1.0}}, "attack.epsilon_warmup changes nothing: 1 stands for 1 of 5"),
+        ({"attack": {"epsilon_warmup": 0.2}}, "attack.epsilon_warmup changes nothing: 0.2 stands for 1 of 5"),
+        ({"attack": {"steps_warmup": 1}}, "attack.steps_warmup changes nothing: 1 stands for 1 of 5"),
+        ({"attack": {"steps_warmup": 3, "num_steps": 1}}, "attack.steps_warmup changes nothing: the attack has"),
+        ({"optim": {"lr_warmup": 0.05}}, "optim.lr_warmup changes nothing: 0.05 stands for 0 of 5"),
+        ({"method": "iad1", "loss": {"warmup": 0.05}}, "loss.warmup changes nothing: 0.05 stands for 0 of 5"),
+        ({"attack": {"epsilon_warmup": 2, "steps_warmup": 0.4}, "optim": {"lr_warmup": 1}}, None),
+        ({"method": "st", "attack": {"epsilon_warmup": 1}, "loss": {"warmup": 0.05}}, None),
+        ({"method": "iad1", "loss": {"warmup": 0}}, None),
+    ],
+)
+def test_a_warm_up_that_changes_nothing_is_told(keys: dict[str, Any], told: str | None) -> None:
+    complete = config.load({"method": "at", "epochs": 5}, keys)
+    method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
+    found = list(schedule.idle_warmups(complete, method))
+    assert [warning[: len(told or "")] for warning in found] == ([] if told is None else [told])
+    if told is not None and told.startswith("attack"):
+        assert [schedule.attack(complete, epoch) for epoch in range(5)] == [complete.attack] * 5
 
 
 def test_a_warm_up_as_long_as_the_run_ends_with_it() -> None:
