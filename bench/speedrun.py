@@ -59,11 +59,11 @@ class Attempt:
         return track.tiny() if self.quick else track
 
     def complete(self) -> RunConfig:
-        """The configuration. Raises ValueError where it is against the rules, or a warm-up changes nothing."""
+        """The configuration. Raises ValueError where it is against the rules, or a warm-up does not fit."""
         complete = self.recipe.on(self.track, str(self.place), self.data)
-        idle = [] if self.quick else list(schedule.idle_warmups(complete, assemble.method_of(complete)))
-        if idle:
-            raise ValueError(f"recipe {self.recipe.name}: {idle[0]}")
+        misfits = [] if self.quick else list(schedule.misfit_warmups(complete, assemble.method_of(complete)))
+        if misfits:
+            raise ValueError(f"recipe {self.recipe.name}: {misfits[0]}")
         return complete
 
 

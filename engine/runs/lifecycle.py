@@ -282,7 +282,7 @@ def _announce(session: Session, saved: Mapping[str, Any] | None) -> None:
     weighted = [term for phase in method.phases for term in phase.weights]
     kinds = tuple(dict.fromkeys(TERMS[term].kind for term in weighted))
     say(dispatch.describe(precision.device, fused=precision.fused, kinds=kinds))
-    for warning in schedule.idle_warmups(config, method):
+    for warning in schedule.misfit_warmups(config, method):
         say(f"Warning: {warning}")
     if size > 1:
         share = config.batch_size // size

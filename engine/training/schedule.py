@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from engine.common.lookup import look_up
 from engine.config import AttackSpec, RunConfig, epochs_of
@@ -64,26 +65,38 @@ def attack(config: RunConfig, epoch: int) -> AttackSpec:
     return whole.model_copy(update=grown) if grown else whole
 
 
-def idle_warmups(config: RunConfig, method: Method) -> Iterator[str]:
-    """Sentences on warm-ups that are asked for and change nothing, since the run has no epoch of them.
+class _Warmup(NamedTuple):
+    """A part of the run, and the epochs, fewest to most, in which it does what it is for. beyond: what more do."""
 
-    An attack that grows is whole in the last epoch of its warm-up, and needs a second one to grow in.
+    part: float
+    fewest: int
+    most: int
+    beyond: str
+
+
+def misfit_warmups(config: RunConfig, method: Method) -> Iterator[str]:
+    """Sentences on warm-ups that are too short to change anything, or too long for the run.
+
+    An attack that grows is whole in the last epoch of its warm-up, and needs an epoch before it to grow in.
     """
-    warmups = {"optim.lr_warmup": (config.optim.lr_warmup, 1)}
+    epochs, attack = config.epochs, config.attack
+    warmups = {"optim.lr_warmup": _Warmup(config.optim.lr_warmup, 1, epochs, "the rate does not reach its peak")}
     if method.warmup is not None:
-        warmups["loss.warmup"] = (config.loss.warmup, 1)
+        warmups["loss.warmup"] = _Warmup(config.loss.warmup, 1, epochs - 1, "alpha is 1 to the end")
     if method.needs_x_adv:
-        warmups["attack.epsilon_warmup"] = (config.attack.epsilon_warmup, 2)
-        warmups["attack.steps_warmup"] = (config.attack.steps_warmup, 2)
-        if config.attack.steps_warmup and config.attack.num_steps < 2:
-            yield f"attack.steps_warmup changes nothing: the attack has num_steps {config.attack.num_steps}"
-            del warmups["attack.steps_warmup"]
-    for name, (part, fewest) in warmups.items():
-        if part and (found := epochs_of(part, config.epochs)) < fewest:
-            yield (
-                f"{name} changes nothing: {part:g} stands for {found} of {config.epochs} epochs, "
-                f"and it begins to count at {fewest}"
-            )
+        never = "the attack does not reach its whole size"
+        warmups["attack.epsilon_warmup"] = _Warmup(attack.epsilon_warmup, 2, epochs, never)
+        if attack.num_steps > 1:
+            warmups["attack.steps_warmup"] = _Warmup(attack.steps_warmup, 2, epochs, never)
+        elif attack.steps_warmup:
+            yield f"attack.steps_warmup changes nothing: the attack has num_steps {attack.num_steps}"
+    for name, (part, fewest, most, beyond) in warmups.items():
+        lasts = epochs_of(part, epochs)
+        given = f"{name}: {part:g} stands for {lasts} of {epochs} epochs"
+        if part and lasts < fewest:
+            yield f"{given}, and changes nothing; {fewest} is the least that does"
+        elif lasts > most:
+            yield f"{given}: {beyond}"
 
 
 def _milestones(config: RunConfig, step: int, warmup: int, steps_per_epoch: int) -> float:

@@ -99,13 +99,13 @@ def invoke(*arguments: str) -> Result:
     return found
 
 
-def test_a_recipe_with_a_warm_up_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_with_a_warm_up_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """1.0 is one epoch and not all of the run: its attack would be whole from the start."""
     path = tmp_path / "some.yaml"
     path.write_text("method: at\nepochs: 2\nattack: {epsilon_warmup: 1.0}\n")
     found = invoke(str(path))
     assert found.exit_code == 2
-    assert "recipe some: attack.epsilon_warmup changes nothing: 1 stands for 1 of 2 epochs" in found.output
+    assert "recipe some: attack.epsilon_warmup: 1 stands for 1 of 2 epochs, and changes nothing" in found.output
 
 
 @pytest.mark.parametrize(

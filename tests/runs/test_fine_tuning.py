@@ -141,7 +141,7 @@ def test_a_run_tells_of_an_attack_that_never_grows(tiny: Any, tmp_path: Path) ->
     keys = tiny.config(method="at", epochs=1, attack={"epsilon_warmup": 0.5}, out=str(tmp_path / "run"))
     lifecycle.train(keys, listener)
     (warning,) = (line for line in listener.lines if "changes nothing" in line)
-    assert warning.startswith("Warning: attack.epsilon_warmup changes nothing: 0.5 stands for 1 of 1 epochs")
+    assert warning.startswith("Warning: attack.epsilon_warmup: 0.5 stands for 1 of 1 epochs, and changes nothing")
 
 
 def test_a_run_without_adversarial_images_has_no_epsilon(tiny: Any, tmp_path: Path) -> None:

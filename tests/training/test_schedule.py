@@ -141,27 +141,35 @@ def test_epsilon_and_steps_grow_side_by_side() -> None:
     assert [spec.epsilon * 255 for spec in found] == pytest.approx([4, 8, 8, 8, 8])
 
 
+IDLE, LATE = ", and changes nothing", ": the attack does not reach its whole size"
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"attack": {"epsilon_warmup": 1.0}}, "attack.epsilon_warmup changes nothing: 1 stands for 1 of 5"),
-        ({"attack": {"epsilon_warmup": 0.2}}, "attack.epsilon_warmup changes nothing: 0.2 stands for 1 of 5"),
-        ({"attack": {"steps_warmup": 1}}, "attack.steps_warmup changes nothing: 1 stands for 1 of 5"),
+        ({"attack": {"epsilon_warmup": 1.0}}, f"attack.epsilon_warmup: 1 stands for 1 of 5 epochs{IDLE}"),
+        ({"attack": {"epsilon_warmup": 0.2}}, f"attack.epsilon_warmup: 0.2 stands for 1 of 5 epochs{IDLE}"),
+        ({"attack": {"steps_warmup": 1}}, f"attack.steps_warmup: 1 stands for 1 of 5 epochs{IDLE}"),
         ({"attack": {"steps_warmup": 3, "num_steps": 1}}, "attack.steps_warmup changes nothing: the attack has"),
-        ({"optim": {"lr_warmup": 0.05}}, "optim.lr_warmup changes nothing: 0.05 stands for 0 of 5"),
-        ({"method": "iad1", "loss": {"warmup": 0.05}}, "loss.warmup changes nothing: 0.05 stands for 0 of 5"),
+        ({"optim": {"lr_warmup": 0.05}}, f"optim.lr_warmup: 0.05 stands for 0 of 5 epochs{IDLE}"),
+        ({"method": "iad1", "loss": {"warmup": 0.05}}, f"loss.warmup: 0.05 stands for 0 of 5 epochs{IDLE}"),
+        ({"attack": {"epsilon_warmup": 6}}, f"attack.epsilon_warmup: 6 stands for 6 of 5 epochs{LATE}"),
+        ({"attack": {"steps_warmup": 6}}, f"attack.steps_warmup: 6 stands for 6 of 5 epochs{LATE}"),
+        ({"optim": {"lr_warmup": 6}}, "optim.lr_warmup: 6 stands for 6 of 5 epochs: the rate does not"),
+        ({"method": "iad1", "loss": {"warmup": 60}}, "loss.warmup: 60 stands for 60 of 5 epochs: alpha is 1"),
+        ({"method": "iad1", "loss": {"warmup": 5}}, "loss.warmup: 5 stands for 5 of 5 epochs: alpha is 1"),
+        ({"method": "iad1", "loss": {"warmup": 4}}, None),
         ({"attack": {"epsilon_warmup": 2, "steps_warmup": 0.4}, "optim": {"lr_warmup": 1}}, None),
+        ({"attack": {"epsilon_warmup": 5, "steps_warmup": 5}}, None),
         ({"method": "st", "attack": {"epsilon_warmup": 1}, "loss": {"warmup": 0.05}}, None),
         ({"method": "iad1", "loss": {"warmup": 0}}, None),
     ],
 )
-def test_a_warm_up_that_changes_nothing_is_told(keys: dict[str, Any], told: str | None) -> None:
+def test_a_warm_up_that_does_not_fit_the_run_is_told(keys: dict[str, Any], told: str | None) -> None:
     complete = config.load({"method": "at", "epochs": 5}, keys)
     method = methods.get(complete.method, semantics=complete.semantics, loss=complete.loss)
-    found = list(schedule.idle_warmups(complete, method))
+    found = list(schedule.misfit_warmups(complete, method))
     assert [warning[: len(told or "")] for warning in found] == ([] if told is None else [told])
-    if told is not None and told.startswith("attack"):
-        assert [schedule.attack(complete, epoch) for epoch in range(5)] == [complete.attack] * 5
 
 
 def test_a_warm_up_as_long_as_the_run_ends_with_it() -> None:
