@@ -20,8 +20,11 @@ RULES_VERSION = 1
 """Grows with every change that makes earlier records incomparable."""
 LEAST_SEEDS = 3
 """Seeds that a record is the mean of, at least."""
-LARGEST_AA_GAP = 0.05
-"""Accuracy under PGD-20 less that under the attack beside it, on the same images, above which PGD was deceived."""
+LARGEST_AA_GAP = 0.1
+"""Accuracy under PGD-20 less that under the attack beside it, on the same images, above which PGD was deceived.
+
+Networks of this size by any of the methods in bench/results/accuracy have 0.04 to 0.063.
+"""
 BALL = (8 / 255, "Linf")
 EVALUATION_SEED = 2022
 ATTACKED_BY = "pgd20"
