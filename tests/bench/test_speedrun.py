@@ -335,7 +335,7 @@ THREE = [figures(seed) for seed in range(3)]
         (THREE, {"checked_by": "aa-fast"}, "checked by aa-fast, and not by aa"),
         ([*THREE[:2], figures(2, natural=Score(correct=5, n=9999))], {}, "not evaluated on 10,000 images"),
         (
-            [*THREE[:2], figures(2, checked=(249, 300)), figures(3, checked=(120, 300))],
+            [*THREE[:2], figures(2, checked=(199, 300)), figures(3, checked=(120, 300))],
             {},
             "masked: aa finds 18.0",
         ),
@@ -346,9 +346,9 @@ def test_what_is_no_record(seeds: list[SeedFigures], given: dict[str, Any], told
     assert told in reason
 
 
-def test_autoattack_may_find_five_points_more() -> None:
-    assert judged([figures(seed, checked=(250, 300)) for seed in range(3)]).refused == []
-    assert judged([figures(seed, checked=(249, 300)) for seed in range(3)]).refused
+def test_autoattack_may_find_ten_points_more() -> None:
+    assert judged([figures(seed, checked=(200, 300)) for seed in range(3)]).refused == []
+    assert judged([figures(seed, checked=(199, 300)) for seed in range(3)]).refused
 
 
 # ---------------------------------------------------------------- files
